@@ -1,0 +1,29 @@
+"""SAM2-UNet for the Hugging Face ecosystem.
+
+Importing this package registers the model with transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
+
+from .configuration_sam2unet import Sam2UNetConfig
+from .conversion import convert_reference_checkpoint
+from .image_processing_sam2unet import Sam2UNetImageProcessor
+from .loss_sam2unet import deep_supervision_loss, structure_loss
+from .modeling_sam2unet import Sam2UNetForSemanticSegmentation, Sam2UNetOutput, Sam2UNetPreTrainedModel
+
+
+AutoConfig.register(Sam2UNetConfig.model_type, Sam2UNetConfig)
+AutoModel.register(Sam2UNetConfig, Sam2UNetForSemanticSegmentation)
+AutoModelForSemanticSegmentation.register(Sam2UNetConfig, Sam2UNetForSemanticSegmentation)
+AutoImageProcessor.register(Sam2UNetConfig, image_processor_classes={"torchvision": Sam2UNetImageProcessor})
+
+__all__ = [
+    "Sam2UNetConfig",
+    "Sam2UNetForSemanticSegmentation",
+    "Sam2UNetImageProcessor",
+    "Sam2UNetOutput",
+    "Sam2UNetPreTrainedModel",
+    "convert_reference_checkpoint",
+    "deep_supervision_loss",
+    "structure_loss",
+]

@@ -1,0 +1,280 @@
+"""SAM2-UNet configuration: encoder preset, decoder sizes, regions and loss options."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig, Sam2HieraDetConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+# SAM 2's four released encoders; `embed_dim_per_stage` doubles from `hidden_size`.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 96,
+        "num_attention_heads_per_stage": [1, 2, 4, 8],
+        "blocks_per_stage": [1, 2, 7, 2],
+        "window_size_per_stage": [8, 4, 14, 7],
+        "global_attention_blocks": [5, 7, 9],
+        "window_positional_embedding_background_size": [7, 7],
+    },
+    "small": {
+        "hidden_size": 96,
+        "num_attention_heads_per_stage": [1, 2, 4, 8],
+        "blocks_per_stage": [1, 2, 11, 2],
+        "window_size_per_stage": [8, 4, 14, 7],
+        "global_attention_blocks": [7, 10, 13],
+        "window_positional_embedding_background_size": [7, 7],
+    },
+    "base_plus": {
+        "hidden_size": 112,
+        "num_attention_heads_per_stage": [2, 4, 8, 16],
+        "blocks_per_stage": [2, 3, 16, 3],
+        "window_size_per_stage": [8, 4, 14, 7],
+        "global_attention_blocks": [12, 16, 20],
+        "window_positional_embedding_background_size": [14, 14],
+    },
+    "large": {
+        "hidden_size": 144,
+        "num_attention_heads_per_stage": [2, 4, 8, 16],
+        "blocks_per_stage": [2, 6, 36, 4],
+        "window_size_per_stage": [8, 4, 16, 8],
+        "global_attention_blocks": [23, 33, 43],
+        "window_positional_embedding_background_size": [7, 7],
+    },
+}
+
+
+def preset_backbone_config(preset: str) -> Sam2HieraDetConfig:
+    """Return the encoder configuration of one of SAM 2's released sizes.
+
+    Args:
+        preset: `"tiny"`, `"small"`, `"base_plus"` or `"large"`.
+
+    Raises:
+        ValueError: If `preset` is none of these.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}, got {preset!r}.")
+    values = PRESETS[preset]
+    return Sam2HieraDetConfig(
+        **values,
+        num_attention_heads=values["num_attention_heads_per_stage"][0],
+        embed_dim_per_stage=[values["hidden_size"] * 2**stage for stage in range(4)],
+    )
+
+
+def regions_from_pairs(regions: Mapping[str, Sequence[int]] | Sequence[Sequence[Any]]) -> dict[str, list[int]]:
+    """Return regions as a dict from a dict or from the `[name, label ids]` pairs that JSON files hold.
+
+    The order of the regions is the order of the model's channels, and transformers sorts the keys of the dicts it
+    writes. So regions are stored as pairs.
+    """
+    pairs = regions.items() if isinstance(regions, Mapping) else regions
+    return {name: list(label_ids) for name, label_ids in pairs}
+
+
+def region_levels(regions: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
+    """Order regions for rebuilding a label map: one dict per nesting level, from the outermost inward.
+
+    Each dict maps a region to the label id it writes: the smallest of its ids that no region inside it holds. For
+    BraTS, `{"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}` gives `[{"WT": 2}, {"TC": 1}, {"ET": 3}]`, nnU-Net's
+    `regions_class_order`. Regions of one level are disjoint.
+
+    Args:
+        regions: Region name -> the label ids (>= 1) it joins.
+
+    Raises:
+        ValueError: If there is no region, a region is empty, holds an id below 1, equals or partly overlaps another,
+            or consists of nothing but the regions inside it.
+    """
+    if not regions:
+        raise ValueError('`regions` must name at least one region, for example {"WT": [1, 2, 3]}.')
+    ids = {}
+    for name, label_ids in regions.items():
+        ids[name] = set(label_ids)
+        if not label_ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 1 for i in label_ids):
+            raise ValueError(
+                f"`regions[{name!r}]` must list label ids >= 1 (0 is the background), got {list(label_ids)}."
+            )
+    names = list(ids)
+    for position, first in enumerate(names):
+        for second in names[position + 1 :]:
+            common = ids[first] & ids[second]
+            if ids[first] == ids[second] or (common and common not in (ids[first], ids[second])):
+                raise ValueError(
+                    f"`regions` must be nested or disjoint, got {first!r} {sorted(ids[first])} and "
+                    f"{second!r} {sorted(ids[second])}. Split the common ids {sorted(common)} into a region of their own."
+                )
+    levels: list[dict[str, int]] = []
+    for name in names:
+        inner = set().union(*(ids[other] for other in names if ids[other] < ids[name]))
+        own = ids[name] - inner
+        if not own:
+            raise ValueError(
+                f"`regions[{name!r}]` {sorted(ids[name])} is the union of the regions inside it, so no label id is "
+                "left to write for it. Drop it, or give it an id of its own."
+            )
+        depth = sum(ids[other] > ids[name] for other in names)
+        levels.extend({} for _ in range(depth + 1 - len(levels)))
+        levels[depth][name] = min(own)
+    return levels
+
+
+def label_names(regions: Mapping[str, Sequence[int]]) -> dict[int, str]:
+    """Name the ids of the label map that `regions` rebuild, background included.
+
+    What an outer region writes is only its part outside the regions in it, so it is named for that:
+    `{"WT": [1, 2, 3], "ET": [3]}` gives `{0: "background", 1: "WT without ET", 3: "ET"}`.
+
+    Raises:
+        ValueError: As `region_levels`.
+    """
+    names = {0: "background"}
+    for level in region_levels(regions):
+        for name, label_id in level.items():
+            inner = [other for other in regions if set(regions[other]) < set(regions[name])]
+            # The largest inner regions say it all: "WT without TC", not "WT without TC, ET".
+            outermost = [a for a in inner if not any(set(regions[a]) < set(regions[b]) for b in inner)]
+            names[label_id] = f"{name} without {', '.join(outermost)}" if outermost else name
+    return dict(sorted(names.items()))
+
+
+@strict
+class Sam2UNetConfig(PreTrainedConfig):
+    r"""Configuration of [`Sam2UNetForSemanticSegmentation`].
+
+    Args:
+        backbone_config: Encoder, SAM 2's Hiera trunk, as `Sam2HieraDetConfig` or as a dict of its fields. The default
+            is the tiny encoder; see [`Sam2UNetConfig.from_preset`] for the others.
+        adapter_hidden_size: Width of the bottleneck of the adapter before each encoder block.
+        decoder_channels: Channels of the four receptive field blocks and of the decoder.
+        regions: Region name -> the label ids it joins; the model gives one sigmoid channel per region, in this
+            order. Regions are nested (as BraTS' WT={1,2,3}, TC={1,3}, ET={3}) or disjoint. Defaults to
+            `{"WT": [1, 2, 3]}`, the whole tumour.
+        freeze_encoder: Train adapters and decoder only, as the papers do. `False` trains everything, which a model
+            without pretrained encoder needs.
+        auxiliary_loss_weights: Weights of the losses of the two auxiliary outputs, at stride 16 and stride 8; the
+            loss of the prediction has weight 1. Defaults to `[1.0, 1.0]`.
+        boundary_kernel_size: Side in pixels (odd) of the average pool that finds mask boundaries for the loss.
+        boundary_weight: How much more a pixel on the boundary counts than one far from it, in
+            `1 + boundary_weight * |avgpool(mask) - mask|`.
+        weight_bce: Apply the boundary weight to the BCE term too, as arXiv 2408.08870 writes it. `False` is the plain
+            mean of the BraTS paper's equation and of the reference code as it runs.
+        ignore_index: Label id whose pixels count nowhere in the loss.
+        kwargs: Fields of `PreTrainedConfig`. `id2label` names the ids of the label map that the image processor
+            rebuilds from the regions; by default it is derived from `regions`.
+
+    Raises:
+        huggingface_hub.errors.StrictDataclassError: If a value has the wrong type, is out of range, or does not fit
+            another.
+
+    Example:
+        ```python
+        >>> from sam2unet_hf import Sam2UNetConfig
+
+        >>> config = Sam2UNetConfig.from_preset("tiny", regions={"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]})
+        >>> config.backbone_config.embed_dim_per_stage
+        [96, 192, 384, 768]
+
+        ```
+    """
+
+    model_type = "sam2unet"
+    keys_to_ignore_at_inference = ["auxiliary_logits", "hidden_states"]
+    sub_configs_defaults = {
+        "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="sam2_hiera_det_model"),
+    }
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    adapter_hidden_size: int = 32
+    decoder_channels: int = 64
+    regions: dict[str, list[int]] | list[list[Any]] | None = None
+    freeze_encoder: bool = True
+    auxiliary_loss_weights: list[float] | None = None
+    boundary_kernel_size: int = 31
+    boundary_weight: float = 5.0
+    weight_bce: bool = False
+    ignore_index: int = 255
+
+    @classmethod
+    def from_preset(cls, preset: str, **kwargs) -> "Sam2UNetConfig":
+        """Build the configuration of one of SAM 2's four encoder sizes.
+
+        Args:
+            preset: `"tiny"`, `"small"`, `"base_plus"` or `"large"` (the papers').
+            **kwargs: Any other field of the configuration.
+
+        Raises:
+            ValueError: If `preset` is none of these.
+        """
+        return cls(backbone_config=preset_backbone_config(preset), **kwargs)
+
+    def __post_init__(self, **kwargs):
+        # A dict without `model_type` is meant as the only encoder there is.
+        if isinstance(self.backbone_config, dict):
+            self.backbone_config = {"model_type": Sam2HieraDetConfig.model_type, **self.backbone_config}
+        self.regions = {"WT": [1, 2, 3]} if self.regions is None else regions_from_pairs(self.regions)
+        if self.auxiliary_loss_weights is None:
+            self.auxiliary_loss_weights = [1.0, 1.0]
+        if self.id2label is None:
+            self.id2label = dict(label_names(self.regions))
+            self.label2id = {name: label_id for label_id, name in self.id2label.items()}
+        super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON, with `regions` as pairs to keep their order."""
+        return {**super().to_dict(), "regions": [[name, ids] for name, ids in self.regions.items()]}
+
+    def validate_architecture(self):
+        """Check the fields that depend on each other; called by the strict dataclass."""
+        backbone = self.backbone_config
+        if not isinstance(backbone, Sam2HieraDetConfig):
+            raise ValueError(
+                f"`backbone_config` must be a `Sam2HieraDetConfig`, got {type(backbone).__name__}. "
+                "SAM2-UNet runs on SAM 2's Hiera encoder only."
+            )
+        if len(backbone.blocks_per_stage) != 4 or backbone.num_query_pool_stages != 3:
+            raise ValueError(
+                "`backbone_config` must have four stages that halve the resolution three times, got "
+                f"`blocks_per_stage` {backbone.blocks_per_stage} and `num_query_pool_stages` "
+                f"{backbone.num_query_pool_stages}."
+            )
+        for name in ("embed_dim_per_stage", "num_attention_heads_per_stage", "window_size_per_stage"):
+            if len(getattr(backbone, name)) != 4:
+                raise ValueError(f"`backbone_config.{name}` must have four entries, got {getattr(backbone, name)}.")
+        if any(window % 2 for window in backbone.window_size_per_stage[:3]):
+            raise ValueError(
+                "`backbone_config.window_size_per_stage` must be even but for the last stage, because query pooling "
+                f"halves the windows, got {backbone.window_size_per_stage}."
+            )
+        for dim, heads in zip(backbone.embed_dim_per_stage, backbone.num_attention_heads_per_stage, strict=True):
+            if dim % heads:
+                raise ValueError(f"`embed_dim_per_stage` {dim} is not a multiple of its {heads} attention heads.")
+        for name in ("adapter_hidden_size", "decoder_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be >= 1, got {getattr(self, name)}.")
+        if self.boundary_kernel_size < 1 or self.boundary_kernel_size % 2 == 0:
+            raise ValueError(f"`boundary_kernel_size` must be odd and >= 1, got {self.boundary_kernel_size}.")
+        if self.boundary_weight < 0:
+            raise ValueError(f"`boundary_weight` must be >= 0, got {self.boundary_weight}.")
+        if len(self.auxiliary_loss_weights) != 2 or min(self.auxiliary_loss_weights) < 0:
+            raise ValueError(
+                "`auxiliary_loss_weights` must be two weights >= 0, for the outputs at stride 16 and stride 8, got "
+                f"{self.auxiliary_loss_weights}."
+            )
+        named = label_names(self.regions)
+        for name, label_ids in self.regions.items():
+            if self.ignore_index in label_ids:
+                raise ValueError(
+                    f"`regions[{name!r}]` {label_ids} holds `ignore_index` {self.ignore_index}. Masks with values 0 and "
+                    "255 must be mapped to 0 and 1 first."
+                )
+        unnamed = [label_id for label_id in named if label_id not in self.id2label]
+        if unnamed:
+            raise ValueError(
+                f"`id2label` {self.id2label} does not name the label ids {unnamed} that `regions` {self.regions} write."
+            )
+
+
+__all__ = ["Sam2UNetConfig"]

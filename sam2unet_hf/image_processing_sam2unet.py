@@ -1,0 +1,307 @@
+"""Image processor of SAM2-UNet: images to pixel values, masks to label maps, logits to masks."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode
+from transformers import BatchFeature
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ChannelDimension,
+    ImageInput,
+    PILImageResampling,
+    infer_channel_dimension_format,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+from .configuration_sam2unet import region_levels, regions_from_pairs
+
+
+class Sam2UNetImageProcessorKwargs(ImagesKwargs, total=False):
+    """Arguments of [`Sam2UNetImageProcessor`] beyond those of every image processor.
+
+    Args:
+        regions: Region name -> label ids, as in [`Sam2UNetConfig`].
+    """
+
+    regions: dict[str, list[int]] | list[list[Any]]
+
+
+class Sam2UNetImageProcessor(TorchvisionBackend):
+    """Prepare images and masks for SAM2-UNet, and turn its logits into masks.
+
+    Images are resized to 352x352 (bilinear, antialiased), scaled to [0, 1] and normalised with ImageNet's mean and
+    standard deviation. Masks are resized by nearest neighbour, so they never get new values.
+
+    Args:
+        regions: Region name -> the label ids it joins, in the order of the model's channels, as in
+            [`Sam2UNetConfig`]. Defaults to `{"WT": [1, 2, 3]}`.
+        kwargs: `do_resize`, `size`, `resample`, `do_rescale`, `rescale_factor`, `do_normalize`, `image_mean`,
+            `image_std` and `do_convert_rgb`, as in any image processor.
+
+    Example:
+        ```python
+        >>> import numpy as np
+        >>> from sam2unet_hf import Sam2UNetImageProcessor
+
+        >>> processor = Sam2UNetImageProcessor()
+        >>> batch = processor(np.zeros((240, 240), dtype=np.uint8), return_tensors="pt")
+        >>> batch["pixel_values"].shape
+        torch.Size([1, 3, 352, 352])
+
+        ```
+    """
+
+    valid_kwargs = Sam2UNetImageProcessorKwargs
+    resample = PILImageResampling.BILINEAR
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"height": 352, "width": 352}
+    default_to_square = True
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    regions = {"WT": [1, 2, 3]}
+
+    def __init__(self, **kwargs: Unpack[Sam2UNetImageProcessorKwargs]):
+        super().__init__(**kwargs)
+        self.regions = regions_from_pairs(self.regions)
+        region_levels(self.regions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the attributes for JSON, with `regions` as pairs to keep their order."""
+        return {**super().to_dict(), "regions": [[name, ids] for name, ids in self.regions.items()]}
+
+    def preprocess(
+        self,
+        images: ImageInput,
+        segmentation_maps: ImageInput | None = None,
+        **kwargs: Unpack[Sam2UNetImageProcessorKwargs],
+    ) -> BatchFeature:
+        """Prepare images, and masks if there are any.
+
+        Args:
+            images: One image or a list of them: PIL images, NumPy arrays or torch tensors, grey `(height, width)` or
+                with 1, 3 or 4 channels first or last (a fourth channel, alpha, is dropped). 8-bit images are taken as
+                0..255, unsigned 16-bit ones as 0..65535, other integers as 0..255 if no value is larger, else as
+                0..65535; floats as 0..1 if no value is larger, else as 0..255. With `do_rescale=False` values are
+                taken as they are.
+            segmentation_maps: One map of label ids per image, of the image's size: `(height, width)`, or with a
+                single channel. Palette images give their indices, booleans 0 and 1.
+            **kwargs: Arguments of the constructor, for this call.
+
+        Returns:
+            `pixel_values` of shape `(batch_size, 3, height, width)`, float32, and, with maps, `labels` of shape
+            `(batch_size, height, width)`, int64.
+
+        Raises:
+            ValueError: If an image or map has an unsupported shape, type or value range, or images and maps do not
+                pair up.
+        """
+        return super().preprocess(images, segmentation_maps, **kwargs)
+
+    def process_image(
+        self, image: Any, do_convert_rgb: bool | None = None, do_rescale: bool | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Turn one image of any kind into a `(channels, height, width)` tensor with values in 0..255."""
+        if isinstance(image, Image.Image):
+            # 16-bit and float images lose their range in `convert("RGB")`.
+            if do_convert_rgb and image.mode not in ("L", "RGB") and not image.mode.startswith(("I", "F")):
+                image = image.convert("RGB")
+            image = np.array(image)
+        image = to_channels_first(image)
+        if do_rescale:
+            image = to_byte_range(image)
+        if image.shape[0] == 4:
+            image = image[:3]
+        if do_convert_rgb and image.shape[0] == 1:
+            image = image.expand(3, -1, -1)
+        return image.contiguous()
+
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
+        images = self.fetch_images(images)
+        if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+            return list(images)
+        return list(images) if isinstance(images, (list, tuple)) else [images]
+
+    def _preprocess_image_like_inputs(
+        self,
+        images: ImageInput,
+        segmentation_maps: ImageInput | None,
+        return_tensors: str | None = None,
+        device: Any = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        prepared = self._prepare_image_like_inputs(images, **kwargs)
+        if device is not None:
+            prepared = [image.to(device) for image in prepared]
+        # `_preprocess` returns a `BatchFeature` with `pixel_values`.
+        features = dict(self._preprocess(prepared, return_tensors=None, **kwargs))
+        if segmentation_maps is not None:
+            maps = [to_label_map(item) for item in self._prepare_images_structure(segmentation_maps)]
+            if len(maps) != len(prepared):
+                raise ValueError(
+                    f"`segmentation_maps` must hold one map per image, got {len(maps)} maps for {len(prepared)} images."
+                )
+            for index, (image, label_map) in enumerate(zip(prepared, maps, strict=True)):
+                if image.shape[-2:] != label_map.shape:
+                    raise ValueError(
+                        f"`segmentation_maps[{index}]` has size {tuple(label_map.shape)} where its image has "
+                        f"{tuple(image.shape[-2:])}. Resize one to the other, masks by nearest neighbour."
+                    )
+            if device is not None:
+                maps = [label_map.to(device) for label_map in maps]
+            if kwargs["do_resize"]:
+                # Nearest, so that no label id is invented between two others.
+                nearest = InterpolationMode.NEAREST_EXACT
+                maps = [self.resize(item[None], kwargs["size"], resample=nearest, antialias=False)[0] for item in maps]
+            features["labels"] = [item.long() for item in maps]
+        return BatchFeature(data=features, tensor_type=return_tensors)
+
+    def post_process_regions(
+        self, outputs: Any, target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """Turn logits into region probabilities.
+
+        Args:
+            outputs: Output of [`Sam2UNetForSemanticSegmentation`], or anything with `logits` of shape
+                `(batch_size, num_regions, height, width)`.
+            target_sizes: `(height, width)` per image; the logits' own size when `None`.
+
+        Returns:
+            One tensor per image of shape `(num_regions, height, width)`, float32 in [0, 1], in the order of `regions`.
+
+        Raises:
+            ValueError: If there is not one target size per image, or not one channel per region.
+        """
+        logits = outputs.logits
+        if logits.shape[1] != len(self.regions):
+            raise ValueError(
+                f"`regions` {list(self.regions)} must name one region per channel of the logits, got "
+                f"{logits.shape[1]} channels. Set `processor.regions = model.config.regions`."
+            )
+        if target_sizes is None:
+            return list(logits.float().sigmoid())
+        if len(target_sizes) != len(logits):
+            raise ValueError(
+                f"`target_sizes` must hold one (height, width) per image, got {len(target_sizes)} for "
+                f"{len(logits)} images."
+            )
+        probabilities = []
+        for scores, size in zip(logits.float(), target_sizes, strict=True):
+            height, width = int(size[0]), int(size[1])
+            resized = F.interpolate(scores[None], size=(height, width), mode="bilinear", align_corners=False)[0]
+            probabilities.append(resized.sigmoid())
+        return probabilities
+
+    def post_process_semantic_segmentation(
+        self,
+        outputs: Any,
+        target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
+        threshold: float = 0.5,
+    ) -> list[torch.Tensor]:
+        """Turn logits into label maps.
+
+        Nested regions are written from the outermost inward: for BraTS whole tumour as 2, then tumour core as 1, then
+        enhancing tumour as 3. Where disjoint regions are above the threshold, the most probable one is written.
+        `model.config.id2label` names the ids.
+
+        Args:
+            outputs: As in [`~Sam2UNetImageProcessor.post_process_regions`].
+            target_sizes: As there.
+            threshold: A pixel belongs to a region if its probability is above this, in [0, 1].
+
+        Returns:
+            One tensor of label ids per image of shape `(height, width)`, int64; 0 is the background.
+
+        Raises:
+            ValueError: As there, or if `threshold` is not in [0, 1].
+        """
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"`threshold` must be a probability in [0, 1], got {threshold}.")
+        names = list(self.regions)
+        label_maps = []
+        for probabilities in self.post_process_regions(outputs, target_sizes):
+            label_map = torch.zeros(probabilities.shape[-2:], dtype=torch.int64, device=probabilities.device)
+            for level in region_levels(self.regions):
+                ids = torch.tensor(list(level.values()), device=probabilities.device)
+                highest, winner = probabilities[[names.index(name) for name in level]].max(dim=0)
+                label_map = torch.where(highest > threshold, ids[winner], label_map)
+            label_maps.append(label_map)
+        return label_maps
+
+
+def to_channels_first(image: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """Turn an array of shape `(height, width)` or with 1, 3 or 4 channels first or last into channels first."""
+    if not isinstance(image, (np.ndarray, torch.Tensor)):
+        raise ValueError(f"Images must be PIL images, NumPy arrays or torch tensors, got {type(image).__name__}.")
+    if image.ndim == 2:
+        image = image[None]
+    elif image.ndim != 3 or not {image.shape[0], image.shape[-1]} & {1, 3, 4}:
+        raise ValueError(
+            "An image must have shape (height, width), (channels, height, width) or (height, width, channels) with "
+            f"1, 3 or 4 channels, got {tuple(image.shape)}."
+        )
+    elif infer_channel_dimension_format(image, num_channels=(1, 3, 4)) == ChannelDimension.LAST:
+        image = np.moveaxis(image, -1, 0) if isinstance(image, np.ndarray) else image.movedim(-1, 0)
+    if isinstance(image, np.ndarray):
+        # Big-endian files and negative strides are nothing torch can hold.
+        image = torch.from_numpy(np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("=")))
+    return image
+
+
+def to_byte_range(image: torch.Tensor) -> torch.Tensor:
+    """Bring an image of any type to values in 0..255: uint8 as it is, everything else float32."""
+    if image.dtype == torch.uint8:
+        return image
+    if image.dtype == torch.bool:
+        return image.float() * 255
+    values = image.float()
+    low, high = values.min().item(), values.max().item()
+    limit = 255 if image.is_floating_point() else 65535
+    # A comparison with NaN is false.
+    if not (low >= 0 and high <= limit):
+        kind = "float images must be finite and in 0..1 or 0..255" if limit == 255 else "integer images in 0..65535"
+        raise ValueError(
+            f"`images` must be non-negative; {kind}, got {image.dtype} with values from {low:g} to {high:g}. Scale "
+            "scans first (`sam2unet_hf.nifti` does it for BraTS), or pass `do_rescale=False` if they are normalised."
+        )
+    if image.is_floating_point():
+        return values * 255 if high <= 1 else values
+    if image.dtype != torch.uint16 and high <= 255:
+        return values
+    if 0 < high < 4096:
+        warnings.warn(
+            f"A 16-bit image uses only values up to {high:g} of 65535 and will be nearly black. Scale it to its range "
+            "first.",
+            stacklevel=2,
+        )
+    return values / 257
+
+
+def to_label_map(segmentation_map: Any) -> torch.Tensor:
+    """Turn a mask of any kind into an int64 tensor of shape `(height, width)`."""
+    if isinstance(segmentation_map, Image.Image):
+        segmentation_map = np.array(segmentation_map)
+    label_map = to_channels_first(segmentation_map)
+    if label_map.shape[0] == 3 and bool((label_map == label_map[:1]).all()):
+        label_map = label_map[:1]
+    if label_map.shape[0] != 1:
+        raise ValueError(
+            f"A segmentation map must have one channel of label ids, got {label_map.shape[0]} different ones. Map "
+            "colours to ids first."
+        )
+    if label_map.is_floating_point() and not bool((label_map == label_map.round()).all()):
+        raise ValueError("A segmentation map must hold whole label ids, got fractions. Was it resized or normalised?")
+    return label_map[0].long()
+
+
+__all__ = ["Sam2UNetImageProcessor"]

@@ -1,0 +1,574 @@
+"""PyTorch SAM2-UNet: SAM 2's Hiera encoder with adapters, receptive field blocks and a U-Net decoder."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel, Sam2HieraDetConfig
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from .configuration_sam2unet import Sam2UNetConfig
+from .loss_sam2unet import deep_supervision_loss
+
+
+# The deepest stride; the window position embedding tiles only multiples of it.
+STRIDE = 32
+MIN_IMAGE_SIZE = 64
+
+
+@dataclass
+class Sam2UNetOutput(ModelOutput):
+    """Output of [`Sam2UNetForSemanticSegmentation`].
+
+    Args:
+        loss: Scalar, when labels are given.
+        logits: Raw scores of shape `(batch_size, num_regions, height, width)` at the size of the input.
+        auxiliary_logits: Raw scores of the side outputs at stride 16 and stride 8, each of the shape of `logits`;
+            when asked for or when labels are given.
+        hidden_states: The encoder's four feature maps, when asked for, each of shape
+            `(batch_size, embed_dim_per_stage[i], height / stride, width / stride)` with strides 4, 8, 16 and 32,
+            where height and width are those of the input padded to multiples of 32.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    auxiliary_logits: tuple[torch.Tensor, torch.Tensor] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+class Sam2UNetPatchEmbeddings(nn.Module):
+    """Convolution of stride 4 from pixels to tokens."""
+
+    def __init__(self, config: Sam2HieraDetConfig):
+        super().__init__()
+        self.projection = nn.Conv2d(
+            config.num_channels,
+            config.hidden_size,
+            kernel_size=config.patch_kernel_size,
+            stride=config.patch_stride,
+            padding=config.patch_padding,
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        # (B, C, H, W) -> (B, H/4, W/4, hidden_size)
+        return self.projection(pixel_values).permute(0, 2, 3, 1)
+
+
+class Sam2UNetAdapter(nn.Module):
+    """Trainable bottleneck in front of an encoder block: `x + GELU(W2 GELU(W1 x))`."""
+
+    def __init__(self, hidden_size: int, bottleneck_size: int):
+        super().__init__()
+        self.down_proj = nn.Linear(hidden_size, bottleneck_size)
+        self.up_proj = nn.Linear(bottleneck_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + F.gelu(self.up_proj(F.gelu(self.down_proj(hidden_states))))
+
+
+def max_pool_tokens(tokens: torch.Tensor, stride: list[int]) -> torch.Tensor:
+    """Max-pool a map of tokens of shape `(batch_size, height, width, channels)`."""
+    return F.max_pool2d(tokens.permute(0, 3, 1, 2), kernel_size=stride, stride=stride).permute(0, 2, 3, 1)
+
+
+def split_length(length: int, window_size: int) -> list[tuple[int, int]]:
+    """Cut `length` into a band of full windows and a band of what is left: `[(band, window), ...]`."""
+    full = length // window_size * window_size
+    return [(band, window) for band, window in ((full, window_size), (length - full, length - full)) if band]
+
+
+def eager_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Compute what `scaled_dot_product_attention` computes, step by step."""
+    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+    if attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
+
+
+class Sam2UNetWindowAttention(nn.Module):
+    """Multi-head attention within windows, with optional query pooling, that never computes on padding.
+
+    SAM 2 pads a map with zeros until windows tile it, and lets the padded tokens be attended to. This gives the same
+    result without them. A padded token is zero after the layer norm, so its key and its value are those parts of the
+    bias of `qkv`: the same for all n padded tokens of a window. In the softmax, n equal keys `k` with equal values
+    `v` add `n * exp(q.k)` to the denominator and `n * exp(q.k) * v` to the numerator, and `n * exp(q.k)` is
+    `exp(q.k + log(n))`. So one key with `log(n)` added to its score stands for all of them, exactly. The queries of
+    padded tokens are thrown away in the original, so none is computed.
+
+    Windows on the right and bottom edges of a map are smaller than the others, so each map is cut into at most four
+    groups of equal windows (full, right, bottom, corner), and attention runs once per group.
+    """
+
+    def __init__(
+        self,
+        config: Sam2HieraDetConfig,
+        dim: int,
+        dim_out: int,
+        num_attention_heads: int,
+        window_size: int,
+        query_stride: list[int] | None,
+    ):
+        super().__init__()
+        self.config = config
+        self.num_attention_heads = num_attention_heads
+        self.window_size = window_size
+        self.query_stride = query_stride
+        self.qkv = nn.Linear(dim, dim_out * 3)
+        self.proj = nn.Linear(dim_out, dim_out)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Attend within windows; `(batch_size, height, width, dim)` -> the same with `dim_out`, maybe pooled."""
+        height, width = hidden_states.shape[1:3]
+        # (B, H, W, 3 * dim_out)
+        qkv = self.qkv(hidden_states)
+        if self.window_size == 0:
+            return self.proj(self.attend(qkv, height, width))
+        bands, top = [], 0
+        for band_height, window_height in split_length(height, self.window_size):
+            groups, left = [], 0
+            for band_width, window_width in split_length(width, self.window_size):
+                group = qkv[:, top : top + band_height, left : left + band_width]
+                groups.append(self.attend(group, window_height, window_width))
+                left += band_width
+            bands.append(torch.cat(groups, dim=2) if len(groups) > 1 else groups[0])
+            top += band_height
+        return self.proj(torch.cat(bands, dim=1) if len(bands) > 1 else bands[0])
+
+    def attend(self, qkv: torch.Tensor, window_height: int, window_width: int) -> torch.Tensor:
+        """Attend within the equal windows that tile `qkv` of shape `(batch_size, height, width, 3 * dim_out)`."""
+        batch_size, height, width, _ = qkv.shape
+        rows, columns = height // window_height, width // window_width
+        heads = self.num_attention_heads
+        query, key, value = qkv.chunk(3, dim=-1)
+        if self.query_stride is not None:
+            query = max_pool_tokens(query, self.query_stride)
+            height, width = query.shape[1:3]
+
+        def partition(tokens: torch.Tensor) -> torch.Tensor:
+            # (B, H, W, C) -> (B * rows * columns, heads, tokens of a window, head_dim)
+            tokens = tokens.unflatten(1, (rows, -1)).unflatten(3, (columns, -1)).unflatten(5, (heads, -1))
+            return tokens.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(0, 2)
+
+        query, key, value = partition(query), partition(key), partition(value)
+        num_padded = self.window_size**2 - window_height * window_width if self.window_size else 0
+        mask = None
+        if num_padded:
+            num_windows, _, num_tokens, head_dim = key.shape
+            # The one key and value that stand for all padded tokens.
+            _, key_bias, value_bias = self.qkv.bias.to(key.dtype).view(3, 1, heads, 1, head_dim)
+            key = torch.cat([key, key_bias.expand(num_windows, -1, -1, -1)], dim=2)
+            value = torch.cat([value, value_bias.expand(num_windows, -1, -1, -1)], dim=2)
+            mask = F.pad(key.new_zeros(1, 1, 1, num_tokens), (0, 1), value=math.log(num_padded))
+        attention = eager_attention if self.config._attn_implementation == "eager" else F.scaled_dot_product_attention
+        output = attention(query, key, value, attn_mask=mask)
+        # (B * rows * columns, heads, tokens, head_dim) -> (B, H, W, C)
+        output = output.unflatten(0, (batch_size, rows, columns)).unflatten(4, (height // rows, -1))
+        return output.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch_size, height, width, -1)
+
+
+class Sam2UNetFeedForward(nn.Module):
+    """Two linear layers with the encoder's activation."""
+
+    def __init__(self, config: Sam2HieraDetConfig, dim: int):
+        super().__init__()
+        hidden_size = int(dim * config.mlp_ratio)
+        self.proj_in = nn.Linear(dim, hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.proj_out = nn.Linear(hidden_size, dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.proj_out(self.activation(self.proj_in(hidden_states)))
+
+
+class Sam2UNetBlock(GradientCheckpointingLayer):
+    """Adapter and Hiera block; the first block of stages 2 to 4 halves the resolution by query pooling."""
+
+    def __init__(self, config: Sam2UNetConfig, stage: int, is_first_of_stage: bool, is_global: bool):
+        super().__init__()
+        backbone = config.backbone_config
+        # The first block of a stage still has the dimension and the window of the stage before.
+        input_stage = max(stage - 1, 0) if is_first_of_stage else stage
+        dim, dim_out = backbone.embed_dim_per_stage[input_stage], backbone.embed_dim_per_stage[stage]
+        self.query_stride = backbone.query_stride if is_first_of_stage and stage > 0 else None
+        self.adapter = Sam2UNetAdapter(dim, config.adapter_hidden_size)
+        self.layer_norm1 = nn.LayerNorm(dim, eps=backbone.layer_norm_eps)
+        self.attn = Sam2UNetWindowAttention(
+            backbone,
+            dim,
+            dim_out,
+            num_attention_heads=backbone.num_attention_heads_per_stage[stage],
+            window_size=0 if is_global else backbone.window_size_per_stage[input_stage],
+            query_stride=self.query_stride,
+        )
+        self.layer_norm2 = nn.LayerNorm(dim_out, eps=backbone.layer_norm_eps)
+        self.mlp = Sam2UNetFeedForward(backbone, dim_out)
+        self.proj = nn.Linear(dim, dim_out) if dim != dim_out else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = self.adapter(hidden_states)
+        hidden_states = self.layer_norm1(residual)
+        if self.proj is not None:
+            residual = self.proj(hidden_states)
+        if self.query_stride is not None:
+            residual = max_pool_tokens(residual, self.query_stride)
+        hidden_states = residual + self.attn(hidden_states)
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+class Sam2UNetEncoder(nn.Module):
+    """SAM 2's Hiera trunk with an adapter in each block.
+
+    Parameters are named as in transformers' `Sam2HieraDetModel`, adapters aside, so that SAM 2 weights load by name.
+    """
+
+    def __init__(self, config: Sam2UNetConfig):
+        super().__init__()
+        backbone = config.backbone_config
+        self.patch_embed = Sam2UNetPatchEmbeddings(backbone)
+        background_size, window_size = (
+            backbone.window_positional_embedding_background_size,
+            backbone.window_size_per_stage[0],
+        )
+        self.pos_embed = nn.Parameter(torch.zeros(1, backbone.hidden_size, *background_size))
+        self.pos_embed_window = nn.Parameter(torch.zeros(1, backbone.hidden_size, window_size, window_size))
+        self.blocks = nn.ModuleList()
+        self.stage_ends = []
+        for stage, num_blocks in enumerate(backbone.blocks_per_stage):
+            for position in range(num_blocks):
+                is_global = len(self.blocks) in backbone.global_attention_blocks
+                self.blocks.append(Sam2UNetBlock(config, stage, position == 0, is_global))
+            self.stage_ends.append(len(self.blocks) - 1)
+
+    def position_embedding(self, height: int, width: int) -> torch.Tensor:
+        """Return the embedding of shape `(1, height, width, hidden_size)`: background plus tiled window."""
+        background = F.interpolate(self.pos_embed, size=(height, width), mode="bicubic")
+        window_height, window_width = self.pos_embed_window.shape[-2:]
+        window = self.pos_embed_window.tile(1, 1, height // window_height, width // window_width)
+        return (background + window).permute(0, 2, 3, 1)
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the four feature maps, `(batch_size, channels, height / stride, width / stride)`."""
+        hidden_states = self.patch_embed(pixel_values)
+        hidden_states = hidden_states + self.position_embedding(*hidden_states.shape[1:3])
+        feature_maps = []
+        for index, block in enumerate(self.blocks):
+            hidden_states = block(hidden_states)
+            if index in self.stage_ends:
+                # (B, H, W, C) -> (B, C, H, W); a view, channels last in memory
+                feature_maps.append(hidden_states.permute(0, 3, 1, 2))
+        return tuple(feature_maps)
+
+
+class Sam2UNetConvNorm(nn.Module):
+    """Convolution without bias, then batch norm."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], dilation: int = 1):
+        super().__init__()
+        # "same" padding, written as numbers: the string cannot be exported.
+        height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        padding = (height // 2 * dilation, width // 2 * dilation)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False)
+        self.norm = nn.BatchNorm2d(out_channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(hidden_states))
+
+
+class Sam2UNetReceptiveFieldBlock(nn.Module):
+    """Four branches of growing receptive field over one encoder feature map, fused to the decoder's channels.
+
+    The reference's convolutions carry a ReLU that its forward never calls; there is none here either.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+
+        def branch(size: int) -> nn.Sequential:
+            return nn.Sequential(
+                Sam2UNetConvNorm(in_channels, out_channels, 1),
+                Sam2UNetConvNorm(out_channels, out_channels, (1, size)),
+                Sam2UNetConvNorm(out_channels, out_channels, (size, 1)),
+                Sam2UNetConvNorm(out_channels, out_channels, 3, dilation=size),
+            )
+
+        first = nn.Sequential(Sam2UNetConvNorm(in_channels, out_channels, 1))
+        self.branches = nn.ModuleList([first, branch(3), branch(5), branch(7)])
+        self.fusion = Sam2UNetConvNorm(4 * out_channels, out_channels, 3)
+        self.shortcut = Sam2UNetConvNorm(in_channels, out_channels, 1)
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        branches = torch.cat([branch(feature_map) for branch in self.branches], dim=1)
+        return F.relu(self.fusion(branches) + self.shortcut(feature_map))
+
+
+class Sam2UNetUpBlock(nn.Module):
+    """One decoder step: upsample by two, join the skip connection, convolve twice."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = Sam2UNetConvNorm(2 * channels, channels, 3)
+        self.conv2 = Sam2UNetConvNorm(channels, channels, 3)
+
+    def forward(self, hidden_states: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        # The maps are exactly twice as large from stage to stage, so the reference's padding here never applies.
+        upsampled = F.interpolate(hidden_states, scale_factor=2, mode="bilinear", align_corners=True)
+        hidden_states = F.relu(self.conv1(torch.cat([skip, upsampled], dim=1)))
+        return F.relu(self.conv2(hidden_states))
+
+
+class Sam2UNetDecodeHead(nn.Module):
+    """Receptive field blocks, U-Net decoder and the three classifiers."""
+
+    def __init__(self, config: Sam2UNetConfig):
+        super().__init__()
+        channels, num_regions = config.decoder_channels, len(config.regions)
+        self.receptive_field_blocks = nn.ModuleList(
+            [Sam2UNetReceptiveFieldBlock(dim, channels) for dim in config.backbone_config.embed_dim_per_stage]
+        )
+        self.up_blocks = nn.ModuleList([Sam2UNetUpBlock(channels) for _ in range(3)])
+        self.auxiliary_classifiers = nn.ModuleList([nn.Conv2d(channels, num_regions, 1) for _ in range(2)])
+        self.classifier = nn.Conv2d(channels, num_regions, 1)
+
+    def forward(
+        self, feature_maps: tuple[torch.Tensor, ...], output_auxiliary_logits: bool
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the scores at stride 4 and, when asked for, those of the side outputs at strides 16 and 8."""
+        *skips, hidden_states = [
+            block(feature_map) for block, feature_map in zip(self.receptive_field_blocks, feature_maps, strict=True)
+        ]
+        decoded = []
+        for up_block, skip in zip(self.up_blocks, reversed(skips), strict=True):
+            hidden_states = up_block(hidden_states, skip)
+            decoded.append(hidden_states)
+        auxiliary = []
+        if output_auxiliary_logits:
+            auxiliary = [head(side) for head, side in zip(self.auxiliary_classifiers, decoded[:2], strict=True)]
+        return self.classifier(hidden_states), auxiliary
+
+
+class Sam2UNetPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and the features that SAM2-UNet supports."""
+
+    config_class = Sam2UNetConfig
+    base_model_prefix = "sam2unet"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["Sam2UNetBlock", "Sam2UNetReceptiveFieldBlock", "Sam2UNetUpBlock"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise as PyTorch does, and an encoder that does not come from SAM 2 as transformers does."""
+        if isinstance(module, Sam2UNetEncoder):
+            init.zeros_(module.pos_embed)
+            init.zeros_(module.pos_embed_window)
+            # Called after the layers in it, so this replaces what the last branch did to them.
+            for name, layer in module.named_modules():
+                if isinstance(layer, (nn.Linear, nn.Conv2d)) and ".adapter." not in name:
+                    init.trunc_normal_(layer.weight, std=self.config.backbone_config.initializer_range)
+                    init.zeros_(layer.bias)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    def freeze_encoder(self, freeze: bool = True) -> None:
+        """Freeze or release the encoder's own weights; adapters and decoder stay trainable.
+
+        Sets `config.freeze_encoder` too, so that it is saved and restored with the model.
+
+        Args:
+            freeze: `False` makes every weight trainable.
+        """
+        self.config.freeze_encoder = freeze
+        for name, parameter in self.encoder.named_parameters():
+            parameter.requires_grad_(not freeze or ".adapter." in name)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Load a checkpoint as any transformers model, with the encoder frozen or not as its config says."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        # transformers replaces the parameters of the constructor by new ones, all trainable.
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.freeze_encoder(model.config.freeze_encoder)
+        return loaded
+
+
+class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
+    """SAM2-UNet: SAM 2's Hiera encoder with adapters and a U-Net decoder, one sigmoid channel per region.
+
+    With `config.freeze_encoder` only adapters and decoder are trained.
+
+    Source: arXiv 2408.08870; for brain tumours doi 10.3390/app15063267.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation
+
+        >>> model = Sam2UNetForSemanticSegmentation(Sam2UNetConfig.from_preset("tiny")).eval()
+        >>> with torch.inference_mode():
+        ...     logits = model(torch.zeros(1, 3, 96, 64)).logits
+        >>> logits.shape
+        torch.Size([1, 1, 96, 64])
+
+        ```
+    """
+
+    def __init__(self, config: Sam2UNetConfig):
+        super().__init__(config)
+        self.encoder = Sam2UNetEncoder(config)
+        self.decode_head = Sam2UNetDecodeHead(config)
+        self.post_init()
+        self.freeze_encoder(config.freeze_encoder)
+
+    @classmethod
+    def from_sam2(cls, source, **kwargs) -> "Sam2UNetForSemanticSegmentation":
+        """Build a model on a pretrained SAM 2 or SAM 2.1 encoder; adapters and decoder are new.
+
+        Args:
+            source: Hub id such as `"facebook/sam2-hiera-large"`, local folder of such a checkpoint, or original `.pt`
+                file of SAM 2. The papers use SAM 2, not 2.1.
+            **kwargs: Fields of [`Sam2UNetConfig`], such as `regions`.
+
+        Raises:
+            FileNotFoundError: If there is no such file or folder and no such repository.
+            ValueError: If it holds no SAM 2 encoder, or one with missing keys or of another size.
+        """
+        from .conversion import load_sam2_encoder
+
+        backbone_config, state_dict = load_sam2_encoder(source, backbone_config=kwargs.pop("backbone_config", None))
+        model = cls(Sam2UNetConfig(backbone_config=backbone_config, **kwargs))
+        model.encoder.load_state_dict(state_dict, strict=False)
+        return model
+
+    def region_masks(self, label_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Turn label maps into region masks.
+
+        Args:
+            label_map: Integer ids of shape `(batch_size, height, width)`.
+
+        Returns:
+            Masks of shape `(batch_size, num_regions, height, width)`, float32 in {0, 1}, and the mask of the pixels
+            that count, `(batch_size, 1, height, width)`: all that are not `config.ignore_index`.
+        """
+        ids = [torch.tensor(label_ids, device=label_map.device) for label_ids in self.config.regions.values()]
+        masks = torch.stack([torch.isin(label_map, region) for region in ids], dim=1)
+        return masks.float(), (label_map != self.config.ignore_index).unsqueeze(1)
+
+    def compute_loss(self, outputs: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """Deeply supervised loss of the prediction and the side outputs, all of the input's size, at label size."""
+        if labels.is_floating_point():
+            masks, valid = labels, labels != self.config.ignore_index
+        else:
+            masks, valid = self.region_masks(labels)
+        if outputs[0].shape[-2:] != masks.shape[-2:]:
+            outputs = [F.interpolate(logits, size=masks.shape[-2:], mode="bilinear") for logits in outputs]
+        return deep_supervision_loss(
+            outputs,
+            masks,
+            output_weights=[1.0, *self.config.auxiliary_loss_weights],
+            valid=valid,
+            boundary_kernel_size=self.config.boundary_kernel_size,
+            boundary_weight=self.config.boundary_weight,
+            weight_bce=self.config.weight_bce,
+        )
+
+    def check_labels(self, labels: torch.Tensor | list[torch.Tensor], batch_size: int) -> None:
+        """Raise a `ValueError` if the labels do not fit the batch and the regions."""
+        num_regions = len(self.config.regions)
+        maps = labels if isinstance(labels, torch.Tensor) else list(labels)
+        fits = len(maps) == batch_size
+        for label in [maps[0]] if fits and isinstance(maps, torch.Tensor) else maps:
+            is_map = label.ndim == 2 and not label.is_floating_point() and label.dtype != torch.bool
+            is_masks = label.ndim == 3 and label.is_floating_point() and label.shape[0] == num_regions
+            fits = fits and (is_map or is_masks)
+        if not fits:
+            got = [(tuple(label.shape), label.dtype) for label in ([maps] if isinstance(maps, torch.Tensor) else maps)]
+            raise ValueError(
+                f"`labels` must be integer label maps of shape ({batch_size}, height, width), or float masks in [0, 1] "
+                f"of shape ({batch_size}, {num_regions}, height, width) with one channel per region of "
+                f"{list(self.config.regions)}, or a list of {batch_size} of either without the batch dimension; got "
+                f"{', '.join(f'{shape} {dtype}' for shape, dtype in got)}."
+            )
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | list[torch.Tensor] | None = None,
+        output_auxiliary_logits: bool = False,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> tuple | Sam2UNetOutput:
+        """Segment a batch of images.
+
+        Args:
+            pixel_values: Normalised images of shape `(batch_size, num_channels, height, width)`, height and width
+                from 64 up. Multiples of 32 are native; other sizes are padded with zeros at the right and bottom, and
+                the logits are cropped.
+            labels: Label maps `(batch_size, height, width)` of integer ids, or float region masks in [0, 1] of shape
+                `(batch_size, num_regions, height, width)`, of any size: logits are resized to them for the loss. Where
+                the images of a batch have labels of different sizes, a list with one tensor per image; the loss is
+                then the mean over the images. Pixels of `config.ignore_index` count nowhere.
+            output_auxiliary_logits: Return the side outputs also without labels.
+            output_hidden_states: Return the encoder's feature maps. Defaults to `config.output_hidden_states`.
+            return_dict: `False` returns a tuple. Defaults to `config.return_dict`.
+
+        Raises:
+            ValueError: If an image is too small or has the wrong number of channels, or labels do not fit.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        num_channels = self.config.backbone_config.num_channels
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
+            raise ValueError(
+                f"`pixel_values` must have shape (batch_size, {num_channels}, height, width), got "
+                f"{tuple(pixel_values.shape)}. `Sam2UNetImageProcessor` makes them from images."
+            )
+        height, width = pixel_values.shape[-2:]
+        if min(height, width) < MIN_IMAGE_SIZE:
+            raise ValueError(
+                f"`pixel_values` must be at least {MIN_IMAGE_SIZE} pixels high and wide, got {height}x{width}. "
+                "Resize the images, for example with `Sam2UNetImageProcessor`."
+            )
+        if labels is not None:
+            self.check_labels(labels, pixel_values.shape[0])
+
+        pixel_values = pixel_values.to(self.dtype)
+        pad_height, pad_width = -height % STRIDE, -width % STRIDE
+        if pad_height or pad_width:
+            pixel_values = F.pad(pixel_values, (0, pad_width, 0, pad_height))
+        feature_maps = self.encoder(pixel_values)
+        scores, auxiliary_scores = self.decode_head(feature_maps, output_auxiliary_logits or labels is not None)
+        outputs = []
+        for output in [scores, *auxiliary_scores]:
+            upsampled = F.interpolate(output, size=pixel_values.shape[-2:], mode="bilinear")
+            outputs.append(upsampled[..., :height, :width])
+
+        loss = None
+        if isinstance(labels, torch.Tensor):
+            loss = self.compute_loss(outputs, labels)
+        elif labels is not None:
+            per_image = zip(labels, *outputs, strict=True)
+            losses = [
+                self.compute_loss([logits[None] for logits in image], label[None]) for label, *image in per_image
+            ]
+            loss = torch.stack(losses).mean()
+
+        result = Sam2UNetOutput(
+            loss=loss,
+            logits=outputs[0],
+            auxiliary_logits=tuple(outputs[1:]) or None,
+            hidden_states=feature_maps if output_hidden_states else None,
+        )
+        return result if return_dict else result.to_tuple()
+
+
+__all__ = ["Sam2UNetForSemanticSegmentation", "Sam2UNetOutput", "Sam2UNetPreTrainedModel"]

@@ -1,0 +1,94 @@
+"""The converted reference model gives the reference's numbers."""
+
+import pytest
+import torch
+from common import (
+    reference_facts,
+    reference_image,
+    reference_mask,
+    reference_outputs,
+    reference_state_dict,
+    small_config,
+)
+
+from sam2unet_hf import convert_reference_checkpoint, structure_loss
+
+
+CASES = ["2x352x352", "1x192x256", "1x96x96"]
+
+
+@pytest.fixture(scope="module")
+def converted():
+    state_dict = reference_state_dict(reference_facts()["state_dict"])
+    return convert_reference_checkpoint(state_dict, small_config(regions={"foreground": [1]}))
+
+
+@pytest.fixture(scope="module")
+def outputs():
+    return reference_outputs()
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", CASES)
+def test_forward_equals_reference(converted, outputs, case, attn_implementation):
+    converted.set_attn_implementation(attn_implementation)
+    image = reference_image(*map(int, case.split("x")))
+    with torch.inference_mode():
+        output = converted(image, output_auxiliary_logits=True, output_hidden_states=True)
+    for index, features in enumerate(output.hidden_states):
+        stride = 4 if features.shape[-1] >= 44 else 1
+        torch.testing.assert_close(
+            features[..., ::stride, ::stride].contiguous(),
+            outputs[f"{case}.encoder.{index}"],
+            atol=1e-4,
+            rtol=1e-4,
+        )
+    named = {"logits": output.logits, "aux1": output.auxiliary_logits[0], "aux2": output.auxiliary_logits[1]}
+    for name, logits in named.items():
+        torch.testing.assert_close(logits[..., ::8, ::8].contiguous(), outputs[f"{case}.{name}"], atol=1e-4, rtol=0)
+        stats = torch.stack([logits.mean(), logits.std()])
+        torch.testing.assert_close(stats, outputs[f"{case}.{name}.mean_std"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_equal_reference(converted, outputs, case):
+    batch_size, height, width = map(int, case.split("x"))
+    labels = reference_mask(batch_size, height, width)
+    with torch.inference_mode():
+        output = converted(reference_image(batch_size, height, width), labels=labels)
+    masks = labels[:, None].float()
+    losses = [structure_loss(logits, masks) for logits in (output.logits, *output.auxiliary_logits)]
+    losses = torch.stack([*losses, output.loss])
+    torch.testing.assert_close(losses, outputs[f"{case}.losses"].flatten(), atol=0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_gradients_equal_reference(outputs, gradient_checkpointing):
+    from sam2unet_hf.conversion import REFERENCE_NAMES, rename
+
+    facts = reference_facts()
+    model = convert_reference_checkpoint(
+        reference_state_dict(facts["state_dict"]), small_config(regions={"foreground": [1]})
+    ).train()
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    loss = model(reference_image(2, 96, 96), labels=reference_mask(2, 96, 96)).loss
+    torch.testing.assert_close(loss.detach(), outputs["train.2x96x96.loss"].reshape(()), atol=0, rtol=1e-4)
+    loss.backward()
+    gradients = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+    expected = {rename(name, REFERENCE_NAMES): norm for name, norm in facts["grad_norms"].items()}
+    assert gradients.keys() == expected.keys()
+    largest = max(expected.values())
+    for name, norm in expected.items():
+        # The bias of a layer before batch norm has no gradient but rounding.
+        assert gradients[name] == pytest.approx(norm, rel=1e-4, abs=1e-5 * largest), name
+
+
+def test_conversion_drops_and_logs_the_unused_block(caplog):
+    facts = reference_facts()
+    model = convert_reference_checkpoint(reference_state_dict(facts["state_dict"]), small_config())
+    unused = sum(torch.Size(shape).numel() for name, shape in facts["state_dict"].items() if name.startswith("up4."))
+    buffers = sum(b.numel() for b in model.buffers())
+    total = sum(torch.Size(shape).numel() for shape in facts["state_dict"].values())
+    assert model.num_parameters() + buffers == total - unused
+    assert "up4.conv.double_conv.0.weight" in caplog.text
