@@ -1,0 +1,1 @@
+"""Builders that turn raw scans into data sets."""
