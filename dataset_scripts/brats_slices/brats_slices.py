@@ -1,0 +1,345 @@
+"""The builder of the BraTS slice data set."""
+
+import functools
+import hashlib
+import logging
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import datasets
+import numpy as np
+from isal import isal_zlib
+
+from sam2unet_hf import nifti
+from sam2unet_hf.nifti import BratsCase, BratsCaseError
+
+
+logger = logging.getLogger(__name__)
+
+CITATION = """\
+@article{menze2015brats,
+  author  = {Menze, Bjoern H. and others},
+  title   = {The Multimodal Brain Tumor Image Segmentation Benchmark ({BRATS})},
+  journal = {IEEE Transactions on Medical Imaging},
+  volume  = {34},
+  number  = {10},
+  pages   = {1993--2024},
+  year    = {2015},
+  doi     = {10.1109/TMI.2014.2377694},
+}
+@article{bakas2017advancing,
+  author  = {Bakas, Spyridon and others},
+  title   = {Advancing The Cancer Genome Atlas glioma {MRI} collections with expert segmentation labels and radiomic
+             features},
+  journal = {Scientific Data},
+  volume  = {4},
+  pages   = {170117},
+  year    = {2017},
+  doi     = {10.1038/sdata.2017.117},
+}
+@article{bakas2018identifying,
+  author  = {Bakas, Spyridon and others},
+  title   = {Identifying the Best Machine Learning Algorithms for Brain Tumor Segmentation, Progression Assessment,
+             and Overall Survival Prediction in the {BRATS} Challenge},
+  journal = {arXiv preprint arXiv:1811.02629},
+  year    = {2018},
+}
+"""
+_SKIP_ADVICE = "Or leave such cases out: `skip_bad_cases=True` (`--skip_bad_cases`)."
+
+
+@dataclass
+class BratsSlicesConfig(datasets.BuilderConfig):
+    """Options of `BratsSlices`.
+
+    Attributes:
+        modalities: One of `t1`, `t1ce`, `t2`, `flair` for grey images, or three of them as red, green and blue.
+        slices: Index of a slice, a list of them, `"all"`, or `"tumor"` for the slices that show enough of it. See
+            `sam2unet_hf.nifti.take_slice` for where each plane counts from. 95 is the slice of the paper.
+        min_tumor_pixels: How many pixels of tumour a slice must show; read with `slices="tumor"` alone.
+        plane: `"axial"`, `"coronal"` or `"sagittal"`.
+        seed: Chooses the split.
+        skip_bad_cases: Leave out and report the cases that cannot be used, instead of raising.
+    """
+
+    modalities: str | list[str] | tuple[str, ...] = ("flair",)
+    slices: int | str | list[int] | tuple[int, ...] = 95
+    min_tumor_pixels: int = 1
+    plane: str = "axial"
+    seed: int = 0
+    skip_bad_cases: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.modalities, str):
+            self.modalities = [self.modalities]
+        self.modalities = list(self.modalities)
+        if len(self.modalities) not in (1, 3) or not set(self.modalities) <= set(nifti.MODALITIES):
+            raise ValueError(
+                f"`modalities` must be one or three of {', '.join(nifti.MODALITIES)}, got {self.modalities}."
+            )
+        if self.slices not in ("all", "tumor"):
+            indices = self.slices if isinstance(self.slices, (list, tuple, range)) else [self.slices]
+            if not indices or not all(type(index) is int and index >= 0 for index in indices):
+                raise ValueError(
+                    f'`slices` must be an index from 0 on, a list of them, "all" or "tumor", got {self.slices!r}.'
+                )
+            self.slices = sorted(set(cast("list[int]", indices)))
+        if type(self.min_tumor_pixels) is not int or self.min_tumor_pixels < 1:
+            raise ValueError(f"`min_tumor_pixels` must be an integer from 1 on, got {self.min_tumor_pixels!r}.")
+        if self.plane not in nifti.PLANES:
+            raise ValueError(f"`plane` must be one of {', '.join(nifti.PLANES)}, got {self.plane!r}.")
+        if self.data_dir is None:
+            raise ValueError("`data_dir` is missing. Pass the folder that holds the BraTS cases.")
+
+    @functools.cached_property
+    def cases(self) -> list[BratsCase]:
+        """The cases found in `data_dir`."""
+        return nifti.find_cases(self.data_dir)
+
+    def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
+        """Name the cache folder after the options and the scans found, so that changed scans make a new build."""
+        names = ("modalities", "slices", "min_tumor_pixels", "plane", "seed", "skip_bad_cases")
+        options = {name: getattr(self, name) for name in names}
+        return super().create_config_id({**config_kwargs, **options, "scans": self._fingerprint()}, custom_features)
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for case in self.cases:
+            digest.update(repr((case.case_id, case.grade, case.problem)).encode())
+            for name in (*self.modalities, "seg"):
+                if name in case.files:
+                    stat = case.files[name].stat()
+                    path = case.files[name].relative_to(case.folder)
+                    digest.update(repr((name, str(path), stat.st_size, stat.st_mtime_ns)).encode())
+        return digest.hexdigest()
+
+
+class BratsSlices(datasets.GeneratorBasedBuilder):
+    """2-D slices of BraTS scans with the experts' masks, split by patient.
+
+    Each row holds `image` (8-bit, grey or three modalities as RGB), `mask` (label ids 0 background, 1 NCR/NET, 2 ED,
+    3 ET), `case_id`, `slice_index`, `grade` (`"HGG"`, `"LGG"` or `None`) and the number of pixels of whole tumour
+    (labels 1, 2, 3), tumour core (1, 3) and enhancing tumour (3).
+
+    Images are upright and one voxel per pixel: axial slices show the front at the top and coronal ones the head, both
+    with the patient's left at the right; sagittal slices show the head at the top and the front at the left.
+    Intensities are scaled per scan, see `sam2unet_hf.nifti.intensity_window`.
+
+    ```python
+    builder = BratsSlices(data_dir="BraTS2020_TrainingData", slices="tumor", min_tumor_pixels=50)
+    builder.download_and_prepare(num_proc=4)
+    dataset = builder.as_dataset()
+    ```
+
+    The cache folder depends on the options and on name, size and time of every file used.
+
+    Args:
+        data_dir: Folder that holds the cases, in any layout that `sam2unet_hf.nifti.find_cases` knows.
+        **config_kwargs: Options, see `BratsSlicesConfig`, and the arguments of `datasets.DatasetBuilder`.
+
+    Raises:
+        FileNotFoundError: If `data_dir` does not exist or holds no case.
+        ValueError: If an option has no sense.
+        BratsCaseError: From `download_and_prepare`, if a case cannot be used and `skip_bad_cases` is false.
+    """
+
+    VERSION = datasets.Version("1.0.0")  # part of the cache folder: raise it whenever the rows change
+    BUILDER_CONFIG_CLASS = BratsSlicesConfig
+    config: BratsSlicesConfig
+
+    @property
+    def skipped_cases(self) -> dict[str, str]:
+        """Why cases have no rows, by case id. Complete once the data set is prepared; the cache keeps it."""
+        folder = f"{self._output_dir}/skipped"
+        paths = sorted(self._fs.ls(folder, detail=False)) if self._fs.exists(folder) else []
+        return {path.rsplit("/", 1)[1].removesuffix(".txt"): self._fs.read_text(path) for path in paths}
+
+    def download_and_prepare(self, *args, **kwargs) -> None:
+        """Build the data set as `datasets.DatasetBuilder` does, and warn of every case that has no rows."""
+        super().download_and_prepare(*args, **kwargs)
+        for reason in self.skipped_cases.values():
+            logger.warning("Left out: %s", reason)
+
+    def _info(self) -> datasets.DatasetInfo:
+        features = {
+            "image": datasets.Image(),
+            "mask": datasets.Image(),
+            "case_id": datasets.Value("string"),
+            "slice_index": datasets.Value("int32"),
+            "grade": datasets.Value("string"),
+            "wt_pixels": datasets.Value("int32"),
+            "tc_pixels": datasets.Value("int32"),
+            "et_pixels": datasets.Value("int32"),
+        }
+        return datasets.DatasetInfo(
+            description="2-D slices of BraTS scans with expert masks of the tumour.",
+            features=datasets.Features(features),
+            homepage="https://www.synapse.org/brats",
+            citation=CITATION,
+        )
+
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
+        """Split all the cases found, so that a bad one does not move the others; empty splits are left out."""
+        cases = self.config.cases
+        if not self.config.skip_bad_cases:
+            _check_complete(cases, (*self.config.modalities, "seg"))
+        split_of = {
+            patient: split
+            for split, patients in split_patients((case.patient_id for case in cases), self.config.seed).items()
+            for patient in patients
+        }
+        generators = []
+        for split in (datasets.Split.TRAIN, datasets.Split.VALIDATION, datasets.Split.TEST):
+            cases_of_split = [case for case in cases if split_of[case.patient_id] == split]
+            if cases_of_split:
+                generators.append(datasets.SplitGenerator(split, gen_kwargs={"cases": cases_of_split}))
+        return generators
+
+    def _generate_examples(self, cases: list[BratsCase]) -> Iterator[tuple[str, dict[str, Any]]]:
+        for case in cases:
+            try:
+                rows = list(_rows(case, self.config))  # before the first is passed on, so that a bad case has none
+            except BratsCaseError as err:
+                if not self.config.skip_bad_cases:
+                    self._leave_note("error.txt", f"{err} {_SKIP_ADVICE}")
+                    raise
+                self._leave_note(f"skipped/{case.case_id}.txt", str(err))
+                continue
+            if not rows:
+                reason = f"no {self.config.plane} slice shows {self.config.min_tumor_pixels} or more pixels of tumour"
+                self._leave_note(f"skipped/{case.case_id}.txt", f"case {case.case_id}: {reason}.")
+            for row in rows:
+                yield f"{case.case_id}/{row['slice_index']:03d}", row
+
+    def _leave_note(self, name: str, text: str) -> None:
+        """Write a file beside the data: it reaches the parent process and stays in the cache, as no variable does."""
+        path = f"{self._output_dir}/{name}"
+        self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        self._fs.write_text(path, text)
+
+    def _download_and_prepare(self, dl_manager, verification_mode, **prepare_split_kwargs) -> None:
+        self.info.splits = None  # of an older build, whose bad cases may have been repaired
+        try:
+            super()._download_and_prepare(dl_manager, verification_mode, **prepare_split_kwargs)
+        except datasets.exceptions.DatasetGenerationError as err:
+            note = f"{self._output_dir}/error.txt"
+            if self._fs.exists(note):  # an exception of ours, which lost its text if it comes from a worker
+                raise BratsCaseError(self._fs.read_text(note)) from err
+            raise
+        splits = self.info.splits
+        for name in [name for name, split in splits.items() if not split.num_examples]:
+            del splits[name]
+        if not splits:
+            reasons = "\n".join(self.skipped_cases.values())
+            raise BratsCaseError(f"None of the {len(self.config.cases)} cases gives a slice:\n{reasons}")
+
+
+def split_patients(patients: Iterable[str], seed: int = 0) -> dict[str, list[str]]:
+    """Split patients as the paper does: 20 % for testing, 10 % of the rest for validation.
+
+    Patients are ordered by a hash of seed and name, which is the same on every machine. The test split is rounded,
+    the validation split rounded down but not to nothing where two patients are left. 369 patients give 266, 29, 74.
+
+    Args:
+        patients: Names of patients; the same name may come up more than once.
+        seed: Chooses the order.
+
+    Returns:
+        Patients of `"train"`, `"validation"` and `"test"`; with very few patients a split can be empty.
+    """
+    ordered = sorted(set(patients), key=lambda patient: hashlib.sha256(f"{seed}:{patient}".encode()).digest())
+    n_test = round(len(ordered) / 5)
+    n_rest = len(ordered) - n_test
+    n_validation = max(n_rest // 10, 1 if n_rest > 1 else 0)
+    return {
+        "train": ordered[n_test + n_validation :],
+        "validation": ordered[n_test : n_test + n_validation],
+        "test": ordered[:n_test],
+    }
+
+
+def _check_complete(cases: list[BratsCase], names: tuple[str, ...]) -> None:
+    """Raise for what the file names alone tell, rather than after minutes of reading."""
+    problems = []
+    for case in cases:
+        try:
+            for name in names:
+                case.path(name)
+        except BratsCaseError as err:
+            problems.append(str(err))
+    if problems:
+        more = f"\n... and {len(problems) - 5} more cases" if len(problems) > 5 else ""
+        raise BratsCaseError("\n".join(problems[:5]) + f"{more}\n{_SKIP_ADVICE}")
+
+
+def _rows(case: BratsCase, config: BratsSlicesConfig) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one case. The mask comes first: it may show that there is nothing to read the scans for."""
+    mask = case.read_mask()
+    indices = _slice_indices(mask, config)
+    if not indices:
+        return
+    scans = [case.read_image(modality, same_grid_as=mask) for modality in config.modalities]
+    windows = [nifti.intensity_window(scan) for scan in scans]
+    for index in indices:
+        channels = [
+            window.apply(nifti.take_slice(scan.voxels, config.plane, index))
+            for scan, window in zip(scans, windows, strict=True)
+        ]
+        labels = nifti.take_slice(mask.voxels, config.plane, index)
+        _, ncr, ed, et = np.bincount(labels.ravel(), minlength=4).tolist()
+        yield {
+            "image": {"path": None, "bytes": encode_png(np.stack(channels, axis=-1))},
+            "mask": {"path": None, "bytes": encode_png(labels[..., None])},
+            "case_id": case.case_id,
+            "slice_index": index,
+            "grade": case.grade,
+            "wt_pixels": ncr + ed + et,
+            "tc_pixels": ncr + et,
+            "et_pixels": et,
+        }
+
+
+def _slice_indices(mask: nifti.Volume, config: BratsSlicesConfig) -> list[int]:
+    axis = nifti.PLANES[config.plane]
+    n_slices = mask.voxels.shape[axis]
+    if config.slices == "all":
+        return list(range(n_slices))
+    if config.slices == "tumor":
+        other_axes = tuple(other for other in range(3) if other != axis)
+        wt_pixels = np.count_nonzero(mask.voxels, axis=other_axes)
+        return np.flatnonzero(wt_pixels >= config.min_tumor_pixels).tolist()
+    indices = cast("list[int]", config.slices)  # `__post_init__` saw to that
+    if indices[-1] >= n_slices:
+        raise BratsCaseError(
+            f"{mask.name} has {n_slices} {config.plane} slices, there is no slice {indices[-1]}. "
+            f"Choose `slices` from 0 to {n_slices - 1}."
+        )
+    return indices
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Encode an image as PNG, ten times faster than Pillow does at the same size of file.
+
+    Args:
+        pixels: `uint8` array of shape `(height, width, channels)` with one channel (grey) or three (RGB).
+    """
+    height, width, n_channels = pixels.shape
+    rows = pixels.reshape(height, width * n_channels)
+    filtered = np.empty((height, 1 + rows.shape[1]), np.uint8)
+    filtered[:, 0] = 2  # the filter "up": each row holds its difference to the row above
+    filtered[0, 1:] = rows[0]
+    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
+    color_type = 2 if n_channels == 3 else 0
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0)),
+        (b"IDAT", isal_zlib.compress(filtered.tobytes(), 1)),
+        (b"IEND", b""),
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )

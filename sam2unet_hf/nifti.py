@@ -1,0 +1,452 @@
+"""Read BraTS scans: find the files of every case, bring voxels to one orientation, scale intensities, map labels.
+
+Everything here works on arrays with the axes (left, posterior, superior): indices grow toward the patient's left,
+back and head. That is how BraTS itself stores its scans, so its files are read without a copy.
+"""
+
+import csv
+import io
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from isal import igzip, igzip_lib
+from nibabel import orientations
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+
+
+logger = logging.getLogger(__name__)
+
+MODALITIES = ("t1", "t1ce", "t2", "flair")
+PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the axis that a slice index counts along
+GRID_TOLERANCE_MM = 0.1
+
+_FILE_NAME = re.compile(
+    r"(?P<prefix>[^.].*)(?P<ending>_(?:t1|t1ce|t2|flair|seg)|-(?:t1n|t1c|t2w|t2f|seg))\.nii(?:\.gz)?"
+)
+_ENDINGS = {
+    "_t1": "t1", "_t1ce": "t1ce", "_t2": "t2", "_flair": "flair", "_seg": "seg",  # 2017-2021
+    "-t1n": "t1", "-t1c": "t1ce", "-t2w": "t2", "-t2f": "flair", "-seg": "seg",  # from 2023 on
+}  # fmt: skip
+_MISNAMED_MASK = re.compile(r"W39_1998\.09\.19_Segm\.nii(?:\.gz)?")  # case 355 of BraTS 2020, as released
+_TIMEPOINT = re.compile(r"(BraTS-.+-\d+)-\d{3}")
+_TO_LPS = orientations.axcodes2ornt("LPS")
+_LAYOUT = """Expected one folder per case, at any depth, with one file per contrast:
+  BraTS 2017-2021   BraTS20_Training_001/BraTS20_Training_001_{t1,t1ce,t2,flair,seg}.nii[.gz]
+  BraTS 2023 on     BraTS-GLI-00000-000/BraTS-GLI-00000-000-{t1n,t1c,t2w,t2f,seg}.nii[.gz]
+The scans are free for research after registration: https://www.synapse.org/brats (all years) or
+https://www.med.upenn.edu/cbica/brats2020/ (2020)."""
+
+
+class BratsCaseError(ValueError):
+    """A case or scan that cannot be used as it is; the message names it and says what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A scan in memory.
+
+    Attributes:
+        name: The file it came from, and the case if known, for messages.
+        voxels: Array of shape `(left, posterior, superior)`, usually a read-only view of the bytes of the file.
+        affine: The file's own affine, from its voxel indices to RAS+ world coordinates in mm.
+        lps_affine: The affine that belongs to `voxels`, to RAS+ world coordinates in mm.
+    """
+
+    name: str
+    voxels: np.ndarray
+    affine: np.ndarray
+    lps_affine: np.ndarray
+
+    @property
+    def spacing_mm(self) -> tuple[float, ...]:
+        """Voxel size along the left, posterior and superior axes."""
+        return tuple(float(size) for size in nib.affines.voxel_sizes(self.lps_affine))
+
+    def to_file_grid(self, array: np.ndarray) -> np.ndarray:
+        """Return an array of shape `(left, posterior, superior)` in the axis order and directions of the file."""
+        transform = orientations.ornt_transform(_TO_LPS, orientations.io_orientation(self.affine))
+        return orientations.apply_orientation(array, transform)
+
+
+@dataclass(frozen=True)
+class BratsCase:
+    """The files of one scanning session of one patient.
+
+    Attributes:
+        case_id: The prefix its files share, `"BraTS20_Training_001"` for example.
+        folder: Where the files lie.
+        files: Path by `"t1"`, `"t1ce"`, `"t2"`, `"flair"` and `"seg"`; what is missing is absent.
+        grade: `"HGG"` or `"LGG"` if a folder name or `name_mapping.csv` tells, else `None`.
+        problem: Why the files cannot be told apart, else `None`. Reading such a case raises.
+    """
+
+    case_id: str
+    folder: Path
+    files: dict[str, Path]
+    grade: str | None = None
+    problem: str | None = None
+
+    @property
+    def patient_id(self) -> str:
+        """The case id less the timepoint that names have from 2023 on."""
+        match = _TIMEPOINT.fullmatch(self.case_id)
+        return match[1] if match else self.case_id
+
+    def path(self, name: str) -> Path:
+        """Return the file of a modality, or of the mask (`"seg"`).
+
+        Raises:
+            BratsCaseError: If it is missing, or if the files of the case cannot be told apart.
+        """
+        if self.problem:
+            raise BratsCaseError(f"case {self.case_id}: {self.problem}")
+        if name not in self.files:
+            endings = " or ".join(f"{self.case_id}{end}.nii[.gz]" for end, known in _ENDINGS.items() if known == name)
+            what = "mask" if name == "seg" else f"{name} scan"
+            hint = " The challenge's validation and test cases come without masks." if name == "seg" else ""
+            raise BratsCaseError(
+                f"case {self.case_id}: no {what} in `{self.folder}`, expected {endings}. "
+                f"Download the case again.{hint}"
+            )
+        return self.files[name]
+
+    def read_image(self, modality: str, same_grid_as: Volume | None = None) -> Volume:
+        """Read one modality.
+
+        Args:
+            modality: One of `MODALITIES`.
+            same_grid_as: Another volume of the case, which must cover the same voxels in space.
+
+        Raises:
+            BratsCaseError: If the file is missing, damaged or on another grid.
+        """
+        volume = read_volume(self.path(modality), self.case_id)
+        if same_grid_as is not None:
+            _check_same_grid(volume, same_grid_as)
+        return volume
+
+    def read_mask(self, same_grid_as: Volume | None = None) -> Volume:
+        """Read the expert's mask as `uint8` label ids: 0 background, 1 NCR/NET, 2 ED, 3 ET.
+
+        Args:
+            same_grid_as: Another volume of the case, which must cover the same voxels in space.
+
+        Raises:
+            BratsCaseError: If the file is missing, damaged, on another grid or holds other labels.
+        """
+        path = self.path("seg")
+        volume = read_volume(path, self.case_id)
+        if same_grid_as is not None:
+            _check_same_grid(volume, same_grid_as)
+        return replace(volume, voxels=_label_ids(volume, since_2023=path.name.startswith(f"{self.case_id}-")))
+
+
+@dataclass(frozen=True)
+class IntensityWindow:
+    """How the intensities of one scan become 8-bit grey.
+
+    Attributes:
+        low: This and everything below becomes 0.
+        high: This and everything above becomes 255.
+        background: The value of the voxels outside the head, which become 0 wherever the window lies.
+    """
+
+    low: float
+    high: float
+    background: float
+
+    def apply(self, voxels: np.ndarray) -> np.ndarray:
+        """Return `voxels`, of any shape, as `uint8`. A scan of one foreground value becomes 255 there."""
+        if self.high > self.low:
+            grey = voxels.astype(np.result_type(voxels, np.float32))
+            grey -= self.low
+            grey *= 255 / (self.high - self.low)
+            grey = np.rint(np.clip(grey, 0, 255)).astype(np.uint8)
+        else:
+            grey = np.full(voxels.shape, 255, np.uint8)
+        grey[voxels == self.background] = 0
+        return grey
+
+
+def find_cases(root: str | os.PathLike) -> list[BratsCase]:
+    """Find the BraTS cases below a folder, or the one that the folder itself is.
+
+    A file belongs to a case if its name is exactly `{prefix}{ending}.nii` or `.nii.gz`, where the prefix is the name
+    of its folder or, in a renamed folder, the one prefix that the scans there share. Predictions, brain masks and
+    hidden files have other names and are not looked at. Of a plain and a gzipped copy the plain one is taken.
+
+    Args:
+        root: Any folder above the cases. Hidden folders are left out, links are followed.
+
+    Returns:
+        Cases sorted by id. A case with missing files is listed too: reading it says what it lacks.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no case in it.
+    """
+    root = Path(os.path.abspath(os.path.expanduser(root)))
+    if not root.is_dir():
+        raise FileNotFoundError(f"No folder `{root}`. Give the folder that holds the BraTS cases.\n{_LAYOUT}")
+    cases, n_nifti = [], 0
+    for folder, names in _walk(root):
+        nifti = sorted(name for name in names if name.endswith((".nii", ".nii.gz")))
+        n_nifti += len(nifti)
+        case = _case_in(folder, nifti)
+        if case:
+            cases.append(case)
+    if not cases:
+        raise FileNotFoundError(f"No BraTS case in `{root}` ({n_nifti} other NIfTI files there).\n{_LAYOUT}")
+
+    counts = Counter(case.case_id for case in cases)
+    grades = _grades_from_tables({root, *(case.folder.parent for case in cases)})
+    for i, case in enumerate(cases):
+        parts = (root.name, *case.folder.relative_to(root).parts)
+        grade = next((part.upper() for part in reversed(parts) if part.upper() in ("HGG", "LGG")), None)
+        problem = case.problem
+        if counts[case.case_id] > 1:
+            problem = f"found in {counts[case.case_id]} folders, `{case.folder}` is one. Keep one of them."
+        cases[i] = replace(case, grade=grade or grades.get(case.case_id), problem=problem)
+    return sorted(cases, key=lambda case: (case.case_id, case.folder))
+
+
+def read_volume(path: str | os.PathLike, case_id: str | None = None) -> Volume:
+    """Read a NIfTI file, plain or gzipped, and turn its axes to (left, posterior, superior).
+
+    Args:
+        path: A NIfTI-1 or -2 file with one 3-D volume of integers or floats, in either byte order.
+        case_id: Named in messages if given.
+
+    Returns:
+        The volume, in the type of the file; in floating point if the file scales its values.
+
+    Raises:
+        BratsCaseError: If the file cannot be read, is damaged or cut off, or holds something else.
+    """
+    name = f"case {case_id}: `{path}`" if case_id else f"`{path}`"
+    data = _read_bytes(path, name)
+    header, offset = _read_header(data, name)
+    shape, dtype = header.get_data_shape(), header.get_data_dtype()
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3 or min(shape) < 1:
+        raise BratsCaseError(f"{name} has the shape {shape}, expected one 3-D volume. Split it into one file each.")
+    if dtype.kind not in "iuf":
+        raise BratsCaseError(f"{name} holds voxels of type {dtype}, expected integers or floats.")
+    n_voxels = int(np.prod(shape, dtype=object))  # Python's integers do not overflow
+    if offset < 0 or offset + n_voxels * dtype.itemsize > len(data):
+        raise BratsCaseError(
+            f"{name} is cut off: its header promises {n_voxels * dtype.itemsize} bytes of voxels from byte {offset} "
+            f"on, the file has {len(data)} bytes in all. Copy or download it again."
+        )
+    voxels = np.frombuffer(data, dtype, n_voxels, offset).astype(dtype.newbyteorder("="), copy=False)
+    slope, intercept = header.get_slope_inter()
+    if slope is not None and (slope, intercept) != (1, 0):
+        voxels = voxels.astype(np.result_type(voxels, np.float32))
+        voxels *= slope
+        voxels += intercept
+    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
+        raise BratsCaseError(
+            f"{name} holds {np.count_nonzero(~np.isfinite(voxels))} voxels that are NaN or infinite. "
+            "Repair it or download it again."
+        )
+
+    affine = header.get_best_affine()
+    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
+        raise BratsCaseError(f"{name} has no usable affine: {affine.tolist()}. Repair its header.")
+    transform = orientations.ornt_transform(orientations.io_orientation(affine), _TO_LPS)
+    return Volume(
+        name=name,
+        voxels=orientations.apply_orientation(voxels.reshape(shape, order="F"), transform),  # a view
+        affine=affine,
+        lps_affine=affine @ orientations.inv_ornt_aff(transform, shape),
+    )
+
+
+def intensity_window(volume: Volume) -> IntensityWindow:
+    """Choose the window of a scan: the 0.5 and 99.5 percentiles of its foreground.
+
+    The background is the value on which the eight corners agree (0 in BraTS, a negative constant in scans that were
+    z-scored as a whole), else 0. Percentiles are those of `np.percentile`.
+
+    Args:
+        volume: A skull-stripped scan.
+
+    Raises:
+        BratsCaseError: If every voxel is background.
+    """
+    corners = volume.voxels[np.ix_([0, -1], [0, -1], [0, -1])]
+    background = corners.flat[0] if (corners == corners.flat[0]).all() else volume.voxels.dtype.type(0)
+    foreground = _in_memory_order(volume.voxels)
+    foreground = foreground[foreground != background]
+    if not foreground.size:
+        raise BratsCaseError(
+            f"{volume.name} is empty: all voxels are {background}, there is nothing to scale. Download it again."
+        )
+    low, high = _percentiles(foreground, (0.5, 99.5))
+    return IntensityWindow(low, high, float(background))
+
+
+def take_slice(voxels: np.ndarray, plane: str, index: int) -> np.ndarray:
+    """Cut one slice, as radiologists look at it and one voxel per pixel.
+
+    Args:
+        voxels: Array of shape `(left, posterior, superior)`.
+        plane: `"axial"`: front at the top, patient's left at the right, counted from the feet up. `"coronal"`: head
+            at the top, patient's left at the right, counted from the front. `"sagittal"`: head at the top, front at
+            the left, counted from the patient's right.
+        index: Position along the axis that the plane cuts.
+
+    Returns:
+        View of shape `(height, width)`.
+    """
+    if plane == "axial":
+        return voxels[:, :, index].T
+    if plane == "coronal":
+        return voxels[:, index, ::-1].T
+    if plane == "sagittal":
+        return voxels[index, :, ::-1].T
+    raise ValueError(f"`plane` must be one of {', '.join(PLANES)}, got {plane!r}.")
+
+
+def _warn(err: OSError) -> None:
+    logger.warning("Cannot look into `%s` (%s).", err.filename, err.strerror)
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield folders and the names in them, following links but visiting each folder once."""
+    seen = set()
+    for folder, subfolders, names in os.walk(root, onerror=_warn, followlinks=True):
+        real = os.path.realpath(folder)
+        subfolders[:] = [] if real in seen else sorted(name for name in subfolders if not name.startswith("."))
+        if real not in seen:
+            seen.add(real)
+            yield Path(folder), names
+
+
+def _case_in(folder: Path, names: list[str]) -> BratsCase | None:
+    """Group the NIfTI files of one folder into a case, or return `None` if it is no case folder."""
+    found = [match for match in map(_FILE_NAME.fullmatch, names) if match]
+    prefixes = sorted({match["prefix"] for match in found if _ENDINGS[match["ending"]] != "seg"})
+    if any(match["prefix"] == folder.name for match in found):
+        prefixes = [folder.name]
+    if not prefixes:
+        return None
+    problem = None
+    if len(prefixes) > 1:
+        problem = f"`{folder}` holds scans of {', '.join(prefixes)}. Give each case a folder of its own."
+        return BratsCase(folder.name, folder, {}, problem=problem)
+
+    files: dict[str, Path] = {}
+    for match in found:  # sorted, so that x.nii comes before x.nii.gz
+        if match["prefix"] != prefixes[0]:
+            continue
+        name, path = _ENDINGS[match["ending"]], folder / match[0]
+        taken = files.setdefault(name, path)
+        if taken is not path and path.name == f"{taken.name}.gz":
+            logger.warning("`%s` is there plain and gzipped, taking the plain file.", taken)
+        elif taken is not path:
+            problem = f"`{taken}` and `{path.name}` are both {name} files. Keep one of them."
+    if "seg" not in files:
+        files.update(("seg", folder / name) for name in names if _MISNAMED_MASK.fullmatch(name))
+    return BratsCase(prefixes[0], folder, files, problem=problem)
+
+
+def _grades_from_tables(folders: set[Path]) -> dict[str, str]:
+    """Read the grade of every case id from the `name_mapping.csv` files in these folders."""
+    grades = {}
+    for folder in sorted(folders):
+        path = folder / "name_mapping.csv"
+        if path.is_file():
+            with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+                for row in csv.DictReader(file):
+                    if row.get("Grade") in ("HGG", "LGG"):
+                        grades.update({row[column]: row["Grade"] for column in row if str(column).startswith("BraTS")})
+    return grades
+
+
+def _read_bytes(path: str | os.PathLike, name: str) -> bytes:
+    """Read a file and gunzip it if its first bytes say so, whatever its name says."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as err:
+        raise BratsCaseError(f"{name} cannot be read ({err.strerror}). Check the path and its permissions.") from err
+    if not data.startswith(b"\x1f\x8b"):
+        return data
+    try:
+        return igzip.decompress(data)
+    except EOFError as err:
+        raise BratsCaseError(f"{name} is cut off: its gzip stream ends early. Copy or download it again.") from err
+    except (OSError, igzip_lib.IsalError) as err:  # type: ignore[misc]  # isal declares a class as an instance
+        raise BratsCaseError(f"{name} is damaged ({err}). Copy or download it again.") from err
+
+
+def _read_header(data: bytes, name: str) -> tuple[nib.Nifti1Header, int]:
+    """Return the header and the position of the first voxel."""
+    for header_class in (nib.Nifti1Header, nib.Nifti2Header):
+        if header_class.may_contain_header(data[: header_class.sizeof_hdr]):
+            try:
+                header = header_class.from_fileobj(io.BytesIO(data))
+                return header, int(header.get_data_offset())
+            except (HeaderDataError, WrapStructError, ValueError, OverflowError) as err:
+                raise BratsCaseError(f"{name} has a broken NIfTI header ({err}). Download it again.") from err
+    raise BratsCaseError(f"{name} is not a NIfTI file. Download it again, or convert it.")
+
+
+def _label_ids(volume: Volume, since_2023: bool) -> np.ndarray:
+    """Map the labels of a mask to our ids."""
+    known = (0, 1, 2, 3) if since_2023 else (0, 1, 2, 4)
+    tumour = _in_memory_order(volume.voxels)
+    unknown = np.setdiff1d(tumour[tumour != 0], known)
+    if unknown.size:
+        raise BratsCaseError(
+            f"{volume.name} holds {unknown.size} unknown labels ({', '.join(f'{label:g}' for label in unknown[:5])}). "
+            f"A mask of this name may hold {', '.join(map(str, known))}: names with `_seg` have the labels of "
+            "2017-2021 (ET is 4), names with `-seg` those of 2023 (ET is 3; the resection cavity of 2024, 4, is not "
+            "supported). Relabel or rename it."
+        )
+    return np.minimum(volume.voxels.astype(np.uint8), 3)  # ET is the highest label of either set
+
+
+def _check_same_grid(first: Volume, second: Volume) -> None:
+    if first.voxels.shape != second.voxels.shape:
+        raise BratsCaseError(
+            f"{first.name} has the shape {first.voxels.shape}, {second.name} {second.voxels.shape} (left, "
+            "posterior, superior). Resample one onto the other."
+        )
+    last = np.array(first.voxels.shape) - 1
+    corners = np.stack(np.meshgrid(*([0, end] for end in last), indexing="ij"), axis=-1).reshape(-1, 3)
+    shift = nib.affines.apply_affine(first.lps_affine, corners) - nib.affines.apply_affine(second.lps_affine, corners)
+    distance_mm = np.linalg.norm(shift, axis=1).max()
+    if distance_mm > GRID_TOLERANCE_MM:
+        raise BratsCaseError(
+            f"{first.name} and {second.name} have different affines: a corner lies {distance_mm:.3g} mm apart, "
+            f"allowed are {GRID_TOLERANCE_MM} mm. Resample one onto the other."
+        )
+
+
+def _in_memory_order(voxels: np.ndarray) -> np.ndarray:
+    """Return a view that is fast to scan: a boolean index over a Fortran-ordered array takes several times longer."""
+    return voxels.transpose(np.argsort(np.abs(voxels.strides))[::-1])
+
+
+def _percentiles(values: np.ndarray, percents: tuple[float, ...]) -> list[float]:
+    """`np.percentile` on a 1-D array, from a histogram where that is faster: 16-bit integers, as BraTS has them."""
+    if values.dtype.kind == "f" or values.dtype.itemsize > 2:
+        return [float(value) for value in np.percentile(values, percents)]
+    lowest = int(values.min())
+    cumulative = np.cumsum(np.bincount(np.subtract(values, lowest, dtype=np.intp)))
+    result = []
+    for percent in percents:
+        position = percent / 100 * (values.size - 1)
+        # The sorted values on either side of the position, then linear interpolation between them.
+        below, above = np.searchsorted(cumulative, [np.floor(position), np.ceil(position)], side="right") + lowest
+        result.append(float(below + (above - below) * (position % 1)))
+    return result

@@ -1,0 +1,450 @@
+import io
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import nibabel as nib
+import numpy as np
+import PIL.Image
+import pytest
+from huggingface_hub import DatasetCard
+
+from dataset_scripts.brats_slices import BratsSlices, split_patients
+from dataset_scripts.brats_slices.__main__ import main, push_dataset
+from dataset_scripts.brats_slices.brats_slices import encode_png
+from sam2unet_hf.nifti import BratsCaseError
+
+
+REPO = Path(__file__).parents[1]
+BRATS_DIR = Path(os.environ.get("BRATS_DIR", REPO.parent / "shared" / "brats"))
+SHAPE = (8, 9, 5)
+LPS = np.array([[-1.5, 0, 0, 5.25], [0, -2, 0, 8], [0, 0, 3, -6], [0, 0, 0, 1]])
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def save(path, voxels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(voxels, LPS), path)
+
+
+def make_case(root, case_id, seed=0):
+    """Write four contrasts, and a mask with tumour in the axial slices 2 (4 voxels) and 3 (1 voxel)."""
+    rng = np.random.default_rng(seed)
+    for name in ("t1", "t1ce", "t2", "flair"):
+        voxels = rng.integers(100, 900, SHAPE).astype(np.int16)
+        voxels[0] = voxels[-1] = 0
+        save(root / case_id / f"{case_id}_{name}.nii.gz", voxels)
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[2:6, 4, 2], mask[6, 1, 3] = (1, 2, 2, 4), 2
+    save(root / case_id / f"{case_id}_seg.nii.gz", mask)
+
+
+@pytest.fixture
+def brats_dir(tmp_path):
+    """Five patients: three for training, one each for validation and testing."""
+    for number in range(1, 6):
+        make_case(tmp_path / "brats" / "HGG", f"Brats18_{number}_1", seed=number)
+    return tmp_path / "brats"
+
+
+def build(brats_dir, num_proc=None, **options):
+    builder = BratsSlices(data_dir=str(brats_dir), **{"slices": 2, **options})
+    builder.download_and_prepare(num_proc=num_proc)
+    return builder
+
+
+def rows(builder):
+    return [
+        row
+        for split in builder.as_dataset().values()
+        for row in split.cast_column("image", datasets.Image(decode=False))
+    ]
+
+
+# Splits
+
+
+def test_split_patients_369_as_in_the_paper():
+    splits = split_patients(f"BraTS20_Training_{number:03d}" for number in range(1, 370))
+    assert {name: len(patients) for name, patients in splits.items()} == {"train": 266, "validation": 29, "test": 74}
+    assert len({patient for patients in splits.values() for patient in patients}) == 369
+
+
+@pytest.mark.parametrize(
+    ("n", "sizes"), [(0, (0, 0, 0)), (1, (1, 0, 0)), (2, (1, 1, 0)), (3, (1, 1, 1)), (5, (3, 1, 1)), (22, (17, 1, 4))]
+)
+def test_split_patients_few_patients(n, sizes):
+    assert tuple(map(len, split_patients(map(str, range(n))).values())) == sizes
+
+
+def test_split_patients_same_on_every_machine_whatever_the_order():
+    # printf 0:d | sha256sum gives the smallest of the five sums, 0:a the next
+    expected = {"train": ["c", "b", "e"], "validation": ["a"], "test": ["d"]}
+    assert split_patients("abcde") == split_patients("edcbaab") == expected
+    assert split_patients("abcde", seed=1) != expected
+
+
+def test_timepoints_of_a_patient_stay_in_one_split(tmp_path):
+    for patient in range(4):
+        for timepoint in range(3):
+            make_case(tmp_path / "brats", f"BraTS-GLI-{patient:05d}-{timepoint:03d}")
+    # The old endings do for this test: the id alone tells the patient.
+    dataset = build(tmp_path / "brats").as_dataset()
+    patients = {name: {case_id[:-4] for case_id in split["case_id"]} for name, split in dataset.items()}
+    assert {name: len(found) for name, found in patients.items()} == {"train": 2, "validation": 1, "test": 1}
+    assert len(set.union(*patients.values())) == 4
+
+
+def test_empty_split_is_left_out(tmp_path):
+    make_case(tmp_path / "brats", "A_1")
+    assert list(build(tmp_path / "brats").as_dataset()) == ["train"]
+
+
+# Rows
+
+
+def test_rows_of_one_slice_have_image_mask_and_counts(brats_dir):
+    dataset = build(brats_dir).as_dataset()
+    assert {name: len(split) for name, split in dataset.items()} == {"train": 3, "validation": 1, "test": 1}
+    row = dataset["train"][0]
+    voxels = nib.load(next(brats_dir.rglob(f"{row['case_id']}_flair.nii.gz"))).get_fdata()
+    low, high = np.percentile(voxels[voxels != 0], [0.5, 99.5])
+    expected = np.rint((voxels[:, :, 2].T - low).clip(0, high - low) / (high - low) * 255)
+    np.testing.assert_allclose(np.asarray(row["image"]), expected, atol=1)
+    assert (row["image"].mode, row["image"].size) == ("L", (8, 9))
+
+    mask = np.zeros((9, 8))
+    mask[4, 2:6] = (1, 2, 2, 3)
+    np.testing.assert_array_equal(np.asarray(row["mask"]), mask)
+    assert row["mask"].mode == "L"
+    assert (row["slice_index"], row["grade"]) == (2, "HGG")
+    assert (row["wt_pixels"], row["tc_pixels"], row["et_pixels"]) == (4, 2, 1)
+
+
+def test_modalities_three_become_red_green_blue(brats_dir):
+    grey = {name: build(brats_dir, modalities=name).as_dataset(split="train")[0]["image"] for name in ("t1ce", "t2")}
+    colour = build(brats_dir, modalities=["t1ce", "t2", "flair"]).as_dataset(split="train")[0]["image"]
+    assert colour.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(colour)[..., 0], np.asarray(grey["t1ce"]))
+    np.testing.assert_array_equal(np.asarray(colour)[..., 1], np.asarray(grey["t2"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "indices"),
+    [
+        ({"slices": [4, 1]}, [1, 4]),
+        ({"slices": "all"}, [0, 1, 2, 3, 4]),
+        ({"slices": "tumor"}, [2, 3]),
+        ({"slices": "tumor", "min_tumor_pixels": 2}, [2]),
+        ({"slices": "tumor", "plane": "coronal"}, [1, 4]),
+        ({"slices": "tumor", "plane": "sagittal"}, [2, 3, 4, 5, 6]),
+    ],
+)
+def test_slices_chosen(tmp_path, options, indices):
+    make_case(tmp_path / "brats", "A_1")
+    assert build(tmp_path / "brats", **options).as_dataset(split="train")["slice_index"] == indices
+
+
+@pytest.mark.parametrize(
+    ("plane", "index", "size", "position"),
+    [("axial", 3, (8, 9), (1, 6)), ("coronal", 1, (8, 5), (1, 6)), ("sagittal", 6, (9, 5), (1, 1))],
+)
+def test_plane_shows_the_voxel_at_the_left_front_top_where_it_belongs(tmp_path, plane, index, size, position):
+    make_case(tmp_path / "brats", "A_1")  # its mask has ED at (left, posterior, superior) = (6, 1, 3)
+    row = build(tmp_path / "brats", plane=plane, slices=index).as_dataset(split="train")[0]
+    assert row["mask"].size == row["image"].size == size
+    assert np.asarray(row["mask"])[position] == 2
+    assert row["wt_pixels"] == 1
+
+
+@pytest.mark.parametrize("n_channels", [1, 3])
+def test_encode_png_is_lossless(n_channels):
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 5, n_channels), dtype=np.uint8)
+    with PIL.Image.open(io.BytesIO(encode_png(pixels))) as image:
+        image.load()
+        np.testing.assert_array_equal(np.asarray(image).reshape(pixels.shape), pixels)
+
+
+def test_num_proc_gives_the_same_rows(brats_dir, tmp_path, monkeypatch):
+    one = rows(build(brats_dir, slices="all"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other cache")
+    assert rows(build(brats_dir, slices="all", num_proc=2)) == one
+    assert len(one) == 25
+
+
+# Cache
+
+
+def test_cache_same_options_same_rows_other_options_other_folder(brats_dir):
+    first = build(brats_dir)
+    second = build(brats_dir, modalities=("flair",), slices=[2, 2])
+    assert second.cache_dir == first.cache_dir
+    assert rows(second) == rows(first)
+    folders = {first.cache_dir}
+    for options in ({"plane": "coronal"}, {"slices": 3}, {"modalities": "t2"}, {"seed": 1}, {"skip_bad_cases": True}):
+        folders.add(BratsSlices(data_dir=str(brats_dir), **{"slices": 2, **options}).cache_dir)
+    assert len(folders) == 6
+
+
+@pytest.mark.parametrize("change", ["scan", "mask", "added", "removed", "grade"])
+def test_cache_changed_scans_make_a_new_build(brats_dir, change):
+    folder = brats_dir / "HGG" / "Brats18_1_1"
+    before = build(brats_dir)
+    if change == "scan":
+        save(folder / "Brats18_1_1_flair.nii.gz", np.random.default_rng(9).integers(1, 99, SHAPE).astype(np.int16))
+    elif change == "mask":
+        os.utime(folder / "Brats18_1_1_seg.nii.gz", ns=(0, 0))
+    elif change == "added":
+        make_case(brats_dir, "Brats18_6_1")
+    elif change == "removed":
+        folder.rename(brats_dir.parent / "elsewhere")
+    else:
+        (brats_dir / "HGG").rename(brats_dir / "LGG")
+    after = build(brats_dir)
+    assert after.cache_dir != before.cache_dir
+    assert len(rows(after)) == {"added": 6, "removed": 4}.get(change, 5)
+    if change in ("scan", "grade"):
+        assert rows(after) != rows(before)
+
+
+def test_cache_ignores_files_that_are_not_read(brats_dir):
+    before = BratsSlices(data_dir=str(brats_dir), slices=2).cache_dir
+    os.utime(brats_dir / "HGG" / "Brats18_1_1" / "Brats18_1_1_t2.nii.gz", ns=(0, 0))
+    assert BratsSlices(data_dir=str(brats_dir), slices=2).cache_dir == before
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"modalities": ["flair", "t2"]},
+            r"`modalities` must be one or three of t1, t1ce, t2, flair, got \['flair', 't2'\]",
+        ),
+        ({"modalities": "t1gd"}, r"`modalities` must be one or three of .*, got \['t1gd'\]"),
+        ({"slices": -1}, r"`slices` must be an index from 0 on, .*, got -1"),
+        ({"slices": True}, r"`slices` must be an index from 0 on, .*, got True"),
+        ({"slices": []}, r"`slices` must be .*, got \[\]"),
+        ({"slices": "some"}, r"`slices` must be .*, got 'some'"),
+        ({"slices": 1.5}, r"`slices` must be .*, got 1.5"),
+        ({"slices": [1.5]}, r"`slices` must be .*, got \[1.5\]"),
+        ({"min_tumor_pixels": 0}, "`min_tumor_pixels` must be an integer from 1 on, got 0"),
+        ({"plane": "oblique"}, "`plane` must be one of sagittal, coronal, axial, got 'oblique'"),
+        ({"data_dir": None}, "`data_dir` is missing. Pass the folder that holds the BraTS cases"),
+    ],
+)
+def test_bad_option_says_what_is_allowed(options, message):
+    with pytest.raises(ValueError, match=message):
+        BratsSlices(**{"data_dir": "nowhere", **options})
+
+
+def test_no_folder_and_no_case_are_found_at_once(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No folder `.*nowhere`"):
+        BratsSlices(data_dir=str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="(?s)No BraTS case in .*https://www.synapse.org/brats"):
+        BratsSlices(data_dir=str(tmp_path))
+
+
+def test_missing_files_are_listed_before_any_reading(brats_dir):
+    for number in (1, 2):
+        next(brats_dir.rglob(f"Brats18_{number}_1_flair.nii.gz")).unlink()
+    next(brats_dir.rglob("Brats18_3_1_seg.nii.gz")).unlink()
+    message = (
+        "case Brats18_1_1: no flair scan.*case Brats18_2_1: no flair.*case Brats18_3_1: no mask.*skip_bad_cases=True"
+    )
+    with pytest.raises(BratsCaseError, match=f"(?s){message}"):
+        build(brats_dir)
+
+
+def test_slice_out_of_range_names_case_plane_and_count(brats_dir):
+    with pytest.raises(
+        BratsCaseError, match=r"case Brats18_\d_1: `.*` has 5 axial slices, there is no slice 95\. Choose"
+    ):
+        build(brats_dir, slices=95)
+
+
+def test_empty_scan_names_case_and_file(brats_dir):
+    save(next(brats_dir.rglob("Brats18_2_1_flair.nii.gz")), np.zeros(SHAPE, np.int16))
+    with pytest.raises(
+        BratsCaseError, match=r"case Brats18_2_1: `.*Brats18_2_1_flair\.nii\.gz` is empty: all voxels are 0"
+    ):
+        build(brats_dir)
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_bad_case_found_on_the_way_raises_or_is_skipped(brats_dir, num_proc, caplog):
+    bad = next(brats_dir.rglob("Brats18_2_1_flair.nii.gz"))
+    bad.write_bytes(bad.read_bytes()[:200])
+    message = (
+        r"case Brats18_2_1: `.*Brats18_2_1_flair\.nii\.gz` is cut off.*Or leave such cases out: `skip_bad_cases=True`"
+    )
+    with pytest.raises(BratsCaseError, match=message):
+        build(brats_dir, num_proc, slices="all")
+
+    for _ in range(2):  # the second build comes from the cache
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            builder = build(brats_dir, num_proc, slices="all", skip_bad_cases=True)
+        assert list(builder.skipped_cases) == ["Brats18_2_1"]
+        assert "is cut off: its gzip stream ends early" in builder.skipped_cases["Brats18_2_1"]
+        assert "Left out: case Brats18_2_1: " in caplog.text
+        assert {row["case_id"] for row in rows(builder)} == {f"Brats18_{number}_1" for number in (1, 3, 4, 5)}
+
+
+def test_skipping_leaves_the_other_cases_in_their_splits(brats_dir):
+    splits = {row["case_id"]: name for name, split in build(brats_dir).as_dataset().items() for row in split}
+    bad = next(case_id for case_id, split in splits.items() if split == "validation")
+    next(brats_dir.rglob(f"{bad}_seg.nii.gz")).unlink()
+    after = build(brats_dir, skip_bad_cases=True).as_dataset()
+    assert list(after) == ["train", "test"]
+    assert {row["case_id"]: name for name, split in after.items() for row in split} == {
+        case_id: name for case_id, name in splits.items() if case_id != bad
+    }
+
+
+def test_case_without_tumor_slice_is_reported_not_dropped_silently(brats_dir, caplog):
+    save(next(brats_dir.rglob("Brats18_4_1_seg.nii.gz")), np.zeros(SHAPE, np.uint8))
+    builder = build(brats_dir, slices="tumor")
+    assert builder.skipped_cases == {
+        "Brats18_4_1": "case Brats18_4_1: no axial slice shows 1 or more pixels of tumour."
+    }
+    assert "Left out: case Brats18_4_1: no axial slice" in caplog.text
+
+
+def test_no_slice_at_all_is_an_error(brats_dir):
+    with pytest.raises(
+        BratsCaseError, match=r"(?s)None of the 5 cases gives a slice:.*no axial slice shows 999 or more pixels"
+    ):
+        build(brats_dir, slices="tumor", min_tumor_pixels=999)
+
+
+def test_rebuild_on_demand_after_an_empty_split(brats_dir):
+    save(next(brats_dir.rglob("Brats18_4_1_seg.nii.gz")), np.zeros(SHAPE, np.uint8))
+    first = build(brats_dir, slices="tumor")
+    again = BratsSlices(data_dir=str(brats_dir), slices="tumor")
+    again.download_and_prepare(download_mode="force_redownload")
+    assert rows(again) == rows(first)
+
+
+# Command line
+
+
+def run(brats_dir, output_dir, *options):
+    main(["--brats_dir", str(brats_dir), "--output_dir", str(output_dir), *options])
+
+
+def test_cli_folder_loads_anywhere_without_our_code(brats_dir, tmp_path):
+    output_dir = tmp_path / "new" / "out"
+    command = [sys.executable, "-m", "dataset_scripts.brats_slices", "--brats_dir", "brats", "--output_dir", "new/out"]
+    env = {**os.environ, "PYTHONPATH": str(REPO), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    options = ["--slices", "1 2", "--modalities", "t1ce", "t2", "flair", "--num_proc", "2"]
+    done = subprocess.run([*command, *options], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Wrote 6 train, 2 validation, 2 test slices of 5 cases to new/out (cases left out: 0)" in done.stderr
+    assert 'load_dataset("new/out")' in done.stderr
+    assert sorted(path.name for path in output_dir.parent.iterdir()) == ["out"]
+
+    script = f"""
+import datasets, sys
+dataset = datasets.load_dataset({str(output_dir)!r})
+assert "sam2unet_hf" not in sys.modules
+print({{name: len(split) for name, split in dataset.items()}})
+print(dataset["train"][0]["image"].mode, dataset["test"][0]["mask"].getextrema())
+"""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    env["PYTHONPATH"] = ""
+    done = subprocess.run([sys.executable, "-c", script], cwd=elsewhere, env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["{'train': 6, 'validation': 2, 'test': 2}", "RGB (0, 0)"], done.stderr
+
+
+def test_cli_card_states_facts(brats_dir, tmp_path):
+    save(next(brats_dir.rglob("Brats18_4_1_seg.nii.gz")), np.full(SHAPE, 7, np.uint8))
+    run(brats_dir, tmp_path / "out", "--slices", "tumor", "--min_tumor_pixels", "2", "--skip_bad_cases")
+    card = DatasetCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "other"
+    assert card.data.task_categories == ["image-segmentation"]
+    assert card.data.size_categories == ["n<1K"]
+    for entry in card.data.configs[0]["data_files"]:
+        assert entry["path"] == f"data/{entry['split']}-*"
+        assert list((tmp_path / "out").glob(entry["path"]))
+    assert "cut from 4 scanning sessions of 4 patients" in card.text
+    assert "| train | " in card.text
+    assert "| `min_tumor_pixels` | 2 |" in card.text
+    assert "Cases without rows: Brats18_4_1." in card.text
+    assert "10.1109/TMI.2014.2377694" in card.text
+    assert "$" not in card.text
+
+
+def test_cli_bad_case_is_one_line_and_leaves_nothing(brats_dir, tmp_path):
+    bad = next(brats_dir.rglob("Brats18_2_1_seg.nii.gz"))
+    bad.write_bytes(b"no scan")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match=r"^error: case Brats18_2_1: `.*` is not a NIfTI file.*--skip_bad_cases"):
+        run(brats_dir, tmp_path / "out", "--slices", "2")
+    assert sorted(set(tmp_path.iterdir()) - set(before)) in ([], [tmp_path / "cache"])
+
+
+def test_cli_full_output_folder_is_refused_and_an_empty_one_taken(brats_dir, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    run(brats_dir, out, "--slices", "2")
+    with pytest.raises(SystemExit, match="^error: `.*out` is not empty. Remove it or choose another `--output_dir`"):
+        run(brats_dir, out, "--slices", "2")
+
+
+def test_cli_usage_error_exits_with_2(brats_dir, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(brats_dir, tmp_path / "out", "--slices", "some")
+    assert "argument --slices: expected indices, `all` or `tumor`, got some" in capsys.readouterr().err
+
+
+def fake_hub(private):
+    calls = []
+    api = SimpleNamespace(
+        create_repo=lambda *args, **kwargs: calls.append(("create_repo", args, kwargs)),
+        repo_info=lambda *args, **kwargs: SimpleNamespace(private=private),
+        upload_folder=lambda **kwargs: calls.append(("upload_folder", kwargs["folder_path"])),
+        whoami=lambda: {},
+    )
+    return api, calls
+
+
+def test_push_makes_a_private_repository(brats_dir, tmp_path, monkeypatch):
+    api, calls = fake_hub(private=True)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
+    run(brats_dir, tmp_path / "out", "--slices", "2", "--push_to_hub", "me/brats")
+    assert calls == [
+        ("create_repo", ("me/brats",), {"repo_type": "dataset", "private": True, "exist_ok": True}),
+        ("upload_folder", tmp_path / "out"),
+    ]
+    assert 'load_dataset("me/brats")' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_push_to_a_public_repository_is_refused(tmp_path, monkeypatch):
+    api, calls = fake_hub(private=False)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
+    with pytest.raises(ValueError, match="`me/brats` is public, .*Make the repository private"):
+        push_dataset(tmp_path, "me/brats")
+    assert [call[0] for call in calls] == ["create_repo"]
+
+
+# Real scans
+
+
+@pytest.mark.skipif(not BRATS_DIR.is_dir(), reason="no BraTS scans; set BRATS_DIR")
+def test_real_scans_22_cases_4_without_tumor_in_slice_95():
+    found = rows(build(BRATS_DIR, slices=95, num_proc=2))
+    assert len(found) == 22
+    assert sum(row["wt_pixels"] == 0 for row in found) == 4
+    assert all(PIL.Image.open(io.BytesIO(row["image"]["bytes"])).size == (240, 240) for row in found)
