@@ -1,0 +1,173 @@
+"""What the Trainer needs for SAM2-UNet: transforms, collator and metrics at the masks' own resolution."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from transformers import EvalPrediction, Trainer
+
+from .image_processing_sam2unet import Sam2UNetImageProcessor, to_label_map
+from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
+
+
+METRICS = ("dice", "iou", "mae")
+
+
+def flips() -> Callable:
+    """Return the papers' augmentation: horizontal and vertical flips of image and mask, each with probability 0.5."""
+    return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()])
+
+
+class SegmentationTransform:
+    """Turn rows of a data set into inputs of the model, for `dataset.with_transform(...)`.
+
+    Args:
+        processor: Image processor of the model.
+        image_column: Column of the images.
+        mask_column: Column of the masks, or `None` for images alone.
+        augment: Function of `(image, mask)` that returns both changed alike, such as a transform of
+            `torchvision.transforms.v2`; the mask is a `tv_tensors.Mask`. Only for training.
+        resize_masks: Resize masks with the images, as training does. `False` keeps them at their own size, at which
+            the metrics are computed.
+        label_mapping: Ids to replace in the masks, such as `{255: 1}` for masks of 0 and 255.
+    """
+
+    def __init__(
+        self,
+        processor: Sam2UNetImageProcessor,
+        image_column: str = "image",
+        mask_column: str | None = "mask",
+        augment: Callable | None = None,
+        resize_masks: bool = True,
+        label_mapping: Mapping[int, int] | None = None,
+    ):
+        self.processor = processor
+        self.image_column = image_column
+        self.mask_column = mask_column
+        self.augment = augment
+        self.resize_masks = resize_masks
+        self.label_mapping = dict(label_mapping or {})
+
+    def __call__(self, rows: Mapping[str, list[Any]]) -> dict[str, list[torch.Tensor]]:
+        """Return `pixel_values` and, with masks, `labels`, one tensor per row."""
+        images = rows[self.image_column]
+        if self.mask_column is None:
+            return {"pixel_values": list(self.processor(images, return_tensors="pt")["pixel_values"])}
+        masks = [self.read_mask(mask) for mask in rows[self.mask_column]]
+        if self.augment is not None:
+            pairs = [self.augment(image, tv_tensors.Mask(mask)) for image, mask in zip(images, masks, strict=True)]
+            images = [image for image, _ in pairs]
+            masks = [mask.as_subclass(torch.Tensor) for _, mask in pairs]
+        inputs = self.processor.preprocess(images, segmentation_maps=masks, return_tensors="pt")
+        labels = list(inputs["labels"]) if self.resize_masks else masks
+        return {"pixel_values": list(inputs["pixel_values"]), "labels": labels}
+
+    def read_mask(self, mask: Image.Image) -> torch.Tensor:
+        """Turn a mask into label ids of shape `(height, width)`."""
+        label_map = to_label_map(mask)
+        if not self.label_mapping:
+            return label_map
+        # Looked up in the original ids, so that {1: 2, 2: 1} swaps.
+        mapped = label_map.clone()
+        for label_id, new_id in self.label_mapping.items():
+            mapped[label_map == label_id] = new_id
+        return mapped
+
+
+def collate(examples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
+    """Batch examples; labels of different sizes stay a list, which the model takes too."""
+    batch: dict[str, Any] = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
+    if "labels" in examples[0]:
+        labels = [example["labels"] for example in examples]
+        same_size = len({label.shape for label in labels}) == 1
+        batch["labels"] = torch.stack(labels) if same_size else labels
+    return batch
+
+
+def image_metrics(
+    logits: torch.Tensor, labels: torch.Tensor | list[torch.Tensor], model: Sam2UNetForSemanticSegmentation
+) -> torch.Tensor:
+    """Score a batch at the resolution of its masks.
+
+    Args:
+        logits: Raw scores of shape `(batch_size, num_regions, height, width)`; resized to each mask.
+        labels: Label maps of shape `(batch_size, height, width)`, or a list of `(height, width)` maps. Pixels of
+            `ignore_index` do not count.
+        model: Knows the regions and `ignore_index`.
+
+    Returns:
+        Tensor of shape `(batch_size, num_regions, 3)`, float64, in [0, 1]: Dice and IoU of the mask at probability
+        0.5, and the mean absolute error of the probability. Where mask and prediction are both empty, Dice and IoU
+        are 1, as BraTS has it; where only one is, they are 0.
+    """
+    scores = []
+    for image_logits, label_map in zip(logits, labels, strict=True):
+        masks, valid = model.region_masks(label_map[None])
+        scores_at_mask = F.interpolate(image_logits[None].float(), size=label_map.shape, mode="bilinear")
+        probability, mask = scores_at_mask[0].sigmoid(), masks[0].bool() & valid[0]
+        predicted = (probability > 0.5) & valid[0]
+        intersection = (predicted & mask).sum(dim=(1, 2)).double()
+        area = (predicted.sum(dim=(1, 2)) + mask.sum(dim=(1, 2))).double()
+        empty = area == 0
+        dice = torch.where(empty, 1.0, 2 * intersection / area.clamp(min=1))
+        iou = torch.where(empty, 1.0, intersection / (area - intersection).clamp(min=1))
+        error = ((probability.double() - mask.double()).abs() * valid[0]).sum(dim=(1, 2))
+        scores.append(torch.stack([dice, iou, error / valid[0].sum().clamp(min=1)], dim=1))
+    return torch.stack(scores)
+
+
+def make_compute_metrics(regions: Sequence[str]) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Return the `compute_metrics` of [`Sam2UNetTrainer`].
+
+    Args:
+        regions: Names of the regions in the order of the channels.
+
+    Returns:
+        Function that averages the per-image scores: `dice`, `iou` and `mae` over images and regions, and
+        `dice_<region>` and so on over images.
+    """
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        per_region = np.asarray(prediction.predictions).mean(axis=0)
+        metrics = dict(zip(METRICS, per_region.mean(axis=0).tolist(), strict=True))
+        for region, values in zip(regions, per_region.tolist(), strict=True):
+            metrics.update({f"{metric}_{region}": value for metric, value in zip(METRICS, values, strict=True)})
+        return metrics
+
+    return compute_metrics
+
+
+class Sam2UNetTrainer(Trainer):
+    """Trainer that scores each batch as it comes and keeps a few numbers per image instead of its logits.
+
+    `predict(...).predictions` are the per-image scores of [`image_metrics`], so memory does not grow with the size of
+    the masks, masks of different sizes need no padding, and the result depends neither on the batch size nor on the
+    number of processes.
+
+    Args:
+        kwargs: Arguments of [`~transformers.Trainer`]. `data_collator` and `compute_metrics` have the right defaults.
+    """
+
+    def __init__(self, model: Sam2UNetForSemanticSegmentation, *args: Any, **kwargs: Any):
+        kwargs.setdefault("data_collator", collate)
+        kwargs.setdefault("compute_metrics", make_compute_metrics(list(model.config.regions)))
+        super().__init__(model, *args, **kwargs)
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Return the loss and the scores of each image of the batch."""
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if logits is None or labels is None:
+            return loss, logits, labels
+        scores = image_metrics(logits, labels, self.accelerator.unwrap_model(model))
+        # The Trainer computes metrics only where there are labels; these stand for them.
+        return loss, scores, torch.zeros(len(scores), device=scores.device)
+
+
+__all__ = ["Sam2UNetTrainer", "SegmentationTransform", "collate", "flips", "image_metrics", "make_compute_metrics"]
