@@ -42,7 +42,7 @@ PHANTOM_RECIPE = {
     "slices": "tumor",
     "min_tumor_pixels": 20,
     "image_size": 96,
-    "num_train_epochs": 6.0,
+    "num_train_epochs": 4.0,
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 32,
     "learning_rate": 5e-4,
@@ -320,7 +320,7 @@ def find_columns(data: datasets.DatasetDict, args: DataArguments) -> tuple[str, 
 
 
 def find_regions(
-    data: datasets.DatasetDict, mask_column: str, args: DataArguments
+    data: datasets.DatasetDict, image_column: str, mask_column: str, args: DataArguments
 ) -> tuple[dict[str, list[int]], dict[int, int]]:
     """Return the regions to segment and the ids to replace in the masks."""
     regions: dict[str, list[int]] = {}
@@ -329,19 +329,12 @@ def find_regions(
         if match is None or match[1] in regions:
             raise SystemExit(f"--regions takes NAME=ID[,ID...] with different names, such as WT=1,2,3, got {text!r}.")
         regions[match[1]] = [int(label_id) for label_id in match[2].split(",")]
-    if "wt_pixels" in data["train"].column_names:  # written by the BraTS builder, which checked the ids
+    if "wt_pixels" in data["train"].column_names:  # written by the BraTS builder, which checked it all
         return regions or {"WT": [1, 2, 3]}, {}
 
-    read_mask = SegmentationTransform(Sam2UNetImageProcessor()).read_mask
     found: set[int] = set()
-    masks = datasets.concatenate_datasets([rows.select_columns(mask_column) for rows in data.values()])
-    for row in tqdm(masks, desc="Reading the ids in the masks", unit="mask"):
-        found.update(read_mask(row[mask_column]).unique().tolist())
-        if len(found) > 64:
-            raise SystemExit(
-                f"The masks in column {mask_column!r} hold more than 64 different values, among them "
-                f"{sorted(found)[:8]}. Are they photographs, or saved as JPEG, which blurs ids? Save label ids as PNG."
-            )
+    for split, rows in data.items():
+        found |= check_images_and_masks(split, rows, image_column, mask_column)
     ids = sorted(found - {0, 255})
     if not ids and 255 in found:
         logger.warning("The masks hold 0 and 255 only: taking 255 as the foreground, label id 1.")
@@ -358,6 +351,31 @@ def find_regions(
         raise SystemExit(f"--regions names label ids {unknown} that no mask holds; the masks hold {ids}.")
     logger.info("Label ids in the masks: %s. Regions: %s.", ids, regions)
     return regions, mapping
+
+
+def check_images_and_masks(split: str, rows: datasets.Dataset, image_column: str, mask_column: str) -> set[int]:
+    """Read every image and mask once, before hours of training, and return the ids in the masks."""
+    read_mask = SegmentationTransform(Sam2UNetImageProcessor()).read_mask
+    found: set[int] = set()
+    for index, name in enumerate(tqdm(case_names(rows), desc=f"Checking {split} images and masks", unit="image")):
+        try:
+            row = rows[index]
+            label_map = read_mask(row[mask_column])
+        except (OSError, SyntaxError, ValueError) as err:  # what Pillow and we raise for broken files
+            raise SystemExit(f"{split} image {name}: {err}") from err
+        height, width = label_map.shape
+        if row[image_column].size != (width, height):
+            raise SystemExit(
+                f"{split} image {name} is {row[image_column].height}x{row[image_column].width} pixels, its mask "
+                f"{height}x{width}. Resize one to the other, masks by nearest neighbour."
+            )
+        found.update(label_map.unique().tolist())
+        if len(found) > 64:
+            raise SystemExit(
+                f"The masks up to {split} image {name} hold more than 64 different values, such as "
+                f"{sorted(found)[:8]}. Are they photographs, or saved as JPEG, which blurs ids? Save label ids as PNG."
+            )
+    return found
 
 
 def load_model(
@@ -379,9 +397,13 @@ def load_model(
     processor = Sam2UNetImageProcessor(regions=regions, size=size)
     if args.sam2_checkpoint is not None:
         freeze = args.freeze_encoder is not False
-        return Sam2UNetForSemanticSegmentation.from_sam2(
-            args.sam2_checkpoint, regions=regions, freeze_encoder=freeze
-        ), processor
+        try:
+            model = Sam2UNetForSemanticSegmentation.from_sam2(
+                args.sam2_checkpoint, regions=regions, freeze_encoder=freeze
+            )
+        except (OSError, ValueError) as err:
+            raise SystemExit(f"--sam2_checkpoint: {err}") from err
+        return model, processor
     freeze = bool(args.freeze_encoder)
     logger.warning(
         "Training the %s model from scratch%s. Pass --sam2_checkpoint for a pretrained encoder.",
@@ -496,7 +518,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     data = load_data(data_args)
     image_column, mask_column = find_columns(data, data_args)
-    regions, label_mapping = find_regions(data, mask_column, data_args)
+    regions, label_mapping = find_regions(data, image_column, mask_column, data_args)
     model, processor = load_model(model_args, regions)
 
     def transform(**kwargs: Any) -> SegmentationTransform:

@@ -1,6 +1,7 @@
 """SAM2-UNet for the Hugging Face ecosystem.
 
-Importing this package registers the model with transformers' Auto classes.
+Importing this package registers the model with transformers' Auto classes, and has `save_pretrained` put the code
+beside the weights, so that they load without this package by `trust_remote_code=True`.
 """
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
@@ -16,6 +17,10 @@ AutoConfig.register(Sam2UNetConfig.model_type, Sam2UNetConfig)
 AutoModel.register(Sam2UNetConfig, Sam2UNetForSemanticSegmentation)
 AutoModelForSemanticSegmentation.register(Sam2UNetConfig, Sam2UNetForSemanticSegmentation)
 AutoImageProcessor.register(Sam2UNetConfig, image_processor_classes={"torchvision": Sam2UNetImageProcessor})
+
+Sam2UNetConfig.register_for_auto_class()
+Sam2UNetForSemanticSegmentation.register_for_auto_class(AutoModelForSemanticSegmentation)
+Sam2UNetImageProcessor.register_for_auto_class()
 
 __all__ = [
     "Sam2UNetConfig",

@@ -1,5 +1,8 @@
 """SAM2-UNet configuration: encoder preset, decoder sizes, regions and loss options."""
 
+# transformers types the fields of a config by what the constructor takes, not by what an instance holds.
+# mypy: disable-error-code="arg-type, index, operator, union-attr"
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -103,8 +106,8 @@ def region_levels(regions: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
             common = ids[first] & ids[second]
             if ids[first] == ids[second] or (common and common not in (ids[first], ids[second])):
                 raise ValueError(
-                    f"`regions` must be nested or disjoint, got {first!r} {sorted(ids[first])} and "
-                    f"{second!r} {sorted(ids[second])}. Split the common ids {sorted(common)} into a region of their own."
+                    f"`regions` must be nested or disjoint, got {first!r} {sorted(ids[first])} and {second!r} "
+                    f"{sorted(ids[second])}. Split the common ids {sorted(common)} into a region of their own."
                 )
     levels: list[dict[str, int]] = []
     for name in names:
@@ -267,13 +270,14 @@ class Sam2UNetConfig(PreTrainedConfig):
         for name, label_ids in self.regions.items():
             if self.ignore_index in label_ids:
                 raise ValueError(
-                    f"`regions[{name!r}]` {label_ids} holds `ignore_index` {self.ignore_index}. Masks with values 0 and "
-                    "255 must be mapped to 0 and 1 first."
+                    f"`regions[{name!r}]` {label_ids} holds `ignore_index` {self.ignore_index}. Masks with values 0 "
+                    "and 255 must be mapped to 0 and 1 first."
                 )
         unnamed = [label_id for label_id in named if label_id not in self.id2label]
         if unnamed:
             raise ValueError(
-                f"`id2label` {self.id2label} does not name the label ids {unnamed} that `regions` {self.regions} write."
+                f"`id2label` {self.id2label} does not name the label ids {unnamed} that `regions` {self.regions} "
+                "write."
             )
 
 

@@ -3,10 +3,10 @@
 import json
 import logging
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,6 +54,11 @@ def rename(name: str, table: list[tuple[str, str]]) -> str:
     return re.sub(r"#(\d)", lambda match: str(int(match[1]) - 1), name)
 
 
+def unwrap_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Drop the prefix that distributed training puts before every name."""
+    return {name.removeprefix("module."): value for name, value in state_dict.items()}
+
+
 def load_pickled_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """Load a `.pt` or `.pth` file without running any code in it.
 
@@ -66,7 +71,7 @@ def load_pickled_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise FileNotFoundError(f"No checkpoint file at {path}.")
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as err:
+    except Exception as err:  # torch lets whatever a damaged file leads to through, `AssertionError` included
         raise ValueError(
             f"{path} cannot be loaded as a checkpoint of tensors: it is damaged, or holds other Python objects, which "
             f"are never loaded. Save its `state_dict()` alone. ({err})"
@@ -76,10 +81,12 @@ def load_pickled_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         if isinstance(state_dict, Mapping) and isinstance(state_dict.get(key), Mapping):
             state_dict = state_dict[key]
     if not isinstance(state_dict, Mapping) or not all(
-        isinstance(value, torch.Tensor) for value in state_dict.values()
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state_dict.items()
     ):
-        raise ValueError(f"{path} holds no state dict of tensors, but {type(state_dict).__name__}.")
-    return {name.removeprefix("module."): value for name, value in state_dict.items()}
+        raise ValueError(
+            f"{path} holds no state dict, which maps names to tensors, but another {type(state_dict).__name__}."
+        )
+    return unwrap_names(state_dict)
 
 
 def infer_backbone_config(encoder_state_dict: Mapping[str, torch.Tensor], source: str) -> Sam2HieraDetConfig:
@@ -150,7 +157,7 @@ def load_sam2_encoder(
             raise ValueError(f"{name} holds no SAM 2 encoder: no key starts with {prefix!r}.")
         config = backbone_config or infer_backbone_config(state_dict, name)
     else:
-        sam2_config = AutoConfig.from_pretrained(name)
+        sam2_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         found = getattr(getattr(sam2_config, "vision_config", None), "backbone_config", None)
         if not isinstance(found, Sam2HieraDetConfig):
             raise ValueError(
@@ -166,10 +173,10 @@ def load_sam2_encoder(
     with torch.device("meta"):
         expected = Sam2UNetEncoder(unet_config).state_dict()
     expected = {key: value for key, value in expected.items() if ".adapter." not in key}
-    blocks = unet_config.backbone_config.blocks_per_stage
-    size = f"an encoder of width {unet_config.backbone_config.hidden_size} with blocks {blocks}"
+    backbone: Any = unet_config.backbone_config
+    size = f"an encoder of width {backbone.hidden_size} with blocks {backbone.blocks_per_stage}"
     check_state_dict(state_dict, expected, name, size)
-    return unet_config.backbone_config, state_dict
+    return backbone, state_dict
 
 
 def read_safetensors(source: str, prefix: str) -> dict[str, torch.Tensor]:
@@ -222,7 +229,7 @@ def convert_reference_checkpoint(
     from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
 
     if isinstance(path_or_state_dict, Mapping):
-        source, reference = "the state dict", dict(path_or_state_dict)
+        source, reference = "the state dict", unwrap_names(path_or_state_dict)
     else:
         source, reference = os.fspath(path_or_state_dict), load_pickled_state_dict(path_or_state_dict)
     dropped = [name for name in reference if name.startswith(UNUSED_REFERENCE_PREFIX)]

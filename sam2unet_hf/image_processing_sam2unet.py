@@ -17,7 +17,6 @@ from transformers.image_utils import (
     ChannelDimension,
     ImageInput,
     PILImageResampling,
-    infer_channel_dimension_format,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
@@ -42,7 +41,8 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
 
     Args:
         regions: Region name -> the label ids it joins, in the order of the model's channels, as in
-            [`Sam2UNetConfig`]. Defaults to `{"WT": [1, 2, 3]}`.
+            [`Sam2UNetConfig`]. Defaults to `{"WT": [1, 2, 3]}`. Post-processing alone reads them; they can be set
+            later, as in `processor.regions = model.config.regions`.
         kwargs: `do_resize`, `size`, `resample`, `do_rescale`, `rescale_factor`, `do_normalize`, `image_mean`,
             `image_std` and `do_convert_rgb`, as in any image processor.
 
@@ -69,16 +69,27 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
-    regions = {"WT": [1, 2, 3]}
 
-    def __init__(self, **kwargs: Unpack[Sam2UNetImageProcessorKwargs]):
-        super().__init__(**kwargs)
-        self.regions = regions_from_pairs(self.regions)
-        region_levels(self.regions)
+    def __init__(self, regions: dict[str, list[int]] | list[list[Any]] | None = None, **kwargs: Any):
+        super().__init__(regions=regions, **kwargs)  # type: ignore[call-arg]
+
+    @property
+    def regions(self) -> dict[str, list[int]]:
+        """Region name -> label ids, in the order of the model's channels; pairs are accepted too."""
+        return self._regions
+
+    @regions.setter
+    def regions(self, regions: dict[str, list[int]] | list[list[Any]] | None) -> None:
+        regions = regions_from_pairs({"WT": [1, 2, 3]} if regions is None else regions)
+        # Raises if they are neither nested nor disjoint.
+        region_levels(regions)
+        self._regions = regions
 
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes for JSON, with `regions` as pairs to keep their order."""
-        return {**super().to_dict(), "regions": [[name, ids] for name, ids in self.regions.items()]}
+        attributes = super().to_dict()
+        del attributes["_regions"]
+        return {**attributes, "regions": [[name, ids] for name, ids in self.regions.items()]}
 
     def preprocess(
         self,
@@ -90,13 +101,15 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
 
         Args:
             images: One image or a list of them: PIL images, NumPy arrays or torch tensors, grey `(height, width)` or
-                with 1, 3 or 4 channels first or last (a fourth channel, alpha, is dropped). 8-bit images are taken as
+                with 1, 3 or 4 channels first or last (first where both fit and `input_data_format` does not say; a
+                fourth channel, alpha, is dropped); a 4-D array is a list of images. 8-bit images are taken as
                 0..255, unsigned 16-bit ones as 0..65535, other integers as 0..255 if no value is larger, else as
                 0..65535; floats as 0..1 if no value is larger, else as 0..255. With `do_rescale=False` values are
                 taken as they are.
             segmentation_maps: One map of label ids per image, of the image's size: `(height, width)`, or with a
-                single channel. Palette images give their indices, booleans 0 and 1.
-            **kwargs: Arguments of the constructor, for this call.
+                single channel, or with three equal ones. For several images also one array `(batch_size, height,
+                width)`. Palette images give their indices, booleans 0 and 1.
+            **kwargs: Arguments of the constructor but `regions`, for this call.
 
         Returns:
             `pixel_values` of shape `(batch_size, 3, height, width)`, float32, and, with maps, `labels` of shape
@@ -106,18 +119,25 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
             ValueError: If an image or map has an unsupported shape, type or value range, or images and maps do not
                 pair up.
         """
+        if "regions" in kwargs:
+            raise ValueError("`regions` plays no part in preparing images. Set `processor.regions` instead.")
         return super().preprocess(images, segmentation_maps, **kwargs)
 
-    def process_image(
-        self, image: Any, do_convert_rgb: bool | None = None, do_rescale: bool | None = None, **kwargs: Any
+    def process_image(  # type: ignore[override]
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = None,
+        do_rescale: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """Turn one image of any kind into a `(channels, height, width)` tensor with values in 0..255."""
         if isinstance(image, Image.Image):
             # 16-bit and float images lose their range in `convert("RGB")`.
             if do_convert_rgb and image.mode not in ("L", "RGB") and not image.mode.startswith(("I", "F")):
                 image = image.convert("RGB")
-            image = np.array(image)
-        image = to_channels_first(image)
+            image, input_data_format = np.array(image), ChannelDimension.LAST
+        image = to_channels_first(image, input_data_format)
         if do_rescale:
             image = to_byte_range(image)
         if image.shape[0] == 4:
@@ -127,12 +147,11 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
         return image.contiguous()
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
-        images = self.fetch_images(images)
         if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
             return list(images)
         return list(images) if isinstance(images, (list, tuple)) else [images]
 
-    def _preprocess_image_like_inputs(
+    def _preprocess_image_like_inputs(  # type: ignore[override]
         self,
         images: ImageInput,
         segmentation_maps: ImageInput | None,
@@ -140,16 +159,26 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
         device: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        prepared = self._prepare_image_like_inputs(images, **kwargs)
+        prepared = [self.process_image(image, **kwargs) for image in self._prepare_images_structure(images)]
+        if not prepared:
+            raise ValueError("`images` must hold at least one image, got none.")
         if device is not None:
             prepared = [image.to(device) for image in prepared]
         # `_preprocess` returns a `BatchFeature` with `pixel_values`.
         features = dict(self._preprocess(prepared, return_tensors=None, **kwargs))
         if segmentation_maps is not None:
-            maps = [to_label_map(item) for item in self._prepare_images_structure(segmentation_maps)]
+            if kwargs["do_center_crop"] or kwargs["do_pad"]:
+                raise ValueError(
+                    "`do_center_crop` and `do_pad` do not apply to `segmentation_maps`. Crop or pad images and masks "
+                    "together first."
+                )
+            maps = self._prepare_images_structure(segmentation_maps)
+            if len(maps) == 1 and len(prepared) > 1 and isinstance(maps[0], (np.ndarray, torch.Tensor)):
+                maps = list(maps[0]) if maps[0].ndim == 3 else maps
+            maps = [to_label_map(item) for item in maps]
             if len(maps) != len(prepared):
                 raise ValueError(
-                    f"`segmentation_maps` must hold one map per image, got {len(maps)} maps for {len(prepared)} images."
+                    f"`segmentation_maps` must hold one map per image, got {len(maps)} for {len(prepared)} images."
                 )
             for index, (image, label_map) in enumerate(zip(prepared, maps, strict=True)):
                 if image.shape[-2:] != label_map.shape:
@@ -239,23 +268,27 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
         return label_maps
 
 
-def to_channels_first(image: np.ndarray | torch.Tensor) -> torch.Tensor:
+def to_channels_first(
+    image: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None = None
+) -> torch.Tensor:
     """Turn an array of shape `(height, width)` or with 1, 3 or 4 channels first or last into channels first."""
-    if not isinstance(image, (np.ndarray, torch.Tensor)):
-        raise ValueError(f"Images must be PIL images, NumPy arrays or torch tensors, got {type(image).__name__}.")
-    if image.ndim == 2:
-        image = image[None]
-    elif image.ndim != 3 or not {image.shape[0], image.shape[-1]} & {1, 3, 4}:
-        raise ValueError(
-            "An image must have shape (height, width), (channels, height, width) or (height, width, channels) with "
-            f"1, 3 or 4 channels, got {tuple(image.shape)}."
-        )
-    elif infer_channel_dimension_format(image, num_channels=(1, 3, 4)) == ChannelDimension.LAST:
-        image = np.moveaxis(image, -1, 0) if isinstance(image, np.ndarray) else image.movedim(-1, 0)
-    if isinstance(image, np.ndarray):
-        # Big-endian files and negative strides are nothing torch can hold.
-        image = torch.from_numpy(np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("=")))
-    return image
+    if isinstance(image, np.ndarray) and image.dtype.kind in "biuf":
+        # A copy, because torch can hold neither big-endian values nor negative strides, and warns of read-only ones.
+        image = torch.from_numpy(np.array(image, dtype=image.dtype.newbyteorder("="), order="C"))
+    if not isinstance(image, torch.Tensor) or image.is_complex():
+        got = f"{image.dtype} values" if isinstance(image, (np.ndarray, torch.Tensor)) else type(image).__name__
+        raise ValueError(f"Images must be PIL images, NumPy arrays or torch tensors of real numbers, got {got}.")
+    if image.ndim == 2 and image.numel():
+        return image[None]
+    axes = {None: (0, -1), ChannelDimension.FIRST: (0,), ChannelDimension.LAST: (-1,)}
+    layout = None if input_data_format is None else ChannelDimension(input_data_format)
+    for axis in axes[layout]:
+        if image.ndim == 3 and image.numel() and image.shape[axis] in (1, 3, 4):
+            return image.movedim(axis, 0)
+    raise ValueError(
+        "An image must have shape (height, width), (channels, height, width) or (height, width, channels) with 1, 3 "
+        f"or 4 channels and at least one pixel, got {tuple(image.shape)}."
+    )
 
 
 def to_byte_range(image: torch.Tensor) -> torch.Tensor:
@@ -289,18 +322,20 @@ def to_byte_range(image: torch.Tensor) -> torch.Tensor:
 
 def to_label_map(segmentation_map: Any) -> torch.Tensor:
     """Turn a mask of any kind into an int64 tensor of shape `(height, width)`."""
+    layout = None
     if isinstance(segmentation_map, Image.Image):
-        segmentation_map = np.array(segmentation_map)
-    label_map = to_channels_first(segmentation_map)
-    if label_map.shape[0] == 3 and bool((label_map == label_map[:1]).all()):
-        label_map = label_map[:1]
-    if label_map.shape[0] != 1:
+        segmentation_map, layout = np.array(segmentation_map), ChannelDimension.LAST
+    label_map = to_channels_first(segmentation_map, layout)
+    # Colours, whatever the alpha.
+    if not bool((label_map[1:3] == label_map[:1]).all()):
         raise ValueError(
-            f"A segmentation map must have one channel of label ids, got {label_map.shape[0]} different ones. Map "
-            "colours to ids first."
+            "A segmentation map must have one channel of label ids, got colours. Map colours to ids first."
         )
-    if label_map.is_floating_point() and not bool((label_map == label_map.round()).all()):
-        raise ValueError("A segmentation map must hold whole label ids, got fractions. Was it resized or normalised?")
+    if label_map.is_floating_point() and not bool((label_map.isfinite() & (label_map == label_map.round())).all()):
+        raise ValueError(
+            "A segmentation map must hold whole label ids, got fractions or non-finite values. Was it resized or "
+            "normalised?"
+        )
     return label_map[0].long()
 
 

@@ -1,5 +1,8 @@
 """PyTorch SAM2-UNet: SAM 2's Hiera encoder with adapters, receptive field blocks and a U-Net decoder."""
 
+# transformers types the fields of a config by what the constructor takes, not by what an instance holds.
+# mypy: disable-error-code="arg-type, union-attr"
+
 import math
 from dataclasses import dataclass
 
@@ -359,7 +362,7 @@ class Sam2UNetPreTrainedModel(PreTrainedModel):
     config_class = Sam2UNetConfig
     base_model_prefix = "sam2unet"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["Sam2UNetBlock", "Sam2UNetReceptiveFieldBlock", "Sam2UNetUpBlock"]
@@ -375,8 +378,8 @@ class Sam2UNetPreTrainedModel(PreTrainedModel):
                 if isinstance(layer, (nn.Linear, nn.Conv2d)) and ".adapter." not in name:
                     init.trunc_normal_(layer.weight, std=self.config.backbone_config.initializer_range)
                     init.zeros_(layer.bias)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
 
     def freeze_encoder(self, freeze: bool = True) -> None:
         """Freeze or release the encoder's own weights; adapters and decoder stay trainable.
@@ -404,6 +407,9 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
     """SAM2-UNet: SAM 2's Hiera encoder with adapters and a U-Net decoder, one sigmoid channel per region.
 
     With `config.freeze_encoder` only adapters and decoder are trained.
+
+    Args:
+        config: Sizes, regions and loss options.
 
     Source: arXiv 2408.08870; for brain tumours doi 10.3390/app15063267.
 
@@ -448,7 +454,18 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         model.encoder.load_state_dict(state_dict, strict=False)
         return model
 
-    def region_masks(self, label_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """Save weights, configuration and code as any transformers model, for both of its auto classes."""
+        # `register_for_auto_class` knows one auto class per model.
+        name = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
+        self.config.auto_map = {
+            **(getattr(self.config, "auto_map", None) or {}),
+            "AutoModel": name,
+            "AutoModelForSemanticSegmentation": name,
+        }
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def region_masks(self, label_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn label maps into region masks.
 
         Args:
@@ -492,8 +509,8 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         if not fits:
             got = [(tuple(label.shape), label.dtype) for label in ([maps] if isinstance(maps, torch.Tensor) else maps)]
             raise ValueError(
-                f"`labels` must be integer label maps of shape ({batch_size}, height, width), or float masks in [0, 1] "
-                f"of shape ({batch_size}, {num_regions}, height, width) with one channel per region of "
+                f"`labels` must be integer label maps of shape ({batch_size}, height, width), or float masks in "
+                f"[0, 1] of shape ({batch_size}, {num_regions}, height, width) with one channel per region of "
                 f"{list(self.config.regions)}, or a list of {batch_size} of either without the batch dimension; got "
                 f"{', '.join(f'{shape} {dtype}' for shape, dtype in got)}."
             )

@@ -80,7 +80,11 @@ class SegmentationTransform:
 
 
 def collate(examples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
-    """Batch examples; labels of different sizes stay a list, which the model takes too."""
+    """Batch examples; labels of different sizes stay a list, which the model takes too.
+
+    Args:
+        examples: What [`SegmentationTransform`] makes of rows: `pixel_values`, all of one size, and perhaps `labels`.
+    """
     batch: dict[str, Any] = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
     if "labels" in examples[0]:
         labels = [example["labels"] for example in examples]
@@ -150,7 +154,9 @@ class Sam2UNetTrainer(Trainer):
     number of processes.
 
     Args:
-        kwargs: Arguments of [`~transformers.Trainer`]. `data_collator` and `compute_metrics` have the right defaults.
+        model: The model to train.
+        args: Further arguments of [`~transformers.Trainer`].
+        kwargs: The same by name. `data_collator` and `compute_metrics` have the right defaults.
     """
 
     def __init__(self, model: Sam2UNetForSemanticSegmentation, *args: Any, **kwargs: Any):

@@ -1,0 +1,523 @@
+import copy
+import functools
+import json
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from common import (
+    BRATS_REGIONS,
+    randomize,
+    reference_facts,
+    reference_image,
+    reference_state_dict,
+    small_backbone_config,
+    small_config,
+)
+from transformers import (
+    ResNetConfig,
+    ResNetModel,
+    Sam2Config,
+    Sam2HieraDetConfig,
+    Sam2Model,
+    Sam2VideoConfig,
+    Sam2VideoModel,
+    Sam2VisionConfig,
+)
+
+from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, convert_reference_checkpoint
+from sam2unet_hf.configuration_sam2unet import PRESETS, preset_backbone_config
+from sam2unet_hf.conversion import infer_backbone_config
+
+
+# Our names -> those of the reference, and of the original SAM 2 within the encoder.
+SAM2_ORIGINALS = [
+    (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    (r"\.layer_norm(\d)\.", r".norm\1."),
+    (r"\.mlp\.proj_in\.", ".mlp.layers.0."),
+    (r"\.mlp\.proj_out\.", ".mlp.layers.1."),
+]
+
+
+def original_name(name):
+    """The name in SAM 2's own checkpoints of an encoder weight."""
+    for pattern, replacement in SAM2_ORIGINALS:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def reference_name(name):
+    """The name in the reference's checkpoints of a weight of our model."""
+    if name.startswith("encoder."):
+        name = original_name(name.removeprefix("encoder."))
+        name = re.sub(r"^blocks\.(\d+)\.adapter\.down_proj\.", r"blocks.\1.prompt_learn.0.", name)
+        name = re.sub(r"^blocks\.(\d+)\.adapter\.up_proj\.", r"blocks.\1.prompt_learn.2.", name)
+        return "encoder." + re.sub(r"^blocks\.(\d+)\.(?!prompt_learn)", r"blocks.\1.block.", name)
+    parts = name.removeprefix("decode_head.").split(".")
+    if parts[0] == "classifier":
+        return f"head.{parts[-1]}"
+    number = int(parts[1]) + 1
+    if parts[0] == "auxiliary_classifiers":
+        return f"side{number}.{parts[-1]}"
+    if parts[0] == "up_blocks":
+        layer = {"conv1.conv": 0, "conv1.norm": 1, "conv2.conv": 3, "conv2.norm": 4}[".".join(parts[2:4])]
+        return f"up{number}.conv.double_conv.{layer}.{parts[-1]}"
+    rest = ".".join(parts[2:]).replace(".norm.", ".bn.")
+    for ours, theirs in (("branches.", "branch"), ("fusion.", "conv_cat."), ("shortcut.", "conv_res.")):
+        rest = re.sub(f"^{ours}", theirs, rest)
+    return f"rfb{number}.{rest}"
+
+
+@functools.cache
+def reference():
+    return reference_state_dict(reference_facts()["state_dict"])
+
+
+REFERENCE_CONFIG = {"regions": {"foreground": [1]}}
+
+
+def assert_equal_weights(model, other):
+    weights = other.state_dict()
+    assert model.state_dict().keys() == weights.keys()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+
+
+@pytest.mark.parametrize("layout", ["bare", "module.", "model", "state_dict"])
+def test_reference_file_gives_the_model_of_its_state_dict(tmp_path, layout):
+    state_dict = reference()
+    if layout == "module.":
+        state_dict = {f"module.{name}": value for name, value in state_dict.items()}
+    path = tmp_path / "SAM2UNet-30.pth"
+    torch.save({layout: state_dict, "epoch": 30} if layout in ("model", "state_dict") else state_dict, path)
+    expected = convert_reference_checkpoint(reference(), small_config(**REFERENCE_CONFIG))
+    for source in (path, str(path)):
+        model = convert_reference_checkpoint(source, small_config(**REFERENCE_CONFIG))
+        assert not model.training
+        assert_equal_weights(model, expected)
+
+
+def test_reference_state_dict_of_distributed_training_converts():
+    wrapped = {f"module.{name}": value for name, value in reference().items()}
+    model = convert_reference_checkpoint(wrapped, small_config(**REFERENCE_CONFIG))
+    assert_equal_weights(model, convert_reference_checkpoint(reference(), small_config(**REFERENCE_CONFIG)))
+
+
+def test_converted_model_survives_saving(tmp_path):
+    model = convert_reference_checkpoint(reference(), small_config(**REFERENCE_CONFIG))
+    model.save_pretrained(tmp_path)
+    loaded = Sam2UNetForSemanticSegmentation.from_pretrained(tmp_path)
+    with torch.inference_mode():
+        image = reference_image(1, 96, 96)
+        assert torch.equal(loaded(image).logits, model(image).logits)
+
+
+def without(name):
+    return lambda weights: weights.pop(name)
+
+
+def with_shape(name, *shape):
+    return lambda weights: weights.update({name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (without("rfb2.branch1.0.conv.weight"), "1 missing, such as 'decode_head.receptive_field_blocks.1.branches.1"),
+        (
+            without("encoder.blocks.3.prompt_learn.0.bias"),
+            "1 missing, such as 'encoder.blocks.3.adapter.down_proj.bias'",
+        ),
+        (with_shape("extra.weight", 1), "1 unknown, such as 'extra.weight'"),
+        (
+            with_shape("head.weight", 3, 64, 1, 1),
+            r"'decode_head.classifier.weight' has shape \(3, 64, 1, 1\) where the",
+        ),
+        (with_shape("side1.bias", 2), r"has shape \(2,\) where the configuration needs \(1,\)"),
+    ],
+    ids=["missing", "missing adapter", "unknown", "shape", "bias"],
+)
+def test_reference_that_does_not_fit_raises(change, match):
+    weights = dict(reference())
+    change(weights)
+    with pytest.raises(ValueError, match=f"weights in the state dict do not fit SAM2-UNet .*{match}"):
+        convert_reference_checkpoint(weights, small_config(**REFERENCE_CONFIG))
+
+
+def test_reference_with_the_configuration_of_another_size_raises(tmp_path):
+    torch.save(reference(), tmp_path / "small.pth")
+    with pytest.raises(ValueError, match="in .*small.pth do not fit SAM2-UNet with this configuration: .* missing"):
+        convert_reference_checkpoint(tmp_path / "small.pth", Sam2UNetConfig.from_preset("tiny"))
+
+
+def test_reference_of_no_released_size_needs_a_configuration():
+    with pytest.raises(ValueError, match="of width 16 with 8 blocks, which is none of SAM 2's sizes .*tiny.*large"):
+        convert_reference_checkpoint(reference())
+
+
+class Payload:
+    """A pickle that creates a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def write_text(path):
+    path.write_text("<!DOCTYPE html>\n<p>Not found</p>")
+
+
+def write_truncated(path):
+    torch.save(reference(), path)
+    path.write_bytes(path.read_bytes()[:20_000])
+
+
+def write_truncated_legacy(path):
+    torch.save(reference(), path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:20_000])
+
+
+def write_damaged_pickle(path):
+    # Makes torch's unpickler fail with an IndexError.
+    path.write_bytes(b"\x80\x02.")
+
+
+def write_object(path):
+    torch.save({"model": reference(), "optimizer": Payload(path.with_name("executed"))}, path)
+
+
+def write_plain_pickle(path):
+    path.write_bytes(pickle.dumps(Payload(path.with_name("executed")), protocol=2))
+
+
+DAMAGED = {
+    "empty": lambda path: path.touch(),
+    "text": write_text,
+    "truncated": write_truncated,
+    "truncated legacy": write_truncated_legacy,
+    "damaged pickle": write_damaged_pickle,
+    "object beside the weights": write_object,
+    "plain pickle": write_plain_pickle,
+}
+LOADERS = {"reference": convert_reference_checkpoint, "sam2": Sam2UNetForSemanticSegmentation.from_sam2}
+
+
+@pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
+@pytest.mark.parametrize("write", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_or_unsafe_file_raises_and_runs_nothing(tmp_path, loader, write):
+    path = tmp_path / "checkpoint.pth"
+    write(path)
+    with pytest.raises(ValueError, match="checkpoint.pth cannot be loaded as a checkpoint of tensors"):
+        loader(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_payload_is_one(tmp_path):
+    """The file that the test above looks for appears where a pickle is trusted."""
+    write_plain_pickle(tmp_path / "checkpoint.pth")
+    pickle.loads((tmp_path / "checkpoint.pth").read_bytes())
+    assert (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [([1, 2], "list"), ({"epoch": 3}, "dict"), ({0: torch.zeros(2)}, "dict"), (torch.zeros(2), "Tensor")],
+    ids=["list", "numbers", "numbered tensors", "tensor"],
+)
+@pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
+def test_file_without_state_dict_raises(tmp_path, loader, content, got):
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=f"other.pt holds no state dict, .* but another {got}"):
+        loader(tmp_path / "other.pt")
+
+
+def test_foreign_state_dict_raises(tmp_path):
+    path = tmp_path / "foreign.pt"
+    torch.save({"conv1.weight": torch.zeros(4, 3, 7, 7)}, path)
+    with pytest.raises(ValueError, match="foreign.pt is not a reference SAM2-UNet: no key starts with 'encoder.'"):
+        convert_reference_checkpoint(path)
+    with pytest.raises(
+        ValueError, match="foreign.pt holds no SAM 2 encoder: no key starts with 'image_encoder.trunk.'"
+    ):
+        Sam2UNetForSemanticSegmentation.from_sam2(path)
+    torch.save({"encoder.conv1.weight": torch.zeros(4, 3, 7, 7)}, path)
+    with pytest.raises(ValueError, match="foreign.pt holds no Hiera encoder"):
+        convert_reference_checkpoint(path)
+
+
+@pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
+def test_missing_file_raises(tmp_path, loader):
+    with pytest.raises(FileNotFoundError, match="No checkpoint file at .*absent.pth"):
+        loader(tmp_path / "absent.pth")
+
+
+def preset_state_dict(preset):
+    """A state dict of the reference for a preset, with values that differ from weight to weight."""
+    with torch.device("meta"):
+        model = Sam2UNetForSemanticSegmentation(Sam2UNetConfig.from_preset(preset))
+    return {
+        reference_name(name): torch.full(value.shape, index, dtype=value.dtype)
+        for index, (name, value) in enumerate(model.state_dict().items())
+    }
+
+
+def test_reference_names_of_the_fixture_are_all_told_apart():
+    names = {reference_name(name) for name in Sam2UNetForSemanticSegmentation(small_config()).state_dict()}
+    expected = {name for name in reference_facts()["state_dict"] if not name.startswith("up4.")}
+    assert names == expected
+
+
+@pytest.mark.parametrize(
+    "preset", ["tiny", *(pytest.param(preset, marks=pytest.mark.slow) for preset in PRESETS if preset != "tiny")]
+)
+def test_preset_is_inferred_and_every_weight_arrives(preset):
+    model = convert_reference_checkpoint(preset_state_dict(preset))
+    assert model.config.backbone_config.to_dict() == preset_backbone_config(preset).to_dict()
+    assert model.config.regions == {"foreground": [1]}
+    assert model.config.id2label == {0: "background", 1: "foreground"}
+    for index, (name, value) in enumerate(model.state_dict().items()):
+        assert bool((value == index).all()), name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_is_inferred_from_shapes(preset):
+    with torch.device("meta"):
+        model = Sam2UNetForSemanticSegmentation(Sam2UNetConfig.from_preset(preset))
+    inferred = infer_backbone_config(model.encoder.state_dict(), "weights")
+    assert inferred.to_dict() == preset_backbone_config(preset).to_dict()
+
+
+def sam2_model(kind, backbone_config=None):
+    """A random SAM 2; the checkpoints on the Hub are of the video class."""
+    backbone_config = backbone_config or small_backbone_config()
+    vision_config = Sam2VisionConfig(
+        backbone_config=backbone_config, backbone_channel_list=backbone_config.embed_dim_per_stage[::-1]
+    )
+    torch.manual_seed(0)
+    model = {
+        "sam2": lambda: Sam2Model(Sam2Config(vision_config=vision_config)),
+        "sam2_video": lambda: Sam2VideoModel(Sam2VideoConfig(vision_config=vision_config)),
+    }[kind]()
+    randomize(model.vision_encoder.backbone)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def sam2():
+    return sam2_model("sam2")
+
+
+@pytest.fixture
+def sam2_folder(sam2, tmp_path):
+    sam2.save_pretrained(tmp_path / "sam2")
+    return tmp_path / "sam2"
+
+
+def assert_has_encoder_of(model, sam2, size=(96, 128)):
+    model = copy.deepcopy(model).eval()
+    with torch.inference_mode():
+        for block in model.encoder.blocks:
+            # GELU(0) is 0, so the adapter adds nothing.
+            block.adapter.up_proj.weight.zero_()
+            block.adapter.up_proj.bias.zero_()
+        image = torch.randn(1, 3, *size)
+        expected = sam2.vision_encoder.backbone(image).intermediate_hidden_states
+        for ours, theirs in zip(model.encoder(image), expected, strict=True):
+            theirs = theirs.permute(0, 3, 1, 2)
+            assert theirs.abs().max() > 0.1
+            torch.testing.assert_close(ours, theirs, atol=1e-5 * max(1, theirs.abs().max().item()), rtol=0)
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "500KB"], ids=["whole", "sharded"])
+@pytest.mark.parametrize("kind", ["sam2", "sam2_video"])
+def test_from_sam2_folder_has_its_encoder(tmp_path, kind, max_shard_size):
+    original = sam2_model(kind)
+    original.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == kind
+    assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_size == "500KB")
+    model = Sam2UNetForSemanticSegmentation.from_sam2(str(tmp_path), regions=BRATS_REGIONS, adapter_hidden_size=8)
+    assert model.config.regions == BRATS_REGIONS
+    assert model.encoder.blocks[0].adapter.down_proj.out_features == 8
+    assert not model.encoder.blocks[0].attn.qkv.weight.requires_grad
+    assert_has_encoder_of(model, original)
+
+
+def test_from_sam2_in_half_precision_gives_float32(sam2, tmp_path):
+    half = copy.deepcopy(sam2).to(torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    model = Sam2UNetForSemanticSegmentation.from_sam2(tmp_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert_has_encoder_of(model, half.float())
+
+
+def original_checkpoint(sam2):
+    """The file that Meta distributes: encoder, neck and the rest under `model`."""
+    trunk = sam2.vision_encoder.backbone.state_dict()
+    weights = {f"image_encoder.trunk.{original_name(name)}": value for name, value in trunk.items()}
+    weights["image_encoder.neck.convs.0.conv.weight"] = torch.zeros(4)
+    weights["memory_encoder.out_proj.bias"] = torch.zeros(4)
+    return {"model": weights}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."], ids=["as distributed", "fine-tuned on several devices"])
+def test_from_original_sam2_file_has_its_encoder(sam2, tmp_path, prefix):
+    checkpoint = original_checkpoint(sam2)
+    for name in ("patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.7.mlp.layers.1.bias", "pos_embed_window"):
+        assert f"image_encoder.trunk.{name}" in checkpoint["model"]
+    checkpoint["model"] = {prefix + name: value for name, value in checkpoint["model"].items()}
+    torch.save(checkpoint, tmp_path / "sam2_hiera.pt")
+    model = Sam2UNetForSemanticSegmentation.from_sam2(
+        tmp_path / "sam2_hiera.pt", backbone_config=small_backbone_config(), regions=BRATS_REGIONS
+    )
+    assert_has_encoder_of(model, sam2)
+
+
+def test_from_original_sam2_file_infers_the_preset(tmp_path):
+    backbone_config = preset_backbone_config("tiny")
+    original = sam2_model("sam2", backbone_config)
+    torch.save(original_checkpoint(original), tmp_path / "sam2_hiera_tiny.pt")
+    model = Sam2UNetForSemanticSegmentation.from_sam2(tmp_path / "sam2_hiera_tiny.pt")
+    assert model.config.backbone_config.to_dict() == backbone_config.to_dict()
+    assert_has_encoder_of(model, original)
+
+
+def test_original_sam2_file_of_no_released_size_raises(sam2, tmp_path):
+    torch.save(original_checkpoint(sam2), tmp_path / "small.pt")
+    with pytest.raises(ValueError, match="small.pt holds a Hiera encoder of width 16 with 8 blocks, which is none of"):
+        Sam2UNetForSemanticSegmentation.from_sam2(tmp_path / "small.pt")
+
+
+def test_sam2_of_another_size_than_asked_raises(sam2, sam2_folder):
+    wider = small_backbone_config(hidden_size=32, embed_dim_per_stage=[32, 64, 128, 256])
+    torch.save(original_checkpoint(sam2), sam2_folder / "original.pt")
+    for source in (sam2_folder, sam2_folder / "original.pt"):
+        with pytest.raises(ValueError, match="do not fit an encoder of width 32 .*has shape"):
+            Sam2UNetForSemanticSegmentation.from_sam2(source, backbone_config=wider)
+
+
+MISSING = "blocks.2.attn.qkv.bias"
+
+
+@pytest.mark.parametrize("layout", ["folder", "original"])
+def test_sam2_with_a_missing_key_raises(sam2, tmp_path, layout):
+    if layout == "folder":
+        weights = {name: value for name, value in sam2.state_dict().items() if not name.endswith(MISSING)}
+        sam2.save_pretrained(tmp_path, state_dict=weights)
+        source = tmp_path
+    else:
+        checkpoint = original_checkpoint(sam2)
+        del checkpoint["model"][f"image_encoder.trunk.{MISSING}"]
+        torch.save(checkpoint, tmp_path / "original.pt")
+        source = tmp_path / "original.pt"
+    with pytest.raises(ValueError, match=f"do not fit an encoder of width 16 .*: 1 missing, such as '{MISSING}'"):
+        Sam2UNetForSemanticSegmentation.from_sam2(source, backbone_config=small_backbone_config())
+
+
+def test_folder_of_another_model_raises(tmp_path):
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 4, 4, 4], depths=[1, 1, 1, 1])
+    ResNetModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a model of type 'resnet', not a SAM 2 with a Hiera encoder"):
+        Sam2UNetForSemanticSegmentation.from_sam2(tmp_path)
+
+
+def test_sam2_unet_folder_is_no_sam2(tmp_path):
+    Sam2UNetForSemanticSegmentation(small_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a model of type 'sam2unet', not a SAM 2"):
+        Sam2UNetForSemanticSegmentation.from_sam2(tmp_path)
+
+
+def test_code_in_a_foreign_folder_never_runs(tmp_path):
+    config = {"model_type": "foreign", "auto_map": {"AutoConfig": "configuration_foreign.ForeignConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    executed = tmp_path / "executed"
+    (tmp_path / "configuration_foreign.py").write_text(f"open({str(executed)!r}, 'w').close()")
+    with pytest.raises(ValueError, match="contains custom code which must be executed"):
+        Sam2UNetForSemanticSegmentation.from_sam2(tmp_path)
+    assert not executed.exists()
+
+
+def test_folder_without_config_raises(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises((OSError, ValueError), match="config.json"):
+        Sam2UNetForSemanticSegmentation.from_sam2(tmp_path)
+
+
+def test_folder_without_weights_raises(sam2, tmp_path):
+    sam2.config.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="model.safetensors"):
+        Sam2UNetForSemanticSegmentation.from_sam2(tmp_path)
+
+
+def test_folder_with_the_weights_of_another_model_raises(sam2, tmp_path):
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 4, 4, 4], depths=[1, 1, 1, 1])
+    ResNetModel(config).save_pretrained(tmp_path)
+    sam2.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds no SAM 2 encoder: no key starts with 'vision_encoder.backbone.'"):
+        Sam2UNetForSemanticSegmentation.from_sam2(tmp_path)
+
+
+def test_truncated_safetensors_raises(sam2_folder):
+    weights = sam2_folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged \(.*\). Download or copy it again"):
+        Sam2UNetForSemanticSegmentation.from_sam2(sam2_folder)
+
+
+def test_missing_shard_raises(sam2, tmp_path):
+    sam2.save_pretrained(tmp_path, max_shard_size="5MB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    shards[-1].unlink()
+    with pytest.raises(OSError, match=shards[-1].name):
+        Sam2UNetForSemanticSegmentation.from_sam2(tmp_path)
+
+
+def test_missing_folder_raises(tmp_path):
+    with pytest.raises(OSError, match="absent"):
+        Sam2UNetForSemanticSegmentation.from_sam2(tmp_path / "absent")
+
+
+def test_hub_id_that_is_not_cached_raises_offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        OSError, match="couldn't connect to 'https://huggingface.co' .* couldn't find them in the cached"
+    ):
+        Sam2UNetForSemanticSegmentation.from_sam2("facebook/sam2-hiera-none")
+
+
+def test_config_as_on_the_hub_is_read(sam2_folder):
+    """`facebook/sam2-hiera-*` nest the encoder like this and leave out fields that newer versions write."""
+    backbone = small_backbone_config()
+    config = {
+        "architectures": ["Sam2VideoModel"],
+        "model_type": "sam2_video",
+        "vision_config": {
+            "model_type": "sam2_vision_model",
+            "backbone_channel_list": [128, 64, 32, 16],
+            "backbone_config": {
+                "model_type": "sam2_hiera_det_model",
+                **{
+                    name: getattr(backbone, name)
+                    for name in (
+                        "blocks_per_stage",
+                        "embed_dim_per_stage",
+                        "global_attention_blocks",
+                        "hidden_size",
+                        "num_attention_heads",
+                        "num_attention_heads_per_stage",
+                        "window_positional_embedding_background_size",
+                        "window_size_per_stage",
+                    )
+                },
+            },
+        },
+    }
+    (sam2_folder / "config.json").write_text(json.dumps(config))
+    model = Sam2UNetForSemanticSegmentation.from_sam2(sam2_folder)
+    assert isinstance(model.config.backbone_config, Sam2HieraDetConfig)
+    assert model.config.backbone_config.window_size_per_stage == [8, 4, 14, 7]
+    assert model.config.regions == {"WT": [1, 2, 3]}

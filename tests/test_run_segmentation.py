@@ -1,0 +1,254 @@
+"""The fine-tuning script, run as a user runs it on small data."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from common import small_model
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+from dataset_scripts.phantom import write_phantom_cohort
+from sam2unet_hf import Sam2UNetImageProcessor
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import run_segmentation  # noqa: E402 - the script is no package
+
+
+QUICK = [
+    "--use_cpu",
+    "--disable_tqdm",
+    "true",
+    "--per_device_train_batch_size",
+    "4",
+    "--per_device_eval_batch_size",
+    "4",
+]
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory):
+    return write_phantom_cohort(tmp_path_factory.mktemp("cohort") / "brats", num_patients=13, shape=(40, 40, 26))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Return a function that saves a small model to start from."""
+
+    def save(**kwargs):
+        model = small_model(**kwargs)
+        model.save_pretrained(tmp_path / "start")
+        Sam2UNetImageProcessor(regions=model.config.regions, size={"height": 64, "width": 64}).save_pretrained(
+            tmp_path / "start"
+        )
+        return str(tmp_path / "start")
+
+    return save
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of photographs and masks of 0 and 255, of mixed sizes and suffixes."""
+    generator = np.random.default_rng(0)
+    for index in range(12):
+        height, width = 64 + 3 * index, 80 - index
+        mask = np.zeros((height, width), dtype=np.uint8)
+        mask[10 : 30 + index, 15:50] = 255
+        image = (mask // 2 + generator.integers(0, 99, mask.shape)).astype(np.uint8)
+        for name, pixels, suffix in (("images", np.dstack([image] * 3), "jpg"), ("masks", mask, "png")):
+            path = tmp_path / "pictures" / name / f"photo_{index:02d}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return tmp_path / "pictures"
+
+
+def test_brats_folder_to_checkpoint_scores_and_pictures(cohort, checkpoint, tmp_path):
+    output_dir = tmp_path / "run"
+    results = run_segmentation.main(
+        ["--brats_dir", str(cohort), "--slices", "tumor", "--min_tumor_pixels", "5", "--do_predict"]
+        + ["--model_name_or_path", checkpoint(), "--num_train_epochs", "2", "--output_dir", str(output_dir), *QUICK]
+    )
+    assert results == json.loads((output_dir / "all_results.json").read_text())
+    for split in ("eval", "test"):
+        assert 0 <= results[f"{split}_dice"] <= 1
+        assert results[f"{split}_iou"] <= results[f"{split}_dice"]
+        assert results[f"{split}_mae_WT"] == results[f"{split}_mae"]
+    for name in ("training_curve.png", "predictions.png"):
+        with Image.open(output_dir / name) as picture:
+            assert min(picture.size) > 300
+            assert np.asarray(picture.convert("L")).std() > 10
+    predictions = sorted((output_dir / "predictions").glob("*.png"))
+    with Image.open(predictions[0]) as prediction:
+        assert prediction.size == (40, 40)
+    assert predictions[0].name.startswith("Phantom_")
+
+    model = AutoModelForSemanticSegmentation.from_pretrained(output_dir)
+    processor = AutoImageProcessor.from_pretrained(output_dir)
+    assert processor.regions == model.config.regions == {"WT": [1, 2, 3]}
+    state = json.loads((output_dir / "trainer_state.json").read_text())
+    best = AutoModelForSemanticSegmentation.from_pretrained(output_dir / Path(state["best_model_checkpoint"]).name)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, best.get_parameter(name)), name
+
+
+def test_pictures_of_mixed_sizes_with_masks_of_0_and_255(pictures, checkpoint, tmp_path, caplog):
+    output_dir = tmp_path / "run"
+    results = run_segmentation.main(
+        ["--dataset_name", str(pictures), "--model_name_or_path", checkpoint(regions={"foreground": [1]})]
+        + ["--num_train_epochs", "1", "--do_predict", "--output_dir", str(output_dir), *QUICK]
+    )
+    assert "taking 255 as the foreground" in caplog.text
+    assert "cut it into 9 train, 1 validation, 2 test" in caplog.text
+    assert "eval_dice_foreground" in results
+    predictions = sorted((output_dir / "predictions").glob("*.png"))
+    assert len(predictions) == 2
+    for path in predictions:
+        source = pictures / "masks" / path.name
+        with Image.open(path) as prediction, Image.open(source) as mask:
+            assert prediction.size == mask.size
+            assert set(np.unique(prediction)) <= {0, 1}
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(cohort, checkpoint, tmp_path, caplog):
+    start = checkpoint()
+
+    def run(output_dir):
+        run_segmentation.main(
+            ["--brats_dir", str(cohort), "--slices", "12", "--model_name_or_path", start]
+            + ["--num_train_epochs", "3", "--save_total_limit", "5", "--output_dir", str(output_dir), *QUICK]
+        )
+        return AutoModelForSemanticSegmentation.from_pretrained(output_dir).state_dict()
+
+    expected = run(tmp_path / "whole")
+    checkpoints = sorted((tmp_path / "whole").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert len(checkpoints) == 3
+    (tmp_path / "cut").mkdir()
+    shutil.copytree(checkpoints[0], tmp_path / "cut" / checkpoints[0].name)
+    caplog.clear()
+    resumed = run(tmp_path / "cut")
+    assert "Going on with the unfinished run" in caplog.text
+    for name, value in expected.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_from_scratch_trains_everything(cohort, tmp_path, caplog, monkeypatch):
+    from common import small_backbone_config
+
+    monkeypatch.setattr(
+        "sam2unet_hf.configuration_sam2unet.preset_backbone_config", lambda preset: small_backbone_config()
+    )
+    run_segmentation.main(
+        ["--brats_dir", str(cohort), "--slices", "12", "--image_size", "64", "--regions", "TC=1,3", "ET=3"]
+        + ["--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
+        + ["--output_dir", str(tmp_path / "run"), *QUICK]
+    )
+    assert "from scratch" in caplog.text
+    config = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "run").config
+    assert not config.freeze_encoder
+    assert config.regions == {"TC": [1, 3], "ET": [3]}
+
+
+def test_defaults_are_the_papers_recipe_and_the_phantoms(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    _, data_args, args = run_segmentation.parse_arguments(["--brats_dir", "BraTS2020"])
+    assert (args.num_train_epochs, args.learning_rate, args.weight_decay) == (30, 1e-4, 1e-4)
+    assert args.per_device_train_batch_size == 1
+    assert args.output_dir == "runs/BraTS2020"
+    assert data_args.slices == "95"
+    model_args, data_args, args = run_segmentation.parse_arguments(["--learning_rate", "0.01"])
+    assert (args.learning_rate, data_args.slices, args.output_dir) == (0.01, "tumor", "runs/phantom")
+    assert model_args.image_size == run_segmentation.PHANTOM_RECIPE["image_size"]
+
+
+def test_a_finished_run_is_not_overwritten_unasked(tmp_path):
+    (tmp_path / "all_results.json").write_text("{}")
+    with pytest.raises(SystemExit, match="holds a finished run. Pass --overwrite_output_dir"):
+        run_segmentation.main(["--output_dir", str(tmp_path)])
+
+
+def test_nothing_to_resume_from(tmp_path):
+    with pytest.raises(SystemExit, match="there is no checkpoint in"):
+        run_segmentation.main(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "true"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--dataset_name", "a", "--brats_dir", "b"], "pass one of --dataset_name and --brats_dir"),
+        (["--model_name_or_path", "a", "--sam2_checkpoint", "b"], "pass one of --model_name_or_path and"),
+    ],
+)
+def test_arguments_that_exclude_each_other(arguments, match, capsys):
+    with pytest.raises(SystemExit):
+        run_segmentation.main(arguments)
+    assert match in capsys.readouterr().err
+
+
+def test_no_brats_folder(tmp_path):
+    with pytest.raises(SystemExit, match="Give the folder that holds the BraTS cases"):
+        run_segmentation.main(["--brats_dir", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "run")])
+
+
+def spoil_pair(pictures):
+    (pictures / "masks" / "photo_03.png").unlink()
+
+
+def spoil_masks_folder(pictures):
+    shutil.rmtree(pictures / "masks")
+
+
+def spoil_with_background(pictures):
+    for path in (pictures / "masks").iterdir():
+        with Image.open(path) as mask:
+            Image.new("L", mask.size).save(path)
+
+
+def spoil_with_grey(pictures):
+    gradient = np.arange(80, dtype=np.uint8)[None].repeat(64, axis=0)
+    Image.fromarray(gradient).save(pictures / "masks" / "photo_00.png")
+
+
+def spoil_with_namesake(pictures):
+    shutil.copy(pictures / "images" / "photo_00.jpg", pictures / "images" / "photo_00.jpeg")
+
+
+def spoil_with_colour(pictures):
+    Image.new("RGB", (80, 64), (255, 0, 0)).save(pictures / "masks" / "photo_00.png")
+
+
+def spoil_with_half_a_file(pictures):
+    path = pictures / "images" / "photo_05.jpg"
+    path.write_bytes(path.read_bytes()[:900])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "arguments", "match"),
+    [
+        (spoil_pair, [], r"1 files have no partner of the same name: .*photo_03\.jpg"),
+        (spoil_masks_folder, [], "has no masks beside it"),
+        (spoil_with_background, [], "masks .* are all background"),
+        (spoil_with_grey, [], "hold more than 64 different values"),
+        (spoil_with_namesake, [], "have the same name"),
+        (spoil_with_colour, [], "image photo_00.*Map colours to ids"),
+        (spoil_with_half_a_file, [], "image photo_05: .*truncated"),
+        (None, ["--regions", "WT"], r"--regions takes NAME=ID\[,ID\.\.\.\]"),
+        (None, ["--regions", "liver=2"], r"names label ids \[2\] that no mask holds; the masks hold \[1\]"),
+        (None, ["--mask_column", "truth"], r"--mask_column: 'truth' is no column of images"),
+    ],
+)
+def test_bad_data_is_named(spoil, arguments, match, pictures, tmp_path):
+    if spoil is not None:
+        spoil(pictures)
+    with pytest.raises(SystemExit, match=match):
+        run_segmentation.main(["--dataset_name", str(pictures), "--output_dir", str(tmp_path / "run"), *arguments])
+
+
+def test_image_and_mask_of_different_size_are_named(pictures, checkpoint, tmp_path):
+    Image.fromarray(np.full((70, 90), 255, dtype=np.uint8)).save(pictures / "masks" / "photo_02.png")
+    with pytest.raises(SystemExit, match=r"image photo_02 is 70x78 pixels, its mask 70x90"):
+        run_segmentation.main(["--dataset_name", str(pictures), "--output_dir", str(tmp_path / "run")])
