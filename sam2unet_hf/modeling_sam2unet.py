@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_sam2unet import Sam2UNetConfig
 from .loss_sam2unet import deep_supervision_loss
+from .sam2_encoder import check_state_dict, load_sam2_encoder
 
 
 # The deepest stride; the window position embedding tiles only multiples of it.
@@ -447,10 +448,12 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
             FileNotFoundError: If there is no such file or folder and no such repository.
             ValueError: If it holds no SAM 2 encoder, or one with missing keys or of another size.
         """
-        from .conversion import load_sam2_encoder
-
         backbone_config, state_dict = load_sam2_encoder(source, backbone_config=kwargs.pop("backbone_config", None))
         model = cls(Sam2UNetConfig(backbone_config=backbone_config, **kwargs))
+        expected = {name: value for name, value in model.encoder.state_dict().items() if ".adapter." not in name}
+        backbone = model.config.backbone_config
+        size = f"an encoder of width {backbone.hidden_size} with blocks {backbone.blocks_per_stage}"
+        check_state_dict(state_dict, expected, str(source), size)
         model.encoder.load_state_dict(state_dict, strict=False)
         return model
 

@@ -64,7 +64,8 @@ def test_losses_equal_reference(converted, outputs, case):
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_gradients_equal_reference(outputs, gradient_checkpointing):
-    from sam2unet_hf.conversion import REFERENCE_NAMES, rename
+    from sam2unet_hf.conversion import REFERENCE_NAMES
+    from sam2unet_hf.sam2_encoder import rename
 
     facts = reference_facts()
     model = convert_reference_checkpoint(

@@ -15,10 +15,10 @@ from sam2unet_hf import Sam2UNetImageProcessor
 
 CODE = [
     "configuration_sam2unet.py",
-    "conversion.py",
     "image_processing_sam2unet.py",
     "loss_sam2unet.py",
     "modeling_sam2unet.py",
+    "sam2_encoder.py",
 ]
 
 # Run in another folder with another cache; the arguments are the checkpoint, an image and where to write.
@@ -44,7 +44,7 @@ for auto_class in (AutoModel, AutoModelForSemanticSegmentation):
     tensors[auto_class.__name__] = outputs.logits
     result["modules"].append(type(model).__module__)
 tensors["label_map"] = processor.post_process_semantic_segmentation(outputs, [(80, 70)])[0]
-# `conversion.py` travels too.
+# Reading SAM 2 weights travels too.
 try:
     type(model).from_sam2("absent.pt")
 except FileNotFoundError as error:

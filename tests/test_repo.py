@@ -18,10 +18,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ["sam2unet_hf", "dataset_scripts"]
 FLAT_FILES = [
     "configuration_sam2unet.py",
-    "conversion.py",
     "image_processing_sam2unet.py",
     "loss_sam2unet.py",
     "modeling_sam2unet.py",
+    "sam2_encoder.py",
 ]
 ALLOWED_IMPORTS = {"PIL", "huggingface_hub", "numpy", "safetensors", "torch", "torchvision", "transformers"}
 

@@ -1,0 +1,175 @@
+"""Reading the encoders of SAM 2: from the Hub, from folders and from original `.pt` files."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig, Sam2HieraDetConfig
+from transformers.utils import cached_file
+
+from .configuration_sam2unet import PRESETS, preset_backbone_config
+
+
+# Original SAM 2 -> transformers' `Sam2HieraDetModel`, within the encoder.
+SAM2_NAMES = [
+    (r"^patch_embed\.proj\.", "patch_embed.projection."),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"\.mlp\.layers\.0\.", ".mlp.proj_in."),
+    (r"\.mlp\.layers\.1\.", ".mlp.proj_out."),
+]
+
+
+def rename(name: str, table: list[tuple[str, str]]) -> str:
+    """Apply every rule of a table in turn; `#n` in the result becomes n - 1."""
+    for pattern, replacement in table:
+        name = re.sub(pattern, replacement, name)
+    return re.sub(r"#(\d)", lambda match: str(int(match[1]) - 1), name)
+
+
+def unwrap_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Drop the prefix that distributed training puts before every name."""
+    return {name.removeprefix("module."): value for name, value in state_dict.items()}
+
+
+def load_pickled_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Load a `.pt` or `.pth` file without running any code in it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, holds more than tensors, or holds no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No checkpoint file at {path}.")
+    try:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as err:  # torch lets whatever a damaged file leads to through, `AssertionError` included
+        raise ValueError(
+            f"{path} cannot be loaded as a checkpoint of tensors: it is damaged, or holds other Python objects, which "
+            f"are never loaded. Save its `state_dict()` alone. ({err})"
+        ) from err
+    # SAM 2 keeps its weights under "model"; training scripts often under "state_dict".
+    for key in ("model", "state_dict"):
+        if isinstance(state_dict, Mapping) and isinstance(state_dict.get(key), Mapping):
+            state_dict = state_dict[key]
+    if not isinstance(state_dict, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state_dict.items()
+    ):
+        raise ValueError(
+            f"{path} holds no state dict, which maps names to tensors, but another {type(state_dict).__name__}."
+        )
+    return unwrap_names(state_dict)
+
+
+def infer_backbone_config(encoder_state_dict: Mapping[str, torch.Tensor], source: str) -> Sam2HieraDetConfig:
+    """Recognise which of the four SAM 2 sizes the weights of an encoder, in our names, belong to.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    embedding = encoder_state_dict.get("patch_embed.projection.weight")
+    if embedding is None:
+        raise ValueError(f"{source} holds no Hiera encoder: `patch_embed.projection.weight` is missing.")
+    hidden_size = embedding.shape[0]
+    blocks = {int(match[1]) for name in encoder_state_dict if (match := re.match(r"blocks\.(\d+)\.", name))}
+    for preset, values in PRESETS.items():
+        if values["hidden_size"] == hidden_size and sum(values["blocks_per_stage"]) == len(blocks):
+            return preset_backbone_config(preset)
+    raise ValueError(
+        f"{source} holds a Hiera encoder of width {hidden_size} with {len(blocks)} blocks, which is none of SAM 2's "
+        f"sizes ({', '.join(PRESETS)}). Pass its configuration."
+    )
+
+
+def check_state_dict(
+    state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], source: str, size: str
+) -> None:
+    """Raise a `ValueError` that names what is missing, unknown or of another shape."""
+    problems = []
+    if missing := [name for name in expected if name not in state_dict]:
+        problems.append(f"{len(missing)} missing, such as {missing[0]!r}")
+    if unknown := [name for name in state_dict if name not in expected]:
+        problems.append(f"{len(unknown)} unknown, such as {unknown[0]!r}")
+    for name in expected:
+        if name in state_dict and state_dict[name].shape != expected[name].shape:
+            got, want = tuple(state_dict[name].shape), tuple(expected[name].shape)
+            problems.append(f"{name!r} has shape {got} where the configuration needs {want}")
+            break
+    if problems:
+        raise ValueError(f"The weights in {source} do not fit {size}: {'; '.join(problems)}.")
+
+
+def load_sam2_encoder(
+    source: str | os.PathLike, backbone_config: dict | PreTrainedConfig | None = None
+) -> tuple[dict | PreTrainedConfig, dict[str, torch.Tensor]]:
+    """Read the encoder of SAM 2 or SAM 2.1.
+
+    Args:
+        source: Original `.pt` file, folder written by `save_pretrained`, or Hub id.
+        backbone_config: The encoder's configuration. By default that of the checkpoint, or for a `.pt` file the one of
+            SAM 2's sizes that the shapes show.
+
+    Returns:
+        The encoder's configuration, and its weights in the names of [`Sam2UNetForSemanticSegmentation`]`.encoder`,
+        whose shapes are not checked here.
+
+    Raises:
+        FileNotFoundError: If `source` is the path of a file that does not exist.
+        OSError: If it is no folder with a checkpoint and no repository that can be reached.
+        ValueError: If it holds no SAM 2 encoder, or it is a `.pt` file of none of SAM 2's sizes.
+    """
+    name = os.fspath(source)
+    if Path(name).is_file() or name.endswith((".pt", ".pth")):
+        prefix = "image_encoder.trunk."
+        state_dict = {
+            rename(key.removeprefix(prefix), SAM2_NAMES): value
+            for key, value in load_pickled_state_dict(name).items()
+            if key.startswith(prefix)
+        }
+        if not state_dict:
+            raise ValueError(f"{name} holds no SAM 2 encoder: no key starts with {prefix!r}.")
+        config = backbone_config or infer_backbone_config(state_dict, name)
+    else:
+        sam2_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        found = getattr(getattr(sam2_config, "vision_config", None), "backbone_config", None)
+        if not isinstance(found, Sam2HieraDetConfig):
+            raise ValueError(
+                f"{name} holds a model of type {sam2_config.model_type!r}, not a SAM 2 with a Hiera encoder. Use for "
+                "example facebook/sam2-hiera-large."
+            )
+        config = backbone_config or found
+        state_dict = read_safetensors(name, prefix="vision_encoder.backbone.")
+    return config, state_dict
+
+
+def read_safetensors(source: str, prefix: str) -> dict[str, torch.Tensor]:
+    """Read the tensors under `prefix`, and no others, from a checkpoint folder or Hub repository.
+
+    Raises:
+        OSError: If there is no `model.safetensors`, whole or in shards.
+        ValueError: If a file is damaged or has nothing under `prefix`.
+    """
+    index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    names = ["model.safetensors"]
+    if index is not None:
+        names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    state_dict = {}
+    for name in names:
+        path = cached_file(source, name)
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - a file, not a dict
+                    if key.startswith(prefix):
+                        state_dict[key.removeprefix(prefix)] = file.get_tensor(key)
+        except SafetensorError as err:
+            raise ValueError(f"{path} is damaged ({err}). Download or copy it again.") from err
+    if not state_dict:
+        raise ValueError(f"{source} holds no SAM 2 encoder: no key starts with {prefix!r}.")
+    return state_dict
+
+
+__all__ = ["load_sam2_encoder"]
