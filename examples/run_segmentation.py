@@ -28,6 +28,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from dataset_scripts.brats_slices import BratsSlices, split_patients
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
+from sam2unet_hf.configuration_sam2unet import PRESETS
+from sam2unet_hf.nifti import MODALITIES, PLANES
 from sam2unet_hf.training import Sam2UNetTrainer, SegmentationTransform, flips
 
 
@@ -39,7 +41,7 @@ logger = logging.getLogger("run_segmentation")
 
 # Training on the phantom: minutes on two CPU cores, from scratch.
 PHANTOM_RECIPE = {
-    "slices": "tumor",
+    "slices": ["tumor"],
     "min_tumor_pixels": 20,
     "image_size": 96,
     "num_train_epochs": 4.0,
@@ -75,12 +77,15 @@ class ModelArguments:
     )
     preset: str = field(
         default="tiny",
-        metadata={"help": "Encoder from scratch if there is no checkpoint: tiny, small, base_plus or large."},
+        metadata={"help": "Encoder from scratch if there is no checkpoint.", "choices": list(PRESETS)},
     )
     freeze_encoder: bool | None = field(
         default=None, metadata={"help": "Train adapters and decoder only. Default: yes, unless from scratch."}
     )
-    image_size: int = field(default=352, metadata={"help": "Height and width the images are resized to."})
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Height and width the images are resized to. Default: the checkpoint's, or else 352."},
+    )
 
 
 @dataclass
@@ -102,19 +107,19 @@ class DataArguments:
         default=None,
         metadata={
             "help": "What to segment, NAME=ID[,ID...] each, nested or disjoint. Default: WT=1,2,3 for BraTS, else one "
-            "region per id in the masks."
+            "region per id in the masks; with --model_name_or_path those of the model."
         },
     )
     modalities: list[str] = field(
-        default_factory=lambda: ["flair"], metadata={"help": "For scans: one of t1 t1ce t2 flair, or three as RGB."}
+        default_factory=lambda: ["flair"], metadata={"help": "For scans: one, or three as RGB.", "choices": MODALITIES}
     )
-    slices: str = field(
-        default="95", metadata={"help": 'For scans: slice indices such as 95 or "90 95", all, or tumor.'}
+    slices: list[str] = field(
+        default_factory=lambda: ["95"], metadata={"help": "For scans: indices such as 90 95, or all, or tumor."}
     )
     min_tumor_pixels: int = field(
         default=1, metadata={"help": "For scans with --slices tumor: tumour a slice must show."}
     )
-    plane: str = field(default="axial", metadata={"help": "For scans: axial, coronal or sagittal."})
+    plane: str = field(default="axial", metadata={"help": "For scans: how to cut.", "choices": sorted(PLANES)})
     num_proc: int | None = field(default=None, metadata={"help": "For scans: processes that read them."})
     skip_bad_cases: bool = field(default=False, metadata={"help": "For scans: leave out and list unusable cases."})
     split_seed: int = field(default=0, metadata={"help": "Seed of the split by patient, where the data has none."})
@@ -165,6 +170,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Seg
     source = given.dataset_name or given.brats_dir
     if source is None:
         parser.set_defaults(**PHANTOM_RECIPE)
+        if given.model_name_or_path is not None:
+            parser.set_defaults(image_size=None)
     name = re.sub(r"[^\w.-]+", "-", Path(source).resolve().name if Path(source).exists() else source) if source else ""
     parser.set_defaults(output_dir=f"runs/{name or 'phantom'}")
     return parser.parse_args_into_dataclasses(argv)
@@ -181,9 +188,9 @@ def prepare_output_dir(args: SegmentationTrainingArguments) -> str | None:
             raise SystemExit(f"--resume_from_checkpoint: there is no checkpoint in {output_dir} to resume from.")
         return last_checkpoint
     if args.overwrite_output_dir or not args.do_train:
-        if args.do_train and last_checkpoint is not None:
-            for checkpoint in output_dir.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
+        if args.do_train and args.process_index == 0:
+            for old_checkpoint in output_dir.glob("checkpoint-*"):
+                shutil.rmtree(old_checkpoint)
         return None
     if (output_dir / "all_results.json").exists():
         raise SystemExit(
@@ -199,12 +206,12 @@ def load_data(args: DataArguments) -> datasets.DatasetDict:
     """Load or build the data set, with the splits train, validation and, if there is enough, test."""
     if args.dataset_name is None:
         brats_dir = args.brats_dir or phantom_dir()
-        indices = args.slices.split()
+        words = " ".join(args.slices).split()
         try:
             builder = BratsSlices(
                 data_dir=str(brats_dir),
                 modalities=args.modalities,
-                slices=[int(i) for i in indices] if all(map(str.isdecimal, indices)) else args.slices,
+                slices=[int(word) for word in words] if all(map(str.isdecimal, words)) else " ".join(words),
                 min_tumor_pixels=args.min_tumor_pixels,
                 plane=args.plane,
                 seed=args.split_seed,
@@ -382,28 +389,31 @@ def load_model(
     args: ModelArguments, regions: dict[str, list[int]]
 ) -> tuple[Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor]:
     """Load or build the model and the processor that goes with it."""
-    if args.model_name_or_path is not None:
-        model = Sam2UNetForSemanticSegmentation.from_pretrained(args.model_name_or_path)
-        processor = Sam2UNetImageProcessor.from_pretrained(args.model_name_or_path)
-        if model.config.regions != regions:
-            raise SystemExit(
-                f"{args.model_name_or_path} segments {model.config.regions}, not {regions}. Pass the same --regions, "
-                "or start from --sam2_checkpoint."
-            )
-        if args.freeze_encoder is not None:
-            model.freeze_encoder(args.freeze_encoder)
-        return model, processor
-    size = {"height": args.image_size, "width": args.image_size}
-    processor = Sam2UNetImageProcessor(regions=regions, size=size)
+    size = {} if args.image_size is None else {"size": {"height": args.image_size, "width": args.image_size}}
+    if args.model_name_or_path is None:
+        return new_model(args, regions), Sam2UNetImageProcessor(regions=regions, **size)
+    model = Sam2UNetForSemanticSegmentation.from_pretrained(args.model_name_or_path)
+    processor = Sam2UNetImageProcessor.from_pretrained(args.model_name_or_path, **size)
+    if model.config.regions != regions:
+        raise SystemExit(
+            f"{args.model_name_or_path} segments {model.config.regions}, not {regions}. Leave out --regions, or start "
+            "from --sam2_checkpoint."
+        )
+    if args.freeze_encoder is not None:
+        model.freeze_encoder(args.freeze_encoder)
+    return model, processor
+
+
+def new_model(args: ModelArguments, regions: dict[str, list[int]]) -> Sam2UNetForSemanticSegmentation:
+    """Build a model on a SAM 2 encoder or from scratch."""
     if args.sam2_checkpoint is not None:
         freeze = args.freeze_encoder is not False
         try:
-            model = Sam2UNetForSemanticSegmentation.from_sam2(
+            return Sam2UNetForSemanticSegmentation.from_sam2(
                 args.sam2_checkpoint, regions=regions, freeze_encoder=freeze
             )
         except (OSError, ValueError) as err:
             raise SystemExit(f"--sam2_checkpoint: {err}") from err
-        return model, processor
     freeze = bool(args.freeze_encoder)
     logger.warning(
         "Training the %s model from scratch%s. Pass --sam2_checkpoint for a pretrained encoder.",
@@ -411,7 +421,7 @@ def load_model(
         " with a frozen random encoder" if freeze else "",
     )
     config = Sam2UNetConfig.from_preset(args.preset, regions=regions, freeze_encoder=freeze)
-    return Sam2UNetForSemanticSegmentation(config), processor
+    return Sam2UNetForSemanticSegmentation(config)
 
 
 def case_names(rows: datasets.Dataset) -> list[str]:
@@ -516,7 +526,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     output_dir = Path(training_args.output_dir)
     set_seed(training_args.seed)
 
-    data = load_data(data_args)
+    if model_args.model_name_or_path is not None and data_args.regions is None:
+        regions = Sam2UNetConfig.from_pretrained(model_args.model_name_or_path).regions
+        data_args.regions = [f"{name}={','.join(map(str, ids))}" for name, ids in regions.items()]
+    with training_args.main_process_first(desc="preparing the data"):
+        data = load_data(data_args)
     image_column, mask_column = find_columns(data, data_args)
     regions, label_mapping = find_regions(data, image_column, mask_column, data_args)
     model, processor = load_model(model_args, regions)

@@ -3,6 +3,7 @@
 # transformers types the fields of a config by what the constructor takes, not by what an instance holds.
 # mypy: disable-error-code="arg-type, index, operator, union-attr"
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ def preset_backbone_config(preset: str) -> Sam2HieraDetConfig:
     """
     if preset not in PRESETS:
         raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}, got {preset!r}.")
-    values = PRESETS[preset]
+    values = copy.deepcopy(PRESETS[preset])
     return Sam2HieraDetConfig(
         **values,
         num_attention_heads=values["num_attention_heads_per_stage"][0],

@@ -159,10 +159,23 @@ def test_defaults_are_the_papers_recipe_and_the_phantoms(monkeypatch, tmp_path):
     assert (args.num_train_epochs, args.learning_rate, args.weight_decay) == (30, 1e-4, 1e-4)
     assert args.per_device_train_batch_size == 1
     assert args.output_dir == "runs/BraTS2020"
-    assert data_args.slices == "95"
+    assert data_args.slices == ["95"]
     model_args, data_args, args = run_segmentation.parse_arguments(["--learning_rate", "0.01"])
-    assert (args.learning_rate, data_args.slices, args.output_dir) == (0.01, "tumor", "runs/phantom")
+    assert (args.learning_rate, data_args.slices, args.output_dir) == (0.01, ["tumor"], "runs/phantom")
     assert model_args.image_size == run_segmentation.PHANTOM_RECIPE["image_size"]
+
+
+@pytest.mark.parametrize(("arguments", "frozen"), [([], True), (["--freeze_encoder", "false"], False)])
+def test_going_on_from_a_checkpoint_keeps_its_regions_and_size(checkpoint, arguments, frozen):
+    start = checkpoint(regions={"TC": [1, 3], "ET": [3]})
+    model_args, data_args, _ = run_segmentation.parse_arguments(["--model_name_or_path", start, *arguments])
+    model, processor = run_segmentation.load_model(model_args, {"TC": [1, 3], "ET": [3]})
+    assert processor.size["height"] == 64
+    assert model.config.freeze_encoder == frozen
+    with pytest.raises(SystemExit, match="segments .*'TC'.*, not .*'WT'"):
+        run_segmentation.load_model(model_args, {"WT": [1, 2, 3]})
+    model_args.image_size = 96
+    assert run_segmentation.load_model(model_args, {"TC": [1, 3], "ET": [3]})[1].size["width"] == 96
 
 
 def test_a_finished_run_is_not_overwritten_unasked(tmp_path):
@@ -187,6 +200,11 @@ def test_arguments_that_exclude_each_other(arguments, match, capsys):
     with pytest.raises(SystemExit):
         run_segmentation.main(arguments)
     assert match in capsys.readouterr().err
+
+
+def test_unknown_slices(cohort, tmp_path):
+    with pytest.raises(SystemExit, match="`slices` must be an index .* got '12 most'"):
+        run_segmentation.main(["--brats_dir", str(cohort), "--slices", "12", "most", "--output_dir", str(tmp_path)])
 
 
 def test_no_brats_folder(tmp_path):
