@@ -172,6 +172,7 @@ class Sam2UNetConfig(PreTrainedConfig):
     Raises:
         huggingface_hub.errors.StrictDataclassError: If a value has the wrong type, is out of range, or does not fit
             another.
+        ValueError: If the regions make no sense, see `region_levels`.
 
     Example:
         ```python
@@ -214,6 +215,18 @@ class Sam2UNetConfig(PreTrainedConfig):
         """
         return cls(backbone_config=preset_backbone_config(preset), **kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Build a configuration from a dict, with `kwargs` over it, checked together."""
+        # transformers would set our fields one by one on the finished, checked configuration.
+        own = set(Sam2UNetConfig.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+        overrides = {name: kwargs.pop(name) for name in own & kwargs.keys()}
+        config_dict = {**config_dict, **overrides}
+        if "regions" in overrides and "id2label" not in kwargs:
+            # The names of other regions.
+            config_dict = {name: config_dict[name] for name in config_dict if name not in ("id2label", "label2id")}
+        return super().from_dict(config_dict, **kwargs)
+
     def __post_init__(self, **kwargs):
         # A dict without `model_type` is meant as the only encoder there is.
         if isinstance(self.backbone_config, dict):
@@ -247,6 +260,18 @@ class Sam2UNetConfig(PreTrainedConfig):
         for name in ("embed_dim_per_stage", "num_attention_heads_per_stage", "window_size_per_stage"):
             if len(getattr(backbone, name)) != 4:
                 raise ValueError(f"`backbone_config.{name}` must have four entries, got {getattr(backbone, name)}.")
+        stride = {"patch_stride": 4, "query_stride": 2}
+        for name, value in stride.items():
+            if getattr(backbone, name) not in (value, [value, value], (value, value)):
+                raise ValueError(
+                    f"`backbone_config.{name}` must be {value}, because the decoder works at strides 4, 8, 16 and 32, "
+                    f"got {getattr(backbone, name)}."
+                )
+        if 8 % backbone.window_size_per_stage[0]:
+            raise ValueError(
+                "`backbone_config.window_size_per_stage` must start with 2, 4 or 8, so that the position embedding "
+                f"tiles every image, got {backbone.window_size_per_stage}."
+            )
         if any(window % 2 for window in backbone.window_size_per_stage[:3]):
             raise ValueError(
                 "`backbone_config.window_size_per_stage` must be even but for the last stage, because query pooling "

@@ -4,7 +4,9 @@
 # mypy: disable-error-code="arg-type, union-attr"
 
 import math
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -368,6 +370,11 @@ class Sam2UNetPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["Sam2UNetBlock", "Sam2UNetReceptiveFieldBlock", "Sam2UNetUpBlock"]
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers guesses from the source of the attention class, and guesses wrong here.
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as PyTorch does, and an encoder that does not come from SAM 2 as transformers does."""
@@ -392,7 +399,9 @@ class Sam2UNetPreTrainedModel(PreTrainedModel):
         """
         self.config.freeze_encoder = freeze
         for name, parameter in self.encoder.named_parameters():
-            parameter.requires_grad_(not freeze or ".adapter." in name)
+            # Quantised weights are integers, which have no gradient.
+            if parameter.is_floating_point():
+                parameter.requires_grad_(not freeze or ".adapter." in name)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -436,20 +445,37 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         self.freeze_encoder(config.freeze_encoder)
 
     @classmethod
-    def from_sam2(cls, source, **kwargs) -> "Sam2UNetForSemanticSegmentation":
+    def from_sam2(
+        cls,
+        source: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        **config_kwargs: Any,
+    ) -> "Sam2UNetForSemanticSegmentation":
         """Build a model on a pretrained SAM 2 or SAM 2.1 encoder; adapters and decoder are new.
 
         Args:
             source: Hub id such as `"facebook/sam2-hiera-large"`, local folder of such a checkpoint, or original `.pt`
                 file of SAM 2. The papers use SAM 2, not 2.1.
-            **kwargs: Fields of [`Sam2UNetConfig`], such as `regions`.
+            revision: Branch, tag or commit on the Hub.
+            token: Access token for the Hub, as in `from_pretrained`.
+            cache_dir: Folder for downloads, as in `from_pretrained`.
+            **config_kwargs: Fields of [`Sam2UNetConfig`], such as `regions`.
 
         Raises:
-            FileNotFoundError: If there is no such file or folder and no such repository.
+            FileNotFoundError: If `source` is the path of a file that does not exist.
+            OSError: If it is no folder with a checkpoint and no repository that can be reached.
+            TypeError: If an argument is no field of the configuration.
             ValueError: If it holds no SAM 2 encoder, or one with missing keys or of another size.
         """
-        backbone_config, state_dict = load_sam2_encoder(source, backbone_config=kwargs.pop("backbone_config", None))
-        model = cls(Sam2UNetConfig(backbone_config=backbone_config, **kwargs))
+        if unknown := config_kwargs.keys() - Sam2UNetConfig.__dataclass_fields__.keys():
+            raise TypeError(f"`from_sam2` got {', '.join(sorted(unknown))}, which is no field of `Sam2UNetConfig`.")
+        backbone_config, state_dict = load_sam2_encoder(
+            source, config_kwargs.pop("backbone_config", None), revision=revision, token=token, cache_dir=cache_dir
+        )
+        model = cls(Sam2UNetConfig(backbone_config=backbone_config, **config_kwargs))
         expected = {name: value for name, value in model.encoder.state_dict().items() if ".adapter." not in name}
         backbone = model.config.backbone_config
         size = f"an encoder of width {backbone.hidden_size} with blocks {backbone.blocks_per_stage}"
@@ -535,7 +561,7 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
             labels: Label maps `(batch_size, height, width)` of integer ids, or float region masks in [0, 1] of shape
                 `(batch_size, num_regions, height, width)`, of any size: logits are resized to them for the loss. Where
                 the images of a batch have labels of different sizes, a list with one tensor per image; the loss is
-                then the mean over the images. Pixels of `config.ignore_index` count nowhere.
+                then the mean over the images. Pixels of `config.ignore_index` count nowhere, in masks too.
             output_auxiliary_logits: Return the side outputs also without labels.
             output_hidden_states: Return the encoder's feature maps. Defaults to `config.output_hidden_states`.
             return_dict: `False` returns a tuple. Defaults to `config.return_dict`.
@@ -561,7 +587,7 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         if labels is not None:
             self.check_labels(labels, pixel_values.shape[0])
 
-        pixel_values = pixel_values.to(self.dtype)
+        pixel_values = pixel_values.to(self.encoder.patch_embed.projection.weight.dtype)
         pad_height, pad_width = -height % STRIDE, -width % STRIDE
         if pad_height or pad_width:
             pixel_values = F.pad(pixel_values, (0, pad_width, 0, pad_height))

@@ -232,7 +232,7 @@ def read_volume(path: str | os.PathLike, case_id: str | None = None) -> Volume:
     """
     name = f"case {case_id}: `{path}`" if case_id else f"`{path}`"
     data = _read_bytes(path, name)
-    header, offset = _read_header(data, name)
+    header, offset, (slope, intercept), affine = _read_header(data, name)
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -247,7 +247,6 @@ def read_volume(path: str | os.PathLike, case_id: str | None = None) -> Volume:
             f"on, the file has {len(data)} bytes in all. Copy or download it again."
         )
     voxels = np.frombuffer(data, dtype, n_voxels, offset).astype(dtype.newbyteorder("="), copy=False)
-    slope, intercept = header.get_slope_inter()
     if slope is not None and (slope, intercept) != (1, 0):
         voxels = voxels.astype(np.result_type(voxels, np.float32))
         voxels *= slope
@@ -258,7 +257,6 @@ def read_volume(path: str | os.PathLike, case_id: str | None = None) -> Volume:
             "Repair it or download it again."
         )
 
-    affine = header.get_best_affine()
     if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
         raise BratsCaseError(f"{name} has no usable affine: {affine.tolist()}. Repair its header.")
     transform = orientations.ornt_transform(orientations.io_orientation(affine), _TO_LPS)
@@ -388,13 +386,15 @@ def _read_bytes(path: str | os.PathLike, name: str) -> bytes:
         raise BratsCaseError(f"{name} is damaged ({err}). Copy or download it again.") from err
 
 
-def _read_header(data: bytes, name: str) -> tuple[nib.Nifti1Header, int]:
-    """Return the header and the position of the first voxel."""
+def _read_header(
+    data: bytes, name: str
+) -> tuple[nib.Nifti1Header, int, tuple[float | None, float | None], np.ndarray]:
+    """Return the header, the position of the first voxel, slope and intercept of the values, and the affine."""
     for header_class in (nib.Nifti1Header, nib.Nifti2Header):
         if header_class.may_contain_header(data[: header_class.sizeof_hdr]):
             try:
                 header = header_class.from_fileobj(io.BytesIO(data))
-                return header, int(header.get_data_offset())
+                return header, int(header.get_data_offset()), header.get_slope_inter(), header.get_best_affine()
             except (HeaderDataError, WrapStructError, ValueError, OverflowError) as err:
                 raise BratsCaseError(f"{name} has a broken NIfTI header ({err}). Download it again.") from err
     raise BratsCaseError(f"{name} is not a NIfTI file. Download it again, or convert it.")

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -104,7 +105,7 @@ def check_state_dict(
 
 
 def load_sam2_encoder(
-    source: str | os.PathLike, backbone_config: dict | PreTrainedConfig | None = None
+    source: str | os.PathLike, backbone_config: dict | PreTrainedConfig | None = None, **download_kwargs: Any
 ) -> tuple[dict | PreTrainedConfig, dict[str, torch.Tensor]]:
     """Read the encoder of SAM 2 or SAM 2.1.
 
@@ -112,6 +113,7 @@ def load_sam2_encoder(
         source: Original `.pt` file, folder written by `save_pretrained`, or Hub id.
         backbone_config: The encoder's configuration. By default that of the checkpoint, or for a `.pt` file the one of
             SAM 2's sizes that the shapes show.
+        **download_kwargs: `revision`, `token` and `cache_dir`, as in `from_pretrained`.
 
     Returns:
         The encoder's configuration, and its weights in the names of [`Sam2UNetForSemanticSegmentation`]`.encoder`,
@@ -134,7 +136,7 @@ def load_sam2_encoder(
             raise ValueError(f"{name} holds no SAM 2 encoder: no key starts with {prefix!r}.")
         config = backbone_config or infer_backbone_config(state_dict, name)
     else:
-        sam2_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        sam2_config = AutoConfig.from_pretrained(name, trust_remote_code=False, **download_kwargs)
         found = getattr(getattr(sam2_config, "vision_config", None), "backbone_config", None)
         if not isinstance(found, Sam2HieraDetConfig):
             raise ValueError(
@@ -142,24 +144,26 @@ def load_sam2_encoder(
                 "example facebook/sam2-hiera-large."
             )
         config = backbone_config or found
-        state_dict = read_safetensors(name, prefix="vision_encoder.backbone.")
+        state_dict = read_safetensors(name, prefix="vision_encoder.backbone.", **download_kwargs)
     return config, state_dict
 
 
-def read_safetensors(source: str, prefix: str) -> dict[str, torch.Tensor]:
+def read_safetensors(source: str, prefix: str, **download_kwargs: Any) -> dict[str, torch.Tensor]:
     """Read the tensors under `prefix`, and no others, from a checkpoint folder or Hub repository.
 
     Raises:
         OSError: If there is no `model.safetensors`, whole or in shards.
         ValueError: If a file is damaged or has nothing under `prefix`.
     """
-    index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    index = cached_file(
+        source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **download_kwargs
+    )
     names = ["model.safetensors"]
     if index is not None:
         names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
     state_dict = {}
     for name in names:
-        path = cached_file(source, name)
+        path = cached_file(source, name, **download_kwargs)
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 - a file, not a dict

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from .image_processing_sam2unet import Sam2UNetImageProcessor, to_label_map
 from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
@@ -105,7 +105,7 @@ def image_metrics(
         model: Knows the regions and `ignore_index`.
 
     Returns:
-        Tensor of shape `(batch_size, num_regions, 3)`, float64, in [0, 1]: Dice and IoU of the mask at probability
+        Tensor of shape `(batch_size, num_regions, 3)`, float32, in [0, 1]: Dice and IoU of the mask at probability
         0.5, and the mean absolute error of the probability. Where mask and prediction are both empty, Dice and IoU
         are 1, as BraTS has it; where only one is, they are 0.
     """
@@ -115,12 +115,12 @@ def image_metrics(
         scores_at_mask = F.interpolate(image_logits[None].float(), size=label_map.shape, mode="bilinear")
         probability, mask = scores_at_mask[0].sigmoid(), masks[0].bool() & valid[0]
         predicted = (probability > 0.5) & valid[0]
-        intersection = (predicted & mask).sum(dim=(1, 2)).double()
-        area = (predicted.sum(dim=(1, 2)) + mask.sum(dim=(1, 2))).double()
+        intersection = (predicted & mask).sum(dim=(1, 2))
+        area = predicted.sum(dim=(1, 2)) + mask.sum(dim=(1, 2))
         empty = area == 0
         dice = torch.where(empty, 1.0, 2 * intersection / area.clamp(min=1))
         iou = torch.where(empty, 1.0, intersection / (area - intersection).clamp(min=1))
-        error = ((probability.double() - mask.double()).abs() * valid[0]).sum(dim=(1, 2))
+        error = ((probability - masks[0]).abs() * valid[0]).sum(dim=(1, 2))
         scores.append(torch.stack([dice, iou, error / valid[0].sum().clamp(min=1)], dim=1))
     return torch.stack(scores)
 
@@ -137,7 +137,7 @@ def make_compute_metrics(regions: Sequence[str]) -> Callable[[EvalPrediction], d
     """
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        per_region = np.asarray(prediction.predictions).mean(axis=0)
+        per_region = np.asarray(prediction.predictions, dtype=np.float64).mean(axis=0)
         metrics = dict(zip(METRICS, per_region.mean(axis=0).tolist(), strict=True))
         for region, values in zip(regions, per_region.tolist(), strict=True):
             metrics.update({f"{metric}_{region}": value for metric, value in zip(METRICS, values, strict=True)})
@@ -155,14 +155,27 @@ class Sam2UNetTrainer(Trainer):
 
     Args:
         model: The model to train.
-        args: Further arguments of [`~transformers.Trainer`].
-        kwargs: The same by name. `data_collator` and `compute_metrics` have the right defaults.
+        args: Training arguments; `remove_unused_columns` must be false, since rows hold images.
+        kwargs: Arguments of [`~transformers.Trainer`]. `data_collator` and `compute_metrics` have the right defaults.
+
+    Raises:
+        ValueError: If an argument would drop the images or the scores.
     """
 
-    def __init__(self, model: Sam2UNetForSemanticSegmentation, *args: Any, **kwargs: Any):
+    def __init__(self, model: Sam2UNetForSemanticSegmentation, args: TrainingArguments, **kwargs: Any):
+        unusable = {"remove_unused_columns": "it drops the images", "prediction_loss_only": "there would be no scores"}
+        unusable["batch_eval_metrics"] = "scores are kept per image, which takes no memory to speak of"
+        for name, reason in unusable.items():
+            if getattr(args, name):
+                raise ValueError(f"`{name}` must be False for SAM2-UNet: {reason}.")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {args.n_gpu} GPUs, which would split batches by `DataParallel`. Start one process "
+                "per GPU with `torchrun --nproc_per_node N`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
+            )
         kwargs.setdefault("data_collator", collate)
         kwargs.setdefault("compute_metrics", make_compute_metrics(list(model.config.regions)))
-        super().__init__(model, *args, **kwargs)
+        super().__init__(model, args, **kwargs)
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

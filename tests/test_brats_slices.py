@@ -281,6 +281,15 @@ def test_empty_scan_names_case_and_file(brats_dir):
         build(brats_dir)
 
 
+def test_dangling_link_names_the_case(brats_dir):
+    flair = brats_dir / "HGG" / "Brats18_3_1" / "Brats18_3_1_flair.nii.gz"
+    flair.unlink()
+    flair.symlink_to("annex/not-here")
+    with pytest.raises(BratsCaseError, match="case Brats18_3_1: .*cannot be read"):
+        build(brats_dir)
+    assert list(build(brats_dir, skip_bad_cases=True).skipped_cases) == ["Brats18_3_1"]
+
+
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_bad_case_found_on_the_way_raises_or_is_skipped(brats_dir, num_proc, caplog):
     bad = next(brats_dir.rglob("Brats18_2_1_flair.nii.gz"))

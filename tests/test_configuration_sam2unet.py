@@ -80,7 +80,11 @@ def test_unknown_preset_raises():
         ({"regions": {"a": [1, 2], "b": [1], "c": [2]}}, "is the union of the regions inside it"),
         ({"id2label": {0: "background"}}, r"does not name the label ids \[1\]"),
         ({"backbone_config": {"blocks_per_stage": [1, 2]}}, "must have four stages"),
-        ({"backbone_config": {"window_size_per_stage": [7, 4, 14, 7]}}, "must be even but for the last stage"),
+        ({"backbone_config": {"window_size_per_stage": [8, 5, 14, 7]}}, "must be even but for the last stage"),
+        ({"backbone_config": {"window_size_per_stage": [16, 4, 14, 7]}}, "must start with 2, 4 or 8"),
+        ({"backbone_config": {"window_size_per_stage": [8, 4, 14]}}, "must have four entries"),
+        ({"backbone_config": {"patch_stride": [8, 8]}}, "`backbone_config.patch_stride` must be 4"),
+        ({"backbone_config": {"query_stride": [4, 4]}}, "`backbone_config.query_stride` must be 2"),
         ({"backbone_config": {"num_attention_heads_per_stage": [5, 2, 4, 8]}}, "96 is not a multiple of its 5"),
         ({"backbone_config": {"model_type": "resnet"}}, "must be a `Sam2HieraDetConfig`, got ResNetConfig"),
     ],
@@ -89,6 +93,18 @@ def test_unknown_preset_raises():
 def test_wrong_values_raise(fields, match):
     with pytest.raises((StrictDataclassError, ValueError), match=match):
         Sam2UNetConfig(**fields)
+
+
+def test_other_regions_at_loading_get_names_of_their_own(tmp_path):
+    Sam2UNetConfig(regions=BRATS_REGIONS).save_pretrained(tmp_path)
+    config = Sam2UNetConfig.from_pretrained(tmp_path, regions={"liver": [3]}, ignore_index=254)
+    assert config.id2label == {0: "background", 3: "liver"}
+    assert config.label2id == {"background": 0, "liver": 3}
+    assert config.ignore_index == 254
+    named = Sam2UNetConfig.from_pretrained(tmp_path, regions={"a": [1]}, id2label={0: "none", 1: "lesion"})
+    assert named.id2label == {0: "none", 1: "lesion"}
+    with pytest.raises(StrictDataclassError, match="`decoder_channels` must be >= 1, got 0"):
+        Sam2UNetConfig.from_pretrained(tmp_path, decoder_channels=0)
 
 
 def test_region_levels_write_as_nnunet_does():

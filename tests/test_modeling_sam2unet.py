@@ -5,7 +5,12 @@ import torch
 from common import BRATS_REGIONS, randomize, small_backbone_config, small_config, small_model
 from transformers import AutoModel, AutoModelForSemanticSegmentation, Sam2HieraDetModel
 
-from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation
+from sam2unet_hf import (
+    Sam2UNetConfig,
+    Sam2UNetForSemanticSegmentation,
+    deep_supervision_loss,
+    modeling_sam2unet,
+)
 from sam2unet_hf.configuration_sam2unet import PRESETS, preset_backbone_config
 
 
@@ -215,6 +220,70 @@ def test_initialisation_is_pytorchs_for_decoder_and_adapters():
     encoder_layer = model.encoder.blocks[-1].mlp.proj_in
     assert encoder_layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert not encoder_layer.bias.any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight_bce": True},
+        {"boundary_weight": 2.0},
+        {"boundary_kernel_size": 7},
+        {"auxiliary_loss_weights": [0.5, 0.25]},
+    ],
+    ids=str,
+)
+def test_loss_options_of_the_config_are_those_of_the_loss(options):
+    image, labels = torch.randn(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.long)
+    labels[:, 20:50, 10:40] = 1
+    with torch.inference_mode():
+        output = small_model(**options)(image, labels=labels)
+        default = small_model()(image, labels=labels).loss
+    weights = options.get("auxiliary_loss_weights", [1.0, 1.0])
+    expected = deep_supervision_loss(
+        [output.logits, *output.auxiliary_logits],
+        (labels == 1).float().unsqueeze(1),
+        output_weights=[1.0, *weights],
+        **{name: value for name, value in options.items() if name != "auxiliary_loss_weights"},
+    )
+    torch.testing.assert_close(output.loss, expected)
+    assert not torch.allclose(output.loss, default, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("attn_implementation", "calls_per_block"), [("eager", 1), ("sdpa", 0)])
+def test_attention_implementation_is_the_one_that_runs(monkeypatch, attn_implementation, calls_per_block):
+    calls = []
+    original = modeling_sam2unet.eager_attention
+    monkeypatch.setattr(
+        modeling_sam2unet, "eager_attention", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    )
+    model = Sam2UNetForSemanticSegmentation(small_config(attn_implementation=attn_implementation))
+    assert model.config._attn_implementation == attn_implementation
+    # 64x64 fills whole windows of 8 and 4; 4x4 and 2x2 maps are one part of a window.
+    model(torch.zeros(1, 3, 64, 64))
+    assert len(calls) == calls_per_block * len(model.encoder.blocks)
+
+
+def test_flash_attention_is_refused():
+    with pytest.raises(ValueError, match="does not support Flash Attention"):
+        small_model().set_attn_implementation("flash_attention_2")
+
+
+def test_gradient_checkpointing_runs_each_block_twice(monkeypatch):
+    model = small_model().train()
+    model.activation_checkpointing_enable()
+    calls = []
+    # A part of every block, since the forward of the block itself is wrapped by transformers.
+    original = modeling_sam2unet.Sam2UNetFeedForward.forward
+    monkeypatch.setattr(
+        modeling_sam2unet.Sam2UNetFeedForward, "forward", lambda self, x: calls.append(1) or original(self, x)
+    )
+    model(torch.randn(2, 3, 64, 64), labels=torch.ones(2, 64, 64, dtype=torch.long)).loss.backward()
+    assert len(calls) == 2 * len(model.encoder.blocks)
+
+
+def test_from_sam2_takes_no_unknown_arguments():
+    with pytest.raises(TypeError, match="got region, which is no field of `Sam2UNetConfig`"):
+        Sam2UNetForSemanticSegmentation.from_sam2("sam2.pt", region={"WT": [1]})
 
 
 def test_label_map_equals_its_region_masks():

@@ -355,6 +355,19 @@ def write_flat_affine(path):
     path.write_bytes(image.header.binaryblock + bytes(4) + make_scan().tobytes())
 
 
+def write_infinite_intercept(path):
+    image = nib.Nifti1Image(make_scan(), LPS)
+    image.header["scl_slope"], image.header["scl_inter"] = 1, np.inf
+    path.write_bytes(image.header.binaryblock + bytes(4) + make_scan().tobytes())
+
+
+def write_impossible_rotation(path):
+    image = nib.Nifti1Image(make_scan(), LPS)
+    image.header["sform_code"], image.header["qform_code"] = 0, 1
+    image.header["quatern_b"], image.header["quatern_c"] = 2, 2
+    path.write_bytes(image.header.binaryblock + bytes(4) + make_scan().tobytes())
+
+
 def write_huge_claim(path):
     header = nib.Nifti1Header()
     header.set_data_shape((30000, 30000, 30000))
@@ -376,6 +389,8 @@ def write_huge_claim(path):
         (write_colours, "holds voxels of type .*, expected integers or floats"),
         (write_nan, "holds 2 voxels that are NaN or infinite. Repair it or download it again"),
         (write_flat_affine, "has no usable affine: .*Repair its header"),
+        (write_infinite_intercept, "has a broken NIfTI header .*intercept.*Download it again"),
+        (write_impossible_rotation, "has a broken NIfTI header .*Download it again"),
         (write_huge_claim, "is cut off: its header promises 108000000000000 bytes"),
         (lambda path: (path.unlink(), path.mkdir()), r"cannot be read \(Is a directory\). Check the path"),
     ],

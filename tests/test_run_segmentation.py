@@ -9,15 +9,25 @@ import numpy as np
 import pytest
 import torch
 from common import small_model
+from datasets import Dataset, DatasetDict
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
+from dataset_scripts.brats_slices.__main__ import main as write_brats_slices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import run_segmentation  # noqa: E402 - the script is no package
+import run_segmentation  # noqa: E402 - the scripts are no package
+from data_sources import (  # noqa: E402
+    DataArguments,
+    case_names,
+    find_columns,
+    find_regions,
+    load_data,
+    with_all_splits,
+)
 
 
 QUICK = [
@@ -111,7 +121,7 @@ def test_pictures_of_mixed_sizes_with_masks_of_0_and_255(pictures, checkpoint, t
         source = pictures / "masks" / path.name
         with Image.open(path) as prediction, Image.open(source) as mask:
             assert prediction.size == mask.size
-            assert set(np.unique(prediction)) <= {0, 1}
+            assert set(np.unique(prediction)) <= {0, 255}
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(cohort, checkpoint, tmp_path, caplog):
@@ -178,10 +188,121 @@ def test_going_on_from_a_checkpoint_keeps_its_regions_and_size(checkpoint, argum
     assert run_segmentation.load_model(model_args, {"TC": [1, 3], "ET": [3]})[1].size["width"] == 96
 
 
+def prepare(*arguments):
+    return run_segmentation.prepare_output_dir(*run_segmentation.parse_arguments(["--use_cpu", *arguments]))
+
+
 def test_a_finished_run_is_not_overwritten_unasked(tmp_path):
-    (tmp_path / "all_results.json").write_text("{}")
+    (tmp_path / "all_results.json").write_text('{"test_dice_TC": 1}')
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions" / "a.png").touch()
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "notes.txt").touch()
     with pytest.raises(SystemExit, match="holds a finished run. Pass --overwrite_output_dir"):
-        run_segmentation.main(["--output_dir", str(tmp_path)])
+        prepare("--output_dir", str(tmp_path))
+    assert prepare("--output_dir", str(tmp_path), "--overwrite_output_dir") is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "run_arguments.json"]
+
+
+def test_an_unfinished_run_goes_on_with_the_same_arguments_alone(tmp_path):
+    arguments = ["--output_dir", str(tmp_path), "--slices", "20", "21"]
+    assert prepare(*arguments) is None
+    (tmp_path / "checkpoint-7").mkdir()
+    assert prepare(*arguments) == str(tmp_path / "checkpoint-7")
+    with pytest.raises(SystemExit, match=r"unfinished run with other values of slices.*slices=\['20', '21'\]"):
+        prepare("--output_dir", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        ([], "lr_scheduler_kwargs", {"min_lr": 1e-7}),
+        (["--lr_scheduler_type", "linear"], "lr_scheduler_kwargs", None),
+        ([], "greater_is_better", True),
+        (["--metric_for_best_model", "mae_WT"], "greater_is_better", False),
+        (["--metric_for_best_model", "loss"], "greater_is_better", False),
+        (["--do_train", "false"], "output_dir", "runs/phantom-evaluation"),
+    ],
+)
+def test_training_arguments_fit_each_other(arguments, name, value, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert getattr(run_segmentation.parse_arguments(arguments)[2], name) == value
+
+
+def test_case_names_are_names_of_files():
+    rows = Dataset.from_dict({"case_id": ["../../etc/passwd", "a", "a", "b c"]})
+    assert case_names(rows) == ["_.._etc_passwd", "a_row00001", "a_row00002", "b_c"]
+    rows = Dataset.from_dict({"case_id": ["a", "a"], "slice_index": [3, 40]})
+    assert case_names(rows) == ["a_003", "a_040"]
+
+
+def test_brats_label_4_is_refused():
+    rows = DatasetDict({"train": Dataset.from_dict({"image": [], "mask": [], "wt_pixels": []})})
+    with pytest.raises(SystemExit, match=r"Region ET has the label ids \[4\].*BraTS' label 4 is 3 here"):
+        find_regions(rows, "image", "mask", {"WT": [1, 2, 3], "ET": [4]})
+
+
+@pytest.mark.parametrize("layout", ["{split}/{kind}", "{kind}/{split}"])
+def test_folders_of_splits(pictures, layout):
+    for number, split in enumerate(("train", "val", "test")):
+        for kind in ("images", "masks"):
+            target = pictures / "sorted" / layout.format(split=split, kind=kind)
+            target.mkdir(parents=True)
+            for path in sorted((pictures / kind).glob("photo_*"))[number :: 3 + number]:
+                shutil.copy(path, target)
+    data = load_data(DataArguments(dataset_name=str(pictures / "sorted")))
+    assert {split: len(rows) for split, rows in data.items()} == {"train": 4, "validation": 3, "test": 2}
+    assert data["validation"]["case_id"] == ["photo_01", "photo_05", "photo_09"]
+    assert data["test"][0]["mask"].size == data["test"][0]["image"].size
+
+
+def test_data_set_of_the_builder_keeps_its_splits(cohort, tmp_path):
+    write_brats_slices(["--brats_dir", str(cohort), "--output_dir", str(tmp_path / "slices"), "--slices", "12"])
+    data = load_data(DataArguments(dataset_name=str(tmp_path / "slices")))
+    assert {split: len(rows) for split, rows in data.items()} == {"train": 9, "validation": 1, "test": 3}
+    assert find_columns(data, DataArguments()) == ("image", "mask")
+    assert find_regions(data, "image", "mask", None) == ({"WT": [1, 2, 3]}, {})
+
+
+def test_evaluation_alone(cohort, checkpoint, tmp_path):
+    results = run_segmentation.main(
+        ["--brats_dir", str(cohort), "--slices", "12", "--model_name_or_path", checkpoint(), "--do_train", "false"]
+        + ["--output_dir", str(tmp_path / "run"), *QUICK]
+    )
+    assert "eval_dice" in results
+    assert "train_loss" not in results
+    assert (tmp_path / "run" / "predictions.png").exists()
+    assert not (tmp_path / "run" / "training_curve.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        ({"rest": 5}, "has no split named train, only rest"),
+        ({"train": 1}, "1 images of 1 cases are too few"),
+        ({"train": 5, "validation": 0}, "The split validation of the data set is empty"),
+    ],
+)
+def test_splits_that_cannot_be_used(data, match):
+    splits = {name: Dataset.from_dict({"image": list(range(count))}) for name, count in data.items()}
+    with pytest.raises(SystemExit, match=match):
+        with_all_splits(DatasetDict(splits), seed=0)
+
+
+def test_splits_are_by_case():
+    rows = Dataset.from_dict({"case_id": [f"patient_{index // 5:02d}" for index in range(100)]})
+    data = with_all_splits(DatasetDict({"train": rows}), seed=0)
+    cases = {split: set(part["case_id"]) for split, part in data.items()}
+    assert {split: len(names) for split, names in cases.items()} == {"train": 15, "validation": 1, "test": 4}
+    assert not cases["train"] & cases["test"]
+    assert sum(len(part) for part in data.values()) == 100
+
+
+def test_sam2_checkpoint_is_named_in_its_errors(pictures, tmp_path):
+    with pytest.raises(SystemExit, match="--sam2_checkpoint: No checkpoint file at nowhere.pt"):
+        run_segmentation.main(
+            ["--dataset_name", str(pictures), "--sam2_checkpoint", "nowhere.pt", "--output_dir", str(tmp_path / "run")]
+        )
 
 
 def test_nothing_to_resume_from(tmp_path):
@@ -194,6 +315,8 @@ def test_nothing_to_resume_from(tmp_path):
     [
         (["--dataset_name", "a", "--brats_dir", "b"], "pass one of --dataset_name and --brats_dir"),
         (["--model_name_or_path", "a", "--sam2_checkpoint", "b"], "pass one of --model_name_or_path and"),
+        (["--push_to_hub"], "which may show patients"),
+        (["--preset", "huge"], "invalid choice: 'huge'"),
     ],
 )
 def test_arguments_that_exclude_each_other(arguments, match, capsys):
@@ -255,7 +378,8 @@ def spoil_with_half_a_file(pictures):
         (spoil_with_colour, [], "image photo_00.*Map colours to ids"),
         (spoil_with_half_a_file, [], "image photo_05: .*truncated"),
         (None, ["--regions", "WT"], r"--regions takes NAME=ID\[,ID\.\.\.\]"),
-        (None, ["--regions", "liver=2"], r"names label ids \[2\] that no mask holds; the masks hold \[1\]"),
+        (None, ["--regions", "liver=2"], r"Region liver has the label ids \[2\], the masks hold \[1\] \(255 is taken"),
+        (None, ["--regions", "a=1,2", "b=2,3"], "--regions: `regions` must be nested or disjoint"),
         (None, ["--mask_column", "truth"], r"--mask_column: 'truth' is no column of images"),
     ],
 )

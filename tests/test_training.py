@@ -56,7 +56,7 @@ def test_image_metrics_by_hand():
     scores = image_metrics(logits, truth[None], model)
     # Errors: 0.25 where right and 0.75 where wrong; WT is wrong at 4 of 16 pixels, TC at 1, ET nowhere.
     expected = [[0.5, 1 / 3, (12 + 12) / 64], [0.0, 0.0, (15 + 3) / 64], [1.0, 1.0, 16 / 64]]
-    torch.testing.assert_close(scores, torch.tensor([expected], dtype=torch.float64), atol=1e-7, rtol=0)
+    torch.testing.assert_close(scores, torch.tensor([expected], dtype=torch.float32), atol=1e-6, rtol=0)
 
 
 def test_image_metrics_leave_out_ignored_pixels():
@@ -67,7 +67,7 @@ def test_image_metrics_leave_out_ignored_pixels():
     predicted = torch.ones(4, 4)
     predicted[2:, :2] = 0
     (scores,) = image_metrics(logits_of(predicted)[None, None], truth[None], model)
-    torch.testing.assert_close(scores, torch.tensor([[1.0, 1.0, 0.25]], dtype=torch.float64), atol=1e-7, rtol=0)
+    torch.testing.assert_close(scores, torch.tensor([[1.0, 1.0, 0.25]], dtype=torch.float32), atol=1e-6, rtol=0)
 
 
 def test_image_metrics_are_computed_at_the_size_of_the_mask():
@@ -133,6 +133,13 @@ def test_two_steps_move_the_trainable_weights_alone(rows, tmp_path):
     assert np.isfinite(trainer.train().training_loss)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+
+
+@pytest.mark.parametrize("name", ["remove_unused_columns", "prediction_loss_only", "batch_eval_metrics"])
+def test_arguments_that_would_drop_images_or_scores_raise(rows, tmp_path, name):
+    arguments = TrainingArguments(tmp_path, use_cpu=True, **{"remove_unused_columns": False, name: True})
+    with pytest.raises(ValueError, match=f"`{name}` must be False"):
+        Sam2UNetTrainer(small_model(), arguments, train_dataset=rows)
 
 
 def test_training_learns(rows, tmp_path):

@@ -112,9 +112,10 @@ class BratsSlicesConfig(datasets.BuilderConfig):
             digest.update(repr((case.case_id, case.grade, case.problem)).encode())
             for name in (*self.modalities, "seg"):
                 if name in case.files:
-                    stat = case.files[name].stat()
-                    path = case.files[name].relative_to(case.folder)
-                    digest.update(repr((name, str(path), stat.st_size, stat.st_mtime_ns)).encode())
+                    path = case.files[name]
+                    # A dangling link has neither; reading it names the case.
+                    stat = path.stat() if path.exists() else path.lstat()
+                    digest.update(repr((name, path.name, stat.st_size, stat.st_mtime_ns)).encode())
         return digest.hexdigest()
 
 

@@ -24,6 +24,7 @@ from .brain import (
 )
 
 
+VERSION = "1.0.0"  # for caches: raise it whenever the volumes change
 CONTRASTS = ("t1", "t1ce", "t2", "flair")
 DEFAULT_SHAPE = (96, 96, 62)
 FIELD_OF_VIEW_MM = 240.0  # left to right, as in BraTS; the voxel size follows from it
