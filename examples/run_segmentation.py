@@ -91,6 +91,13 @@ class SegmentationTrainingArguments(TrainingArguments):
     do_predict: bool = field(
         default=False, metadata={"help": "Write the label map of every test (else validation) image as PNG."}
     )
+    batch_norm_images: int | None = field(
+        default=None,
+        metadata={
+            "help": "Training images on which batch norm is estimated anew before each evaluation. Default: 0 with a "
+            "frozen encoder, else 128."
+        },
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in the output folder."})
     num_train_epochs: float = field(default=30.0, metadata={"help": "Passes over the training images."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate of AdamW."})
@@ -307,9 +314,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     at_mask_size = transform(resize_masks=False)
     evaluation = {split: rows.with_transform(at_mask_size) for split, rows in data.items() if split != "train"}
+    batch_norm_images = training_args.batch_norm_images
+    if batch_norm_images is None:
+        batch_norm_images = 0 if model.config.freeze_encoder else 128
     trainer = Sam2UNetTrainer(
         model,
         training_args,
+        batch_norm_images=batch_norm_images,
         train_dataset=data["train"].with_transform(transform(augment=flips())),
         eval_dataset=evaluation["validation"],
         processing_class=processor,

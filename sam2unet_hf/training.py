@@ -1,12 +1,15 @@
 """What the Trainer needs for SAM2-UNet: transforms, collator and metrics at the masks' own resolution."""
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from transformers import EvalPrediction, Trainer, TrainingArguments
@@ -156,13 +159,23 @@ class Sam2UNetTrainer(Trainer):
     Args:
         model: The model to train.
         args: Training arguments; `remove_unused_columns` must be false, since rows hold images.
+        batch_norm_images: Re-estimate the statistics of batch norm on this many training images before each
+            evaluation during training, and so before each checkpoint. For models whose encoder is trained: batch norm
+            cancels the mean of the encoder's features, which therefore drifts, faster than the running averages of the
+            decoder's batch norms follow. 0 keeps the running averages, which do for a frozen encoder.
         kwargs: Arguments of [`~transformers.Trainer`]. `data_collator` and `compute_metrics` have the right defaults.
 
     Raises:
         ValueError: If an argument would drop the images or the scores.
     """
 
-    def __init__(self, model: Sam2UNetForSemanticSegmentation, args: TrainingArguments, **kwargs: Any):
+    def __init__(
+        self,
+        model: Sam2UNetForSemanticSegmentation,
+        args: TrainingArguments,
+        batch_norm_images: int = 0,
+        **kwargs: Any,
+    ):
         unusable = {"remove_unused_columns": "it drops the images", "prediction_loss_only": "there would be no scores"}
         unusable["batch_eval_metrics"] = "scores are kept per image, which takes no memory to speak of"
         for name, reason in unusable.items():
@@ -176,6 +189,45 @@ class Sam2UNetTrainer(Trainer):
         kwargs.setdefault("data_collator", collate)
         kwargs.setdefault("compute_metrics", make_compute_metrics(list(model.config.regions)))
         super().__init__(model, args, **kwargs)
+        self.batch_norm_images = batch_norm_images
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as [`~transformers.Trainer`] does, during training with fresh batch norm statistics."""
+        if self.is_in_train and self.batch_norm_images:
+            self.estimate_batch_norm()
+        return super().evaluate(*args, **kwargs)
+
+    @torch.no_grad()
+    def estimate_batch_norm(self) -> None:
+        """Replace the running statistics of batch norm by averages over `batch_norm_images` training images.
+
+        Source: "precise batch norm", Wu and Johnson, arXiv 2105.07576, section 3.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average over the batches to come
+        model.train()
+        batch_size = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
+        # The same images at each call, other ones in each process.
+        generator = torch.Generator().manual_seed(self.args.seed + self.args.process_index)
+        loader = DataLoader(
+            cast("Dataset", self.train_dataset),
+            batch_size,
+            shuffle=True,
+            generator=generator,
+            collate_fn=self.data_collator,
+        )
+        for batch in itertools.islice(loader, math.ceil(self.batch_norm_images / batch_size)):
+            inputs = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                model(inputs["pixel_values"], output_auxiliary_logits=True)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.running_mean = self.accelerator.reduce(norm.running_mean, "mean")
+            norm.running_var = self.accelerator.reduce(norm.running_var, "mean")
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

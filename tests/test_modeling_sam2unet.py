@@ -29,6 +29,11 @@ def assert_encoder_equals_transformers(backbone_config, size, dtype, attn_implem
     torch.manual_seed(0)
     original = Sam2HieraDetModel(copy.deepcopy(backbone_config)).eval()
     randomize(original)
+    with torch.no_grad():
+        for name, parameter in original.named_parameters():
+            # Keeps the values of 48 blocks, and with them the rounding, at those of a few.
+            if ".proj_out." in name or ".attn.proj." in name:
+                parameter *= 0.3
     model = Sam2UNetForSemanticSegmentation(Sam2UNetConfig(backbone_config=backbone_config)).eval()
     adapters_at_zero(model)
     result = model.encoder.load_state_dict(original.state_dict(), strict=False)
@@ -42,8 +47,7 @@ def assert_encoder_equals_transformers(backbone_config, size, dtype, attn_implem
         actual = model.encoder(pixel_values)
     for ours, theirs in zip(actual, expected, strict=True):
         theirs = theirs.permute(0, 3, 1, 2)
-        # Rounding grows with the values, which reach about 10 here.
-        tolerance = (1e-5 if dtype == torch.float32 else 1e-12) * max(1, theirs.abs().max().item())
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-12
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
 
 

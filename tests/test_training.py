@@ -27,7 +27,7 @@ def rows():
     return Dataset.from_dict({"image": images, "mask": masks}, features=features)
 
 
-def make_trainer(model, rows, tmp_path, **kwargs):
+def make_trainer(model, rows, tmp_path, batch_norm_images=0, **kwargs):
     processor = Sam2UNetImageProcessor(regions=model.config.regions, size={"height": 64, "width": 64})
     arguments = TrainingArguments(
         tmp_path, remove_unused_columns=False, use_cpu=True, report_to="none", disable_tqdm=True, **kwargs
@@ -35,6 +35,7 @@ def make_trainer(model, rows, tmp_path, **kwargs):
     return Sam2UNetTrainer(
         model,
         arguments,
+        batch_norm_images=batch_norm_images,
         train_dataset=rows.with_transform(SegmentationTransform(processor, augment=flips())),
         eval_dataset=rows.with_transform(SegmentationTransform(processor, resize_masks=False)),
     )
@@ -140,6 +141,41 @@ def test_arguments_that_would_drop_images_or_scores_raise(rows, tmp_path, name):
     arguments = TrainingArguments(tmp_path, use_cpu=True, **{"remove_unused_columns": False, name: True})
     with pytest.raises(ValueError, match=f"`{name}` must be False"):
         Sam2UNetTrainer(small_model(), arguments, train_dataset=rows)
+
+
+def test_batch_norm_is_estimated_on_training_images_before_each_evaluation(rows, tmp_path):
+    model = small_model(freeze_encoder=False)
+    trainer = make_trainer(
+        model,
+        rows,
+        tmp_path,
+        batch_norm_images=5,
+        num_train_epochs=2,
+        eval_strategy="epoch",
+        save_strategy="no",
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=5,
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    norm = model.decode_head.receptive_field_blocks[3].shortcut.norm
+    # One batch of all five images: its own statistics, but for the flips and the unbiased variance.
+    features = []
+    hook = model.decode_head.receptive_field_blocks[3].shortcut.conv.register_forward_hook(
+        lambda module, inputs, output: features.append(output)
+    )
+    trainer.estimate_batch_norm()
+    hook.remove()
+    torch.testing.assert_close(norm.running_mean, features[0].mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, features[0].var(dim=(0, 2, 3)))
+    assert norm.momentum == 0.1
+
+    calls = []
+    trainer.estimate_batch_norm = lambda: calls.append(trainer.state.epoch)
+    trainer.train()
+    assert calls == [1, 2]
+    trainer.evaluate()
+    assert calls == [1, 2]
 
 
 def test_training_learns(rows, tmp_path):
