@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from transformers import EvalPrediction, Trainer, TrainingArguments
@@ -160,7 +160,7 @@ class Sam2UNetTrainer(Trainer):
         model: The model to train.
         args: Training arguments; `remove_unused_columns` must be false, since rows hold images.
         batch_norm_images: Re-estimate the statistics of batch norm on this many training images before each
-            evaluation during training, and so before each checkpoint. For models whose encoder is trained: batch norm
+            evaluation during training, and so before each checkpoint, and at the end. For models whose encoder is trained: batch norm
             cancels the mean of the encoder's features, which therefore drifts, faster than the running averages of the
             decoder's batch norms follow. 0 keeps the running averages, which do for a frozen encoder.
         kwargs: Arguments of [`~transformers.Trainer`]. `data_collator` and `compute_metrics` have the right defaults.
@@ -191,6 +191,14 @@ class Sam2UNetTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self.batch_norm_images = batch_norm_images
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as [`~transformers.Trainer`] does, and end with fresh batch norm statistics."""
+        result = super().train(*args, **kwargs)
+        # The best checkpoint has them since its evaluation.
+        if self.batch_norm_images and not self.args.load_best_model_at_end:
+            self.estimate_batch_norm()
+        return result
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as [`~transformers.Trainer`] does, during training with fresh batch norm statistics."""
         if self.is_in_train and self.batch_norm_images:
@@ -216,7 +224,7 @@ class Sam2UNetTrainer(Trainer):
         loader = DataLoader(
             cast("Dataset", self.train_dataset),
             batch_size,
-            shuffle=True,
+            shuffle=not isinstance(self.train_dataset, IterableDataset),
             generator=generator,
             collate_fn=self.data_collator,
         )
