@@ -160,9 +160,10 @@ class Sam2UNetTrainer(Trainer):
         model: The model to train.
         args: Training arguments; `remove_unused_columns` must be false, since rows hold images.
         batch_norm_images: Re-estimate the statistics of batch norm on this many training images before each
-            evaluation during training, and so before each checkpoint, and at the end. For models whose encoder is trained: batch norm
-            cancels the mean of the encoder's features, which therefore drifts, faster than the running averages of the
-            decoder's batch norms follow. 0 keeps the running averages, which do for a frozen encoder.
+            evaluation during training, and so before each checkpoint, and at the end. For models whose encoder is
+            trained: batch norm cancels the mean of the encoder's features, which therefore drifts, faster than the
+            running averages of the decoder's batch norms follow. 0 keeps the running averages, which do for a frozen
+            encoder.
         kwargs: Arguments of [`~transformers.Trainer`]. `data_collator` and `compute_metrics` have the right defaults.
 
     Raises:
