@@ -45,6 +45,8 @@ def plot_predictions(
         len(cases), 4, figsize=(12, 3.3 * len(cases)), layout="constrained", squeeze=False, facecolor="white"
     )
     colours = [COLOURS[index % len(COLOURS)] for index in range(len(regions))]
+    # A single region has the second colour to spare for its prediction.
+    predicted_colours = [COLOURS[1]] if len(regions) == 1 else colours
     for row, (title, image, truth, prediction) in zip(axes, cases, strict=True):
         # 16-bit and float images lose their range in `convert`.
         pixels = np.asarray(image if image.mode.startswith(("I", "F")) else image.convert("L"), dtype=float)
@@ -54,20 +56,23 @@ def plot_predictions(
             axis.set_yticks([])
         row[0].set_ylabel(title)
         # Large regions first, so that those inside them stay visible.
-        for (_, label_ids), colour in sorted(
-            zip(regions.items(), colours, strict=True), key=lambda item: -len(item[0][1])
-        ):
-            rgb = matplotlib.colors.to_rgb(colour)
-            for axis, label_map, style in ((row[1], truth, "solid"), (row[2], prediction, "dashed")):
+        drawn = zip(regions.values(), colours, predicted_colours, strict=True)
+        for label_ids, colour, predicted_colour in sorted(drawn, key=lambda item: -len(item[0])):
+            sides = ((row[1], truth, colour, "solid"), (row[2], prediction, predicted_colour, "dashed"))
+            for axis, label_map, side_colour, style in sides:
                 mask = np.isin(label_map, label_ids)
-                axis.imshow(np.dstack([np.broadcast_to(rgb, (*mask.shape, 3)), mask * 0.5]), interpolation="nearest")
+                rgb = np.broadcast_to(matplotlib.colors.to_rgb(side_colour), (*mask.shape, 3))
+                axis.imshow(np.dstack([rgb, mask * 0.5]), interpolation="nearest")
                 if mask.any() and not mask.all():
-                    row[3].contour(mask, levels=[0.5], colors=[colour], linestyles=style, linewidths=1.2)
-    for axis, title in zip(
-        axes[0], ("image", "truth", "prediction", "truth (solid), prediction (dashed)"), strict=True
-    ):
+                    row[3].contour(mask, levels=[0.5], colors=[side_colour], linestyles=style, linewidths=1.4)
+    for axis, title in zip(axes[0], ("image", "truth", "prediction", "outlines"), strict=True):
         axis.set_title(title)
-    handles = [plt.Line2D([], [], color=colour, label=name) for name, colour in zip(regions, colours, strict=True)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    handles = []
+    for kind, side_colours, style in (("truth", colours, "solid"), ("prediction", predicted_colours, "dashed")):
+        handles += [
+            plt.Line2D([], [], color=colour, linestyle=style, label=f"{name}, {kind}")
+            for name, colour in zip(regions, side_colours, strict=True)
+        ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -39,7 +39,7 @@ PHANTOM_RECIPE = {
     "slices": ["tumor"],
     "min_tumor_pixels": 20,
     "image_size": 96,
-    "num_train_epochs": 4.0,
+    "num_train_epochs": 6.0,
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 32,
     "learning_rate": 5e-4,
@@ -338,6 +338,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         trainer.save_state()
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
+    # Without the evaluation of the best checkpoint that follows, which belongs to no epoch of its own.
+    history = list(trainer.state.log_history)
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
@@ -352,7 +354,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     dice = prediction.predictions[..., 0].mean(axis=1)
     plot_predictions(choose_cases(data[shown], dice, at_mask_size, model), regions, output_dir / "predictions.png")
     if training_args.do_train:
-        plot_training_curve(trainer.state.log_history, output_dir / "training_curve.png")
+        plot_training_curve(history, output_dir / "training_curve.png")
     if training_args.do_predict:
         batch_size = training_args.per_device_eval_batch_size
         write_predictions(output_dir / "predictions", data[shown], at_mask_size, model, batch_size)
