@@ -86,7 +86,10 @@ def load_data(args: DataArguments) -> datasets.DatasetDict:
     elif (folder := Path(args.dataset_name)).is_dir() and (pairs := image_mask_folders(folder)):
         data = datasets.DatasetDict({split: pair_images_and_masks(*pair) for split, pair in pairs.items()})
     else:
-        data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
+        try:
+            data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
+        except (OSError, ValueError) as err:  # no such folder or repository, no data in it, no connection
+            raise SystemExit(f"--dataset_name {args.dataset_name}: {err}") from err
     return with_all_splits(data, args.split_seed)
 
 

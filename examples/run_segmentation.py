@@ -45,6 +45,7 @@ PHANTOM_RECIPE = {
     "learning_rate": 5e-4,
     "warmup_steps": 20,
 }
+ARGUMENTS_FILE = "run_arguments.json"
 # What a run leaves in its folder besides the final checkpoint.
 RUN_FILES = (
     "checkpoint-*",
@@ -155,31 +156,25 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Seg
         parser.error(str(err))
 
 
-def prepare_output_dir(
-    model_args: ModelArguments, data_args: DataArguments, args: SegmentationTrainingArguments
-) -> str | None:
-    """Return the checkpoint to resume from, if any; never overwrite or mix runs unasked."""
+def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArguments) -> str | None:
+    """Return the checkpoint to resume from, if any; refuse to overwrite or mix runs unasked."""
     output_dir = Path(args.output_dir)
     last_checkpoint = get_last_checkpoint(args.output_dir) if output_dir.is_dir() else None
-    arguments = {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args)}
-    record = output_dir / "run_arguments.json"
-    checkpoint = None
     if args.resume_from_checkpoint:
-        checkpoint = args.resume_from_checkpoint
-        if checkpoint.lower() in ("true", "last"):
-            checkpoint = last_checkpoint
-        if checkpoint is None:
+        if args.resume_from_checkpoint.lower() not in ("true", "last"):
+            return args.resume_from_checkpoint
+        if last_checkpoint is None:
             raise SystemExit(f"--resume_from_checkpoint: there is no checkpoint in {output_dir} to resume from.")
-    elif args.overwrite_output_dir:
-        for path in [path for pattern in RUN_FILES for path in output_dir.glob(pattern)]:
-            if args.process_index == 0:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif (output_dir / "all_results.json").exists():
+        return last_checkpoint
+    if args.overwrite_output_dir:
+        return None
+    if (output_dir / "all_results.json").exists():
         raise SystemExit(
             f"{output_dir} holds a finished run. Pass --overwrite_output_dir to replace it, another --output_dir to "
             "keep it, or --resume_from_checkpoint true to train it further."
         )
-    elif last_checkpoint is not None:
+    if last_checkpoint is not None:
+        record = output_dir / ARGUMENTS_FILE
         before = json.loads(record.read_text()) if record.exists() else arguments
         if changed := sorted(name for name in arguments if before.get(name) != arguments[name]):
             raise SystemExit(
@@ -188,11 +183,17 @@ def prepare_output_dir(
                 "--overwrite_output_dir or another --output_dir."
             )
         logger.warning("Going on with the unfinished run in %s from %s.", output_dir, Path(last_checkpoint).name)
-        checkpoint = last_checkpoint
-    if args.process_index == 0:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(arguments, indent=2) + "\n")
-    return checkpoint
+    return last_checkpoint
+
+
+def start_run(arguments: dict[str, Any], args: SegmentationTrainingArguments) -> None:
+    """Make the output folder, empty it of an older run if asked to, and note the arguments of this one."""
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if args.overwrite_output_dir and not args.resume_from_checkpoint:
+        for path in [path for pattern in RUN_FILES for path in output_dir.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (output_dir / ARGUMENTS_FILE).write_text(json.dumps(arguments, indent=2) + "\n")
 
 
 def load_model(
@@ -301,13 +302,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         except OSError as err:
             raise SystemExit(f"--model_name_or_path: {err}") from err
     output_dir = Path(training_args.output_dir)
+    arguments = {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args)}
+    checkpoint = find_checkpoint(arguments, training_args)
     with training_args.main_process_first(desc="preparing the data"):
-        checkpoint = prepare_output_dir(model_args, data_args, training_args)
         data = load_data(data_args)
     set_seed(training_args.seed)
     image_column, mask_column = find_columns(data, data_args)
     regions, label_mapping = find_regions(data, image_column, mask_column, regions)
     model, processor = load_model(model_args, regions)
+    # Not before data and model are there, so that a mistyped path costs nobody an older run.
+    if training_args.process_index == 0:
+        start_run(arguments, training_args)
 
     def transform(**kwargs: Any) -> SegmentationTransform:
         return SegmentationTransform(processor, image_column, mask_column, label_mapping=label_mapping, **kwargs)

@@ -1,5 +1,6 @@
 """The fine-tuning script, run as a user runs it on small data."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -188,8 +189,10 @@ def test_going_on_from_a_checkpoint_keeps_its_regions_and_size(checkpoint, argum
     assert run_segmentation.load_model(model_args, {"TC": [1, 3], "ET": [3]})[1].size["width"] == 96
 
 
-def prepare(*arguments):
-    return run_segmentation.prepare_output_dir(*run_segmentation.parse_arguments(["--use_cpu", *arguments]))
+def find_checkpoint(*arguments):
+    model_args, data_args, args = run_segmentation.parse_arguments(["--use_cpu", *arguments])
+    values = {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args)}
+    return run_segmentation.find_checkpoint(values, args), values, args
 
 
 def test_a_finished_run_is_not_overwritten_unasked(tmp_path):
@@ -199,18 +202,31 @@ def test_a_finished_run_is_not_overwritten_unasked(tmp_path):
     (tmp_path / "checkpoint-7").mkdir()
     (tmp_path / "notes.txt").touch()
     with pytest.raises(SystemExit, match="holds a finished run. Pass --overwrite_output_dir"):
-        prepare("--output_dir", str(tmp_path))
-    assert prepare("--output_dir", str(tmp_path), "--overwrite_output_dir") is None
+        find_checkpoint("--output_dir", str(tmp_path))
+    checkpoint, values, args = find_checkpoint("--output_dir", str(tmp_path), "--overwrite_output_dir")
+    assert checkpoint is None
+    run_segmentation.start_run(values, args)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "run_arguments.json"]
+
+
+def test_bad_data_costs_no_older_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "all_results.json").write_text("{}")
+    arguments = ["--dataset_name", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match="--dataset_name .*nowhere: "):
+        run_segmentation.main([*arguments, "--overwrite_output_dir"])
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["all_results.json"]
 
 
 def test_an_unfinished_run_goes_on_with_the_same_arguments_alone(tmp_path):
     arguments = ["--output_dir", str(tmp_path), "--slices", "20", "21"]
-    assert prepare(*arguments) is None
+    checkpoint, values, args = find_checkpoint(*arguments)
+    assert checkpoint is None
+    run_segmentation.start_run(values, args)
     (tmp_path / "checkpoint-7").mkdir()
-    assert prepare(*arguments) == str(tmp_path / "checkpoint-7")
+    assert find_checkpoint(*arguments)[0] == str(tmp_path / "checkpoint-7")
     with pytest.raises(SystemExit, match=r"unfinished run with other values of slices.*slices=\['20', '21'\]"):
-        prepare("--output_dir", str(tmp_path))
+        find_checkpoint("--output_dir", str(tmp_path))
 
 
 @pytest.mark.parametrize(
