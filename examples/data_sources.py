@@ -261,6 +261,8 @@ def check_images_and_masks(split: str, rows: datasets.Dataset, image_column: str
             label_map = read_mask(row[mask_column])
         except (OSError, SyntaxError, ValueError) as err:  # what Pillow and we raise for broken files
             raise SystemExit(f"{split} image {name}: {err}") from err
+        if row[mask_column].format == "JPEG":
+            raise SystemExit(f"{split} image {name}: its mask is a JPEG, which blurs label ids. Save masks as PNG.")
         height, width = label_map.shape
         if row[image_column].size != (width, height):
             raise SystemExit(

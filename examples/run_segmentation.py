@@ -25,7 +25,6 @@ from PIL import Image
 from plots import plot_predictions, plot_training_curve
 from tqdm import tqdm
 from transformers import HfArgumentParser, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
 from sam2unet_hf.configuration_sam2unet import PRESETS
@@ -156,10 +155,20 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Seg
         parser.error(str(err))
 
 
+def last_whole_checkpoint(output_dir: Path) -> str | None:
+    """Return the newest checkpoint that was written to its end; the Trainer writes its state last."""
+    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
+    for path in sorted(numbered, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        if (path / "trainer_state.json").exists():
+            return str(path)
+        logger.warning("%s is incomplete, passing it over.", path)
+    return None
+
+
 def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArguments) -> str | None:
     """Return the checkpoint to resume from, if any; refuse to overwrite or mix runs unasked."""
     output_dir = Path(args.output_dir)
-    last_checkpoint = get_last_checkpoint(args.output_dir) if output_dir.is_dir() else None
+    last_checkpoint = last_whole_checkpoint(output_dir)
     if args.resume_from_checkpoint:
         if args.resume_from_checkpoint.lower() not in ("true", "last"):
             return args.resume_from_checkpoint

@@ -223,7 +223,9 @@ def test_an_unfinished_run_goes_on_with_the_same_arguments_alone(tmp_path):
     checkpoint, values, args = find_checkpoint(*arguments)
     assert checkpoint is None
     run_segmentation.start_run(values, args)
-    (tmp_path / "checkpoint-7").mkdir()
+    for step in (7, 14):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-7" / "trainer_state.json").touch()  # the other was cut off while it was written
     assert find_checkpoint(*arguments)[0] == str(tmp_path / "checkpoint-7")
     with pytest.raises(SystemExit, match=r"unfinished run with other values of slices.*slices=\['20', '21'\]"):
         find_checkpoint("--output_dir", str(tmp_path))
@@ -378,6 +380,13 @@ def spoil_with_colour(pictures):
     Image.new("RGB", (80, 64), (255, 0, 0)).save(pictures / "masks" / "photo_00.png")
 
 
+def spoil_with_jpeg(pictures):
+    path = pictures / "masks" / "photo_04.png"
+    with Image.open(path) as mask:
+        mask.save(path.with_suffix(".jpg"))
+    path.unlink()
+
+
 def spoil_with_half_a_file(pictures):
     path = pictures / "images" / "photo_05.jpg"
     path.write_bytes(path.read_bytes()[:900])
@@ -392,6 +401,7 @@ def spoil_with_half_a_file(pictures):
         (spoil_with_grey, [], "hold more than 64 different values"),
         (spoil_with_namesake, [], "have the same name"),
         (spoil_with_colour, [], "image photo_00.*Map colours to ids"),
+        (spoil_with_jpeg, [], "image photo_04: its mask is a JPEG, which blurs label ids. Save masks as PNG"),
         (spoil_with_half_a_file, [], "image photo_05: .*truncated"),
         (None, ["--regions", "WT"], r"--regions takes NAME=ID\[,ID\.\.\.\]"),
         (None, ["--regions", "liver=2"], r"Region liver has the label ids \[2\], the masks hold \[1\] \(255 is taken"),
