@@ -1,0 +1,645 @@
+"""Measures of one predicted mask, and sums of them that merge exactly.
+
+[`score`] computes any of the seven measures in one pass over an image, [`Accumulator`] averages what it returns. The
+values are those of `py_sod_metrics`, which the authors of SAM2-UNet use; where it returns NaN they are defined here.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+
+# Dice, IoU, F and E are known at 258 cuts: probability > 0.5, the adaptive one, and >= 0/255 ... 255/255.
+CURVES = ("dice", "iou", "f_beta", "e_measure")
+CUTS = 258
+MEASURES = (*CURVES, "s_measure", "weighted_f_beta", "mae")
+EPS = float(np.finfo(np.float64).eps)
+# Sums are counted in units of 2^-52.
+UNIT_BITS = 52
+UNIT = 2**UNIT_BITS
+# 1-D factor of the 7x7 Gaussian with sigma 5 of the weighted F-measure, and how far it reaches.
+_GAUSSIAN = np.exp(-(np.arange(-3.0, 4.0) ** 2) / 50)
+_GAUSSIAN /= _GAUSSIAN.sum()
+_REACH = 3
+
+
+class Pair(NamedTuple):
+    """One prediction and its mask, with what several measures need of them.
+
+    Attributes:
+        probability: Probabilities in [0, 1], float64 of shape `(height, width)`.
+        mask: Boolean mask of the same shape.
+        inside: The probabilities in the mask, of shape `(pixels of the mask,)`.
+        sum: Sum of all probabilities.
+    """
+
+    probability: np.ndarray
+    mask: np.ndarray
+    inside: np.ndarray
+    sum: float
+
+    @classmethod
+    def of(cls, prediction: Any, reference: Any) -> "Pair":
+        """Prepare a prediction and a mask; see [`to_probability`] and [`to_mask`] for what they may be.
+
+        Args:
+            prediction: Of shape `(height, width)`.
+            reference: Of the same shape.
+        """
+        probability, mask = to_probability(prediction), to_mask(reference)
+        return cls(probability, mask, probability[mask], float(probability.sum()))
+
+
+class CutCounts(NamedTuple):
+    """Pixels of one image at each of the 258 cuts of its prediction.
+
+    Attributes:
+        true_positive: Predicted pixels inside the mask, int64 of shape `(258,)`.
+        predicted: Predicted pixels, int64 of shape `(258,)`.
+        reference: Pixels of the mask.
+        total: Pixels of the image.
+    """
+
+    true_positive: np.ndarray
+    predicted: np.ndarray
+    reference: int
+    total: int
+
+
+def to_array(image: Any, name: str) -> np.ndarray:
+    """Turn an image into an array of shape `(height, width)` or `(regions, height, width)`.
+
+    Args:
+        image: NumPy array, tensor, PIL image or nested list.
+        name: What to call it in errors.
+
+    Raises:
+        ValueError: If it has no such shape, or no pixels.
+    """
+    if hasattr(image, "detach"):
+        image = image.detach().cpu()
+        # NumPy has no bfloat16.
+        image = image.float().numpy() if "bfloat16" in str(image.dtype) else image.numpy()
+    array = np.asarray(image)
+    if array.ndim not in (2, 3) or array.size == 0 or array.dtype == object:
+        raise ValueError(
+            f"`{name}` must have shape (height, width) or (regions, height, width), got {array.shape} of type "
+            f"{array.dtype}. Several images go in a list, colour images must be turned into masks first."
+        )
+    return array
+
+
+def to_probability(prediction: Any, normalize: Literal["minmax"] | None = None) -> np.ndarray:
+    """Turn a prediction into probabilities.
+
+    Args:
+        prediction: Probabilities in [0, 1], an 8-bit map in 0..255, or a binary mask (boolean, or 0 and 1), of shape
+            `(height, width)` or `(regions, height, width)`.
+        normalize: `"minmax"` stretches each region to [0, 1] unless it is constant, and takes every integer
+            prediction for an 8-bit map. With `None`, integers not above 1 are taken for a binary mask.
+
+    Returns:
+        Contiguous array of the same shape, float64, in [0, 1].
+
+    Raises:
+        ValueError: If the values are none of these.
+    """
+    array = to_array(prediction, "prediction")
+    if normalize not in (None, "minmax"):
+        raise ValueError(f'`normalize` must be "minmax" or None, got {normalize!r}.')
+    low, high = float(array.min()), float(array.max())
+    integer = np.issubdtype(array.dtype, np.integer)
+    limit = 255 if integer else 1
+    if not (low >= 0 and high <= limit):
+        found = "NaN" if math.isnan(low) or math.isnan(high) else f"values from {low:g} to {high:g}"
+        raise ValueError(
+            f"`prediction` must hold probabilities in [0, 1], an 8-bit map in 0..255 or a binary mask, got {found} of "
+            f"type {array.dtype}. Pass logits through a sigmoid, divide 8-bit values that are floats by 255."
+        )
+    eight_bit = integer and (high > 1 or normalize is not None)
+
+    def plane_to_probability(plane: np.ndarray) -> np.ndarray:
+        # Of an 8-bit map, the 256 levels are worked out once each.
+        values = np.arange(256) / 255 if eight_bit else np.ascontiguousarray(plane, dtype=np.float64)
+        if normalize is not None:
+            low, high = values[[plane.min(), plane.max()]] if eight_bit else (values.min(), values.max())
+            values = (values - low) / (high - low) if low != high else values
+        return values.take(plane, mode="clip") if eight_bit else values
+
+    return plane_to_probability(array) if array.ndim == 2 else np.stack([plane_to_probability(p) for p in array])
+
+
+def to_mask(reference: Any) -> np.ndarray:
+    """Turn a reference into a boolean mask.
+
+    Args:
+        reference: Mask of shape `(height, width)` or `(regions, height, width)`: boolean, 0 and 1, or 8-bit, where
+            the mask is what lies above 128.
+
+    Returns:
+        Contiguous boolean array of the same shape.
+
+    Raises:
+        ValueError: If the values are none of these, as in a map of label ids.
+    """
+    array = np.ascontiguousarray(to_array(reference, "reference"))
+    if array.dtype == bool:
+        return array
+    low, high = float(array.min()), float(array.max())
+    if np.issubdtype(array.dtype, np.integer) and low >= 0 and (high <= 1 or 128 < high <= 255):
+        return array > (0 if high <= 1 else 128)
+    if np.issubdtype(array.dtype, np.floating) and np.isin(array, (0, 1)).all():
+        return array > 0
+    raise ValueError(
+        f"`reference` must be a binary mask, boolean or of 0 and 1 or of 0 and 255, got values from {low:g} to "
+        f"{high:g} of type {array.dtype}. Turn label ids into one mask per region, such as `label_map == 1`."
+    )
+
+
+def count_at_cuts(pair: Pair) -> CutCounts:
+    """Count predicted pixels at all cuts, with one histogram of 256 levels.
+
+    Args:
+        pair: Prediction and mask.
+    """
+    probability, mask, inside, _ = pair
+    # From bright to dark, the sums are the pixels at or above each level.
+    true_positive, predicted = (
+        np.bincount((values * 255).astype(np.uint8).ravel(), minlength=256)[::-1].cumsum()[::-1]
+        for values in (inside, probability)
+    )
+    # The mean is computed as `py_sod_metrics` does, since pixels may lie on the cut.
+    adaptive = min(2 * pair.sum / probability.size, 1)
+    cuts = [(inside > 0.5, probability > 0.5), (inside >= adaptive, probability >= adaptive)]
+    first = np.array([[np.count_nonzero(values) for values in cut] for cut in cuts])
+    return CutCounts(
+        np.concatenate([first[:, 0], true_positive]), np.concatenate([first[:, 1], predicted]), inside.size, mask.size
+    )
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray, zero_division: float) -> np.ndarray:
+    quotient = np.full(numerator.shape, zero_division, dtype=np.float64)
+    return np.divide(numerator, denominator, out=quotient, where=denominator != 0)
+
+
+def dice(counts: CutCounts, zero_division: float = 0.0) -> np.ndarray:
+    """Return the Dice coefficient `2 |A and B| / (|A| + |B|)` at each cut, `(258,)` in [0, 1].
+
+    Args:
+        counts: Pixels at each cut.
+        zero_division: Value where mask and prediction are both empty. Where only one is, Dice is 0.
+    """
+    return _ratio(2 * counts.true_positive, counts.predicted + counts.reference, zero_division)
+
+
+def iou(counts: CutCounts, zero_division: float = 0.0) -> np.ndarray:
+    """Return the intersection over union `|A and B| / |A or B|` at each cut, `(258,)` in [0, 1].
+
+    Args:
+        counts: Pixels at each cut.
+        zero_division: Value where mask and prediction are both empty. Where only one is, IoU is 0.
+    """
+    union = counts.predicted + counts.reference - counts.true_positive
+    return _ratio(counts.true_positive, union, zero_division)
+
+
+def f_beta(counts: CutCounts, beta_squared: float = 0.3, zero_division: float = 0.0) -> np.ndarray:
+    """Return the F-measure `(1 + beta^2) P R / (beta^2 P + R)` at each cut, `(258,)` in [0, 1].
+
+    Args:
+        counts: Pixels at each cut.
+        beta_squared: Weight of recall against precision; below 1 precision counts more.
+        zero_division: Value where mask and prediction are both empty. Where only one is, F is 0.
+
+    Source: Achanta et al., CVPR 2009, doi 10.1109/CVPR.2009.5206596.
+    """
+    # P = TP / predicted and R = TP / reference, multiplied out.
+    denominator = beta_squared * counts.reference + counts.predicted
+    return _ratio((1 + beta_squared) * counts.true_positive, denominator, zero_division)
+
+
+def e_measure(counts: CutCounts, ddof: int = 1) -> np.ndarray:
+    """Return the enhanced-alignment measure at each cut, `(258,)`.
+
+    With an empty mask it is the share of pixels left empty, with a full mask the share of predicted pixels.
+
+    Args:
+        counts: Pixels at each cut.
+        ddof: The sum over pixels is divided by `total - ddof`. 1 is what the authors' code does; a perfect score is
+            then slightly above 1, and an image of one pixel scores 0 or 4.5e15. 0 is the equation of the paper, which
+            stays in [0, 1].
+
+    Source: Fan et al., IJCAI 2018, doi 10.24963/ijcai.2018/97, equations 3 to 5.
+    """
+    true_positive, predicted, reference, total = counts
+    if reference == 0:
+        aligned = total - predicted
+    elif reference == total:
+        aligned = predicted
+    else:
+        # Axes: predicted or not, in the mask or not, cut.
+        inside = np.stack([true_positive, reference - true_positive])
+        pixels = np.stack([inside, np.stack([predicted, total - predicted]) - inside], axis=1)
+        share = predicted / total
+        prediction = np.stack([1 - share, -share])[:, None]
+        target = np.array([1 - reference / total, -reference / total])[:, None]
+        alignment = 2 * prediction * target / (prediction**2 + target**2 + EPS)
+        aligned = ((alignment + 1) ** 2 / 4 * pixels).sum(axis=(0, 1))
+    return aligned / (total - ddof + EPS)
+
+
+def s_measure(pair: Pair, alpha: float = 0.5) -> float:
+    """Return the structure measure, in [0, 1].
+
+    With an empty mask it is one minus the mean probability, with a full mask the mean probability.
+
+    Args:
+        pair: Prediction and mask.
+        alpha: Weight of the objects' similarity against that of the four regions around the mask's centre.
+
+    Source: Fan et al., ICCV 2017, doi 10.1109/ICCV.2017.487, equations 3 to 8.
+    """
+    probability, mask, inside, total = pair
+    foreground, background = inside.size, mask.size - inside.size
+    if not foreground or not background:
+        return total / mask.size if foreground else 1 - total / mask.size
+    inside_mean, outside_mean = float(inside.mean()), (total - float(inside.sum())) / background
+    outside = probability - outside_mean
+    np.putmask(outside, mask, 0.0)
+    objects = foreground / mask.size * _object_similarity(inside_mean, inside - inside_mean, foreground)
+    objects += background / mask.size * _object_similarity(1 - outside_mean, outside, background)
+    return max(0.0, alpha * objects + (1 - alpha) * _region_similarity(probability, mask))
+
+
+def _object_similarity(mean: float, deviation: np.ndarray, total: int) -> float:
+    spread = math.sqrt(np.vdot(deviation, deviation) / (total - 1)) if total > 1 else 0.0
+    return 2 * mean / (mean**2 + 1 + spread + EPS)
+
+
+def _region_similarity(probability: np.ndarray, mask: np.ndarray) -> float:
+    """Return the mean structural similarity of four quadrants, weighted by their size."""
+    # The quadrants meet behind the pixel of the mask's centre, as in the authors' code.
+    rows_of_mask, columns_of_mask = np.divmod(np.flatnonzero(mask), mask.shape[1])
+    row, column = round(rows_of_mask.mean()) + 1, round(columns_of_mask.mean()) + 1
+    similarity = 0.0
+    for rows in (slice(0, row), slice(row, None)):
+        for columns in (slice(0, column), slice(column, None)):
+            quadrant = mask[rows, columns]
+            # A centre in the last row or column leaves quadrants empty; `py_sod_metrics` returns NaN then.
+            if quadrant.size:
+                similarity += quadrant.size / mask.size * _structural_similarity(probability[rows, columns], quadrant)
+    return similarity
+
+
+def _structural_similarity(probability: np.ndarray, mask: np.ndarray) -> float:
+    mean = float(probability.mean())
+    deviation = probability - mean
+    inside = deviation[mask]
+    reference, total = inside.size, mask.size
+    share, divisor = reference / total, total - 1 + EPS
+    variance = float(np.vdot(deviation, deviation)) / divisor
+    mask_variance = reference * (1 - share) / divisor
+    # The deviations sum to 0. A constant mask has no covariance with anything, not even by rounding.
+    covariance = 0.0 if reference in (0, total) else float(inside.sum()) / divisor
+    numerator = 4 * mean * share * covariance
+    denominator = (mean**2 + share**2) * (variance + mask_variance)
+    if numerator != 0:
+        return numerator / (denominator + EPS)
+    return 1.0 if denominator == 0 else 0.0
+
+
+@functools.cache
+def _background_weights() -> np.ndarray:
+    """Return the weight of an error by squared distance to the mask; from 265 pixels on it is 2 to the last bit."""
+    weights = 2 - np.exp(math.log(0.5) / 5 * np.sqrt(np.arange(270.0**2)))
+    weights[0] = 0  # the mask itself, counted apart
+    return weights
+
+
+def weighted_f_beta(pair: Pair, beta_squared: float = 1.0, zero_division: float = 0.0) -> float:
+    """Return the weighted F-measure, in [0, 1]: errors count less beside other errors, more far from the mask.
+
+    Args:
+        pair: Prediction and mask.
+        beta_squared: Weight of recall against precision.
+        zero_division: Value where the mask is empty and the prediction 0 everywhere. For an empty mask it is 0
+            elsewhere.
+
+    What lies outside the image is taken for right, as in the authors' code, so that a mask at the border scores more
+    than 0 even if nothing is predicted.
+
+    Source: Margolin et al., CVPR 2014, doi 10.1109/CVPR.2014.39.
+    """
+    probability, mask, inside, total = pair
+    if not inside.size:
+        return 0.0 if total else zero_division
+    # Where neither mask nor prediction is, there is no error: the box around the rest will do.
+    inner, predicted = _bounding_box(mask, margin=_REACH), probability > 0
+    outer = _join(inner, _bounding_box(predicted)) if predicted.any() else inner
+    inner = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(inner, outer, strict=True))
+    probability, mask = probability[outer], mask[outer]
+    error = mask.astype(np.float64)
+    np.abs(np.subtract(error, probability, out=error), out=error)
+    rows, columns = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
+    squared_distance = np.square(rows - np.arange(mask.shape[0], dtype=np.int32)[:, None])
+    across = columns - np.arange(mask.shape[1], dtype=np.int32)
+    squared_distance += np.square(across, out=across)
+    false_positive = error.ravel() @ _background_weights().take(squared_distance.ravel(), mode="clip")
+
+    # Outside the mask the error of the nearest mask pixel counts, inside no more than the mean error around.
+    nearest = error.ravel().take(rows[inner] * np.int32(mask.shape[1]) + columns[inner], mode="clip")
+    around = _blur_at(nearest, mask[inner])
+    missed = np.minimum(error[inner][mask[inner]], around)
+    true_positive = missed.size - missed.sum()
+    recall = 1 - missed.mean()
+    precision = true_positive / (true_positive + false_positive + EPS)
+    return float((1 + beta_squared) * recall * precision / (recall + beta_squared * precision + EPS))
+
+
+def _blur_at(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return the image under the Gaussian at the pixels of the mask; what lies outside the image is 0."""
+    height, width = mask.shape
+    width += 2 * _REACH
+    padded = np.zeros((height + 2 * _REACH, width))
+    padded[_REACH:-_REACH, _REACH:-_REACH] = image
+    # Along the rows everywhere, laid end to end; down the columns at the mask alone.
+    blurred = np.correlate(padded.ravel(), _GAUSSIAN, mode="same")
+    padded_mask = np.zeros(padded.shape, dtype=bool)
+    padded_mask[_REACH:-_REACH, _REACH:-_REACH] = mask
+    at = np.flatnonzero(padded_mask)
+    result = _GAUSSIAN[_REACH] * blurred.take(at)
+    for step in range(1, _REACH + 1):
+        result += _GAUSSIAN[_REACH + step] * (blurred.take(at - step * width) + blurred.take(at + step * width))
+    return result
+
+
+def _bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...]:
+    box = []
+    for axis, size in enumerate(mask.shape):
+        occupied = np.flatnonzero(mask.any(axis=1 - axis))
+        box.append(slice(max(int(occupied[0]) - margin, 0), min(int(occupied[-1]) + 1 + margin, size)))
+    return tuple(box)
+
+
+def _join(first: tuple[slice, ...], second: tuple[slice, ...]) -> tuple[slice, ...]:
+    pairs = zip(first, second, strict=True)
+    return tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in pairs)
+
+
+def mean_absolute_error(pair: Pair) -> float:
+    """Return the mean absolute difference of probability and mask, in [0, 1]; 0 is best.
+
+    Args:
+        pair: Prediction and mask.
+
+    Source: Perazzi et al., CVPR 2012, doi 10.1109/CVPR.2012.6247743, equation 10.
+    """
+    # The difference is 1 - p in the mask and p outside.
+    inside = pair.inside
+    return max(0.0, pair.sum + inside.size - 2 * float(inside.sum())) / pair.mask.size
+
+
+def score(
+    prediction: Any,
+    reference: Any,
+    measures: Sequence[str] = MEASURES,
+    *,
+    normalize: Literal["minmax"] | None = None,
+    zero_division: float = 0.0,
+    alpha: float = 0.5,
+    beta_squared: float = 0.3,
+    weighted_beta_squared: float = 1.0,
+    ddof: int = 1,
+    valid: np.ndarray | None = None,
+) -> np.ndarray:
+    """Score one prediction.
+
+    Args:
+        prediction: Probabilities in [0, 1], 8-bit map or binary mask of shape `(height, width)` or
+            `(regions, height, width)`; see [`to_probability`].
+        reference: Binary mask of the same shape; see [`to_mask`].
+        measures: Which of `MEASURES` to compute.
+        normalize: `"minmax"` stretches each prediction to [0, 1] first.
+        zero_division: Value of Dice, IoU, F and weighted F where mask and prediction are both empty: 0, 1, or NaN to
+            leave them out of the average.
+        alpha: See [`s_measure`].
+        beta_squared: See [`f_beta`].
+        weighted_beta_squared: See [`weighted_f_beta`].
+        ddof: See [`e_measure`].
+        valid: Boolean array of shape `(height, width)`, false at pixels that do not count. S-measure and weighted F,
+            which need neighbours, take them for rightly predicted background.
+
+    Returns:
+        Float64 array of shape `(columns,)` or `(regions, columns)`: 258 columns for each measure in `CURVES`, see
+        [`CutCounts`], and one for each other. [`Accumulator`] takes it.
+
+    Raises:
+        ValueError: If a value or the shapes are wrong.
+    """
+    if unknown := sorted(set(measures) - set(MEASURES)):
+        raise ValueError(f"`measures` must be among {', '.join(MEASURES)}, got {', '.join(unknown)}.")
+    probability, mask = to_probability(prediction, normalize), to_mask(reference)
+    if probability.shape != mask.shape:
+        raise ValueError(
+            f"`prediction` and `reference` must have the same shape, got {probability.shape} and {mask.shape}. Resize "
+            "the prediction to the reference, not the other way round."
+        )
+    if not (zero_division in (0, 1) or math.isnan(zero_division)):
+        raise ValueError(f"`zero_division` must be 0, 1 or NaN, got {zero_division}.")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"`alpha` must be in [0, 1], got {alpha}.")
+    if not min(beta_squared, weighted_beta_squared) > 0:
+        raise ValueError(f"`beta_squared` must be above 0, got {min(beta_squared, weighted_beta_squared)}.")
+    if ddof not in (0, 1):
+        raise ValueError(f"`ddof` must be 0 or 1, got {ddof}.")
+    valid = None if valid is None or valid.all() else valid
+
+    curves = {
+        "dice": lambda counts: dice(counts, zero_division),
+        "iou": lambda counts: iou(counts, zero_division),
+        "f_beta": lambda counts: f_beta(counts, beta_squared, zero_division),
+        "e_measure": lambda counts: e_measure(counts, ddof),
+    }
+
+    def score_region(probability: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        pair = counted = Pair.of(probability, mask)
+        if valid is not None:
+            pair = Pair.of(probability * valid, mask & valid)
+            counted = Pair.of(probability[valid][None], mask[valid][None])
+        columns: dict[str, np.ndarray | list[float]] = {}
+        if any(measure in CURVES for measure in measures):
+            counts = count_at_cuts(counted)
+            columns = {measure: curve(counts) for measure, curve in curves.items() if measure in measures}
+        if "s_measure" in measures:
+            columns["s_measure"] = [s_measure(pair, alpha)]
+        if "weighted_f_beta" in measures:
+            columns["weighted_f_beta"] = [weighted_f_beta(pair, weighted_beta_squared, zero_division)]
+        if "mae" in measures:
+            columns["mae"] = [mean_absolute_error(counted)]
+        return np.concatenate([columns[measure] for measure in measures])
+
+    if valid is not None and not valid.any():
+        return np.full((*mask.shape[:-2], sum(map(columns_of, measures))), np.nan)
+    if mask.ndim == 2:
+        return score_region(probability, mask)
+    return np.stack([score_region(*region) for region in zip(probability, mask, strict=True)])
+
+
+def columns_of(measure: str) -> int:
+    """Return how many columns of [`score`] a measure takes.
+
+    Args:
+        measure: One of `MEASURES`.
+    """
+    return CUTS if measure in CURVES else 1
+
+
+class Accumulator:
+    """Average of scores that is the same to the last bit in whatever order and grouping they come.
+
+    Sums are integers in units of 2^-52, hence exact; NaN is left out. What is merged or pickled is a few kilobytes,
+    however many images went in.
+
+    Args:
+        measures: The measures of the scores, as passed to [`score`].
+    """
+
+    def __init__(self, measures: Sequence[str] = MEASURES):
+        self.measures = tuple(measures)
+        self.images = 0
+        self._whole = self._rest = self._count = np.zeros(0, dtype=np.int64)
+
+    def add(self, scores: np.ndarray) -> None:
+        """Add the scores of one image.
+
+        Args:
+            scores: What [`score`] returned, of shape `(columns,)` or `(regions, columns)`.
+
+        Raises:
+            ValueError: If images before had another number of regions.
+        """
+        scores = np.asarray(scores, dtype=np.float64)
+        known = ~np.isnan(scores)
+        scores = np.where(known, scores, 0.0)
+        whole = np.rint(scores)
+        rest = np.rint((scores - whole) * UNIT)
+        self._add(1, whole.astype(np.int64), rest.astype(np.int64), known.astype(np.int64))
+
+    def merge(self, other: "Accumulator") -> None:
+        """Add all that another accumulator of the same measures holds.
+
+        Args:
+            other: Left as it is.
+
+        Raises:
+            ValueError: If measures or regions differ.
+        """
+        if other.measures != self.measures:
+            raise ValueError(f"`other` must hold the measures {self.measures}, got {other.measures}.")
+        if other.images:
+            self._add(other.images, other._whole, other._rest, other._count)
+
+    def _add(self, images: int, whole: np.ndarray, rest: np.ndarray, count: np.ndarray) -> None:
+        if self.images and whole.shape != self._whole.shape:
+            raise ValueError(
+                f"All images must have the same regions, got {_regions(whole)} after {_regions(self._whole)}."
+            )
+        # Not in place: nothing changes if this raises.
+        rest = rest + self._rest if self.images else rest
+        whole = whole + (self._whole if self.images else 0) + (rest >> UNIT_BITS)
+        if np.abs(whole).max() >= 2**62:
+            raise OverflowError("E-measures of images of one pixel are too large to average; pass `ddof=0`.")
+        self._whole, self._rest = whole, rest & (UNIT - 1)
+        self._count = count + self._count if self.images else count
+        self.images += images
+
+    def mean(self) -> np.ndarray:
+        """Return the average of the scores in their shape, rounded once; NaN where no image had a value.
+
+        Raises:
+            ValueError: If no image was added.
+        """
+        if not self.images:
+            raise ValueError("There is nothing to average: add images first.")
+        # Python divides integers of any size with one rounding.
+        means = [
+            (int(whole) * UNIT + int(rest)) / (int(count) * UNIT) if count else math.nan
+            for whole, rest, count in zip(self._whole.flat, self._rest.flat, self._count.flat, strict=True)
+        ]
+        return np.reshape(means, self._whole.shape)
+
+    def result(self, regions: Sequence[str] | None = None) -> dict[str, float]:
+        """Return the averages under their names.
+
+        Args:
+            regions: Names of the regions; their numbers by default.
+
+        Returns:
+            For Dice, IoU, F and E `dice` (probability > 0.5), `mean_dice` and `max_dice` (of the average curve over
+            256 thresholds), `adaptive_dice` (twice the mean probability); for the others one value each. With regions
+            `dice_<region>` and so on, and `dice` is the mean over regions.
+
+        Raises:
+            ValueError: If no image was added, or the names are not as many as the regions.
+        """
+        means = self.mean()
+        if means.ndim == 1:
+            if regions is not None:
+                raise ValueError(f"`regions` names {list(regions)}, but the images have no axis of regions.")
+            return self._name(means)
+        names = [str(index) for index in range(len(means))] if regions is None else list(regions)
+        if len(names) != len(means) or len(set(names)) != len(names):
+            raise ValueError(f"`regions` must hold {len(means)} different names, one for each region, got {names}.")
+        per_region = [self._name(region) for region in means]
+        result = {key: float(_nanmean([values[key] for values in per_region])) for key in per_region[0]}
+        for name, values in zip(names, per_region, strict=True):
+            result.update({f"{key}_{name}": value for key, value in values.items()})
+        return result
+
+    def _name(self, means: np.ndarray) -> dict[str, float]:
+        result = {}
+        for measure in self.measures:
+            columns, means = np.split(means, [columns_of(measure)])
+            result[measure] = float(columns[0])
+            if measure in CURVES:
+                curve = columns[2:]
+                result[f"mean_{measure}"] = float(_nanmean(curve.tolist()))
+                result[f"max_{measure}"] = float(np.fmax.reduce(curve))
+                result[f"adaptive_{measure}"] = float(columns[1])
+        return result
+
+
+def _nanmean(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return math.fsum(known) / len(known) if known else math.nan
+
+
+def _regions(scores: np.ndarray) -> str:
+    return "no axis of regions" if scores.ndim == 1 else f"{len(scores)} regions"
+
+
+__all__ = [
+    "CURVES",
+    "CUTS",
+    "MEASURES",
+    "Accumulator",
+    "CutCounts",
+    "Pair",
+    "columns_of",
+    "count_at_cuts",
+    "dice",
+    "e_measure",
+    "f_beta",
+    "iou",
+    "mean_absolute_error",
+    "s_measure",
+    "score",
+    "to_array",
+    "to_mask",
+    "to_probability",
+    "weighted_f_beta",
+]
