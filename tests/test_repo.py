@@ -133,8 +133,11 @@ def test_documented_arguments_are_those_of_the_signature(name):
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("sam2unet_hf")])
-def test_examples_in_docstrings_run(name):
-    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+def test_examples_in_docstrings_run(name, monkeypatch):
+    module = importlib.import_module(name)
+    # The metrics are loaded by the path of their file.
+    monkeypatch.chdir(Path(module.__file__).parent)
+    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
     assert result.failed == 0
 
 

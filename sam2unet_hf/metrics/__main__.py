@@ -1,0 +1,165 @@
+"""Score a folder of predictions against a folder of masks, as the `eval.py` of the reference implementation does.
+
+python -m sam2unet_hf.metrics --pred_dir predictions --ref_dir masks
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from .functional import Accumulator, score
+
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+# The table of the reference implementation.
+TABLE = {
+    "mDice": "mean_dice",
+    "mIoU": "mean_iou",
+    "S_{alpha}": "s_measure",
+    "F^{w}_{beta}": "weighted_f_beta",
+    "F_{beta}": "adaptive_f_beta",
+    "E_{phi}": "mean_e_measure",
+    "MAE": "mae",
+}
+
+
+def find_pairs(pred_dir: Path, ref_dir: Path, skip_missing: bool = False) -> list[tuple[Path, Path]]:
+    """Pair predictions and masks by their names without suffix.
+
+    Args:
+        pred_dir: Folder of the predictions.
+        ref_dir: Folder of the masks.
+        skip_missing: Pass over masks without prediction and predictions without mask.
+
+    Raises:
+        ValueError: If a folder does not exist or holds no images, two files differ in their suffix alone, or a file
+            has no partner.
+    """
+    folders = []
+    for name, folder in (("pred_dir", pred_dir), ("ref_dir", ref_dir)):
+        if not folder.is_dir():
+            raise ValueError(f"`{name}` must be a folder, got {folder}.")
+        files: dict[str, Path] = {}
+        for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES):
+            if other := files.get(path.stem):
+                raise ValueError(f"`{name}` holds {other.name} and {path.name}; remove one of them.")
+            files[path.stem] = path
+        if not files:
+            raise ValueError(f"`{name}` must hold images ({', '.join(SUFFIXES)}), but {folder} holds none.")
+        folders.append(files)
+    predictions, references = folders
+    missing, extra = sorted(references.keys() - predictions.keys()), sorted(predictions.keys() - references.keys())
+    if (missing or extra) and not skip_missing or not predictions.keys() & references.keys():
+        problems = []
+        if missing:
+            problems.append(f"{len(missing)} masks have no prediction in {pred_dir}: {', '.join(missing)}")
+        if extra:
+            problems.append(f"{len(extra)} predictions have no mask in {ref_dir}: {', '.join(extra)}")
+        raise ValueError(f"{'; '.join(problems)}. Pass --skip_missing to score the others.")
+    return [(path, references[stem]) for stem, path in predictions.items() if stem in references]
+
+
+def read_map(path: Path) -> np.ndarray:
+    """Read an image as an 8-bit map, `(height, width)` in 0..255.
+
+    Args:
+        path: Image of 1, 8 or 24 bits, or with a palette; colours become their brightness.
+
+    Raises:
+        ValueError: If the file is no image, or has more than 8 bits per channel.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"{path} must have 8 bits per pixel, got mode {image.mode}.")
+            return np.asarray(image.convert("L"))
+    except (UnidentifiedImageError, OSError) as err:
+        raise ValueError(f"{path} cannot be read as an image: {err}.") from err
+
+
+def score_files(pair: tuple[Path, Path], **options: Any) -> tuple[np.ndarray, int]:
+    """Score one prediction; return the scores and the largest value of its file.
+
+    Args:
+        pair: Files of the prediction and of the mask.
+        **options: See [`~functional.score`].
+
+    Raises:
+        ValueError: If a file cannot be read or their sizes differ; it names the file.
+    """
+    prediction, reference = map(read_map, pair)
+    try:
+        # As probabilities, since an 8-bit map that is nearly empty would pass for a mask of 0 and 1.
+        return score(prediction / 255, reference, **options), int(prediction.max())
+    except ValueError as err:
+        raise ValueError(f"{pair[0]} and {pair[1]}: {err}") from err
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the command line; return what it writes as JSON.
+
+    Args:
+        argv: Arguments, those of the process by default.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m sam2unet_hf.metrics", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pred_dir", type=Path, required=True, help="folder of predictions: 8-bit maps or masks")
+    parser.add_argument("--ref_dir", type=Path, required=True, help="folder of masks with the same names")
+    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
+    parser.add_argument(
+        "--normalize",
+        choices=["minmax", "none"],
+        default="minmax",
+        help="stretch each prediction to its full range first, as the reference protocol does (default), or not",
+    )
+    parser.add_argument(
+        "--zero_division",
+        type=float,
+        default=0.0,
+        help="score where mask and prediction are both empty: 0 (default, reference protocol), 1 (BraTS) or nan",
+    )
+    parser.add_argument("--skip_missing", action="store_true", help="pass over files without partner")
+    parser.add_argument("--num_proc", type=int, default=1, help="number of processes")
+    args = parser.parse_args(argv)
+    normalize = None if args.normalize == "none" else args.normalize
+    accumulator, largest = Accumulator(), 0
+    try:
+        pairs = find_pairs(args.pred_dir, args.ref_dir, args.skip_missing)
+        task = partial(score_files, normalize=normalize, zero_division=args.zero_division)
+        pool = ProcessPoolExecutor(args.num_proc) if args.num_proc > 1 else None
+        with pool or nullcontext():
+            results = pool.map(task, pairs, chunksize=8) if pool else map(task, pairs)
+            for image_scores, value in tqdm(results, total=len(pairs), desc="Scoring", unit="image"):
+                accumulator.add(image_scores)
+                largest = max(largest, value)
+        if largest == 1 and args.normalize == "none":
+            raise ValueError(
+                f"{args.pred_dir} holds nothing above 1 of 255. Save masks as 0 and 255, or pass --normalize minmax."
+            )
+    except ValueError as err:
+        parser.error(str(err))
+    scores = accumulator.result()
+    result: dict[str, Any] = {"pred_dir": str(args.pred_dir), "ref_dir": str(args.ref_dir), "images": len(pairs)}
+    result |= {"normalize": normalize, "zero_division": args.zero_division, **scores}
+    result = {name: None if value != value else value for name, value in result.items()}  # JSON has no NaN
+    text = json.dumps(result, indent=2)
+    if args.output is not None:
+        args.output.write_text(text + "\n")
+    table = "\n".join(f"{name + ':':<14}{scores[key]:.3f}" for name, key in TABLE.items())
+    sys.stdout.write(f"{len(pairs)} images\n{table}\n\n{text}\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()
