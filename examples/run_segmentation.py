@@ -28,7 +28,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
 from sam2unet_hf.configuration_sam2unet import PRESETS
-from sam2unet_hf.training import Sam2UNetTrainer, SegmentationTransform, flips
+from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform, flips
 
 
 logger = logging.getLogger("run_segmentation")
@@ -113,6 +113,7 @@ class SegmentationTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     metric_for_best_model: str | None = field(default="dice", metadata={"help": "Which score picks the best."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logged losses."})
+    batch_eval_metrics: bool = field(default=True, metadata={"help": "Score batch by batch, in bounded memory."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must stay false: rows hold images."})
 
     def __post_init__(self):
@@ -331,9 +332,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     batch_norm_images = training_args.batch_norm_images
     if batch_norm_images is None:
         batch_norm_images = 0 if model.config.freeze_encoder else 128
+    compute_metrics = SegmentationMetrics(list(regions))
     trainer = Sam2UNetTrainer(
         model,
         training_args,
+        compute_metrics=compute_metrics,
         batch_norm_images=batch_norm_images,
         train_dataset=data["train"].with_transform(transform(augment=flips())),
         eval_dataset=evaluation["validation"],
@@ -358,14 +361,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     shown = "test" if "test" in evaluation else "validation"
-    prediction = trainer.predict(evaluation[shown], metric_key_prefix=shown)
     if shown == "test":
-        trainer.log_metrics("test", prediction.metrics)
-        trainer.save_metrics("test", prediction.metrics)
+        metrics = trainer.evaluate(evaluation["test"], metric_key_prefix="test")
+        trainer.log_metrics("test", metrics)
+        trainer.save_metrics("test", metrics)
 
     if not trainer.is_world_process_zero():
         return {}
-    dice = prediction.predictions[..., 0].mean(axis=1)
+    dice = compute_metrics.image_dice.mean(axis=1)
     plot_predictions(choose_cases(data[shown], dice, at_mask_size, model), regions, output_dir / "predictions.png")
     if training_args.do_train:
         plot_training_curve(history, output_dir / "training_curve.png")

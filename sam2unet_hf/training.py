@@ -1,5 +1,6 @@
 """What the Trainer needs for SAM2-UNet: transforms, collator and metrics at the masks' own resolution."""
 
+import difflib
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +16,8 @@ from torchvision.transforms import v2
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from .image_processing_sam2unet import Sam2UNetImageProcessor, to_label_map
+from .metrics.functional import MEASURES, Accumulator, columns_of, score
 from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
-
-
-METRICS = ("dice", "iou", "mae")
 
 
 def flips() -> Callable:
@@ -96,65 +95,79 @@ def collate(examples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
     return batch
 
 
-def image_metrics(
-    logits: torch.Tensor, labels: torch.Tensor | list[torch.Tensor], model: Sam2UNetForSemanticSegmentation
-) -> torch.Tensor:
-    """Score a batch at the resolution of its masks.
+class SegmentationMetrics:
+    """All measures of `sam2unet_hf.metrics`, for the `compute_metrics` of [`Sam2UNetTrainer`].
 
-    Args:
-        logits: Raw scores of shape `(batch_size, num_regions, height, width)`; resized to each mask.
-        labels: Label maps of shape `(batch_size, height, width)`, or a list of `(height, width)` maps. Pixels of
-            `ignore_index` do not count.
-        model: Knows the regions and `ignore_index`.
-
-    Returns:
-        Tensor of shape `(batch_size, num_regions, 3)`, float32, in [0, 1]: Dice and IoU of the mask at probability
-        0.5, and the mean absolute error of the probability. Where mask and prediction are both empty, Dice and IoU
-        are 1, as BraTS has it; where only one is, they are 0.
-    """
-    scores = []
-    for image_logits, label_map in zip(logits, labels, strict=True):
-        masks, valid = model.region_masks(label_map[None])
-        scores_at_mask = F.interpolate(image_logits[None].float(), size=label_map.shape, mode="bilinear")
-        probability, mask = scores_at_mask[0].sigmoid(), masks[0].bool() & valid[0]
-        predicted = (probability > 0.5) & valid[0]
-        intersection = (predicted & mask).sum(dim=(1, 2))
-        area = predicted.sum(dim=(1, 2)) + mask.sum(dim=(1, 2))
-        empty = area == 0
-        dice = torch.where(empty, 1.0, 2 * intersection / area.clamp(min=1))
-        iou = torch.where(empty, 1.0, intersection / (area - intersection).clamp(min=1))
-        error = ((probability - masks[0]).abs() * valid[0]).sum(dim=(1, 2))
-        scores.append(torch.stack([dice, iou, error / valid[0].sum().clamp(min=1)], dim=1))
-    return torch.stack(scores)
-
-
-def make_compute_metrics(regions: Sequence[str]) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return the `compute_metrics` of [`Sam2UNetTrainer`].
+    Scores come batch by batch (`batch_eval_metrics=True`) or all at once; only sums are kept, which are exact, so the
+    averages depend neither on the batch size nor on the number of processes.
 
     Args:
         regions: Names of the regions in the order of the channels.
+        zero_division: Dice, IoU, F and weighted F where mask and prediction are both empty. 1 as in BraTS; 0 as in
+            `py_sod_metrics` and in the modules of `sam2unet_hf.metrics`.
 
-    Returns:
-        Function that averages the per-image scores: `dice`, `iou` and `mae` over images and regions, and
-        `dice_<region>` and so on over images.
+    Attributes:
+        image_dice: Dice at probability > 0.5 of the last evaluation, of shape `(images, regions)`.
     """
 
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        per_region = np.asarray(prediction.predictions, dtype=np.float64).mean(axis=0)
-        metrics = dict(zip(METRICS, per_region.mean(axis=0).tolist(), strict=True))
-        for region, values in zip(regions, per_region.tolist(), strict=True):
-            metrics.update({f"{metric}_{region}": value for metric, value in zip(METRICS, values, strict=True)})
-        return metrics
+    def __init__(self, regions: Sequence[str], zero_division: float = 1.0):
+        self.regions = list(regions)
+        self.zero_division = zero_division
+        self.reset()
 
-    return compute_metrics
+    def reset(self) -> None:
+        """Forget the images of an evaluation, which may not have come to its end."""
+        self._accumulator = Accumulator()
+        self._image_dice: list[np.ndarray] = []
+
+    def names(self) -> list[str]:
+        """Return the keys of the result: each measure over all regions, and per region with its name behind it."""
+        accumulator = Accumulator()
+        accumulator.add(np.zeros((len(self.regions), sum(map(columns_of, MEASURES)))))
+        return list(accumulator.result(self.regions))
+
+    def score(
+        self, logits: torch.Tensor, labels: torch.Tensor | list[torch.Tensor], model: Sam2UNetForSemanticSegmentation
+    ) -> np.ndarray:
+        """Score a batch at the resolution of its masks.
+
+        Args:
+            logits: Raw scores of shape `(batch_size, regions, height, width)`; resized to each mask.
+            labels: Label maps of shape `(batch_size, height, width)`, or a list of `(height, width)` maps. Pixels of
+                `ignore_index` do not count.
+            model: Knows the regions and `ignore_index`.
+
+        Returns:
+            Array of shape `(batch_size, regions, columns)`, see [`~metrics.functional.score`].
+        """
+        scores = []
+        for image_logits, label_map in zip(logits, labels, strict=True):
+            masks, valid = model.region_masks(label_map[None])
+            at_mask = F.interpolate(image_logits[None].float(), size=label_map.shape, mode="bilinear")
+            probability, mask, counted = (x[0].cpu().numpy() for x in (at_mask.sigmoid(), masks.bool(), valid[:, 0]))
+            scores.append(score(probability, mask, zero_division=self.zero_division, valid=counted))
+        return np.stack(scores)
+
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        """Add scores; return the averages, and start anew, if these were the last ones."""
+        for scores in np.asarray(prediction.predictions):
+            self._accumulator.add(scores)
+            self._image_dice.append(scores[:, 0])
+        if not compute_result:
+            return {}
+        self.image_dice = np.stack(self._image_dice)
+        result = self._accumulator.result(self.regions)
+        self.reset()
+        return result
 
 
 class Sam2UNetTrainer(Trainer):
-    """Trainer that scores each batch as it comes and keeps a few numbers per image instead of its logits.
+    """Trainer that scores each image where it was predicted and passes on its scores instead of logits.
 
-    `predict(...).predictions` are the per-image scores of [`image_metrics`], so memory does not grow with the size of
-    the masks, masks of different sizes need no padding, and the result depends neither on the batch size nor on the
-    number of processes.
+    So masks of different sizes need no padding, processes exchange a few kilobytes per image, and memory is that of
+    one batch (with `batch_eval_metrics=True`; without it the scores are kept, 8 kB per image and region, as they are
+    for `predict(...).predictions`). A `compute_metrics` that is no [`SegmentationMetrics`] gets logits and labels as
+    from any Trainer.
 
     Args:
         model: The model to train.
@@ -178,7 +191,6 @@ class Sam2UNetTrainer(Trainer):
         **kwargs: Any,
     ):
         unusable = {"remove_unused_columns": "it drops the images", "prediction_loss_only": "there would be no scores"}
-        unusable["batch_eval_metrics"] = "scores are kept per image, which takes no memory to speak of"
         for name, reason in unusable.items():
             if getattr(args, name):
                 raise ValueError(f"`{name}` must be False for SAM2-UNet: {reason}.")
@@ -188,7 +200,16 @@ class Sam2UNetTrainer(Trainer):
                 "per GPU with `torchrun --nproc_per_node N`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
             )
         kwargs.setdefault("data_collator", collate)
-        kwargs.setdefault("compute_metrics", make_compute_metrics(list(model.config.regions)))
+        metrics = kwargs.setdefault("compute_metrics", SegmentationMetrics(list(model.config.regions)))
+        best = (args.metric_for_best_model or "loss").removeprefix("eval_")
+        # transformers looks it up only after the first evaluation.
+        if isinstance(metrics, SegmentationMetrics) and best not in (names := ["loss", *metrics.names()]):
+            close = difflib.get_close_matches(best, names, n=3, cutoff=0.4)
+            raise ValueError(
+                f"`metric_for_best_model` must be a score such as {', '.join(close or names[:5])}, got {best}."
+            )
+        if best.startswith("mae") and args.greater_is_better:
+            raise ValueError(f"`greater_is_better` must be False for `metric_for_best_model` {best}, got True.")
         super().__init__(model, args, **kwargs)
         self.batch_norm_images = batch_norm_images
 
@@ -243,11 +264,19 @@ class Sam2UNetTrainer(Trainer):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Return the loss and the scores of each image of the batch."""
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if logits is None or labels is None:
+        if logits is None or labels is None or not isinstance(self.compute_metrics, SegmentationMetrics):
             return loss, logits, labels
-        scores = image_metrics(logits, labels, self.accelerator.unwrap_model(model))
+        scores = torch.from_numpy(self.compute_metrics.score(logits, labels, self.accelerator.unwrap_model(model)))
+        if self.accelerator.num_processes > 1:
+            scores = scores.to(self.accelerator.device)
         # The Trainer computes metrics only where there are labels; these stand for them.
         return loss, scores, torch.zeros(len(scores), device=scores.device)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as [`~transformers.Trainer`] does."""
+        if isinstance(self.compute_metrics, SegmentationMetrics):
+            self.compute_metrics.reset()
+        return super().evaluation_loop(*args, **kwargs)
 
-__all__ = ["Sam2UNetTrainer", "SegmentationTransform", "collate", "flips", "image_metrics", "make_compute_metrics"]
+
+__all__ = ["Sam2UNetTrainer", "SegmentationMetrics", "SegmentationTransform", "collate", "flips"]

@@ -1,3 +1,9 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,24 +13,29 @@ from PIL import Image as PILImage
 from transformers import TrainingArguments
 
 from sam2unet_hf import Sam2UNetImageProcessor
-from sam2unet_hf.training import Sam2UNetTrainer, SegmentationTransform, collate, flips, image_metrics
+from sam2unet_hf.metrics import Accumulator
+from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform, collate, flips
 
 
 SIZES = [(70, 64), (64, 80), (90, 66), (64, 64), (100, 72)]
 
 
-@pytest.fixture(scope="module")
-def rows():
-    """Five images of different sizes with nested squares."""
+def make_rows(sizes):
+    """Images of the given sizes with nested squares."""
     generator = np.random.default_rng(0)
     images, masks = [], []
-    for height, width in SIZES:
+    for height, width in sizes:
         mask = np.zeros((height, width), dtype=np.uint8)
         mask[20:50, 15:45], mask[25:45, 20:40], mask[30:40, 25:35] = 2, 1, 3
         images.append(PILImage.fromarray((60 * mask + generator.integers(0, 60, mask.shape)).astype(np.uint8)))
         masks.append(PILImage.fromarray(mask))
     features = Features({"image": Image(), "mask": Image()})
     return Dataset.from_dict({"image": images, "mask": masks}, features=features)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return make_rows(SIZES)
 
 
 def make_trainer(model, rows, tmp_path, batch_norm_images=0, **kwargs):
@@ -46,7 +57,15 @@ def logits_of(mask: torch.Tensor) -> torch.Tensor:
     return (mask.float() * 2 - 1) * torch.tensor(3.0).log()
 
 
-def test_image_metrics_by_hand():
+def scores_of(logits, labels, model):
+    metrics = SegmentationMetrics(list(model.config.regions))
+    accumulator = Accumulator()
+    for scores in metrics.score(logits, labels, model):
+        accumulator.add(scores)
+    return accumulator.result(metrics.regions)
+
+
+def test_scores_by_hand():
     model = small_model(regions=BRATS_REGIONS)
     truth = torch.zeros(4, 4, dtype=torch.long)
     truth[0, :] = 2  # WT is 4 pixels, TC and ET are empty
@@ -54,32 +73,57 @@ def test_image_metrics_by_hand():
     wt[:2, :2] = 1  # 4 pixels, 2 of them right: Dice 4/8, IoU 2/6
     tc[3, 3] = 1  # 1 pixel where there is none: 0 and 0
     logits = logits_of(torch.stack([wt, tc, torch.zeros(4, 4)]))[None]
-    scores = image_metrics(logits, truth[None], model)
+    scores = scores_of(logits, truth[None], model)
     # Errors: 0.25 where right and 0.75 where wrong; WT is wrong at 4 of 16 pixels, TC at 1, ET nowhere.
-    expected = [[0.5, 1 / 3, (12 + 12) / 64], [0.0, 0.0, (15 + 3) / 64], [1.0, 1.0, 16 / 64]]
-    torch.testing.assert_close(scores, torch.tensor([expected], dtype=torch.float32), atol=1e-6, rtol=0)
+    expected = {
+        "dice_WT": 0.5,
+        "dice_TC": 0.0,
+        "dice_ET": 1.0,  # both empty
+        "dice": 0.5,
+        "iou_WT": 1 / 3,
+        "mae_WT": 24 / 64,
+        "mae_TC": 18 / 64,
+        "mae_ET": 16 / 64,
+        "s_measure_ET": 0.75,
+    }
+    assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 
 
-def test_image_metrics_leave_out_ignored_pixels():
+def test_scores_leave_out_ignored_pixels():
     model = small_model()
     truth = torch.zeros(4, 4, dtype=torch.long)
     truth[:2] = 1
     truth[:, 2:] = model.config.ignore_index
     predicted = torch.ones(4, 4)
     predicted[2:, :2] = 0
-    (scores,) = image_metrics(logits_of(predicted)[None, None], truth[None], model)
-    torch.testing.assert_close(scores, torch.tensor([[1.0, 1.0, 0.25]], dtype=torch.float32), atol=1e-6, rtol=0)
+    scores = scores_of(logits_of(predicted)[None, None], truth[None], model)
+    cropped = scores_of(logits_of(predicted[:, :2])[None, None], truth[None, :, :2], model)
+    assert (scores["dice"], scores["iou"]) == (1.0, 1.0)
+    assert scores["mae"] == pytest.approx(0.25, abs=1e-6)
+    neighbours = ("s_measure", "weighted_f_beta")
+    assert {k: v for k, v in scores.items() if not k.startswith(neighbours)} == {
+        k: v for k, v in cropped.items() if not k.startswith(neighbours)
+    }
 
 
-def test_image_metrics_are_computed_at_the_size_of_the_mask():
+def test_an_image_of_ignored_pixels_counts_for_nothing():
+    model = small_model()
+    truth = torch.zeros(2, 4, 4, dtype=torch.long)
+    truth[0, :2] = 1
+    truth[1] = model.config.ignore_index
+    logits = logits_of(torch.ones(2, 1, 4, 4))
+    assert scores_of(logits, truth, model) == scores_of(logits[:1], truth[:1], model)
+
+
+def test_scores_are_computed_at_the_size_of_the_mask():
     model = small_model()
     truth = torch.zeros(8, 12, dtype=torch.long)
     truth[:, :6] = 1
     logits = logits_of(torch.tensor([[1, 0], [1, 0]]))[None, None]
     upsampled = torch.nn.functional.interpolate(logits, size=(8, 12), mode="bilinear", align_corners=False)
-    expected = image_metrics(upsampled, truth[None], model)
-    torch.testing.assert_close(image_metrics(logits, [truth], model), expected)
-    assert expected[0, 0, 0] == 1
+    expected = scores_of(upsampled, truth[None], model)
+    assert scores_of(logits, [truth], model) == expected
+    assert expected["dice"] == 1
 
 
 def test_collate_keeps_labels_of_different_sizes_apart():
@@ -109,22 +153,99 @@ def test_transform_maps_labels_at_once():
     assert transform.read_mask(PILImage.fromarray(mask)).tolist() == [[0, 1], [2, 3]]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_evaluation_of_mixed_sizes_equals_scoring_image_by_image(rows, tmp_path, batch_size):
+@pytest.mark.parametrize(("batch_size", "by_batch"), [(1, True), (2, True), (5, True), (2, False)])
+def test_evaluation_of_mixed_sizes_equals_scoring_image_by_image(rows, tmp_path, batch_size, by_batch):
     model = small_model(regions=BRATS_REGIONS)
-    trainer = make_trainer(model, rows, tmp_path, per_device_eval_batch_size=batch_size)
+    trainer = make_trainer(model, rows, tmp_path, per_device_eval_batch_size=batch_size, batch_eval_metrics=by_batch)
     metrics = trainer.evaluate()
-    scores = []
+    accumulator = Accumulator()
     for row in trainer.eval_dataset:
         with torch.inference_mode():
             logits = model(row["pixel_values"][None]).logits
-        scores.append(image_metrics(logits, row["labels"][None], model)[0])
-    expected = torch.stack(scores).mean(dim=0)
-    assert metrics["eval_dice"] == pytest.approx(expected[:, 0].mean().item(), abs=1e-6)
-    assert metrics["eval_iou_TC"] == pytest.approx(expected[1, 1].item(), abs=1e-6)
-    assert metrics["eval_mae"] == pytest.approx(expected[:, 2].mean().item(), abs=1e-6)
-    assert {f"eval_{name}_{region}" for name in ("dice", "iou", "mae") for region in BRATS_REGIONS} <= metrics.keys()
+        accumulator.add(trainer.compute_metrics.score(logits, row["labels"][None], model)[0])
+    expected = accumulator.result(list(BRATS_REGIONS))
+    assert len(expected) == 19 * 4
+    assert trainer.compute_metrics.names() == list(expected)
+    assert {name: metrics[f"eval_{name}"] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert np.isfinite(metrics["eval_loss"])
+    assert trainer.compute_metrics.image_dice.shape == (len(SIZES), 3)
+    assert trainer.compute_metrics.image_dice.mean() == pytest.approx(metrics["eval_dice"])
+
+
+def test_an_evaluation_that_broke_off_leaves_nothing_behind(rows, tmp_path):
+    trainer = make_trainer(small_model(), rows, tmp_path, per_device_eval_batch_size=1, batch_eval_metrics=True)
+    expected = trainer.evaluate()
+    step, calls = trainer.prediction_step, []
+
+    def broken_step(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == 3:
+            raise RuntimeError("killed")
+        return step(*args, **kwargs)
+
+    trainer.prediction_step = broken_step
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer.evaluate()
+    again = trainer.evaluate()
+    assert {name: again[name] for name in expected if "dice" in name} == {
+        name: value for name, value in expected.items() if "dice" in name
+    }
+    assert len(trainer.compute_metrics.image_dice) == len(SIZES)
+
+
+def evaluate_in_processes(tmp_path, processes, *arguments):
+    output = tmp_path / f"{processes}-{len(list(tmp_path.iterdir()))}.json"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    worker = Path(__file__).with_name("evaluate_worker.py")
+    command = [sys.executable, *(launcher if processes > 1 else []), str(worker)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parent.parent)}
+    subprocess.run([*command, str(output), *map(str, arguments)], check=True, env=environment, cwd=tmp_path)
+    return json.loads(output.read_text())
+
+
+def test_scores_are_the_same_to_the_last_bit_for_one_batch_or_many_and_one_process_or_two(tmp_path):
+    one_batch = evaluate_in_processes(tmp_path, 1, "--batch_size", 5)
+    image_by_image = evaluate_in_processes(tmp_path, 1, "--batch_size", 1)
+    two_processes = evaluate_in_processes(tmp_path, 2, "--batch_size", 2)
+    assert two_processes.pop("processes") == 2
+    assert (one_batch.pop("processes"), image_by_image.pop("processes")) == (1, 1)
+    del one_batch["peak_mb"], image_by_image["peak_mb"], two_processes["peak_mb"]
+    assert len(one_batch["scores"]) == 19 * 4
+    assert 0.01 < one_batch["scores"]["mean_dice"] < 0.99
+    assert one_batch == image_by_image == two_processes
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    peaks = [
+        evaluate_in_processes(tmp_path, 1, "--batch_size", 4, "--images", images)["peak_mb"] for images in (20, 2000)
+    ]
+    assert peaks[1] - peaks[0] < 200
+
+
+def test_other_compute_metrics_get_logits_and_labels(rows, tmp_path):
+    same_size = rows.select([3])
+    trainer = make_trainer(small_model(), same_size, tmp_path)
+    trainer.compute_metrics = lambda prediction: {
+        "shape": prediction.predictions.shape[-1],
+        "labels": int(prediction.label_ids.max()),
+    }
+    metrics = trainer.evaluate()
+    assert (metrics["eval_shape"], metrics["eval_labels"]) == (64, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"metric_for_best_model": "dise"}, "such as dice.*got dise"),
+        ({"metric_for_best_model": "eval_dice_ED"}, "such as dice_.*got dice_ED"),
+        ({"metric_for_best_model": "mae_WT"}, "`greater_is_better` must be False .* mae_WT, got True"),
+    ],
+)
+def test_a_best_metric_that_cannot_be_raises_at_once(rows, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(small_model(regions=BRATS_REGIONS), rows, tmp_path, **arguments)
+    make_trainer(small_model(regions=BRATS_REGIONS), rows, tmp_path, metric_for_best_model="max_e_measure_WT")
 
 
 def test_two_steps_move_the_trainable_weights_alone(rows, tmp_path):
@@ -136,7 +257,7 @@ def test_two_steps_move_the_trainable_weights_alone(rows, tmp_path):
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
-@pytest.mark.parametrize("name", ["remove_unused_columns", "prediction_loss_only", "batch_eval_metrics"])
+@pytest.mark.parametrize("name", ["remove_unused_columns", "prediction_loss_only"])
 def test_arguments_that_would_drop_images_or_scores_raise(rows, tmp_path, name):
     arguments = TrainingArguments(tmp_path, use_cpu=True, **{"remove_unused_columns": False, name: True})
     with pytest.raises(ValueError, match=f"`{name}` must be False"):
