@@ -28,30 +28,23 @@ _REACH = 3
 
 
 class Pair(NamedTuple):
-    """One prediction and its mask, with what several measures need of them.
+    """One prediction and its mask, with what several measures need of them; [`pair_up`] makes it.
 
     Attributes:
-        probability: Probabilities in [0, 1], float64 of shape `(height, width)`.
+        probability: Probabilities in [0, 1], contiguous float64 array of shape `(height, width)`.
         mask: Boolean mask of the same shape.
-        inside: The probabilities in the mask, of shape `(pixels of the mask,)`.
+        rows: Rows of the pixels of the mask, in reading order.
+        columns: Columns of the same pixels.
+        inside: Probabilities of the same pixels.
         sum: Sum of all probabilities.
     """
 
     probability: np.ndarray
     mask: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
     inside: np.ndarray
     sum: float
-
-    @classmethod
-    def of(cls, prediction: Any, reference: Any) -> "Pair":
-        """Prepare a prediction and a mask; see [`to_probability`] and [`to_mask`] for what they may be.
-
-        Args:
-            prediction: Of shape `(height, width)`.
-            reference: Of the same shape.
-        """
-        probability, mask = to_probability(prediction), to_mask(reference)
-        return cls(probability, mask, probability[mask], float(probability.sum()))
 
 
 class CutCounts(NamedTuple):
@@ -160,25 +153,53 @@ def to_mask(reference: Any) -> np.ndarray:
     )
 
 
+def pair_up(probability: np.ndarray, mask: np.ndarray) -> Pair:
+    """Put a prediction and its mask together for the measures.
+
+    Args:
+        probability: What [`to_probability`] returned, of shape `(height, width)`.
+        mask: What [`to_mask`] returned, of the same shape.
+    """
+    at = np.flatnonzero(mask)
+    rows = at // mask.shape[1]
+    columns = at - rows * mask.shape[1]
+    return Pair(probability, mask, rows, columns, probability.ravel().take(at), float(probability.sum()))
+
+
 def count_at_cuts(pair: Pair) -> CutCounts:
     """Count predicted pixels at all cuts, with one histogram of 256 levels.
 
     Args:
         pair: Prediction and mask.
     """
-    probability, mask, inside, _ = pair
-    # From bright to dark, the sums are the pixels at or above each level.
-    true_positive, predicted = (
-        np.bincount((values * 255).astype(np.uint8).ravel(), minlength=256)[::-1].cumsum()[::-1]
-        for values in (inside, probability)
-    )
     # The mean is computed as `py_sod_metrics` does, since pixels may lie on the cut.
-    adaptive = min(2 * pair.sum / probability.size, 1)
-    cuts = [(inside > 0.5, probability > 0.5), (inside >= adaptive, probability >= adaptive)]
-    first = np.array([[np.count_nonzero(values) for values in cut] for cut in cuts])
-    return CutCounts(
-        np.concatenate([first[:, 0], true_positive]), np.concatenate([first[:, 1], predicted]), inside.size, mask.size
-    )
+    adaptive = min(2 * pair.sum / pair.mask.size, 1)
+    true_positive, predicted = _count_above(pair.inside, adaptive), _count_above(pair.probability, adaptive)
+    return CutCounts(true_positive, predicted, pair.inside.size, pair.mask.size)
+
+
+def _count_above(probability: np.ndarray, adaptive: float) -> np.ndarray:
+    """Return the number of pixels above 0.5, at or above the adaptive cut, and at or above each of 256 levels."""
+    counts = np.empty(CUTS, dtype=np.int64)
+    counts[0], counts[1] = np.count_nonzero(probability > 0.5), np.count_nonzero(probability >= adaptive)
+    levels = np.empty(probability.size, dtype=np.uint16)
+    np.multiply(probability.ravel(), 255, out=levels, casting="unsafe")
+    bright = np.count_nonzero(levels)
+    if 4 * bright < levels.size:
+        histogram = np.bincount(levels[levels > 0], minlength=256)
+    else:
+        # Four histograms in turn, since neighbours are alike and counting a level twice in a row is slow.
+        levels += _lanes(levels.size)
+        histogram = np.bincount(levels, minlength=4 * 256).reshape(4, 256).sum(axis=0)
+    # From bright to dark, the sums are the pixels at or above each level.
+    np.cumsum(histogram[::-1], out=counts[:1:-1])
+    counts[2] = levels.size
+    return counts
+
+
+@functools.lru_cache(maxsize=8)
+def _lanes(size: int) -> np.ndarray:
+    return (np.arange(size) % 4 * 256).astype(np.uint16)
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray, zero_division: float) -> np.ndarray:
@@ -241,14 +262,17 @@ def e_measure(counts: CutCounts, ddof: int = 1) -> np.ndarray:
     elif reference == total:
         aligned = predicted
     else:
-        # Axes: predicted or not, in the mask or not, cut.
-        inside = np.stack([true_positive, reference - true_positive])
-        pixels = np.stack([inside, np.stack([predicted, total - predicted]) - inside], axis=1)
-        share = predicted / total
-        prediction = np.stack([1 - share, -share])[:, None]
-        target = np.array([1 - reference / total, -reference / total])[:, None]
-        alignment = 2 * prediction * target / (prediction**2 + target**2 + EPS)
-        aligned = ((alignment + 1) ** 2 / 4 * pixels).sum(axis=(0, 1))
+        share, mask_share = predicted / total, reference / total
+        missed, wrong = reference - true_positive, predicted - true_positive
+        aligned = np.zeros(CUTS)
+        for prediction, in_mask, outside in (
+            (1 - share, true_positive, wrong),
+            (-share, missed, total - predicted - missed),
+        ):
+            for target, pixels in ((1 - mask_share, in_mask), (-mask_share, outside)):
+                alignment = 2 * target * prediction / (prediction**2 + (target**2 + EPS))
+                aligned += (alignment + 1) ** 2 * pixels
+        aligned /= 4
     return aligned / (total - ddof + EPS)
 
 
@@ -263,53 +287,56 @@ def s_measure(pair: Pair, alpha: float = 0.5) -> float:
 
     Source: Fan et al., ICCV 2017, doi 10.1109/ICCV.2017.487, equations 3 to 8.
     """
-    probability, mask, inside, total = pair
+    mask, inside, total = pair.mask, pair.inside, pair.sum
     foreground, background = inside.size, mask.size - inside.size
     if not foreground or not background:
         return total / mask.size if foreground else 1 - total / mask.size
     inside_mean, outside_mean = float(inside.mean()), (total - float(inside.sum())) / background
-    outside = probability - outside_mean
-    np.putmask(outside, mask, 0.0)
-    objects = foreground / mask.size * _object_similarity(inside_mean, inside - inside_mean, foreground)
-    objects += background / mask.size * _object_similarity(1 - outside_mean, outside, background)
-    return max(0.0, alpha * objects + (1 - alpha) * _region_similarity(probability, mask))
+    regions, square = _region_similarity(pair)
+    outside_variance = (square - float(inside @ inside) - background * outside_mean**2) / max(background - 1, 1)
+    if outside_variance < 1e-7:
+        # Too small for a difference of sums.
+        deviation = pair.probability[~mask] - outside_mean
+        outside_variance = float(deviation @ deviation) / max(background - 1, 1)
+    inside_variance = float(np.square(inside - inside_mean).sum()) / max(foreground - 1, 1)
+    objects = foreground / mask.size * _object_similarity(inside_mean, inside_variance)
+    objects += background / mask.size * _object_similarity(1 - outside_mean, outside_variance)
+    return max(0.0, alpha * objects + (1 - alpha) * regions)
 
 
-def _object_similarity(mean: float, deviation: np.ndarray, total: int) -> float:
-    spread = math.sqrt(np.vdot(deviation, deviation) / (total - 1)) if total > 1 else 0.0
-    return 2 * mean / (mean**2 + 1 + spread + EPS)
+def _object_similarity(mean: float, variance: float) -> float:
+    return 2 * mean / (mean**2 + 1 + math.sqrt(variance) + EPS)
 
 
-def _region_similarity(probability: np.ndarray, mask: np.ndarray) -> float:
-    """Return the mean structural similarity of four quadrants, weighted by their size."""
+def _region_similarity(pair: Pair) -> tuple[float, float]:
+    """Return the structural similarity of four quadrants, weighted by size, and the sum of squared probabilities."""
+    probability, mask, rows, columns, inside, _ = pair
     # The quadrants meet behind the pixel of the mask's centre, as in the authors' code.
-    rows_of_mask, columns_of_mask = np.divmod(np.flatnonzero(mask), mask.shape[1])
-    row, column = round(rows_of_mask.mean()) + 1, round(columns_of_mask.mean()) + 1
-    similarity = 0.0
-    for rows in (slice(0, row), slice(row, None)):
-        for columns in (slice(0, column), slice(column, None)):
-            quadrant = mask[rows, columns]
-            # A centre in the last row or column leaves quadrants empty; `py_sod_metrics` returns NaN then.
-            if quadrant.size:
-                similarity += quadrant.size / mask.size * _structural_similarity(probability[rows, columns], quadrant)
-    return similarity
-
-
-def _structural_similarity(probability: np.ndarray, mask: np.ndarray) -> float:
-    mean = float(probability.mean())
-    deviation = probability - mean
-    inside = deviation[mask]
-    reference, total = inside.size, mask.size
-    share, divisor = reference / total, total - 1 + EPS
-    variance = float(np.vdot(deviation, deviation)) / divisor
-    mask_variance = reference * (1 - share) / divisor
-    # The deviations sum to 0. A constant mask has no covariance with anything, not even by rounding.
-    covariance = 0.0 if reference in (0, total) else float(inside.sum()) / divisor
-    numerator = 4 * mean * share * covariance
-    denominator = (mean**2 + share**2) * (variance + mask_variance)
-    if numerator != 0:
-        return numerator / (denominator + EPS)
-    return 1.0 if denominator == 0 else 0.0
+    row, column = round(rows.mean()) + 1, round(columns.mean()) + 1
+    quadrant_of = 2 * (rows >= row) + (columns >= column)
+    references = np.bincount(quadrant_of, minlength=4).tolist()
+    inside_sums = np.bincount(quadrant_of, weights=inside, minlength=4).tolist()
+    quadrants = [(a, b) for a in (slice(0, row), slice(row, None)) for b in (slice(0, column), slice(column, None))]
+    similarity, squares = 0.0, 0.0
+    for quadrant, reference, inside_sum in zip(quadrants, references, inside_sums, strict=True):
+        values = probability[quadrant]
+        # A centre in the last row or column leaves quadrants empty; `py_sod_metrics` returns NaN then.
+        if not values.size:
+            continue
+        weight, share = values.size / mask.size, reference / values.size
+        square, sum_ = float(np.einsum("ij,ij->", values, values)), float(values.sum())
+        squares += square
+        if 0 < reference < values.size:
+            mean = sum_ / values.size
+            # Variances and covariance times the number of pixels.
+            variance = square - sum_**2 / values.size + reference * (1 - share)
+            covariance = inside_sum - sum_ * share
+            similarity += weight * 4 * mean * share * covariance / ((mean**2 + share**2) * variance + EPS)
+        else:
+            # A constant mask has no covariance with anything; it is like another constant, or like a prediction of 0.
+            mean = float(values.mean())
+            similarity += weight * ((mean**2 + share**2) * float(np.square(values - mean).sum()) == 0)
+    return similarity, squares
 
 
 @functools.cache
@@ -334,55 +361,55 @@ def weighted_f_beta(pair: Pair, beta_squared: float = 1.0, zero_division: float 
 
     Source: Margolin et al., CVPR 2014, doi 10.1109/CVPR.2014.39.
     """
-    probability, mask, inside, total = pair
+    probability, mask, _, _, inside, total = pair
     if not inside.size:
         return 0.0 if total else zero_division
     # Where neither mask nor prediction is, there is no error: the box around the rest will do.
-    inner, predicted = _bounding_box(mask, margin=_REACH), probability > 0
-    outer = _join(inner, _bounding_box(predicted)) if predicted.any() else inner
+    inner = _bounding_box(pair.rows, pair.columns, mask.shape, margin=_REACH)
+    outer: tuple[slice, ...] = (slice(0, mask.shape[0]), slice(0, mask.shape[1]))
+    if not all(edge.any() for edge in (probability[0], probability[-1], probability[:, 0], probability[:, -1])):
+        predicted = probability > 0
+        rows, columns = np.flatnonzero(predicted.any(axis=1)), np.flatnonzero(predicted.any(axis=0))
+        outer = _join(inner, _bounding_box(rows, columns, mask.shape)) if total else inner
+    at = (pair.rows - inner[0].start, pair.columns - inner[1].start)
     inner = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(inner, outer, strict=True))
     probability, mask = probability[outer], mask[outer]
-    error = mask.astype(np.float64)
-    np.abs(np.subtract(error, probability, out=error), out=error)
     rows, columns = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
     squared_distance = np.square(rows - np.arange(mask.shape[0], dtype=np.int32)[:, None])
     across = columns - np.arange(mask.shape[1], dtype=np.int32)
     squared_distance += np.square(across, out=across)
-    false_positive = error.ravel() @ _background_weights().take(squared_distance.ravel(), mode="clip")
+    weights = _background_weights().take(squared_distance.astype(np.intp), mode="clip")
+    false_positive = float(np.vdot(probability, weights))
 
-    # Outside the mask the error of the nearest mask pixel counts, inside no more than the mean error around.
-    nearest = error.ravel().take(rows[inner] * np.int32(mask.shape[1]) + columns[inner], mode="clip")
-    around = _blur_at(nearest, mask[inner])
-    missed = np.minimum(error[inner][mask[inner]], around)
+    # In the mask an error counts no more than the mean error around, where pixels outside have that of the nearest
+    # one inside.
+    nearest = probability.ravel().take(rows[inner] * np.int32(mask.shape[1]) + columns[inner], mode="clip")
+    missed = np.minimum(1 - inside, _blur_at(1 - nearest, *at))
     true_positive = missed.size - missed.sum()
     recall = 1 - missed.mean()
     precision = true_positive / (true_positive + false_positive + EPS)
     return float((1 + beta_squared) * recall * precision / (recall + beta_squared * precision + EPS))
 
 
-def _blur_at(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return the image under the Gaussian at the pixels of the mask; what lies outside the image is 0."""
-    height, width = mask.shape
-    width += 2 * _REACH
-    padded = np.zeros((height + 2 * _REACH, width))
+def _blur_at(image: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Return the image under the Gaussian at some pixels; what lies outside the image is 0."""
+    width = image.shape[1] + 2 * _REACH
+    padded = np.zeros((image.shape[0] + 2 * _REACH, width))
     padded[_REACH:-_REACH, _REACH:-_REACH] = image
-    # Along the rows everywhere, laid end to end; down the columns at the mask alone.
+    # Along the rows everywhere, laid end to end; down the columns at the pixels asked for alone.
     blurred = np.correlate(padded.ravel(), _GAUSSIAN, mode="same")
-    padded_mask = np.zeros(padded.shape, dtype=bool)
-    padded_mask[_REACH:-_REACH, _REACH:-_REACH] = mask
-    at = np.flatnonzero(padded_mask)
+    at = (rows + _REACH) * width + columns + _REACH
     result = _GAUSSIAN[_REACH] * blurred.take(at)
     for step in range(1, _REACH + 1):
         result += _GAUSSIAN[_REACH + step] * (blurred.take(at - step * width) + blurred.take(at + step * width))
     return result
 
 
-def _bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...]:
-    box = []
-    for axis, size in enumerate(mask.shape):
-        occupied = np.flatnonzero(mask.any(axis=1 - axis))
-        box.append(slice(max(int(occupied[0]) - margin, 0), min(int(occupied[-1]) + 1 + margin, size)))
-    return tuple(box)
+def _bounding_box(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, ...], margin: int = 0) -> tuple[slice, ...]:
+    return tuple(
+        slice(max(int(numbers.min()) - margin, 0), min(int(numbers.max()) + 1 + margin, size))
+        for numbers, size in zip((rows, columns), shape, strict=True)
+    )
 
 
 def _join(first: tuple[slice, ...], second: tuple[slice, ...]) -> tuple[slice, ...]:
@@ -466,10 +493,10 @@ def score(
     }
 
     def score_region(probability: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        pair = counted = Pair.of(probability, mask)
+        pair = counted = pair_up(probability, mask)
         if valid is not None:
-            pair = Pair.of(probability * valid, mask & valid)
-            counted = Pair.of(probability[valid][None], mask[valid][None])
+            pair = pair_up(probability * valid, mask & valid)
+            counted = pair_up(probability[valid][None], mask[valid][None])
         columns: dict[str, np.ndarray | list[float]] = {}
         if any(measure in CURVES for measure in measures):
             counts = count_at_cuts(counted)
@@ -558,19 +585,15 @@ class Accumulator:
         self.images += images
 
     def mean(self) -> np.ndarray:
-        """Return the average of the scores in their shape, rounded once; NaN where no image had a value.
+        """Return the average of the scores in their shape; NaN where no image had a value.
 
         Raises:
             ValueError: If no image was added.
         """
         if not self.images:
             raise ValueError("There is nothing to average: add images first.")
-        # Python divides integers of any size with one rounding.
-        means = [
-            (int(whole) * UNIT + int(rest)) / (int(count) * UNIT) if count else math.nan
-            for whole, rest, count in zip(self._whole.flat, self._rest.flat, self._count.flat, strict=True)
-        ]
-        return np.reshape(means, self._whole.shape)
+        with np.errstate(invalid="ignore"):
+            return (self._whole + self._rest / UNIT) / self._count
 
     def result(self, regions: Sequence[str] | None = None) -> dict[str, float]:
         """Return the averages under their names.
@@ -636,6 +659,7 @@ __all__ = [
     "f_beta",
     "iou",
     "mean_absolute_error",
+    "pair_up",
     "s_measure",
     "score",
     "to_array",
