@@ -297,6 +297,17 @@ def test_command_line_scores_two_folders(folders, capsys, arguments, normalize):
     assert json.loads(output[output.index("{\n") :]) == result
 
 
+def test_command_line_takes_a_map_that_is_nearly_empty_for_what_it_is(folders):
+    # Alone it could be a mask of 0 and 1.
+    write(folders / "pred", "2.png", np.ones((8, 9), dtype=np.uint8))
+    reference = PILImage.open(folders / "ref/2.bmp")
+    alone = metrics.Mae().compute(predictions=[np.full((8, 9), 1 / 255)], references=[reference])
+    others = run(folders, "--normalize", "none")["mae"] * 3 - alone["mae"]
+    (folders / "pred" / "2.png").unlink()
+    (folders / "ref" / "2.bmp").unlink()
+    assert run(folders, "--normalize", "none")["mae"] == pytest.approx(others / 2)
+
+
 def test_command_line_in_processes_gives_the_same(folders, capsys):
     assert run(folders, "--num_proc", "2") == run(folders)
 
