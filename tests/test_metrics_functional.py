@@ -306,6 +306,7 @@ ONES = np.ones((2, 2))
         (ONES.astype(np.int64) * 300, FULL, {}, r"`prediction` must hold .* got values from 300 to 300 of type int64"),
         (ONES[0], FULL, {}, r"`prediction` must have shape \(height, width\).*got \(2,\).*go in a list"),
         (np.ones((2, 2, 2, 2)), FULL, {}, r"`prediction` must have shape .* got \(2, 2, 2, 2\)"),
+        ([["a", "b"]], [[0, 1]], {}, r"`prediction` must have shape .* got \(1, 2\) of type <U1"),
         (np.ones((0, 2)), FULL, {}, r"`prediction` must have shape .* got \(0, 2\)"),
         (ONES, FULL * 3, {}, r"`reference` must be a binary mask.*values from 3 to 3 of type int64.*`label_map == 1`"),
         (ONES, ONES * 0.5, {}, r"`reference` must be a binary mask.*values from 0.5 to 0.5"),

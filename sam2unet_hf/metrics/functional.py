@@ -78,7 +78,7 @@ def to_array(image: Any, name: str) -> np.ndarray:
         # NumPy has no bfloat16.
         image = image.float().numpy() if "bfloat16" in str(image.dtype) else image.numpy()
     array = np.asarray(image)
-    if array.ndim not in (2, 3) or array.size == 0 or array.dtype == object:
+    if array.ndim not in (2, 3) or array.size == 0 or array.dtype.kind not in "biuf":
         raise ValueError(
             f"`{name}` must have shape (height, width) or (regions, height, width), got {array.shape} of type "
             f"{array.dtype}. Several images go in a list, colour images must be turned into masks first."
