@@ -1,0 +1,158 @@
+"""Pushed to a Hub, a model loads anywhere: over real HTTP, in processes of their own, without the package."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from common import BRATS_REGIONS, small_model
+from loopback_hub import LoopbackHub
+from PIL import Image
+
+from sam2unet_hf import Sam2UNetImageProcessor
+
+
+CODE = ["configuration_sam2unet.py", "image_processing_sam2unet.py", "loss_sam2unet.py", "modeling_sam2unet.py"]
+CODE.append("sam2_encoder.py")
+REPO = "tester/sam2unet-brats"
+
+PUSH = """
+import sys
+from transformers import AutoImageProcessor, AutoModel
+import sam2unet_hf
+
+folder, repo = sys.argv[1:]
+AutoModel.from_pretrained(folder).push_to_hub(repo, private=True)
+AutoImageProcessor.from_pretrained(folder).push_to_hub(repo)
+"""
+
+LOAD = """
+import json, sys
+
+sys.modules["sam2unet_hf"] = None  # an import of it fails, installed or not
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, pipeline
+
+repo, revision, output = sys.argv[1:]
+options = {"trust_remote_code": True, "revision": revision}
+image = Image.open("slice.png")
+config = AutoConfig.from_pretrained(repo, **options)
+processor = AutoImageProcessor.from_pretrained(repo, **options)
+pixel_values = processor(image, return_tensors="pt")["pixel_values"]
+tensors = {}
+for auto_class in (AutoModel, AutoModelForSemanticSegmentation):
+    model = auto_class.from_pretrained(repo, **options)
+    with torch.inference_mode():
+        tensors[auto_class.__name__] = model(pixel_values).logits
+segments = pipeline("image-segmentation", model=repo, **options)(image)
+torch.save(tensors, f"{output}.pt")
+masks = {segment["label"]: int((np.asarray(segment["mask"]) > 0).sum()) for segment in segments}
+with open(f"{output}.json", "w") as file:
+    json.dump({"regions": config.regions, "masks": masks}, file)
+# Fine-tuned where it was loaded, it can be pushed again.
+if revision == "main":
+    model.decode_head.classifier.bias.data += 1
+    model.push_to_hub(repo, commit_message="Fine-tuned")
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with LoopbackHub() as hub:
+        yield hub
+        assert hub.unknown_requests == []
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model(regions=BRATS_REGIONS)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Sam2UNetImageProcessor(regions=BRATS_REGIONS, size={"height": 96, "width": 64})
+
+
+@pytest.fixture(scope="module")
+def folder(model, processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def run(hub, tmp_path, code, *arguments, token="hf_write"):
+    # In an empty folder with an empty cache.
+    environment = hub.environment(tmp_path / "hf_home", token)
+    if "import sam2unet_hf" in code:
+        environment["PYTHONPATH"] = re.sub(r"/tests$", "", str(sys.modules["common"].FIXTURES.parent))
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, folder, tmp_path_factory):
+    result = run(hub, tmp_path_factory.mktemp("push"), PUSH, folder, REPO)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_a_push_uploads_weights_configuration_processor_and_code_and_no_token(hub, folder, pushed):
+    files = hub.files("models", REPO)
+    expected = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", *CODE}
+    assert set(files) - {".gitattributes"} == expected
+    assert hub.file("models", REPO, "model.safetensors") == (folder / "model.safetensors").read_bytes()
+    assert hub.repos["models", REPO].private
+    assert "hf_write" not in pushed.stdout + pushed.stderr
+    for name in files:
+        assert b"hf_write" not in hub.file("models", REPO, name), name
+
+
+def test_a_pushed_model_loads_without_the_package_and_can_be_pushed_again(hub, model, processor, pushed, tmp_path):
+    first = hub.commits("models", REPO)[0].sha
+    torch.manual_seed(0)
+    image = Image.fromarray(torch.randint(0, 256, (80, 70), dtype=torch.uint8).numpy())
+    image.save(tmp_path / "slice.png")
+    with torch.inference_mode():
+        outputs = model(**processor(image, return_tensors="pt"))
+    (label_map,) = processor.post_process_semantic_segmentation(outputs, [(80, 70)])
+    for revision, shift in (("main", 0), ("main", 1), (first, 0)):
+        result = run(hub, tmp_path, LOAD, REPO, revision, tmp_path / "out")
+        assert result.returncode == 0, result.stderr
+        tensors = torch.load(tmp_path / "out.pt", weights_only=True)
+        for name in ("AutoModel", "AutoModelForSemanticSegmentation"):
+            if shift:
+                torch.testing.assert_close(tensors[name], outputs.logits + shift)
+            else:
+                assert torch.equal(tensors[name], outputs.logits), name
+        facts = json.loads((tmp_path / "out.json").read_text())
+        assert list(facts["regions"].items()) == list(BRATS_REGIONS.items())
+        if not shift:
+            ids, counts = label_map.unique(return_counts=True)
+            expected = {model.config.id2label[int(i)]: int(n) for i, n in zip(ids, counts, strict=True)}
+            assert len(expected) >= 2
+            assert facts["masks"] == expected
+    assert [commit.title for commit in hub.commits("models", REPO)][:1] == ["Fine-tuned"]
+    assert set(hub.files("models", REPO)) - {".gitattributes"} >= {"config.json", "model.safetensors", *CODE}
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "message"),
+    [
+        ("hf_read", REPO, "403 Forbidden"),
+        ("hf_write", "stranger/model", "403 Forbidden"),
+        ("hf_wrong", REPO, "Invalid username or password|401 Unauthorized"),
+    ],
+)
+def test_a_push_without_rights_fails_before_any_upload(hub, folder, pushed, tmp_path, token, repo, message):
+    before = len(hub.uploads()), len(hub.commits("models", REPO))
+    result = run(hub, tmp_path, PUSH, folder, repo, token=token)
+    assert result.returncode != 0
+    assert re.search(message, result.stderr), result.stderr
+    assert token not in result.stdout + result.stderr
+    assert (len(hub.uploads()), len(hub.commits("models", REPO))) == before
