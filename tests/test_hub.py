@@ -4,14 +4,19 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import evaluate
+import pandas
 import pytest
 import torch
 from common import BRATS_REGIONS, small_model
+from evaluate.utils.gradio import infer_gradio_input_types, parse_gradio_data
 from loopback_hub import LoopbackHub
 from PIL import Image
 
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.hub import main, write_metric_space
 
 
 CODE = ["configuration_sam2unet.py", "image_processing_sam2unet.py", "loss_sam2unet.py", "modeling_sam2unet.py"]
@@ -156,3 +161,60 @@ def test_a_push_without_rights_fails_before_any_upload(hub, folder, pushed, tmp_
     assert re.search(message, result.stderr), result.stderr
     assert token not in result.stdout + result.stderr
     assert (len(hub.uploads()), len(hub.commits("models", REPO))) == before
+
+
+LOAD_METRIC = """
+import sys
+
+sys.modules["sam2unet_hf"] = None
+import evaluate
+
+print(evaluate.load("tester/dice").compute(predictions=[[[0.2, 0.9]]], references=[[[0, 1]]])["dice"])
+"""
+
+
+def test_a_metric_written_as_a_space_loads_from_the_hub(hub, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["metric", "dice", str(tmp_path / "space")])
+    assert exit_info.value.code == 0
+    files = {path.name: path.read_bytes() for path in (tmp_path / "space").iterdir()}
+    assert sorted(files) == [
+        "README.md",
+        "app.py",
+        "dice.py",
+        "functional.py",
+        "requirements.txt",
+        "segmentation_metric.py",
+    ]
+    hub.create("spaces", "tester/dice", files)
+    result = run(hub, tmp_path, LOAD_METRIC)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "1.0\n"
+
+
+def test_the_app_of_a_space_reads_what_is_typed_into_it(tmp_path):
+    # Gradio itself is not installed; this is what evaluate's widget does with a row of its table.
+    write_metric_space("dice", tmp_path)
+    assert 'with_name("dice.py")' in (tmp_path / "app.py").read_text()
+    metric = evaluate.load(str(tmp_path / "dice.py"))
+    features = metric.features[0]
+    assert infer_gradio_input_types(features.values()) == ["json", "json"]
+    table = pandas.DataFrame({"predictions": ["[[0.2, 0.9]]"], "references": ["[[0, 1]]"]})
+    assert metric.compute(**parse_gradio_data(table, ["json", "json"]))["dice"] == 1
+
+
+def test_the_requirements_of_a_space_are_those_of_the_package(tmp_path):
+    write_metric_space("mae", tmp_path)
+    needed = set((tmp_path / "requirements.txt").read_text().split())
+    declared = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert len(needed) == 4
+    assert all(f'"{requirement}"' in declared for requirement in needed)
+
+
+def test_a_space_is_not_written_over_other_files_or_for_no_metric(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(FileExistsError, match="is not empty. Name another folder"):
+        write_metric_space("dice", tmp_path)
+    with pytest.raises(ValueError, match="`name` must be one of dice, e_measure, .*, got 'functional'"):
+        write_metric_space("functional", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
