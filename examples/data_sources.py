@@ -12,7 +12,6 @@ from tqdm import tqdm
 from dataset_scripts.brats_slices import BratsSlices, split_patients
 from dataset_scripts.phantom import VERSION, write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
-from sam2unet_hf.configuration_sam2unet import region_levels
 from sam2unet_hf.nifti import MODALITIES, PLANES
 from sam2unet_hf.training import SegmentationTransform
 
@@ -201,21 +200,6 @@ def case_names(rows: datasets.Dataset) -> list[str]:
     names = [re.sub(r"[^\w.-]+", "_", case).lstrip(".") for case in cases]
     counts = Counter(names)
     return [name if counts[name] == 1 else f"{name}_row{index:05d}" for index, name in enumerate(names)]
-
-
-def parse_regions(texts: list[str]) -> dict[str, list[int]]:
-    """Read regions from `NAME=ID[,ID...]`."""
-    regions: dict[str, list[int]] = {}
-    for text in texts:
-        match = re.fullmatch(r"([^=]+)=(\d+(?:,\d+)*)", text)
-        if match is None or match[1] in regions:
-            raise SystemExit(f"--regions takes NAME=ID[,ID...] with different names, such as WT=1,2,3, got {text!r}.")
-        regions[match[1]] = [int(label_id) for label_id in match[2].split(",")]
-    try:
-        region_levels(regions)
-    except ValueError as err:
-        raise SystemExit(f"--regions: {err}") from err
-    return regions
 
 
 def find_regions(

@@ -20,14 +20,14 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from data_sources import DataArguments, case_names, find_columns, find_regions, load_data, parse_regions
+from data_sources import DataArguments, case_names, find_columns, find_regions, load_data
 from PIL import Image
 from plots import plot_predictions, plot_training_curve
 from tqdm import tqdm
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
-from sam2unet_hf.configuration_sam2unet import PRESETS
+from sam2unet_hf.configuration_sam2unet import PRESETS, parse_regions
 from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform, flips
 
 
@@ -305,7 +305,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     transformers.utils.logging.disable_default_handler()
     transformers.utils.logging.enable_propagation()
-    regions = None if data_args.regions is None else parse_regions(data_args.regions)
+    try:
+        regions = None if data_args.regions is None else parse_regions(data_args.regions)
+    except ValueError as err:
+        raise SystemExit(f"--regions: {err}") from err
     if model_args.model_name_or_path is not None and regions is None:
         try:
             regions = Sam2UNetConfig.from_pretrained(model_args.model_name_or_path).regions

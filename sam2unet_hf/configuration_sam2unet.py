@@ -4,6 +4,7 @@
 # mypy: disable-error-code="arg-type, index, operator, union-attr"
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,6 +77,25 @@ def regions_from_pairs(regions: Mapping[str, Sequence[int]] | Sequence[Sequence[
     """
     pairs = regions.items() if isinstance(regions, Mapping) else regions
     return {name: list(label_ids) for name, label_ids in pairs}
+
+
+def parse_regions(texts: Sequence[str]) -> dict[str, list[int]]:
+    """Read regions as command lines give them.
+
+    Args:
+        texts: One text per region, `NAME=ID[,ID...]`, such as `"WT=1,2,3"`.
+
+    Raises:
+        ValueError: If a text has another form, a name comes twice, or regions overlap without being nested.
+    """
+    regions: dict[str, list[int]] = {}
+    for text in texts:
+        match = re.fullmatch(r"([^=]+)=(\d+(?:,\d+)*)", text)
+        if match is None or match[1] in regions:
+            raise ValueError(f"Regions are NAME=ID[,ID...] with different names, such as WT=1,2,3, got {text!r}.")
+        regions[match[1]] = [int(label_id) for label_id in match[2].split(",")]
+    region_levels(regions)
+    return regions
 
 
 def region_levels(regions: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:

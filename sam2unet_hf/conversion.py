@@ -1,12 +1,21 @@
-"""Turning checkpoints of the reference SAM2-UNet into models of this package."""
+"""Turning checkpoints of the reference SAM2-UNet, and encoders of SAM 2, into models of this package.
 
+python -m sam2unet_hf.conversion SAM2-UNet.pth my_model
+python -m sam2unet_hf.conversion facebook/sam2-hiera-large my_model --regions WT=1,2,3 TC=1,3 ET=3
+"""
+
+import argparse
 import logging
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from .configuration_sam2unet import Sam2UNetConfig
+from .configuration_sam2unet import Sam2UNetConfig, parse_regions
+from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
 from .sam2_encoder import (
     SAM2_NAMES,
@@ -42,7 +51,9 @@ UNUSED_REFERENCE_PREFIX = "up4."
 
 
 def convert_reference_checkpoint(
-    path_or_state_dict: str | os.PathLike | Mapping[str, torch.Tensor], config: Sam2UNetConfig | None = None
+    path_or_state_dict: str | os.PathLike | Mapping[str, torch.Tensor],
+    config: Sam2UNetConfig | None = None,
+    **config_kwargs: Any,
 ) -> Sam2UNetForSemanticSegmentation:
     """Turn a checkpoint of the reference SAM2-UNet into a model of this package.
 
@@ -51,6 +62,7 @@ def convert_reference_checkpoint(
         config: Configuration of the model. By default the encoder is the one of SAM 2's sizes that the shapes show,
             and the output is one region `"foreground"` of label id 1, since the checkpoint does not say what it
             segments.
+        **config_kwargs: Fields of [`Sam2UNetConfig`], such as `regions`, if there is no `config`.
 
     Returns:
         [`Sam2UNetForSemanticSegmentation`] in eval mode. Keys of the reference that it never uses (`up4`) are dropped
@@ -58,10 +70,13 @@ def convert_reference_checkpoint(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, is no reference SAM2-UNet, or does not fit `config`.
+        TypeError: If there are both `config` and fields.
+        ValueError: If the file is damaged, is no reference SAM2-UNet, or does not fit the configuration.
 
     Source: https://github.com/WZH0120/SAM2-UNet/blob/01598e5/SAM2UNet.py.
     """
+    if config is not None and config_kwargs:
+        raise TypeError(f"Pass `config` or fields of one, got both: {', '.join(config_kwargs)}.")
     if isinstance(path_or_state_dict, Mapping):
         source, reference = "the state dict", unwrap_names(path_or_state_dict)
     else:
@@ -81,7 +96,7 @@ def convert_reference_checkpoint(
     if config is None:
         encoder = {name.removeprefix("encoder."): value for name, value in state_dict.items()}
         backbone_config = infer_backbone_config(encoder, source)
-        config = Sam2UNetConfig(backbone_config=backbone_config, regions={"foreground": [1]})
+        config = Sam2UNetConfig(backbone_config=backbone_config, **{"regions": {"foreground": [1]}, **config_kwargs})
     model = Sam2UNetForSemanticSegmentation(config)
     check_state_dict(state_dict, model.state_dict(), source, "SAM2-UNet with this configuration")
     model.load_state_dict(state_dict)
@@ -90,4 +105,85 @@ def convert_reference_checkpoint(
     return model.eval()
 
 
-__all__ = ["convert_reference_checkpoint"]
+def convert_checkpoint(
+    source: str | os.PathLike, output: str | os.PathLike, *, revision: str | None = None, **config_kwargs: Any
+) -> Sam2UNetForSemanticSegmentation:
+    """Write a checkpoint folder from a reference SAM2-UNet or a SAM 2 encoder, and check that it loads as it was.
+
+    Args:
+        source: `.pth` file of the reference, or what [`Sam2UNetForSemanticSegmentation.from_sam2`] takes: a Hub id, a
+            folder, or an original `.pt` file of SAM 2, to which adapters and decoder are new.
+        output: Folder to write, with model, code and image processor. It appears once it is whole.
+        revision: Branch, tag or commit on the Hub.
+        **config_kwargs: Fields of [`Sam2UNetConfig`], such as `regions`.
+
+    Returns:
+        The model as it loads from the folder, in eval mode.
+
+    Raises:
+        FileExistsError: If the folder exists and is not empty.
+        FileNotFoundError: If `source` is the path of a file that does not exist.
+        OSError: If `source` is no folder with a checkpoint and no repository that can be reached.
+        RuntimeError: If what was written loads as something else.
+        ValueError: If the source is damaged, is neither of the two, or does not fit the fields.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and is not an empty folder. Name another one, or remove it first.")
+    state_dict = load_pickled_state_dict(source) if Path(source).suffix in (".pt", ".pth") else {}
+    if any(".prompt_learn." in name for name in state_dict):
+        if revision is not None:
+            raise ValueError(f"`revision` is for the Hub, but {source} is a file; got {revision}.")
+        model = convert_reference_checkpoint(state_dict, **config_kwargs)
+    else:
+        model = Sam2UNetForSemanticSegmentation.from_sam2(source, revision=revision, **config_kwargs).eval()
+    del state_dict
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
+        checkpoint = Path(folder) / "checkpoint"
+        model.save_pretrained(checkpoint)
+        Sam2UNetImageProcessor(regions=model.config.regions).save_pretrained(checkpoint)
+        loaded = Sam2UNetForSemanticSegmentation.from_pretrained(checkpoint)
+        expected, got = model.state_dict(), loaded.state_dict()
+        if different := [name for name in expected if not torch.equal(expected[name], got.get(name, torch.empty(0)))]:
+            raise RuntimeError(
+                f"{len(different)} weights, such as {different[0]!r}, were not read back as written. Is the disk full?"
+            )
+        checkpoint.replace(output)
+    return loaded
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        argv: Arguments, those of the process by default.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m sam2unet_hf.conversion",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", help="reference .pth file, or SAM 2: Hub id, folder or original .pt file")
+    parser.add_argument("output", type=Path, help="new checkpoint folder")
+    parser.add_argument("--regions", nargs="+", metavar="NAME=ID,ID", help="what the model segments (default: 1)")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    args = parser.parse_args(argv)
+    fields = {}
+    try:
+        if args.regions:
+            fields["regions"] = parse_regions(args.regions)
+        model = convert_checkpoint(args.source, args.output, revision=args.revision, **fields)
+    except (OSError, RuntimeError, ValueError) as err:
+        parser.error(str(err))
+    parser.exit(
+        message=f"{args.output} holds a SAM2-UNet of {model.num_parameters() / 1e6:.2f} M parameters that segments "
+        f"{', '.join(model.config.regions)}.\n"
+    )
+
+
+__all__ = ["convert_checkpoint", "convert_reference_checkpoint"]
+
+
+if __name__ == "__main__":
+    main()

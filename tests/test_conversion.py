@@ -17,6 +17,8 @@ from common import (
     small_config,
 )
 from transformers import (
+    AutoImageProcessor,
+    AutoModel,
     ResNetConfig,
     ResNetModel,
     Sam2Config,
@@ -29,6 +31,7 @@ from transformers import (
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, convert_reference_checkpoint
 from sam2unet_hf.configuration_sam2unet import PRESETS, preset_backbone_config
+from sam2unet_hf.conversion import convert_checkpoint, main
 from sam2unet_hf.sam2_encoder import infer_backbone_config
 
 
@@ -521,3 +524,68 @@ def test_config_as_on_the_hub_is_read(sam2_folder):
     assert isinstance(model.config.backbone_config, Sam2HieraDetConfig)
     assert model.config.backbone_config.window_size_per_stage == [8, 4, 14, 7]
     assert model.config.regions == {"WT": [1, 2, 3]}
+
+
+def test_command_line_converts_a_reference_file(tmp_path, capsys):
+    source = tmp_path / "SAM2UNet-30.pth"
+    torch.save(preset_state_dict("tiny"), source)
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(source), str(tmp_path / "new" / "model")])
+    assert exit_info.value.code == 0
+    assert "segments foreground" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["model"]
+    model = Sam2UNetForSemanticSegmentation.from_pretrained(tmp_path / "new" / "model")
+    assert_equal_weights(model, convert_reference_checkpoint(source))
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "new" / "model")
+    assert list(processor.regions) == ["foreground"]
+
+
+def test_command_line_converts_a_sam2_encoder(sam2, sam2_folder, tmp_path, capsys):
+    output = tmp_path / "model"
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(sam2_folder), str(output), "--regions", "WT=1,2,3", "TC=1,3", "ET=3"])
+    assert exit_info.value.code == 0
+    model = AutoModel.from_pretrained(output)
+    assert model.config.regions == BRATS_REGIONS
+    assert_has_encoder_of(model, sam2)
+    assert AutoImageProcessor.from_pretrained(output).regions == BRATS_REGIONS
+
+
+def test_conversion_is_undone_if_it_does_not_load_as_written(sam2_folder, tmp_path, monkeypatch):
+    save = Sam2UNetForSemanticSegmentation.save_pretrained
+
+    def save_another(model, folder):
+        model = copy.deepcopy(model)
+        model.decode_head.classifier.bias.data += 1
+        save(model, folder)
+
+    monkeypatch.setattr(Sam2UNetForSemanticSegmentation, "save_pretrained", save_another)
+    with pytest.raises(RuntimeError, match="1 weights, such as 'decode_head.classifier.bias', were not read back"):
+        convert_checkpoint(sam2_folder, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["sam2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.pth", "model"], "No checkpoint file at absent.pth"),
+        (["sam2", "."], r"\. exists and is not an empty folder"),
+        (["sam2", "model", "--regions", "WT"], "Regions are NAME=ID.*got 'WT'"),
+        (["reference.pth", "model", "--regions", "WT=1,2", "TC=1"], "has shape .* where the configuration needs"),
+        (["reference.pth", "model", "--revision", "main"], "`revision` is for the Hub, but reference.pth is a file"),
+    ],
+)
+def test_command_line_refuses(sam2_folder, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    if "reference.pth" in arguments:
+        torch.save(preset_state_dict("tiny"), "reference.pth")
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not Path("model").exists()
+
+
+def test_configuration_and_fields_of_one_raise():
+    with pytest.raises(TypeError, match="got both: regions"):
+        convert_reference_checkpoint(reference(), small_config(), regions={"lesion": [1]})

@@ -403,7 +403,7 @@ def spoil_with_half_a_file(pictures):
         (spoil_with_colour, [], "image photo_00.*Map colours to ids"),
         (spoil_with_jpeg, [], "image photo_04: its mask is a JPEG, which blurs label ids. Save masks as PNG"),
         (spoil_with_half_a_file, [], "image photo_05: .*truncated"),
-        (None, ["--regions", "WT"], r"--regions takes NAME=ID\[,ID\.\.\.\]"),
+        (None, ["--regions", "WT"], r"--regions: Regions are NAME=ID\[,ID\.\.\.\]"),
         (None, ["--regions", "liver=2"], r"Region liver has the label ids \[2\], the masks hold \[1\] \(255 is taken"),
         (None, ["--regions", "a=1,2", "b=2,3"], "--regions: `regions` must be nested or disjoint"),
         (None, ["--mask_column", "truth"], r"--mask_column: 'truth' is no column of images"),
