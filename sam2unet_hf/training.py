@@ -113,6 +113,7 @@ class SegmentationMetrics:
     def __init__(self, regions: Sequence[str], zero_division: float = 1.0):
         self.regions = list(regions)
         self.zero_division = zero_division
+        self.image_dice = np.zeros((0, len(self.regions)))
         self.reset()
 
     def reset(self) -> None:
@@ -161,6 +162,22 @@ class SegmentationMetrics:
         return result
 
 
+def check_best_metric(args: TrainingArguments, names: list[str], eval_dataset: Any) -> None:
+    """Raise a `ValueError` if `metric_for_best_model` does not exist, which transformers finds out after an epoch."""
+    best = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if isinstance(eval_dataset, dict):
+        names = [f"{dataset}_{name}" for dataset in eval_dataset for name in names]
+        best = best if args.metric_for_best_model else names[0]
+    if best not in names:
+        close = difflib.get_close_matches(best, names, n=3, cutoff=0.4)
+        raise ValueError(
+            f"`metric_for_best_model` must be a score such as {', '.join(close or names[:5])}, got {best}."
+        )
+    prefixes = [f"{dataset}_" for dataset in eval_dataset] if isinstance(eval_dataset, dict) else [""]
+    if args.greater_is_better and any(best.startswith(f"{prefix}mae") for prefix in prefixes):
+        raise ValueError(f"`greater_is_better` must be False for `metric_for_best_model` {best}, got True.")
+
+
 class Sam2UNetTrainer(Trainer):
     """Trainer that scores each image where it was predicted and passes on its scores instead of logits.
 
@@ -201,15 +218,8 @@ class Sam2UNetTrainer(Trainer):
             )
         kwargs.setdefault("data_collator", collate)
         metrics = kwargs.setdefault("compute_metrics", SegmentationMetrics(list(model.config.regions)))
-        best = (args.metric_for_best_model or "loss").removeprefix("eval_")
-        # transformers looks it up only after the first evaluation.
-        if isinstance(metrics, SegmentationMetrics) and best not in (names := ["loss", *metrics.names()]):
-            close = difflib.get_close_matches(best, names, n=3, cutoff=0.4)
-            raise ValueError(
-                f"`metric_for_best_model` must be a score such as {', '.join(close or names[:5])}, got {best}."
-            )
-        if best.startswith("mae") and args.greater_is_better:
-            raise ValueError(f"`greater_is_better` must be False for `metric_for_best_model` {best}, got True.")
+        if isinstance(metrics, SegmentationMetrics):
+            check_best_metric(args, ["loss", *metrics.names()], kwargs.get("eval_dataset"))
         super().__init__(model, args, **kwargs)
         self.batch_norm_images = batch_norm_images
 

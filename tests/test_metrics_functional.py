@@ -66,6 +66,10 @@ def make_mask(kind, shape, generator):
         mask = np.zeros(shape, dtype=bool)
         mask[tuple(generator.integers(shape))] = True
         return mask
+    if kind == "few":
+        mask = np.zeros(shape, dtype=bool)
+        mask.flat[generator.integers(0, mask.size, 5)] = True
+        return mask
     if kind == "row":
         mask = np.zeros(shape, dtype=bool)
         mask[generator.integers(shape[0])] = True
@@ -93,7 +97,7 @@ def make_prediction(kind, mask, generator):
 
 PAIRS = {
     "shape": st.tuples(st.integers(1, 97), st.integers(1, 131)),
-    "mask_kind": st.sampled_from(["empty", "full", "pixel", "row", "noisy", "smooth", "smooth"]),
+    "mask_kind": st.sampled_from(["empty", "full", "pixel", "few", "row", "noisy", "smooth", "smooth"]),
     "prediction_kind": st.sampled_from(["constant", "noisy", "binary", "right", "sparse", "smooth", "smooth"]),
     "seed": st.integers(0, 2**32 - 1),
 }
@@ -237,6 +241,16 @@ def test_weighted_f_beta_far_from_the_mask():
     assert_agree(result(prediction, mask), field_result(prediction, mask, normalize=False))
 
 
+@pytest.mark.parametrize("size", [100, 352, 1024])
+@pytest.mark.parametrize("pixels", [1, 3, 36])
+def test_small_masks_in_large_images_agree_with_py_sod_metrics(size, pixels):
+    generator = np.random.default_rng(size + pixels)
+    mask = np.zeros((size, size), dtype=bool)
+    mask.flat[generator.choice(size * size, pixels, replace=False)] = True
+    for prediction in (mask * 1.0, mask * 0.9 + 0.05, make_prediction("smooth", mask, generator)):
+        assert_agree(result(prediction, mask), field_result(prediction, mask, normalize=False))
+
+
 def test_empty_background_changes_nothing_in_weighted_f_beta():
     # The background without prediction is cut off, ties of the nearest pixel must stay the same.
     generator = np.random.default_rng(0)
@@ -301,13 +315,38 @@ ONES = np.ones((2, 2))
     ("prediction", "reference", "options", "message"),
     [
         (ONES * 1.5, FULL, {}, r"`prediction` must hold .* got values from 1.5 to 1.5 of type float64.*sigmoid"),
-        (-ONES, FULL, {}, r"`prediction` must hold .* got values from -1 to -1"),
+        (-ONES, FULL, {}, r"`prediction` must hold .* got values from -1.0 to -1.0"),
         (ONES * NAN, FULL, {}, r"`prediction` must hold .* got NaN"),
-        (ONES.astype(np.int64) * 300, FULL, {}, r"`prediction` must hold .* got values from 300 to 300 of type int64"),
+        (
+            ONES.astype(np.int64) * 300,
+            FULL,
+            {},
+            r"`prediction` must hold .* got values from 300.0 to 300.0 of type int64",
+        ),
         (ONES[0], FULL, {}, r"`prediction` must have shape \(height, width\).*got \(2,\).*go in a list"),
         (np.ones((2, 2, 2, 2)), FULL, {}, r"`prediction` must have shape .* got \(2, 2, 2, 2\)"),
         ([["a", "b"]], [[0, 1]], {}, r"`prediction` must have shape .* got \(1, 2\) of type <U1"),
         (np.ones((0, 2)), FULL, {}, r"`prediction` must have shape .* got \(0, 2\)"),
+        (
+            np.ones((40, 30, 3)),
+            FULL,
+            {},
+            r"`prediction` of shape \(40, 30, 3\) looks like \(height, width, channels\)",
+        ),
+        (
+            PILImage.new("RGB", (2, 2)),
+            FULL,
+            {},
+            r"`prediction` must be an image of one channel, got .* mode RGB.*convert",
+        ),
+        (ONES, PILImage.new("P", (2, 2)), {}, r"`reference` must be an image of one channel, got .* mode P"),
+        (
+            ONES,
+            np.uint8([[1, 0], [2, 255]]),
+            {},
+            r"`reference` must be a binary mask.*from 0 to 255 of type uint8",
+        ),
+        (ONES, FULL, {"zero_division": None}, r"`zero_division` must be 0, 1 or NaN, got None"),
         (ONES, FULL * 3, {}, r"`reference` must be a binary mask.*values from 3 to 3 of type int64.*`label_map == 1`"),
         (ONES, ONES * 0.5, {}, r"`reference` must be a binary mask.*values from 0.5 to 0.5"),
         (ONES, -FULL.astype(np.int8), {}, r"`reference` must be a binary mask.*values from -1 to -1"),
@@ -386,9 +425,23 @@ def test_nan_is_left_out_of_averages():
     # A region that is nowhere does not make the mean NaN.
     regions = Accumulator(["dice"])
     regions.add(score(np.stack([HALF, EMPTY]), np.stack([HALF, EMPTY]), ["dice"], zero_division=NAN))
-    assert regions.result(["a", "b"]) | {"dice_b": 0, "max_dice_b": 0} == pytest.approx(
-        regions.result(["a", "b"]) | {"dice": 1, "dice_b": 0, "max_dice_b": 0}, nan_ok=True
-    )
+    values = regions.result(["a", "b"])
+    for name in ("dice", "mean_dice", "max_dice", "adaptive_dice"):
+        assert math.isnan(values[f"{name}_b"])
+        assert values[name] == values[f"{name}_a"]
+        assert values[name] > 0.99
+
+
+def test_nan_leaves_out_whole_images_and_no_single_thresholds():
+    # Something wrongly found counts 0 at every threshold, also where the prediction is empty.
+    values = result([[0.9, 0.1], [0, 0]], EMPTY, zero_division=NAN)
+    assert (values["dice"], values["mean_dice"], values["max_iou"], values["weighted_f_beta"]) == (0, 0, 0, 0)
+    # Little enough is nothing.
+    values = result([[0.4, 0.1], [0, 0]], EMPTY, zero_division=NAN)
+    for name in ("dice", "mean_dice", "max_iou", "adaptive_f_beta", "weighted_f_beta"):
+        assert math.isnan(values[name])
+    assert math.isfinite(values["mean_e_measure"])
+    assert result([[0.4, 0.1], [0, 0]], EMPTY, zero_division=1)["weighted_f_beta"] == 1
 
 
 def test_one_pixel_e_measures_do_not_overflow_silently():
@@ -410,6 +463,8 @@ def test_what_does_not_fit_together_raises():
         accumulator.add(scores[0])
     with pytest.raises(ValueError, match=r"`regions` must hold 2 different names.*\['a', 'a'\]"):
         accumulator.result(["a", "a"])
+    with pytest.raises(ValueError, match="`regions` must hold 2 different names"):
+        accumulator.result("WT")
     with pytest.raises(ValueError, match="measures"):
         accumulator.merge(Accumulator(["dice"]))
     single = Accumulator()

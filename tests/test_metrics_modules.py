@@ -243,7 +243,7 @@ def test_a_wrong_image_costs_nothing_and_is_named(images):
     metric = metrics.Dice()
     expected = metrics.Dice().compute(predictions=predictions, references=references)
     metric.add(prediction=predictions[0], reference=references[0])
-    with pytest.raises(ValueError, match=r"Image 1: `prediction` must hold .* values from -3 to 1 of type"):
+    with pytest.raises(ValueError, match=r"Image 1: `prediction` must hold .* values from -3.0 to 1.0 of type"):
         metric.add_batch(predictions=[predictions[1], [[-3.0, 1.0]]], references=[references[1], [[0, 1]]])
     with pytest.raises(ValueError, match=r"Image 0: .* same shape, got \(17, 9\) and \(40, 40\)"):
         metric.compute(predictions=predictions[1:2], references=references[2:])
@@ -258,6 +258,12 @@ def test_a_wrong_image_costs_nothing_and_is_named(images):
 def test_compute_without_images_raises():
     with pytest.raises(ValueError, match="There is nothing to average"):
         metrics.Dice().compute()
+
+
+def test_generators_are_images_too(images):
+    predictions, references = images
+    expected = metrics.Dice().compute(predictions=predictions, references=references)
+    assert metrics.Dice().compute(predictions=iter(predictions), references=(r for r in references)) == expected
 
 
 def write(folder, name, array):
@@ -312,14 +318,27 @@ def test_command_line_in_processes_gives_the_same(folders, capsys):
     assert run(folders, "--num_proc", "2") == run(folders)
 
 
+def test_command_line_takes_masks_of_0_and_1_and_soft_edges_and_hidden_files(folders):
+    expected = run(folders)
+    for path in (folders / "ref").iterdir():
+        mask = np.asarray(PILImage.open(path)) > 128
+        # Grey pixels, as after resizing, do not count, as in the reference protocol.
+        PILImage.fromarray(np.where(mask, 255, 60).astype(np.uint8)).save(path)
+    write(folders / "ref", "._0.bmp.png", np.zeros((2, 2), dtype=np.uint8))
+    assert run(folders) == expected
+    (folders / "ref" / "._0.bmp.png").unlink()
+    for path in (folders / "ref").iterdir():
+        PILImage.fromarray((np.asarray(PILImage.open(path)) > 128).astype(np.uint8)).save(path)
+    assert run(folders, "--output", str(folders / "new" / "scores.json")) == expected
+    assert (folders / "new" / "scores.json").exists()
+
+
 def test_command_line_names_files_without_partner(folders, capsys):
     (folders / "pred" / "1.png").rename(folders / "pred" / "other.png")
     with pytest.raises(SystemExit):
         run(folders)
     message = capsys.readouterr().err
-    assert re.search(
-        r"1 masks have no prediction in \S+pred: 1; 1 predictions have no mask in \S+ref: other\.", message
-    )
+    assert re.search(r"without prediction in \S+pred: 1; without mask in \S+ref: other\.", message)
     assert run(folders, "--skip_missing")["images"] == 2
 
 
@@ -344,6 +363,22 @@ def break_depth(folders):
     write(folders / "pred", "2.png", np.zeros((8, 9), dtype=np.uint16))
 
 
+def break_alpha(folders):
+    write(folders / "pred", "2.png", np.zeros((8, 9, 4), dtype=np.uint8))
+
+
+def break_faint(folders):
+    for path in (folders / "ref").iterdir():
+        PILImage.fromarray(np.asarray(PILImage.open(path)) // 255 * 100).save(path)
+
+
+def break_names(folders):
+    for path in (folders / "ref").iterdir():
+        path.rename(path.with_stem(f"mask_{path.stem}"))
+    for path in (folders / "ref").iterdir():
+        path.rename(path.with_stem(path.stem.removeprefix("mask_") + "0"))
+
+
 def break_twice(folders):
     write(folders / "ref", "0.png", np.zeros((20, 30), dtype=np.uint8))
 
@@ -363,8 +398,11 @@ def break_empty(folders):
         (break_nothing_predicted, "holds nothing above 1 of 255. Save masks as 0 and 255"),
         (break_text, r"pred/1.png cannot be read as an image"),
         (break_size, r"pred/2.png and \S+ref/2.bmp: .* same shape, got \(4, 4\) and \(8, 9\)"),
-        (break_label_map, r"ref/0.bmp: `reference` must be a binary mask.* values from 3 to 3.* Turn label ids"),
-        (break_depth, r"pred/2.png must have 8 bits per pixel, got mode I;16"),
+        (break_label_map, r"ref/0.bmp holds label ids up to 3\..*one mask per region"),
+        (break_depth, r"pred/2.png must have 8 bits per channel and no alpha channel, got mode I;16"),
+        (break_alpha, r"pred/2.png must have 8 bits per channel and no alpha channel, got mode RGBA"),
+        (break_faint, r"ref holds nothing above 100\. Masks are of 0 and 255"),
+        (break_names, r"No file in \S+pred has the name of one in \S+ref, such as 00\."),
         (break_twice, r"`ref_dir` holds 0.bmp and 0.png; remove one"),
         (break_folder, r"`ref_dir` must be a folder, got \S+ref"),
         (break_empty, r"`pred_dir` must hold images \(.png.*\), but \S+pred holds none"),

@@ -248,6 +248,21 @@ def test_a_best_metric_that_cannot_be_raises_at_once(rows, tmp_path, arguments, 
     make_trainer(small_model(regions=BRATS_REGIONS), rows, tmp_path, metric_for_best_model="max_e_measure_WT")
 
 
+def test_best_metric_of_several_evaluation_sets_names_the_set(rows, tmp_path):
+    def trainer(best, **kwargs):
+        arguments = TrainingArguments(
+            tmp_path, remove_unused_columns=False, use_cpu=True, metric_for_best_model=best, **kwargs
+        )
+        return Sam2UNetTrainer(small_model(), arguments, train_dataset=rows, eval_dataset={"a": rows, "b": rows})
+
+    trainer("eval_a_dice")
+    trainer("b_mae", greater_is_better=False)
+    with pytest.raises(ValueError, match="such as .*got c_dice"):
+        trainer("c_dice")
+    with pytest.raises(ValueError, match="`greater_is_better` must be False .* b_mae"):
+        trainer("eval_b_mae")
+
+
 def test_two_steps_move_the_trainable_weights_alone(rows, tmp_path):
     model = small_model(regions=BRATS_REGIONS)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -34,7 +34,7 @@ TABLE = {
 
 
 def find_pairs(pred_dir: Path, ref_dir: Path, skip_missing: bool = False) -> list[tuple[Path, Path]]:
-    """Pair predictions and masks by their names without suffix.
+    """Pair predictions and masks by their names without suffix; folders in them and hidden files do not count.
 
     Args:
         pred_dir: Folder of the predictions.
@@ -50,7 +50,9 @@ def find_pairs(pred_dir: Path, ref_dir: Path, skip_missing: bool = False) -> lis
         if not folder.is_dir():
             raise ValueError(f"`{name}` must be a folder, got {folder}.")
         files: dict[str, Path] = {}
-        for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES):
+        for path in sorted(folder.iterdir()):
+            if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+                continue
             if other := files.get(path.stem):
                 raise ValueError(f"`{name}` holds {other.name} and {path.name}; remove one of them.")
             files[path.stem] = path
@@ -59,14 +61,17 @@ def find_pairs(pred_dir: Path, ref_dir: Path, skip_missing: bool = False) -> lis
         folders.append(files)
     predictions, references = folders
     missing, extra = sorted(references.keys() - predictions.keys()), sorted(predictions.keys() - references.keys())
-    if (missing or extra) and not skip_missing or not predictions.keys() & references.keys():
+    pairs = [(path, references[stem]) for stem, path in predictions.items() if stem in references]
+    if not pairs:
+        raise ValueError(f"No file in {pred_dir} has the name of one in {ref_dir}, such as {missing[0]}.")
+    if (missing or extra) and not skip_missing:
         problems = []
         if missing:
-            problems.append(f"{len(missing)} masks have no prediction in {pred_dir}: {', '.join(missing)}")
+            problems.append(f"without prediction in {pred_dir}: {', '.join(missing)}")
         if extra:
-            problems.append(f"{len(extra)} predictions have no mask in {ref_dir}: {', '.join(extra)}")
+            problems.append(f"without mask in {ref_dir}: {', '.join(extra)}")
         raise ValueError(f"{'; '.join(problems)}. Pass --skip_missing to score the others.")
-    return [(path, references[stem]) for stem, path in predictions.items() if stem in references]
+    return pairs
 
 
 def read_map(path: Path) -> np.ndarray:
@@ -76,33 +81,73 @@ def read_map(path: Path) -> np.ndarray:
         path: Image of 1, 8 or 24 bits, or with a palette; colours become their brightness.
 
     Raises:
-        ValueError: If the file is no image, or has more than 8 bits per channel.
+        ValueError: If the file is no image, has more than 8 bits per channel, or an alpha channel.
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"{path} must have 8 bits per pixel, got mode {image.mode}.")
+            if image.mode.startswith(("I", "F")) or image.mode.endswith("A"):
+                raise ValueError(f"{path} must have 8 bits per channel and no alpha channel, got mode {image.mode}.")
             return np.asarray(image.convert("L"))
     except (UnidentifiedImageError, OSError) as err:
         raise ValueError(f"{path} cannot be read as an image: {err}.") from err
 
 
-def score_files(pair: tuple[Path, Path], **options: Any) -> tuple[np.ndarray, int]:
-    """Score one prediction; return the scores and the largest value of its file.
+def score_files(pair: tuple[Path, Path], threshold: int, **options: Any) -> tuple[np.ndarray, int, int]:
+    """Score one prediction; return the scores and the largest values of both files.
 
     Args:
         pair: Files of the prediction and of the mask.
+        threshold: The mask is what lies above this value of 0..255.
         **options: See [`~functional.score`].
 
     Raises:
         ValueError: If a file cannot be read or their sizes differ; it names the file.
     """
     prediction, reference = map(read_map, pair)
+    if 1 < (highest := int(reference.max())) < 32:
+        raise ValueError(
+            f"{pair[1]} holds label ids up to {highest}. Masks are of 0 and 255 or of 0 and 1: write one mask per "
+            "region."
+        )
     try:
         # As probabilities, since an 8-bit map that is nearly empty would pass for a mask of 0 and 1.
-        return score(prediction / 255, reference, **options), int(prediction.max())
+        scores = score(prediction / 255, reference > threshold, **options)
     except ValueError as err:
         raise ValueError(f"{pair[0]} and {pair[1]}: {err}") from err
+    return scores, int(prediction.max()), highest
+
+
+def score_folders(pairs: Sequence[tuple[Path, Path]], num_proc: int = 1, **options: Any) -> Accumulator:
+    """Score all predictions, with a progress bar.
+
+    Args:
+        pairs: Files of the predictions and of their masks.
+        num_proc: Number of processes.
+        **options: See [`~functional.score`].
+
+    Raises:
+        ValueError: If a pair cannot be scored, or no file shows what its values mean; it names them.
+    """
+    # Above half of 255, as the reference protocol has it; above 0 if all masks turn out to be of 0 and 1.
+    for threshold in (128, 0):
+        accumulator, largest, largest_reference = Accumulator(), 0, 0
+        pool = ProcessPoolExecutor(num_proc) if num_proc > 1 else None
+        with pool or nullcontext():
+            task = partial(score_files, threshold=threshold, **options)
+            results = pool.map(task, pairs, chunksize=8) if pool else map(task, pairs)
+            for scores, value, reference_value in tqdm(results, total=len(pairs), desc="Scoring", unit="image"):
+                accumulator.add(scores)
+                largest, largest_reference = max(largest, value), max(largest_reference, reference_value)
+        if largest_reference != 1:
+            break
+    pred_dir, ref_dir = (path.parent for path in pairs[0])
+    if 1 < largest_reference <= 128:
+        raise ValueError(f"{ref_dir} holds nothing above {largest_reference}. Masks are of 0 and 255 or of 0 and 1.")
+    if largest == 1 and options.get("normalize") is None:
+        raise ValueError(
+            f"{pred_dir} holds nothing above 1 of 255. Save masks as 0 and 255, or pass --normalize minmax."
+        )
+    return accumulator
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -125,33 +170,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument(
         "--zero_division",
-        type=float,
-        default=0.0,
+        choices=["0", "1", "nan"],
+        default="0",
         help="score where mask and prediction are both empty: 0 (default, reference protocol), 1 (BraTS) or nan",
     )
     parser.add_argument("--skip_missing", action="store_true", help="pass over files without partner")
     parser.add_argument("--num_proc", type=int, default=1, help="number of processes")
     args = parser.parse_args(argv)
     normalize = None if args.normalize == "none" else args.normalize
-    accumulator, largest = Accumulator(), 0
+    if args.num_proc < 1:
+        parser.error(f"--num_proc must be >= 1, got {args.num_proc}.")
     try:
         pairs = find_pairs(args.pred_dir, args.ref_dir, args.skip_missing)
-        task = partial(score_files, normalize=normalize, zero_division=args.zero_division)
-        pool = ProcessPoolExecutor(args.num_proc) if args.num_proc > 1 else None
-        with pool or nullcontext():
-            results = pool.map(task, pairs, chunksize=8) if pool else map(task, pairs)
-            for image_scores, value in tqdm(results, total=len(pairs), desc="Scoring", unit="image"):
-                accumulator.add(image_scores)
-                largest = max(largest, value)
-        if largest == 1 and args.normalize == "none":
-            raise ValueError(
-                f"{args.pred_dir} holds nothing above 1 of 255. Save masks as 0 and 255, or pass --normalize minmax."
-            )
-    except ValueError as err:
+        if args.output is not None:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+        accumulator = score_folders(pairs, args.num_proc, normalize=normalize, zero_division=float(args.zero_division))
+    except (OSError, ValueError) as err:
         parser.error(str(err))
     scores = accumulator.result()
     result: dict[str, Any] = {"pred_dir": str(args.pred_dir), "ref_dir": str(args.ref_dir), "images": len(pairs)}
-    result |= {"normalize": normalize, "zero_division": args.zero_division, **scores}
+    result |= {"normalize": normalize, "zero_division": float(args.zero_division), **scores}
     result = {name: None if value != value else value for name, value in result.items()}  # JSON has no NaN
     text = json.dumps(result, indent=2)
     if args.output is not None:

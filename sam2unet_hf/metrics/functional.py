@@ -73,6 +73,11 @@ def to_array(image: Any, name: str) -> np.ndarray:
     Raises:
         ValueError: If it has no such shape, or no pixels.
     """
+    if hasattr(image, "getbands") and (len(image.getbands()) > 1 or image.mode == "P"):
+        raise ValueError(
+            f"`{name}` must be an image of one channel, got a PIL image of mode {image.mode}. Turn its colours into a "
+            'mask first; `image.convert("L")` takes their brightness.'
+        )
     if hasattr(image, "detach"):
         image = image.detach().cpu()
         # NumPy has no bfloat16.
@@ -83,6 +88,8 @@ def to_array(image: Any, name: str) -> np.ndarray:
             f"`{name}` must have shape (height, width) or (regions, height, width), got {array.shape} of type "
             f"{array.dtype}. Several images go in a list, colour images must be turned into masks first."
         )
+    if array.ndim == 3 and array.shape[-1] in (1, 3, 4) and array.shape[0] > 16:
+        raise ValueError(f"`{name}` of shape {array.shape} looks like (height, width, channels). Pass one channel.")
     return array
 
 
@@ -108,7 +115,7 @@ def to_probability(prediction: Any, normalize: Literal["minmax"] | None = None) 
     integer = np.issubdtype(array.dtype, np.integer)
     limit = 255 if integer else 1
     if not (low >= 0 and high <= limit):
-        found = "NaN" if math.isnan(low) or math.isnan(high) else f"values from {low:g} to {high:g}"
+        found = "NaN" if math.isnan(low) or math.isnan(high) else f"values from {low} to {high}"
         raise ValueError(
             f"`prediction` must hold probabilities in [0, 1], an 8-bit map in 0..255 or a binary mask, got {found} of "
             f"type {array.dtype}. Pass logits through a sigmoid, divide 8-bit values that are floats by 255."
@@ -131,20 +138,24 @@ def to_mask(reference: Any) -> np.ndarray:
 
     Args:
         reference: Mask of shape `(height, width)` or `(regions, height, width)`: boolean, 0 and 1, or 8-bit, where
-            the mask is what lies above 128.
+            the mask is what lies above 128, with grey levels in between as at soft edges.
 
     Returns:
         Contiguous boolean array of the same shape.
 
     Raises:
-        ValueError: If the values are none of these, as in a map of label ids.
+        ValueError: If the values are none of these, or look like label ids: none above 128, or small ones and 255.
     """
     array = np.ascontiguousarray(to_array(reference, "reference"))
     if array.dtype == bool:
         return array
     low, high = float(array.min()), float(array.max())
-    if np.issubdtype(array.dtype, np.integer) and low >= 0 and (high <= 1 or 128 < high <= 255):
-        return array > (0 if high <= 1 else 128)
+    if np.issubdtype(array.dtype, np.integer) and low >= 0:
+        if high <= 1:
+            return array > 0
+        bright = array > 128
+        if 128 < high <= 255 and not _looks_like_label_ids(array, bright):
+            return bright
     if np.issubdtype(array.dtype, np.floating) and np.isin(array, (0, 1)).all():
         return array > 0
     raise ValueError(
@@ -164,6 +175,13 @@ def pair_up(probability: np.ndarray, mask: np.ndarray) -> Pair:
     rows = at // mask.shape[1]
     columns = at - rows * mask.shape[1]
     return Pair(probability, mask, rows, columns, probability.ravel().take(at), float(probability.sum()))
+
+
+def _looks_like_label_ids(array: np.ndarray, bright: np.ndarray) -> bool:
+    """Whether there are small ids besides 0 and 255, the usual value of pixels to ignore, and no grey level."""
+    if np.count_nonzero(array) == np.count_nonzero(bright):
+        return False
+    return not ((array > 31) & (array < 255)).any()
 
 
 def count_at_cuts(pair: Pair) -> CutCounts:
@@ -328,9 +346,9 @@ def _region_similarity(pair: Pair) -> tuple[float, float]:
         squares += square
         if 0 < reference < values.size:
             mean = sum_ / values.size
-            # Variances and covariance times the number of pixels.
-            variance = square - sum_**2 / values.size + reference * (1 - share)
-            covariance = inside_sum - sum_ * share
+            divisor = values.size - 1 + EPS
+            variance = (square - sum_**2 / values.size + reference * (1 - share)) / divisor
+            covariance = (inside_sum - sum_ * share) / divisor
             similarity += weight * 4 * mean * share * covariance / ((mean**2 + share**2) * variance + EPS)
         else:
             # A constant mask has no covariance with anything; it is like another constant, or like a prediction of 0.
@@ -353,7 +371,7 @@ def weighted_f_beta(pair: Pair, beta_squared: float = 1.0, zero_division: float 
     Args:
         pair: Prediction and mask.
         beta_squared: Weight of recall against precision.
-        zero_division: Value where the mask is empty and the prediction 0 everywhere. For an empty mask it is 0
+        zero_division: Value where the mask is empty and no probability above 0.5. For an empty mask it is 0
             elsewhere.
 
     What lies outside the image is taken for right, as in the authors' code, so that a mask at the border scores more
@@ -363,7 +381,7 @@ def weighted_f_beta(pair: Pair, beta_squared: float = 1.0, zero_division: float 
     """
     probability, mask, _, _, inside, total = pair
     if not inside.size:
-        return 0.0 if total else zero_division
+        return 0.0 if (probability > 0.5).any() else zero_division
     # Where neither mask nor prediction is, there is no error: the box around the rest will do.
     inner = _bounding_box(pair.rows, pair.columns, mask.shape, margin=_REACH)
     outer: tuple[slice, ...] = (slice(0, mask.shape[0]), slice(0, mask.shape[1]))
@@ -451,8 +469,8 @@ def score(
         reference: Binary mask of the same shape; see [`to_mask`].
         measures: Which of `MEASURES` to compute.
         normalize: `"minmax"` stretches each prediction to [0, 1] first.
-        zero_division: Value of Dice, IoU, F and weighted F where mask and prediction are both empty: 0, 1, or NaN to
-            leave them out of the average.
+        zero_division: Value of Dice, IoU, F and weighted F where mask and prediction (at each threshold) are both
+            empty: 0 or 1, or NaN to leave out images where both are empty at probability > 0.5.
         alpha: See [`s_measure`].
         beta_squared: See [`f_beta`].
         weighted_beta_squared: See [`weighted_f_beta`].
@@ -475,8 +493,8 @@ def score(
             f"`prediction` and `reference` must have the same shape, got {probability.shape} and {mask.shape}. Resize "
             "the prediction to the reference, not the other way round."
         )
-    if not (zero_division in (0, 1) or math.isnan(zero_division)):
-        raise ValueError(f"`zero_division` must be 0, 1 or NaN, got {zero_division}.")
+    if zero_division not in (0, 1) and not (isinstance(zero_division, float) and math.isnan(zero_division)):
+        raise ValueError(f"`zero_division` must be 0, 1 or NaN, got {zero_division!r}.")
     if not 0 <= alpha <= 1:
         raise ValueError(f"`alpha` must be in [0, 1], got {alpha}.")
     if not min(beta_squared, weighted_beta_squared) > 0:
@@ -501,6 +519,10 @@ def score(
         if any(measure in CURVES for measure in measures):
             counts = count_at_cuts(counted)
             columns = {measure: curve(counts) for measure, curve in curves.items() if measure in measures}
+            if math.isnan(zero_division) and not counts.reference:
+                # Left out or wrong as a whole, lest each threshold averages other images.
+                value = math.nan if counts.predicted[0] == 0 else 0.0
+                columns |= {measure: np.full(CUTS, value) for measure in columns if measure != "e_measure"}
         if "s_measure" in measures:
             columns["s_measure"] = [s_measure(pair, alpha)]
         if "weighted_f_beta" in measures:
@@ -529,7 +551,7 @@ class Accumulator:
     """Average of scores that is the same to the last bit in whatever order and grouping they come.
 
     Sums are integers in units of 2^-52, hence exact; NaN is left out. What is merged or pickled is a few kilobytes,
-    however many images went in.
+    however many images went in. Threads need an accumulator each.
 
     Args:
         measures: The measures of the scores, as passed to [`score`].
@@ -615,7 +637,7 @@ class Accumulator:
                 raise ValueError(f"`regions` names {list(regions)}, but the images have no axis of regions.")
             return self._name(means)
         names = [str(index) for index in range(len(means))] if regions is None else list(regions)
-        if len(names) != len(means) or len(set(names)) != len(names):
+        if isinstance(regions, str) or len(names) != len(means) or len(set(names)) != len(names):
             raise ValueError(f"`regions` must hold {len(means)} different names, one for each region, got {names}.")
         per_region = [self._name(region) for region in means]
         result = {key: float(_nanmean([values[key] for values in per_region])) for key in per_region[0]}

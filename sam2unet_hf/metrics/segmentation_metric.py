@@ -17,7 +17,8 @@ IMAGES_DESCRIPTION = """
 Args:
     predictions: List of predictions, one per image: probabilities in [0, 1] (float16, float32, float64), 8-bit maps
         (0 to 255) or binary masks, of shape `(height, width)`, or `(regions, height, width)` where regions overlap.
-        NumPy arrays, tensors, PIL images or nested lists. Images may differ in size.
+        NumPy arrays, tensors, PIL images or nested lists. Images may differ in size. Integers not above 1 in an image
+        are taken for a mask, but with `normalize="minmax"` for an 8-bit map; floats and booleans leave no doubt.
     references: List of binary masks of the same shapes: boolean, 0 and 1, or 0 and 255.
     regions: Names of the regions for the keys of the result; their numbers by default.
     normalize: `"minmax"` stretches each prediction to [0, 1] first, as the protocol of the reference implementation
@@ -25,8 +26,8 @@ Args:
         does not blow up what little there is in an image without tumour.
 """
 ZERO_DIVISION_DESCRIPTION = """\
-    zero_division: Value where mask and prediction are both empty: 0 as in `py_sod_metrics` (the default), 1 as in
-        BraTS, or NaN to leave them out.
+    zero_division: Value where mask and prediction (at each threshold) are both empty: 0 as in `py_sod_metrics` (the
+        default), 1 as in BraTS, or NaN to leave out images where both are empty at probability > 0.5.
 """
 CUTS_DESCRIPTION = """
 Returns:
@@ -40,7 +41,7 @@ def _nested_lists(value: Value, depth: int) -> Any:
     return _nested_lists(ListFeature(value), depth - 1) if depth else value
 
 
-# Images, and stacks of regions. Only for display: nothing goes through Arrow.
+# Images, and stacks of regions. They tell `evaluate` the names; nothing goes through Arrow.
 FEATURES = [
     Features(
         predictions=_nested_lists(Value("float64"), depth),
@@ -53,8 +54,8 @@ FEATURES = [
 class SegmentationMetric(evaluate.Metric, abc.ABC):
     """Base class of the modules: an [`evaluate.Metric`] that scores images in `add` and `add_batch` already.
 
-    Options go to `evaluate.load(path, normalize="minmax")`, or to `compute` if no image was added before. Nothing is
-    written to disk and memory does not grow with the number of images.
+    Options go to `evaluate.load(path, normalize="minmax")`, or to `compute` if no image was added before. No image
+    is kept, on disk or in memory.
 
     Args:
         *args: Arguments of [`evaluate.Metric`].
@@ -99,6 +100,10 @@ class SegmentationMetric(evaluate.Metric, abc.ABC):
     def _accumulate(
         self, predictions: Sequence[Any], references: Sequence[Any], options: dict[str, Any]
     ) -> Accumulator:
+        # Generators too.
+        predictions, references = (
+            images if hasattr(images, "__len__") else list(images) for images in (predictions, references)
+        )
         if len(predictions) != len(references):
             raise ValueError(
                 f"`predictions` and `references` must be equally many, got {len(predictions)} and {len(references)}."
