@@ -1,0 +1,413 @@
+"""Writing a model as an ONNX file that is checked against it in onnxruntime."""
+
+# transformers types the fields of a config by what the constructor takes, not by what an instance holds.
+# mypy: disable-error-code="union-attr"
+
+import argparse
+import copy
+import importlib.util
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from .configuration_sam2unet import region_levels
+from .image_processing_sam2unet import Sam2UNetImageProcessor
+from .modeling_sam2unet import (
+    MIN_IMAGE_SIZE,
+    STRIDE,
+    Sam2UNetForSemanticSegmentation,
+    Sam2UNetWindowAttention,
+)
+
+
+logger = logging.getLogger(__name__)
+
+# Largest difference of a logit between onnxruntime and PyTorch: absolute, and relative to the largest logit. Rounding
+# alone makes 1e-3 of logits of 1e3.
+ABSOLUTE_TOLERANCE = 1e-4
+RELATIVE_TOLERANCE = 1e-5
+# The first with an operator for GELU; onnxruntime reads it from 1.17 on.
+DEFAULT_OPSET = 20
+MAX_SIZE = 2**31 - 1
+PROCESSOR_FIELDS = (
+    "do_convert_rgb",
+    "do_resize",
+    "size",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
+
+
+class OnnxExportError(RuntimeError):
+    """A model cannot be written as ONNX, or the file does not compute what the model does."""
+
+
+def missing_to_multiple(length: int, divisor: int) -> int:
+    """Return `-length % divisor` without a negative number: ONNX divides those towards zero, PyTorch towards minus."""
+    return (length + divisor - 1) // divisor * divisor - length
+
+
+def crop(tensor: torch.Tensor, dims: tuple[int, int], height: int, width: int) -> torch.Tensor:
+    """Return the top left part of a map; unlike that of a slice, torch.export knows its size to be what is asked."""
+    for dim, length in zip(dims, (height, width), strict=True):
+        tensor = tensor.index_select(dim, torch.arange(length))
+    return tensor
+
+
+class PaddedWindowAttention(Sam2UNetWindowAttention):
+    """Window attention on a map padded until windows tile it, as SAM 2 computes it.
+
+    How many groups of windows the model's own attention cuts a map into depends on the size of the map, so its graph
+    holds for one size. This one gives the same result, up to rounding, by the same steps at every size.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.window_size == 0:
+            return super().forward(hidden_states)
+        height, width = hidden_states.shape[1:3]
+        size = self.window_size
+        padding = (0, 0, 0, missing_to_multiple(width, size), 0, missing_to_multiple(height, size))
+        attended = self.attend(self.qkv(F.pad(hidden_states, padding)), size, size)
+        stride_height, stride_width = self.query_stride or (1, 1)
+        return self.proj(crop(attended, (1, 2), height // stride_height, width // stride_width))
+
+
+class FixedSizeLogits(nn.Module):
+    """A model whose input and output are one tensor."""
+
+    def __init__(self, model: Sam2UNetForSemanticSegmentation):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values, return_dict=True).logits
+
+
+class AnySizeLogits(FixedSizeLogits):
+    """The same by a graph that holds for images of every size; changes the model's window attention."""
+
+    def __init__(self, model: Sam2UNetForSemanticSegmentation):
+        super().__init__(model)
+        for module in model.modules():
+            if isinstance(module, Sam2UNetWindowAttention):
+                module.__class__ = PaddedWindowAttention
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        height, width = pixel_values.shape[-2:]
+        # The model pads only where it must, and whether it must would be decided once for all sizes.
+        padding = (0, missing_to_multiple(width, STRIDE), 0, missing_to_multiple(height, STRIDE))
+        return crop(super().forward(F.pad(pixel_values, padding)), (2, 3), height, width)
+
+
+def require_onnx() -> None:
+    """Raise an `ImportError` if a package is missing that writing or checking needs."""
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f'ONNX export needs {", ".join(missing)}, not installed. Run: pip install "sam2unet-hf[onnx]"'
+        )
+
+
+def float32_copy(model: Sam2UNetForSemanticSegmentation) -> Sam2UNetForSemanticSegmentation:
+    """Return a copy in float32 on the CPU, in eval mode."""
+    return copy.deepcopy(model).float().cpu().eval()
+
+
+def largest_window(model: Sam2UNetForSemanticSegmentation) -> int:
+    """Return the side in pixels of the largest window, where all stages of SAM 2's encoders have whole windows."""
+    backbone = model.config.backbone_config
+    strides = [STRIDE // 8, STRIDE // 4, STRIDE // 2, STRIDE]
+    sides = [size * stride for size, stride in zip(backbone.window_size_per_stage, strides, strict=True)]
+    return max(MIN_IMAGE_SIZE, *sides)
+
+
+def check_shapes(
+    model: Sam2UNetForSemanticSegmentation, image_size: tuple[int, int], dynamic_size: bool
+) -> list[tuple[int, int, int]]:
+    """Return the batch sizes, heights and widths at which a file is checked."""
+    shapes = [(1, *image_size), (3, *image_size)]
+    if dynamic_size:
+        side = largest_window(model)
+        # Smallest; no multiples of the stride; no window padded; windows padded on both sides.
+        shapes += [(1, MIN_IMAGE_SIZE, MIN_IMAGE_SIZE), (2, 70, 90), (1, side, 2 * side), (1, side + 42, side + 10)]
+    return shapes
+
+
+def convert(
+    model: Sam2UNetForSemanticSegmentation, image_size: tuple[int, int], dynamic_size: bool, opset: int
+) -> torch.onnx.ONNXProgram:
+    """Turn a model into an ONNX graph without metadata."""
+    import onnxscript.optimizer
+
+    model = float32_copy(model)
+    # Without a largest size torch 2.7 compares with infinity, and fails.
+    shape: dict[int, Any] = {0: torch.export.Dim("batch", max=MAX_SIZE)}
+    module = FixedSizeLogits(model)
+    if dynamic_size:
+        for axis, name in ((2, "height"), (3, "width")):
+            shape[axis] = torch.export.Dim(name, min=MIN_IMAGE_SIZE, max=MAX_SIZE)
+        module = AnySizeLogits(model)
+        # Several windows a side, and padding: a count of 0 or 1 would be taken as fixed.
+        side = 2 * largest_window(model)
+        image_size = (side + 42, side + 74)
+    pixel_values = torch.zeros(2, model.config.backbone_config.num_channels, *image_size)
+    try:
+        program = torch.onnx.export(
+            module.eval(),
+            (pixel_values,),
+            dynamo=True,
+            dynamic_shapes={"pixel_values": shape},
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            opset_version=opset,
+            # Its rewriting rules take time quadratic in the number of nodes, over 10 minutes for the large preset.
+            optimize=False,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as err:
+        remedy = "Leave `dynamic_size` out, or install a newer torch." if dynamic_size else "Install another torch."
+        reason = err.__cause__ or err
+        raise OnnxExportError(f"torch {torch.__version__} cannot export the model: {reason} {remedy}") from err
+    if program is None:
+        raise RuntimeError("`torch.onnx.export` returned nothing.")
+    onnxscript.optimizer.fold_constants(program.model)
+    onnxscript.optimizer.remove_unused_nodes(program.model)
+    return program
+
+
+def onnx_metadata(
+    model: Sam2UNetForSemanticSegmentation, processor: Sam2UNetImageProcessor, image_size: tuple[int, int]
+) -> dict[str, str]:
+    """Return what a user of the file alone must know, each value as JSON."""
+    height, width = image_size
+    preparation = {name: getattr(processor, name) for name in PROCESSOR_FIELDS}
+    preparation["size"] = {"height": height, "width": width}
+    preparation["resample"] = Image.Resampling(processor.resample).name.lower()
+    regions = model.config.regions
+    values = {
+        "regions": [[name, ids] for name, ids in regions.items()],
+        "region_levels": region_levels(regions),
+        "id2label": {str(label_id): name for label_id, name in model.config.id2label.items()},
+        "image_processor": preparation,
+    }
+    return {name: json.dumps(value) for name, value in values.items()}
+
+
+def check_onnx(
+    path: str | os.PathLike, model: Sam2UNetForSemanticSegmentation, shapes: Sequence[tuple[int, int, int]]
+) -> float:
+    """Compare a file in onnxruntime with a model, on normally distributed noise.
+
+    Args:
+        path: ONNX file, as [`export_onnx`] writes it.
+        model: What it must compute. It is compared in float32 on the CPU, in eval mode.
+        shapes: Batch size, height and width of each comparison.
+
+    Returns:
+        The largest absolute difference of a logit: at most 1e-4, or 1e-5 of the largest logit if that is more.
+
+    Raises:
+        ImportError: If onnxruntime is not installed.
+        OnnxExportError: If a difference is larger, or onnxruntime cannot compute the file.
+    """
+    require_onnx()
+    import onnxruntime  # type: ignore[import-not-found, import-untyped]
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Fatal errors alone: the others are raised.
+    options.log_severity_level = 4
+    name = Path(path).name
+    remedy = "Export with another `opset` or torch version, or with a fixed size."
+    model = float32_copy(model)
+    generator = torch.Generator().manual_seed(0)
+    largest = 0.0
+    session = None
+    for batch_size, height, width in shapes:
+        num_channels = model.config.backbone_config.num_channels
+        pixel_values = torch.randn(batch_size, num_channels, height, width, generator=generator)
+        with torch.inference_mode():
+            expected = model(pixel_values, return_dict=True).logits
+        try:
+            if session is None:
+                session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            (output,) = session.run(["logits"], {"pixel_values": pixel_values.numpy()})
+        except Exception as err:  # onnxruntime's errors have no public base class
+            raise OnnxExportError(
+                f"onnxruntime cannot compute {name} for {batch_size} images of {height}x{width}: {str(err).strip()} "
+                f"{remedy}"
+            ) from err
+        actual = torch.from_numpy(output)
+        same_shape = actual.shape == expected.shape
+        difference = (actual - expected).abs().max().item() if same_shape else float("inf")
+        allowed = max(ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE * expected.abs().max().item())
+        # A comparison with NaN is false.
+        if not difference <= allowed:
+            raise OnnxExportError(
+                f"The logits of {name} for {batch_size} images of {height}x{width}, of shape {tuple(output.shape)}, "
+                f"differ from the model's by up to {difference:.3g}, where {allowed:.3g} is allowed. {remedy}"
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+def export_onnx(
+    model: Sam2UNetForSemanticSegmentation,
+    output: str | os.PathLike,
+    *,
+    processor: Sam2UNetImageProcessor | None = None,
+    image_size: tuple[int, int] | None = None,
+    dynamic_size: bool = False,
+    opset: int = DEFAULT_OPSET,
+) -> float:
+    """Write a model as an ONNX file and check the file in onnxruntime.
+
+    The file takes `pixel_values` of shape `(batch_size, num_channels, height, width)`, float32, and gives `logits` of
+    shape `(batch_size, num_regions, height, width)`, raw scores, for any batch size. Its metadata say how to make the
+    one and read the other, each value as JSON: `image_processor` (size, mean, standard deviation and so on),
+    `regions` (pairs of name and label ids, in the order of the channels), `region_levels` (what to write into a label
+    map, from the outermost level inward: region -> label id) and `id2label`.
+
+    Args:
+        model: Model in any type, on any device, in any mode; it stays as it is. Weights are written as float32.
+        output: File to write. Weights over 1.5 GB go into a second file beside it, `{output}.data`. An existing file
+            is replaced once the new one has passed the check; one that has not passed is not kept.
+        processor: How images are prepared, for the metadata. By default the default processor.
+        image_size: Height and width of the images in pixels, from 64 up. By default those of `processor`.
+        dynamic_size: Let the file take images of every size from 64x64 up, and only recommend `image_size`. It then
+            computes attention on padded windows, as SAM 2 does, and so more than a file for one size. Needs a newer
+            torch than 2.7.
+        opset: Version of the ONNX operators.
+
+    Returns:
+        The largest absolute difference of a logit between onnxruntime and PyTorch: at most 1e-4, or 1e-5 of the
+        largest logit if that is more. Batches of 1 and 3 images of noise are compared, and with `dynamic_size` four
+        other sizes.
+
+    Raises:
+        ImportError: If onnx, onnxruntime or onnxscript is not installed.
+        OnnxExportError: If torch cannot export the model, or the file does not compute what the model does.
+        OSError: If the file cannot be written.
+        ValueError: If `image_size` or `opset` cannot be exported.
+    """
+    require_onnx()
+    output = Path(os.path.abspath(output))
+    if output.is_dir():
+        raise IsADirectoryError(f"`output` must be a file, got the folder {output}. Pass {output / 'model.onnx'}.")
+    if processor is None:
+        processor = Sam2UNetImageProcessor(regions=model.config.regions)
+    if image_size is None:
+        size = dict(processor.size)
+        if not {"height", "width"} <= size.keys():
+            raise ValueError(
+                f"The image processor's `size` must have a height and a width, got {size}. Pass `image_size`."
+            )
+        image_size = (size["height"], size["width"])
+    if min(image_size) < MIN_IMAGE_SIZE:
+        raise ValueError(
+            f"`image_size` must be at least {MIN_IMAGE_SIZE} pixels high and wide, got "
+            f"{image_size[0]}x{image_size[1]}. Pass a larger one and resize the images to it."
+        )
+    program = convert(model, image_size, dynamic_size, opset)
+    if program.model.opset_imports[""] != opset:
+        raise ValueError(
+            f"`opset` must be a version that torch {torch.__version__} can write, got {opset}. Pass {DEFAULT_OPSET}."
+        )
+    for node in program.model.graph.all_nodes():
+        # Stack traces, with the paths of this machine.
+        node.metadata_props.clear()
+    program.model.metadata_props.update(onnx_metadata(model, processor, image_size))
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as staging:
+        program.save(Path(staging, output.name))
+        del program
+        difference = check_onnx(Path(staging, output.name), model, check_shapes(model, image_size, dynamic_size))
+        # The graph last, after the weights it may name.
+        for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == output.name):
+            os.replace(path, output.parent / path.name)
+    return difference
+
+
+def load_checkpoint(source: str) -> tuple[Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor]:
+    """Load a model in float32 and its image processor, or the default one where there is none."""
+    model_type = Sam2UNetForSemanticSegmentation.config_class.get_config_dict(source)[0].get("model_type")
+    if model_type != "sam2unet":
+        raise ValueError(f"{source} must be a SAM2-UNet, got a model of type {model_type!r}.")
+    model, info = Sam2UNetForSemanticSegmentation.from_pretrained(
+        source, dtype=torch.float32, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"{source} lacks {len(missing)} weights, such as {missing[0]}. Save or download it again.")
+    try:
+        processor = Sam2UNetImageProcessor.from_pretrained(source)
+    except OSError:
+        if Path(source, "preprocessor_config.json").exists():
+            raise
+        logger.warning("%s has no image processor, taking the default one.", source)
+        processor = Sam2UNetImageProcessor(regions=model.config.regions)
+    return model, processor
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m sam2unet_hf.export", description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help="SAM2-UNet: Hub id or folder")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="ONNX file to write")
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="side of the images, or height and width; default: that of the model's image processor",
+    )
+    parser.add_argument("--dynamic_size", action="store_true", help="take images of every size from 64x64 up")
+    parser.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="ONNX operators; default: %(default)s")
+    args = parser.parse_args(argv)
+    if args.image_size is not None:
+        if len(args.image_size) > 2:
+            parser.error(f"argument --image_size: expected one or two numbers, got {len(args.image_size)}")
+        args.image_size = (args.image_size[0], args.image_size[-1])
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line tool."""
+    logger.handlers = [logging.StreamHandler()]
+    logger.setLevel(logging.INFO)
+    args = parse_args(argv)
+    try:
+        require_onnx()
+        model, processor = load_checkpoint(args.model)
+        difference = export_onnx(
+            model,
+            args.output,
+            processor=processor,
+            image_size=args.image_size,
+            dynamic_size=args.dynamic_size,
+            opset=args.opset,
+        )
+    except (ImportError, OnnxExportError, OSError, ValueError) as err:
+        sys.exit(f"error: {err}")
+    logger.info("Wrote %s. Its logits differ from PyTorch's by at most %.1e.", args.output, difference)
+
+
+__all__ = ["OnnxExportError", "check_onnx", "export_onnx"]
+
+
+if __name__ == "__main__":
+    main()

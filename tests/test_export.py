@@ -1,0 +1,327 @@
+"""`torch.export` on the model, and ONNX files against PyTorch."""
+
+import copy
+import importlib.util
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from common import BRATS_REGIONS, small_backbone_config, small_model
+from safetensors.torch import load_file, save_file
+
+from sam2unet_hf import Sam2UNetImageProcessor, export
+
+
+PROCESSOR = {"size": {"height": 70, "width": 90}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+
+
+def exported_model(**kwargs):
+    """Fewer blocks than `small_model` has, to save time, and still every kind of them."""
+    backbone_config = small_backbone_config(blocks_per_stage=[1, 1, 3, 1], global_attention_blocks=[3])
+    return small_model(backbone_config=backbone_config, **kwargs)
+
+
+def test_exported_program_gives_equal_logits_at_other_batch_sizes():
+    model = exported_model(regions=BRATS_REGIONS)
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(model, (torch.zeros(2, 3, 70, 90),), dynamic_shapes=(batch,), strict=False)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for batch_size in (1, 3):
+        images = torch.randn(batch_size, 3, 70, 90)
+        with torch.inference_mode():
+            assert torch.equal(loaded(images).logits, model(images).logits)
+
+
+@pytest.fixture(scope="module")
+def onnxruntime():
+    pytest.importorskip("onnxscript")
+    return pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return exported_model(regions=BRATS_REGIONS)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    Sam2UNetImageProcessor(regions=BRATS_REGIONS, **PROCESSOR).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """What `convert` returned, by `dynamic_size`."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def files(onnxruntime, checkpoint, programs, tmp_path_factory):
+    """A file for images of 70x90 and one for images of every size."""
+    convert = export.convert
+
+    def keep_program(*args):
+        programs[args[2]] = convert(*args)
+        return programs[args[2]]
+
+    folder = tmp_path_factory.mktemp("onnx") / "new"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(export, "convert", keep_program)
+        export.main([str(checkpoint), str(folder / "fixed.onnx")])
+        export.main([str(checkpoint), str(folder / "dynamic.onnx"), "--dynamic_size", "--image_size", "96"])
+    assert sorted(path.name for path in folder.iterdir()) == ["dynamic.onnx", "fixed.onnx"]
+    return {"fixed": folder / "fixed.onnx", "dynamic": folder / "dynamic.onnx"}
+
+
+def assert_file_gives_the_models_logits(session, model, shape):
+    pixel_values = torch.randn(shape)
+    (logits,) = session.run(["logits"], {"pixel_values": pixel_values.numpy()})
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.from_numpy(logits), model(pixel_values).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_file_for_one_size_gives_the_models_logits(onnxruntime, files, model, batch_size):
+    session = onnxruntime.InferenceSession(files["fixed"])
+    assert session.get_inputs()[0].shape == ["batch", 3, 70, 90]
+    assert session.get_outputs()[0].shape == ["batch", 3, 70, 90]
+    assert_file_gives_the_models_logits(session, model, (batch_size, 3, 70, 90))
+
+
+# One window or several, with none, some or all of them padded, in the stages; sizes with and without padding.
+@pytest.mark.parametrize("size", [(64, 64), (70, 90), (96, 224), (225, 64), (448, 256), (289, 352)], ids=str)
+def test_file_for_every_size_gives_the_models_logits(onnxruntime, files, model, size):
+    session = onnxruntime.InferenceSession(files["dynamic"])
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    assert session.get_outputs()[0].shape == ["batch", 3, "height", "width"]
+    for batch_size in (1, 2):
+        assert_file_gives_the_models_logits(session, model, (batch_size, 3, *size))
+
+
+def test_padded_attention_equals_the_models():
+    model = exported_model()
+    padded = export.AnySizeLogits(export.float32_copy(model))
+    for size in [(70, 90), (352, 352)]:
+        images = torch.randn(1, 3, *size)
+        with torch.inference_mode():
+            torch.testing.assert_close(padded(images), model(images).logits, atol=1e-5, rtol=0)
+    assert not any(isinstance(module, export.PaddedWindowAttention) for module in model.modules())
+
+
+@pytest.mark.parametrize(("name", "size"), [("fixed", (70, 90)), ("dynamic", (96, 96))])
+def test_metadata_say_how_to_use_the_file(onnxruntime, files, name, size):
+    metadata = onnxruntime.InferenceSession(files[name]).get_modelmeta().custom_metadata_map
+    values = {key: json.loads(value) for key, value in metadata.items()}
+    assert values["regions"] == [["WT", [1, 2, 3]], ["TC", [1, 3]], ["ET", [3]]]
+    assert values["region_levels"] == [{"WT": 2}, {"TC": 1}, {"ET": 3}]
+    assert values["id2label"] == {"0": "background", "1": "TC without ET", "2": "WT without TC", "3": "ET"}
+    assert values["image_processor"] == {
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": size[0], "width": size[1]},
+        "resample": "bilinear",
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.1, 0.2, 0.3],
+        "image_std": [0.4, 0.5, 0.6],
+    }
+
+
+def test_file_alone_is_enough_to_segment_an_image(onnxruntime, files, checkpoint, model):
+    session = onnxruntime.InferenceSession(files["fixed"])
+    metadata = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
+    preparation = metadata["image_processor"]
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, (70, 90, 3), dtype=torch.uint8).numpy()
+    values = (image * preparation["rescale_factor"] - preparation["image_mean"]) / preparation["image_std"]
+    pixel_values = values.transpose(2, 0, 1)[None].astype(np.float32)
+    (logits,) = session.run(["logits"], {"pixel_values": pixel_values})
+    label_map = np.zeros((70, 90), dtype=np.int64)
+    for level in metadata["region_levels"]:
+        ((name, label_id),) = level.items()
+        channel = [region for region, _ in metadata["regions"]].index(name)
+        label_map[logits[0, channel] > 0] = label_id
+
+    processor = Sam2UNetImageProcessor.from_pretrained(checkpoint)
+    with torch.inference_mode():
+        outputs = model(**processor(image, return_tensors="pt"))
+    expected = processor.post_process_semantic_segmentation(outputs)[0].numpy()
+    assert len(np.unique(expected)) > 2
+    # A score within rounding of 0 may fall on either side.
+    assert (label_map != expected).mean() < 1e-3
+
+
+def test_file_holds_no_path_of_this_machine(files):
+    for file in files.values():
+        assert b"modeling_sam2unet.py" not in file.read_bytes()
+
+
+@pytest.fixture
+def converted(monkeypatch, files, programs):
+    """Have `export_onnx` take what was converted for `files`, and save the time."""
+    monkeypatch.setattr(export, "convert", lambda model, image_size, dynamic_size, opset: programs[dynamic_size])
+
+
+def test_file_that_fails_the_check_is_not_kept(converted, tmp_path):
+    output = tmp_path / "model.onnx"
+    output.write_bytes(b"before")
+    with pytest.raises(
+        export.OnnxExportError, match=r"logits of model.onnx for 1 images of 70x90.* differ .* by up to"
+    ):
+        export.export_onnx(exported_model(seed=1, regions=BRATS_REGIONS), output, image_size=(70, 90))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert output.read_bytes() == b"before"
+
+
+def test_new_file_replaces_an_older_one(converted, model, tmp_path):
+    output = tmp_path / "model.onnx"
+    output.write_bytes(b"before")
+    assert 0 < export.export_onnx(model, output, image_size=(70, 90)) < 1e-4
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert export.check_onnx(output, model, [(2, 70, 90)]) < 1e-4
+
+
+def test_weights_in_a_second_file_are_found(converted, model, monkeypatch, programs, tmp_path):
+    # As `save` does by itself from 1.5 GB on.
+    program = programs[False]
+    monkeypatch.setattr(program, "save", lambda path: type(program).save(program, path, external_data=True))
+    output = tmp_path / "model.onnx"
+    export.export_onnx(model, output, image_size=(70, 90))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert export.check_onnx(output, model, [(2, 70, 90)]) < 1e-4
+
+
+def test_check_finds_one_changed_weight(files, model):
+    changed = export.float32_copy(model)
+    with torch.no_grad():
+        changed.encoder.blocks[5].mlp.proj_out.bias[0] += 0.1
+    for file in files.values():
+        with pytest.raises(export.OnnxExportError, match=r"differ from the model's by up to 0\.0"):
+            export.check_onnx(file, changed, [(1, 70, 90)])
+
+
+def test_check_finds_nan(files, model):
+    broken = export.float32_copy(model)
+    with torch.no_grad():
+        broken.decode_head.classifier.bias.fill_(float("nan"))
+    with pytest.raises(export.OnnxExportError, match="differ from the model's by up to nan"):
+        export.check_onnx(files["fixed"], broken, [(1, 70, 90)])
+
+
+def test_check_finds_another_number_of_regions(files):
+    with pytest.raises(export.OnnxExportError, match=r"of shape \(1, 3, 70, 90\), differ .* by up to inf"):
+        export.check_onnx(files["fixed"], exported_model(), [(1, 70, 90)])
+
+
+def test_check_finds_a_size_that_the_file_does_not_take(files, model):
+    with pytest.raises(export.OnnxExportError, match=r"cannot compute fixed.onnx for 1 images of 96x64: .*dimensions"):
+        export.check_onnx(files["fixed"], model, [(1, 70, 90), (1, 96, 64)])
+
+
+def test_model_of_any_type_and_mode_is_compared_in_float32(files, model, tmp_path):
+    rounded = copy.deepcopy(model).half().train()
+    with pytest.raises(export.OnnxExportError, match="differ from the model's by up to 0.00"):
+        export.check_onnx(files["fixed"], rounded, [(1, 70, 90)])
+    assert rounded.training
+    assert rounded.dtype == torch.float16
+
+
+def test_operators_that_cannot_be_written_raise(converted, model, tmp_path):
+    with pytest.raises(ValueError, match=r"`opset` must be a version that torch .* can write, got 99. Pass 20."):
+        export.export_onnx(model, tmp_path / "model.onnx", image_size=(70, 90), opset=99)
+    assert not list(tmp_path.iterdir())
+
+
+def test_model_that_torch_cannot_export_raises(onnxruntime, model, monkeypatch, tmp_path):
+    def fail(*args, **kwargs):
+        raise torch.onnx.OnnxExporterError("guards")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(
+        export.OnnxExportError, match=r"torch \S+ cannot export the model: guards Leave `dynamic_size` out"
+    ):
+        export.export_onnx(model, tmp_path / "model.onnx", dynamic_size=True)
+    with pytest.raises(
+        export.OnnxExportError, match=r"torch \S+ cannot export the model: guards Install another torch."
+    ):
+        export.export_onnx(model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_arguments_raise(onnxruntime, model, tmp_path):
+    with pytest.raises(ValueError, match="`image_size` must be at least 64 pixels high and wide, got 352x32"):
+        export.export_onnx(model, tmp_path / "model.onnx", image_size=(352, 32))
+    with pytest.raises(IsADirectoryError, match=r"`output` must be a file, got the folder .*Pass .*model\.onnx"):
+        export.export_onnx(model, tmp_path)
+    processor = Sam2UNetImageProcessor(size={"shortest_edge": 96})
+    with pytest.raises(ValueError, match=r"`size` must have a height and a width, got \{'shortest_edge': 96\}"):
+        export.export_onnx(model, tmp_path / "model.onnx", processor=processor)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_packages_are_named(monkeypatch, model, tmp_path):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
+    with pytest.raises(ImportError, match=r'needs .*onnxscript.* Run: pip install "sam2unet-hf\[onnx\]"'):
+        export.export_onnx(model, tmp_path / "model.onnx")
+    with pytest.raises(SystemExit, match="error: ONNX export needs"):
+        export.main(["absent", str(tmp_path / "model.onnx")])
+
+
+def test_checkpoint_is_loaded_in_float32_with_its_processor(model, checkpoint, tmp_path):
+    copy.deepcopy(model).half().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text((checkpoint / "preprocessor_config.json").read_text())
+    loaded, processor = export.load_checkpoint(str(tmp_path))
+    assert loaded.dtype == torch.float32
+    assert dict(processor.size) == PROCESSOR["size"]
+
+
+def test_checkpoint_without_processor_gets_the_default_one(model, tmp_path, caplog):
+    model.save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", logger=export.__name__):
+        _, processor = export.load_checkpoint(str(tmp_path))
+    assert "has no image processor, taking the default one." in caplog.text
+    assert dict(processor.size) == {"height": 352, "width": 352}
+    assert processor.regions == BRATS_REGIONS
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(OSError, match="not a valid JSON"):
+        export.load_checkpoint(str(tmp_path))
+
+
+def test_other_models_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "segformer"}')
+    with pytest.raises(ValueError, match="must be a SAM2-UNet, got a model of type 'segformer'"):
+        export.load_checkpoint(str(tmp_path))
+
+
+def test_checkpoint_that_lacks_a_weight_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    state_dict = load_file(tmp_path / "model.safetensors")
+    del state_dict["decode_head.classifier.bias"]
+    save_file(state_dict, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 weights, such as decode_head.classifier.bias"):
+        export.load_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "image_size"), [([], None), (["96"], (96, 96)), (["96", "64"], (96, 64))], ids=["none", "one", "two"]
+)
+def test_image_size_of_the_command_line(numbers, image_size):
+    options = ["--image_size", *numbers] if numbers else []
+    assert export.parse_args(["model", "model.onnx", *options]).image_size == image_size
+
+
+def test_bad_command_lines_end_with_a_message(onnxruntime, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        export.main(["model", "model.onnx", "--image_size", "1", "2", "3"])
+    assert "--image_size: expected one or two numbers, got 3" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="error: .*absent"):
+        export.main([str(tmp_path / "absent"), str(tmp_path / "model.onnx")])
