@@ -3,6 +3,8 @@ import functools
 import json
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -538,6 +540,73 @@ def test_command_line_converts_a_reference_file(tmp_path, capsys):
     assert_equal_weights(model, convert_reference_checkpoint(source))
     processor = AutoImageProcessor.from_pretrained(tmp_path / "new" / "model")
     assert list(processor.regions) == ["foreground"]
+
+
+def large_reference_shapes():
+    """The names and shapes of the reference with SAM 2's large encoder, from those of the fixture's small one."""
+    small = reference_facts()["state_dict"]
+    dims = [144, 288, 576, 1152]
+    shapes = {}
+    for name, shape in small.items():
+        if name.startswith("encoder.blocks."):
+            continue
+        if name.startswith("encoder."):
+            # Position and patch embeddings, 16 channels wide.
+            shape = [144 if size == 16 else size for size in shape]
+        elif re.match(r"rfb\d\.(branch\d\.0|conv_res)\.conv\.weight", name):
+            shape = [shape[0], dims[int(name[3]) - 1], *shape[2:]]
+        shapes[name] = shape
+    # In the fixture's last stage block 6 widens 64 channels to 128, and block 7 keeps them. The adapters are 32 wide.
+    stages = [stage for stage, count in enumerate([2, 6, 36, 4]) for _ in range(count)]
+    for block, stage in enumerate(stages):
+        widens = stage > 0 and stages[block - 1] < stage
+        prefix = f"encoder.blocks.{6 if widens else 7}."
+        for name, shape in small.items():
+            if name.startswith(prefix):
+                new_shape = [size if size == 32 else size * dims[stage] // 128 for size in shape]
+                shapes[f"encoder.blocks.{block}.{name.removeprefix(prefix)}"] = new_shape
+    return shapes
+
+
+# Between the tests and the command, because a process starts with the peak memory of the one that starts it.
+MEASURE = """
+import resource, subprocess, sys, time
+start = time.perf_counter()
+subprocess.run(sys.argv[1:], check=True)
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_command_line_converts_the_large_reference_in_3_gb(tmp_path, record_property):
+    weights = reference_state_dict(large_reference_shapes())
+    source, output = tmp_path / "SAM2UNet-large.pth", tmp_path / "new" / "model"
+    torch.save(weights, source)
+    command = [sys.executable, "-m", "sam2unet_hf.conversion", str(source), str(output)]
+    process = subprocess.run(
+        [sys.executable, "-c", MEASURE, *command],
+        cwd=Path(__file__).parents[1],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    seconds, peak = map(float, process.stdout.split())
+    peak_bytes = peak * (1 if sys.platform == "darwin" else 1024)
+    record_property("seconds", seconds)
+    record_property("peak_bytes", peak_bytes)
+    assert peak_bytes < 3e9
+    assert [path.name for path in output.parent.iterdir()] == ["model"]
+
+    model = AutoModel.from_pretrained(output)
+    state_dict = model.state_dict()
+    assert {reference_name(name) for name in state_dict} == {name for name in weights if not name.startswith("up4.")}
+    for name, value in state_dict.items():
+        assert torch.equal(value, weights[reference_name(name)]), name
+    image = reference_image(1, 96, 128)
+    with torch.inference_mode():
+        logits = model(image).logits
+        assert logits.std() > 0.1
+        assert torch.equal(logits, convert_reference_checkpoint(weights)(image).logits)
 
 
 def test_command_line_converts_a_sam2_encoder(sam2, sam2_folder, tmp_path, capsys):
