@@ -26,6 +26,7 @@ from plots import plot_predictions, plot_training_curve
 from tqdm import tqdm
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
+from dataset_scripts.brats_slices.brats_slices import CITATION
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
 from sam2unet_hf.configuration_sam2unet import PRESETS, parse_regions
 from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform, flips
@@ -53,6 +54,8 @@ RUN_FILES = (
     "run_arguments.json",
     "predictions*",
     "training_*.png",
+    "training_info.json",
+    "README.md",
 )
 
 
@@ -98,6 +101,22 @@ class SegmentationTrainingArguments(TrainingArguments):
             "frozen encoder, else 128."
         },
     )
+    trainable_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Save checkpoints without the encoder, which is fetched from --sam2_checkpoint when loaded again."
+        },
+    )
+    share_predictions: bool = field(
+        default=False,
+        metadata={
+            "help": "Show predictions.png, and so images of your data, in the model card, and upload it with "
+            "--push_to_hub. Always so for the phantom."
+        },
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the weights for the model card, as the Hub names it."}
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in the output folder."})
     num_train_epochs: float = field(default=30.0, metadata={"help": "Passes over the training images."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate of AdamW."})
@@ -113,15 +132,15 @@ class SegmentationTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     metric_for_best_model: str | None = field(default="dice", metadata={"help": "Which score picks the best."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logged losses."})
+    hub_strategy: str = field(
+        default="end", metadata={"help": "When to upload with --push_to_hub, such as every_save."}
+    )
     batch_eval_metrics: bool = field(default=True, metadata={"help": "Score batch by batch, in bounded memory."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must stay false: rows hold images."})
 
     def __post_init__(self):
-        if self.push_to_hub:
-            raise ValueError(
-                "--push_to_hub would upload the pictures of the run, which may show patients. Push the checkpoint "
-                "alone when it is done: `model.push_to_hub(...)`."
-            )
+        if self.push_to_hub and not self.do_train:
+            raise ValueError("--push_to_hub pushes what was trained; it cannot go with --do_train false.")
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr": 1e-7}
         # transformers takes everything but a loss for the better the larger.
@@ -299,6 +318,46 @@ def choose_cases(
     return cases
 
 
+def describe_run(
+    data: datasets.DatasetDict,
+    data_args: DataArguments,
+    model_args: ModelArguments,
+    training_args: SegmentationTrainingArguments,
+) -> dict[str, Any]:
+    """Return what the model card says of the data and of where the run started, for `create_model_card`."""
+    rows: dict[str, Any] = {}
+    is_phantom = data_args.dataset_name is None and data_args.brats_dir is None
+    for split, images in data.items():
+        # Photographs have a name each, scans have many slices.
+        scans = f" of {len(set(images['case_id']))} scans" if "wt_pixels" in images.column_names else ""
+        rows[f"{'training' if split == 'train' else split} images"] = f"{len(images)}{scans}"
+    if data_args.dataset_name is None:
+        rows["slices"] = f"{data_args.plane}, {' '.join(data_args.slices)}"
+        if "tumor" in data_args.slices:
+            rows["slices"] += f" (at least {data_args.min_tumor_pixels} pixels of it)"
+        rows["modalities"] = ", ".join(data_args.modalities)
+        rows["intensities"] = "0.5 to 99.5 percentile of each volume's foreground, to 8 bits"
+        rows["split"] = f"by patient, seed {data_args.split_seed}"
+    name, hub_id = "a phantom cohort in BraTS' layout", None
+    if data_args.brats_dir is not None:
+        name = "BraTS"
+    elif data_args.dataset_name is not None and Path(data_args.dataset_name).exists():
+        name = Path(data_args.dataset_name).resolve().name
+    elif data_args.dataset_name is not None:
+        name = hub_id = data_args.dataset_name
+    return {
+        "license": training_args.license,
+        "tags": ["medical", "mri", "brain-tumor"] if data_args.dataset_name is None else [],
+        "finetuned_from": model_args.model_name_or_path,
+        "dataset": name,
+        "dataset_tags": hub_id,
+        "dataset_args": data_args.dataset_config_name,
+        "data": rows,
+        "data_citation": f"```bibtex\n{CITATION.strip()}\n```" if data_args.brats_dir is not None else None,
+        "share_predictions": is_phantom or training_args.share_predictions,
+    }
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the script; return what `all_results.json` holds."""
     model_args, data_args, training_args = parse_arguments(sys.argv[1:] if argv is None else argv)
@@ -336,15 +395,19 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if batch_norm_images is None:
         batch_norm_images = 0 if model.config.freeze_encoder else 128
     compute_metrics = SegmentationMetrics(list(regions))
-    trainer = Sam2UNetTrainer(
-        model,
-        training_args,
-        compute_metrics=compute_metrics,
-        batch_norm_images=batch_norm_images,
-        train_dataset=data["train"].with_transform(transform(augment=flips())),
-        eval_dataset=evaluation["validation"],
-        processing_class=processor,
-    )
+    try:
+        trainer = Sam2UNetTrainer(
+            model,
+            training_args,
+            compute_metrics=compute_metrics,
+            batch_norm_images=batch_norm_images,
+            trainable_only=training_args.trainable_only,
+            train_dataset=data["train"].with_transform(transform(augment=flips())),
+            eval_dataset=evaluation["validation"],
+            processing_class=processor,
+        )
+    except (OSError, ValueError) as err:  # no right to push, no encoder to leave out, no such score
+        raise SystemExit(str(err)) from err
     logger.info(
         "Images: %s. Parameters: %.2f M, %.2f M of them trained.",
         ", ".join(f"{len(rows)} {split}" for split, rows in data.items()),
@@ -378,6 +441,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if training_args.do_predict:
         batch_size = training_args.per_device_eval_batch_size
         write_predictions(output_dir / "predictions", data[shown], at_mask_size, model, batch_size)
+    if training_args.do_train:
+        card = describe_run(data, data_args, model_args, training_args)
+        if training_args.push_to_hub:
+            trainer.push_to_hub(**card)
+        else:
+            trainer.create_model_card(**card)
     logger.info(
         "The results are in %s: %s.", output_dir, ", ".join(sorted(path.name for path in output_dir.iterdir()))
     )

@@ -186,6 +186,10 @@ class Sam2UNetConfig(PreTrainedConfig):
         weight_bce: Apply the boundary weight to the BCE term too, as arXiv 2408.08870 writes it. `False` is the plain
             mean of the BraTS paper's equation and of the reference code as it runs.
         ignore_index: Label id whose pixels count nowhere in the loss.
+        encoder_source: Where the encoder's weights come from, as `from_sam2` records it: Hub id, or absolute path.
+        encoder_revision: Commit of `encoder_source` on the Hub.
+        encoder_sha256: Only in checkpoints saved with `trainable_only=True`, which lack the encoder: the SHA-256 that
+            the weights from `encoder_source` must have.
         kwargs: Fields of `PreTrainedConfig`. `id2label` names the ids of the label map that the image processor
             rebuilds from the regions; by default it is derived from `regions`.
 
@@ -221,6 +225,9 @@ class Sam2UNetConfig(PreTrainedConfig):
     boundary_weight: float = 5.0
     weight_bce: bool = False
     ignore_index: int = 255
+    encoder_source: str | None = None
+    encoder_revision: str | None = None
+    encoder_sha256: str | None = None
 
     @classmethod
     def from_preset(cls, preset: str, **kwargs) -> "Sam2UNetConfig":
@@ -242,6 +249,9 @@ class Sam2UNetConfig(PreTrainedConfig):
         own = set(Sam2UNetConfig.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
         overrides = {name: kwargs.pop(name) for name in own & kwargs.keys()}
         config_dict = {**config_dict, **overrides}
+        if "encoder_source" in overrides:
+            # The commit is one of the other source.
+            config_dict["encoder_revision"] = overrides.get("encoder_revision")
         if "regions" in overrides and "id2label" not in kwargs:
             # The names of other regions.
             config_dict = {name: config_dict[name] for name in config_dict if name not in ("id2label", "label2id")}

@@ -5,26 +5,35 @@
 
 import math
 import os
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, Sam2HieraDetConfig
+from transformers import PreTrainedConfig, PreTrainedModel, Sam2HieraDetConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .configuration_sam2unet import Sam2UNetConfig
+from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .loss_sam2unet import deep_supervision_loss
-from .sam2_encoder import check_state_dict, load_sam2_encoder
+from .sam2_encoder import check_state_dict, encoder_sha256, load_sam2_encoder, read_safetensors, restore_encoder
 
+
+logger = logging.get_logger(__name__)
 
 # The deepest stride; the window position embedding tiles only multiples of it.
 STRIDE = 32
 MIN_IMAGE_SIZE = 64
+
+# Arguments of `from_pretrained` that say how to reach a repository, whichever.
+DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 
 
 @dataclass
@@ -75,6 +84,11 @@ class Sam2UNetAdapter(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states + F.gelu(self.up_proj(F.gelu(self.down_proj(hidden_states))))
+
+
+def is_sam2_weight(name: str) -> bool:
+    """Whether a weight of the model comes from SAM 2: those of the encoder but for the adapters."""
+    return name.startswith("encoder.") and ".adapter." not in name
 
 
 def max_pool_tokens(tokens: torch.Tensor, stride: list[int]) -> torch.Tensor:
@@ -398,19 +412,79 @@ class Sam2UNetPreTrainedModel(PreTrainedModel):
             freeze: `False` makes every weight trainable.
         """
         self.config.freeze_encoder = freeze
-        for name, parameter in self.encoder.named_parameters():
+        for name, parameter in self.named_parameters():
             # Quantised weights are integers, which have no gradient.
-            if parameter.is_floating_point():
-                parameter.requires_grad_(not freeze or ".adapter." in name)
+            if name.startswith("encoder.") and parameter.is_floating_point():
+                parameter.requires_grad_(not (freeze and is_sam2_weight(name)))
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """Load a checkpoint as any transformers model, with the encoder frozen or not as its config says."""
-        loaded = super().from_pretrained(*args, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load a checkpoint as any transformers model, with the encoder frozen or not as its config says.
+
+        The encoder of a checkpoint that was saved with `trainable_only=True` is fetched from where the config says,
+        or from `encoder_source=` (and `encoder_revision=`).
+
+        Raises:
+            OSError: If there is no checkpoint, no safetensors file in it, or its encoder cannot be reached.
+            ValueError: If a weight file is damaged or a pickle, or the encoder is not the one that was trained on.
+        """
+        name = pretrained_model_name_or_path
+        is_pickle = str(name).endswith((".bin", ".ckpt", ".pt", ".pth"))
+        if kwargs.setdefault("use_safetensors", True) is False or is_pickle:
+            raise ValueError(
+                f"Weights are loaded from safetensors files only, not from pickles, got {name}. Convert checkpoints "
+                "of the reference SAM2-UNet with `python -m sam2unet_hf.conversion`."
+            )
+        if name is not None:
+            config = cls.read_config(kwargs.get("config"), name, kwargs)
+            if config.get("encoder_sha256") is not None:
+                kwargs["state_dict"] = cls.read_trainable_checkpoint(config, name, kwargs)
+                kwargs["config"] = kwargs.get("config") or name
+                pretrained_model_name_or_path = None
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        try:
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as err:
+            raise ValueError(
+                f"A weight file of {name} is damaged ({err}). Copy it again, or pass `force_download=True`."
+            ) from err
+        model, loading_info = loaded
+        if lost := [weight for weight in loading_info["missing_keys"] if is_sam2_weight(weight)]:
+            raise ValueError(
+                f"{name} lacks {len(lost)} weights of the encoder, such as {sorted(lost)[0]!r}, and its config does "
+                "not say where they are: `encoder_source` and `encoder_sha256` are missing. Save it again, with "
+                "`trainable_only=True` if the encoder is to stay out."
+            )
+        if name is not None:
+            model.name_or_path = model.config.name_or_path = str(name)
         # transformers replaces the parameters of the constructor by new ones, all trainable.
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_encoder(model.config.freeze_encoder)
-        return loaded
+        return (model, loading_info) if output_loading_info else model
+
+    @classmethod
+    def read_config(cls, config: Any, name: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields of the config that `from_pretrained` will use."""
+        if isinstance(config, PreTrainedConfig):
+            return config.to_dict()
+        arguments = (*DOWNLOAD_ARGUMENTS, "revision", "subfolder")
+        download_kwargs = {argument: kwargs[argument] for argument in arguments if argument in kwargs}
+        fields, _ = cls.config_class.get_config_dict(config or name, **download_kwargs)
+        overrides = {field: kwargs[field] for field in ("encoder_source", "encoder_revision") if field in kwargs}
+        return cls.config_class.from_dict(fields, **overrides).to_dict()
+
+    @classmethod
+    def read_trainable_checkpoint(
+        cls, config: dict[str, Any], name: str | os.PathLike, kwargs: dict[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """Return the weights of a checkpoint that lacks the encoder, and those of its encoder."""
+        download_kwargs = {argument: kwargs[argument] for argument in DOWNLOAD_ARGUMENTS if argument in kwargs}
+        own = {key: kwargs[key] for key in ("revision", "subfolder", "variant") if key in kwargs}
+        state_dict = read_safetensors(name, **own, **download_kwargs)
+        backbone_config = cls.config_class(backbone_config=config["backbone_config"]).backbone_config
+        encoder = restore_encoder(config, str(name), backbone_config, **download_kwargs)
+        return {**state_dict, **{f"encoder.{key}": value for key, value in encoder.items()}}
 
 
 class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
@@ -472,27 +546,182 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         """
         if unknown := config_kwargs.keys() - Sam2UNetConfig.__dataclass_fields__.keys():
             raise TypeError(f"`from_sam2` got {', '.join(sorted(unknown))}, which is no field of `Sam2UNetConfig`.")
-        backbone_config, state_dict = load_sam2_encoder(
+        encoder = load_sam2_encoder(
             source, config_kwargs.pop("backbone_config", None), revision=revision, token=token, cache_dir=cache_dir
         )
-        model = cls(Sam2UNetConfig(backbone_config=backbone_config, **config_kwargs))
+        provenance = {"encoder_source": encoder.source, "encoder_revision": encoder.revision}
+        model = cls(Sam2UNetConfig(backbone_config=encoder.backbone_config, **provenance, **config_kwargs))
         expected = {name: value for name, value in model.encoder.state_dict().items() if ".adapter." not in name}
         backbone = model.config.backbone_config
         size = f"an encoder of width {backbone.hidden_size} with blocks {backbone.blocks_per_stage}"
-        check_state_dict(state_dict, expected, str(source), size)
-        model.encoder.load_state_dict(state_dict, strict=False)
+        check_state_dict(encoder.state_dict, expected, str(source), size)
+        model.encoder.load_state_dict(encoder.state_dict, strict=False)
         return model
 
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """Save weights, configuration and code as any transformers model, for both of its auto classes."""
+    def trainable_state_dict(self) -> dict[str, torch.Tensor]:
+        """Return what training changes under a frozen encoder: adapters, decoder and batch norm statistics."""
+        return {name: value for name, value in self.state_dict().items() if not is_sam2_weight(name)}
+
+    def check_encoder(self) -> str:
+        """Check that the encoder can be fetched again from `config.encoder_source`, weight by weight.
+
+        Returns:
+            The SHA-256 of the encoder there, see [`~sam2_encoder.encoder_sha256`].
+
+        Raises:
+            OSError: If it cannot be reached.
+            ValueError: If no source is known, or the weights there are not those of this model.
+        """
+        config = self.config
+        if config.encoder_source is None:
+            raise ValueError(
+                "`trainable_only=True` needs to know where the encoder comes from. Build the model with `from_sam2`, "
+                'set `model.config.encoder_source` to a Hub id such as "facebook/sam2-hiera-large" if it is that '
+                "encoder, or save the whole model."
+            )
+        found = load_sam2_encoder(
+            config.encoder_source, config.backbone_config, revision=config.encoder_revision
+        ).state_dict
+        for name, value in self.encoder.state_dict().items():
+            if ".adapter." not in name:
+                there = found.get(name)
+                if there is None or not torch.equal(there.to(value.dtype), value.cpu()):
+                    raise ValueError(
+                        f"The encoder is not the one in {config.encoder_source}: {name!r} differs. It was trained, or "
+                        "comes from elsewhere; save the whole model, without `trainable_only=True`."
+                    )
+        return encoder_sha256(found)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        *args,
+        trainable_only: bool = False,
+        **kwargs,
+    ) -> None:
+        """Save weights, configuration and code as any transformers model, for both of its auto classes.
+
+        Args:
+            save_directory: Folder to write.
+            is_main_process: As in transformers, like all that is not listed here.
+            state_dict: The weights, if not those of the model. Without an encoder they are saved as by
+                `trainable_only=True`.
+            push_to_hub: Upload what was written too. [`push_to_hub`] adds a model card and the image processor.
+            *args: As in transformers.
+            trainable_only: Leave out the encoder and note in the config where it comes from, so that
+                `from_pretrained` fetches it there: 18 MB instead of 0.87 GB for Hiera-L. The encoder there is compared
+                with this one first.
+            **kwargs: As in transformers.
+
+        Raises:
+            OSError: With `trainable_only=True`, if the encoder's source cannot be reached.
+            ValueError: With `trainable_only=True`, if the encoder's source is not known, holds other weights, or is
+                a path of this machine and the model is pushed.
+        """
+        config = self.config
         # `register_for_auto_class` knows one auto class per model.
         name = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
-        self.config.auto_map = {
-            **(getattr(self.config, "auto_map", None) or {}),
-            "AutoModel": name,
-            "AutoModelForSemanticSegmentation": name,
-        }
-        super().save_pretrained(save_directory, *args, **kwargs)
+        auto_map = {"AutoModel": name, "AutoModelForSemanticSegmentation": name}
+        config.auto_map = {**(getattr(config, "auto_map", None) or {}), **auto_map}
+        provenance = {field: getattr(config, field) for field in ("encoder_source", "encoder_revision")}
+        is_local = config.encoder_source is not None and os.path.isabs(config.encoder_source)
+        if state_dict is not None:
+            trainable_only = trainable_only or not any(map(is_sam2_weight, state_dict))
+        config.encoder_sha256 = None
+        if trainable_only:
+            if push_to_hub and is_local:
+                raise ValueError(self.local_encoder_message())
+            config.encoder_sha256 = self.check_encoder()
+            weights = self.state_dict() if state_dict is None else state_dict
+            state_dict = {name: value for name, value in weights.items() if not is_sam2_weight(name)}
+        elif is_local:
+            # A path is nobody else's business, and a whole model does without.
+            config.encoder_source = config.encoder_revision = None
+        try:
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
+        finally:
+            for field, value in provenance.items():
+                setattr(config, field, value)
+
+    def local_encoder_message(self) -> str:
+        """Say why a small checkpoint on this model's encoder is of no use to others."""
+        return (
+            f"The encoder comes from {self.config.encoder_source}, which nobody else can reach. Set "
+            '`model.config.encoder_source` to a Hub id with the same weights, such as "facebook/sam2-hiera-large", '
+            "or push without `trainable_only=True`."
+        )
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        trainable_only: bool = False,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+    ) -> str:
+        """Upload weights, configuration, image processor, code and model card.
+
+        The image processor is the one beside the checkpoint that this model was loaded from. So is the card, as long
+        as the weights are those of the checkpoint. A card that is already on the Hub is kept otherwise, or a plain one
+        written.
+
+        Args:
+            repo_id: Repository `user/name`, made if need be.
+            trainable_only: Leave out the encoder, see [`save_pretrained`].
+            commit_message: Title of the commit, `"Upload model"` by default.
+            commit_description: Text of the commit.
+            private: Make the repository private, where it is new.
+            token: Token with the right to write; by default the one of `hf auth login`.
+            revision: Branch, made if need be.
+            create_pr: Open a pull request instead.
+            max_shard_size: Size from which weights are split, such as `"5GB"`.
+            tags: Tags for a new card.
+
+        Raises:
+            OSError: As [`save_pretrained`], or if the Hub cannot be reached or refuses.
+            ValueError: As [`save_pretrained`].
+        """
+        if trainable_only and os.path.isabs(self.config.encoder_source or ""):
+            raise ValueError(self.local_encoder_message())
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, trainable_only=trainable_only, max_shard_size=max_shard_size)
+            try:
+                processor = Sam2UNetImageProcessor.from_pretrained(self.name_or_path)
+            except OSError:  # a new model, or a folder without one
+                processor = Sam2UNetImageProcessor(regions=self.config.regions)
+            Sam2UNetImageProcessor.register_for_auto_class()
+            if self.name_or_path or not api.file_exists(repo_id, "preprocessor_config.json", revision=revision):
+                processor.save_pretrained(folder)
+            try:
+                # Where this file came with the weights, the package and its template may be missing.
+                from sam2unet_hf.hub import add_model_card
+
+                add_model_card(folder, self.name_or_path, repo_id, revision=revision, token=token, tags=tags)
+            except ImportError:
+                logger.info("Install sam2unet-hf to have a model card written.")
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message or "Upload model",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                # Or weights in one file would go before new ones in shards.
+                delete_patterns=["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"],
+            )
 
     def region_masks(self, label_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn label maps into region masks.

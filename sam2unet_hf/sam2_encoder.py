@@ -1,16 +1,17 @@
 """Reading the encoders of SAM 2: from the Hub, from folders and from original `.pt` files."""
 
+import hashlib
 import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, Sam2HieraDetConfig
-from transformers.utils import cached_file
+from transformers.utils import cached_file, extract_commit_hash
 
 from .configuration_sam2unet import PRESETS, preset_backbone_config
 
@@ -104,20 +105,32 @@ def check_state_dict(
         raise ValueError(f"The weights in {source} do not fit {size}: {'; '.join(problems)}.")
 
 
+class Sam2Encoder(NamedTuple):
+    """An encoder as it was read.
+
+    Attributes:
+        backbone_config: Its configuration.
+        state_dict: Its weights in the names of [`Sam2UNetForSemanticSegmentation`]`.encoder`; shapes are not checked.
+        source: Hub id, or absolute path.
+        revision: Commit on the Hub, `None` for a path.
+    """
+
+    backbone_config: dict | PreTrainedConfig
+    state_dict: dict[str, torch.Tensor]
+    source: str
+    revision: str | None
+
+
 def load_sam2_encoder(
     source: str | os.PathLike, backbone_config: dict | PreTrainedConfig | None = None, **download_kwargs: Any
-) -> tuple[dict | PreTrainedConfig, dict[str, torch.Tensor]]:
+) -> Sam2Encoder:
     """Read the encoder of SAM 2 or SAM 2.1.
 
     Args:
         source: Original `.pt` file, folder written by `save_pretrained`, or Hub id.
         backbone_config: The encoder's configuration. By default that of the checkpoint, or for a `.pt` file the one of
             SAM 2's sizes that the shapes show.
-        **download_kwargs: `revision`, `token` and `cache_dir`, as in `from_pretrained`.
-
-    Returns:
-        The encoder's configuration, and its weights in the names of [`Sam2UNetForSemanticSegmentation`]`.encoder`,
-        whose shapes are not checked here.
+        **download_kwargs: `revision`, `token`, `cache_dir` and the like, as in `from_pretrained`.
 
     Raises:
         FileNotFoundError: If `source` is the path of a file that does not exist.
@@ -134,33 +147,53 @@ def load_sam2_encoder(
         }
         if not state_dict:
             raise ValueError(f"{name} holds no SAM 2 encoder: no key starts with {prefix!r}.")
-        config = backbone_config or infer_backbone_config(state_dict, name)
+        return Sam2Encoder(
+            backbone_config or infer_backbone_config(state_dict, name), state_dict, os.path.abspath(name), None
+        )
+    if Path(name).is_dir():
+        name = os.path.abspath(name)
+        revision = None
     else:
-        sam2_config = AutoConfig.from_pretrained(name, trust_remote_code=False, **download_kwargs)
-        found = getattr(getattr(sam2_config, "vision_config", None), "backbone_config", None)
-        if not isinstance(found, Sam2HieraDetConfig):
-            raise ValueError(
-                f"{name} holds a model of type {sam2_config.model_type!r}, not a SAM 2 with a Hiera encoder. Use for "
-                "example facebook/sam2-hiera-large."
-            )
-        config = backbone_config or found
-        state_dict = read_safetensors(name, prefix="vision_encoder.backbone.", **download_kwargs)
-    return config, state_dict
+        revision = extract_commit_hash(cached_file(name, "config.json", **download_kwargs), None)
+        # Weights of the same commit, though the branch may move.
+        download_kwargs["revision"] = revision
+    sam2_config = AutoConfig.from_pretrained(name, trust_remote_code=False, **download_kwargs)
+    found = getattr(getattr(sam2_config, "vision_config", None), "backbone_config", None)
+    if not isinstance(found, Sam2HieraDetConfig):
+        raise ValueError(
+            f"{name} holds a model of type {sam2_config.model_type!r}, not a SAM 2 with a Hiera encoder. Use for "
+            "example facebook/sam2-hiera-large."
+        )
+    state_dict = read_safetensors(name, prefix="vision_encoder.backbone.", **download_kwargs)
+    if not state_dict:
+        raise ValueError(f"{name} holds no SAM 2 encoder: no key starts with 'vision_encoder.backbone.'.")
+    return Sam2Encoder(backbone_config or found, state_dict, name, revision)
 
 
-def read_safetensors(source: str, prefix: str, **download_kwargs: Any) -> dict[str, torch.Tensor]:
+def read_safetensors(
+    source: str | os.PathLike, prefix: str = "", variant: str | None = None, **download_kwargs: Any
+) -> dict[str, torch.Tensor]:
     """Read the tensors under `prefix`, and no others, from a checkpoint folder or Hub repository.
+
+    Args:
+        source: Folder or Hub id.
+        prefix: Start of the names, dropped in the result.
+        variant: Read `model.<variant>.safetensors`.
+        **download_kwargs: `revision`, `subfolder`, `token`, `cache_dir` and the like, as in `from_pretrained`.
 
     Raises:
         OSError: If there is no `model.safetensors`, whole or in shards.
-        ValueError: If a file is damaged or has nothing under `prefix`.
+        ValueError: If a file is damaged.
     """
-    index = cached_file(
-        source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **download_kwargs
-    )
-    names = ["model.safetensors"]
-    if index is not None:
-        names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    whole = "model.safetensors" if variant is None else f"model.{variant}.safetensors"
+    names = [whole]
+    # The order in which transformers looks for them.
+    if cached_file(source, whole, _raise_exceptions_for_missing_entries=False, **download_kwargs) is None:
+        index = cached_file(
+            source, f"{whole}.index.json", _raise_exceptions_for_missing_entries=False, **download_kwargs
+        )
+        if index is not None:
+            names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
     state_dict = {}
     for name in names:
         path = cached_file(source, name, **download_kwargs)
@@ -171,9 +204,64 @@ def read_safetensors(source: str, prefix: str, **download_kwargs: Any) -> dict[s
                         state_dict[key.removeprefix(prefix)] = file.get_tensor(key)
         except SafetensorError as err:
             raise ValueError(f"{path} is damaged ({err}). Download or copy it again.") from err
-    if not state_dict:
-        raise ValueError(f"{source} holds no SAM 2 encoder: no key starts with {prefix!r}.")
     return state_dict
 
 
-__all__ = ["load_sam2_encoder"]
+def encoder_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of an encoder, whatever kind of file it comes from.
+
+    It is taken over name, dtype, shape and little-endian bytes of each tensor, in the order of the names.
+
+    Args:
+        state_dict: Weights in the names of [`Sam2UNetForSemanticSegmentation`]`.encoder`, in main memory.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def restore_encoder(
+    config: Mapping[str, Any], checkpoint: str, backbone_config: PreTrainedConfig, **download_kwargs: Any
+) -> dict[str, torch.Tensor]:
+    """Fetch the encoder that a checkpoint without one names.
+
+    Args:
+        config: Holds `encoder_source`, `encoder_revision` and `encoder_sha256`.
+        checkpoint: Name of the checkpoint, for messages.
+        backbone_config: The encoder's configuration.
+        **download_kwargs: `token`, `cache_dir` and the like, as in `from_pretrained`.
+
+    Returns:
+        Weights in the names of [`Sam2UNetForSemanticSegmentation`]`.encoder`.
+
+    Raises:
+        OSError: If there is no encoder at its source, or it cannot be reached.
+        ValueError: If there is another one.
+    """
+    source, revision = config.get("encoder_source"), config.get("encoder_revision")
+    where = f"{source} at revision {revision}" if revision else str(source)
+    remedy = (
+        "Pass `encoder_source=` with the Hub id (and `encoder_revision=`), the folder or the original .pt file of the "
+        "SAM 2 encoder that it was trained on."
+    )
+    try:
+        if source is None:
+            raise OSError("`encoder_source` is missing in its config")
+        state_dict = load_sam2_encoder(source, backbone_config, revision=revision, **download_kwargs).state_dict
+    except (OSError, ValueError) as err:
+        raise OSError(
+            f"{checkpoint} holds only what was trained, and its encoder cannot be loaded from {where}: {err}\n{remedy}"
+        ) from err
+    found = encoder_sha256(state_dict)
+    if found != config["encoder_sha256"]:
+        raise ValueError(
+            f"{checkpoint} was trained on an encoder with SHA-256 {config['encoder_sha256']}, but the one in {where} "
+            f"has {found}. {remedy}"
+        )
+    return state_dict
+
+
+__all__ = ["Sam2Encoder", "encoder_sha256", "load_sam2_encoder", "read_safetensors", "restore_encoder"]

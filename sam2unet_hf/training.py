@@ -1,23 +1,54 @@
-"""What the Trainer needs for SAM2-UNet: transforms, collator and metrics at the masks' own resolution."""
+"""What the Trainer needs for SAM2-UNet: transforms, collator, metrics at the masks' own resolution, model card."""
 
+import copy
 import difflib
 import itertools
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence, Sized
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
+from huggingface_hub import HfApi
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
 
+from .hub import CHECKPOINT_FILES, TRAINING_INFO, shared_files, write_model_card
 from .image_processing_sam2unet import Sam2UNetImageProcessor, to_label_map
 from .metrics.functional import MEASURES, Accumulator, columns_of, score
-from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
+from .modeling_sam2unet import Sam2UNetForSemanticSegmentation, is_sam2_weight
+
+
+# The arguments of training that say how a run can be repeated.
+RECIPE = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "optim",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+    "gradient_checkpointing",
+    "seed",
+    "metric_for_best_model",
+)
 
 
 def flips() -> Callable:
@@ -194,10 +225,17 @@ class Sam2UNetTrainer(Trainer):
             trained: batch norm cancels the mean of the encoder's features, which therefore drifts, faster than the
             running averages of the decoder's batch norms follow. 0 keeps the running averages, which do for a frozen
             encoder.
+        trainable_only: Save and push checkpoints without the encoder, which must be frozen and come from
+            `from_sam2`; see [`Sam2UNetForSemanticSegmentation.save_pretrained`].
         kwargs: Arguments of [`~transformers.Trainer`]. `data_collator` and `compute_metrics` have the right defaults.
 
+    With `push_to_hub=True` only checkpoint, code, card and the pictures that the card shows are uploaded, and nothing
+    that is a pickle. (`hub_strategy="checkpoint"` and `"all_checkpoints"` also upload what resuming needs.)
+
     Raises:
-        ValueError: If an argument would drop the images or the scores.
+        OSError: With `trainable_only=True`, if the encoder's source cannot be reached.
+        ValueError: If an argument would drop the images or the scores, or with `trainable_only=True` the encoder is
+            trained or not that of its source.
     """
 
     def __init__(
@@ -205,6 +243,7 @@ class Sam2UNetTrainer(Trainer):
         model: Sam2UNetForSemanticSegmentation,
         args: TrainingArguments,
         batch_norm_images: int = 0,
+        trainable_only: bool = False,
         **kwargs: Any,
     ):
         unusable = {"remove_unused_columns": "it drops the images", "prediction_loss_only": "there would be no scores"}
@@ -220,8 +259,14 @@ class Sam2UNetTrainer(Trainer):
         metrics = kwargs.setdefault("compute_metrics", SegmentationMetrics(list(model.config.regions)))
         if isinstance(metrics, SegmentationMetrics):
             check_best_metric(args, ["loss", *metrics.names()], kwargs.get("eval_dataset"))
+        if trainable_only:
+            if not model.config.freeze_encoder:
+                raise ValueError("`trainable_only` must be False for a model whose encoder is trained.")
+            model.check_encoder()  # now, not after hours of training
         super().__init__(model, args, **kwargs)
         self.batch_norm_images = batch_norm_images
+        self.trainable_only = trainable_only
+        self._final_scores: dict[str, float] = {}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as [`~transformers.Trainer`] does, and end with fresh batch norm statistics."""
@@ -235,7 +280,10 @@ class Sam2UNetTrainer(Trainer):
         """Evaluate as [`~transformers.Trainer`] does, during training with fresh batch norm statistics."""
         if self.is_in_train and self.batch_norm_images:
             self.estimate_batch_norm()
-        return super().evaluate(*args, **kwargs)
+        metrics = super().evaluate(*args, **kwargs)
+        if not self.is_in_train:
+            self._final_scores.update(metrics)
+        return metrics
 
     @torch.no_grad()
     def estimate_batch_norm(self) -> None:
@@ -281,6 +329,210 @@ class Sam2UNetTrainer(Trainer):
             scores = scores.to(self.accelerator.device)
         # The Trainer computes metrics only where there are labels; these stand for them.
         return loss, scores, torch.zeros(len(scores), device=scores.device)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save as [`~transformers.Trainer`] does, without the token for the Hub in `training_args.bin`."""
+        model = self.accelerator.unwrap_model(self.model)
+        if self.trainable_only:
+            state_dict = state_dict or model.state_dict()
+            state_dict = {name: value for name, value in state_dict.items() if not is_sam2_weight(name)}
+        args = self.args
+        self.args = copy.copy(args)
+        self.args.hub_token = None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args = args
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warn as [`~transformers.Trainer`] does, but not of the encoder that small checkpoints lack."""
+        if self.trainable_only:
+            missing = [name for name in load_result.missing_keys if not is_sam2_weight(name)]
+            load_result = load_result._replace(missing_keys=missing)
+        super()._issue_warnings_after_load(load_result)
+
+    def results(self) -> dict[str, dict[str, float]]:
+        """Return the scores of the trained model by split: those of evaluations after the training, or its last."""
+        entries = [entry for entry in self.state.log_history if "eval_loss" in entry]
+        step = self.state.best_global_step if self.args.load_best_model_at_end else self.state.global_step
+        scores = next((entry for entry in reversed(entries) if entry["step"] == step), {})
+        scores = {**scores, **self._final_scores}
+        names = set(self.compute_metrics.names()) if isinstance(self.compute_metrics, SegmentationMetrics) else set()
+        found = {}
+        for prefix, split in (("eval_", "validation"), ("test_", "test")):
+            own = {key.removeprefix(prefix): value for key, value in scores.items() if key.startswith(prefix)}
+            if own := {key: value for key, value in own.items() if key in names}:
+                found[split] = own
+        return found
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what repeats this training: rows for the model card."""
+        default = {name: field.default for name, field in TrainingArguments.__dataclass_fields__.items()}
+        rows = {}
+        always = ("num_train_epochs", "per_device_train_batch_size", "optim", "learning_rate", "weight_decay", "seed")
+        for name in RECIPE:
+            value = getattr(self.args, name)
+            if name in always or (value and value != default[name]):
+                rows[f"`{name}`"] = getattr(value, "value", value)
+        if self.batch_norm_images:
+            rows["batch norm"] = f"statistics estimated anew on {self.batch_norm_images} training images"
+        if self.args.max_steps > 0:
+            del rows["`num_train_epochs`"]
+        augment = getattr(getattr(self.train_dataset, "format", {}).get("transform"), "augment", None)
+        if isinstance(augment, v2.Compose):
+            rows["augmentation"] = ", ".join(type(step).__name__ for step in augment.transforms)
+        config = self.accelerator.unwrap_model(self.model).config
+        rows["loss"] = (
+            f"IoU and {'boundary-weighted' if config.weight_bce else 'plain'} BCE, outputs weighted "
+            f"{', '.join(f'{weight:g}' for weight in [1.0, *config.auxiliary_loss_weights])}"
+        )
+        rows["trained for"] = f"{self.state.epoch:g} epochs, {self.state.global_step} steps"
+        runtime = [entry["train_runtime"] for entry in self.state.log_history if "train_runtime" in entry]
+        if runtime:
+            rows["training time"] = f"{runtime[-1] / 60:.1f} min"
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            rows["checkpoint"] = f"step {self.state.best_global_step}, the best `{self.args.metric_for_best_model}`"
+        if self.args.device.type == "cuda":
+            device = torch.cuda.get_device_name(self.args.device)
+        else:
+            device = f"{self.args.device.type.upper()} ({platform.machine()}, {torch.get_num_threads()} threads)"
+        rows["hardware"] = device if self.args.world_size == 1 else f"{self.args.world_size} x {device}"
+        rows["software"] = f"torch {torch.__version__}, transformers {transformers.__version__}"
+        return rows
+
+    def create_model_card(  # type: ignore[override]
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        data: Mapping[str, Any] | None = None,
+        data_citation: str | None = None,
+        share_predictions: bool = False,
+    ) -> None:
+        """Write `training_info.json` and from it the model card, `README.md`, into the output folder.
+
+        Args:
+            language: As in transformers, like what is not listed here.
+            license: Licence of the weights, as the Hub names it.
+            tags: Tags for the Hub.
+            model_name: Title of the card.
+            finetuned_from: Model that training started from.
+            tasks: Not used; the task is image segmentation.
+            dataset_tags: Hub id of the data set.
+            dataset: Its name.
+            dataset_args: Its configuration.
+            data: What the reader should know of the data, a row of a table each.
+            data_citation: How to cite it.
+            share_predictions: Show `predictions.png`, and so upload it. It shows images of the data.
+        """
+        if not self.is_world_process_zero():
+            return
+
+        def first(value: str | list[str] | None) -> str | None:
+            return value[0] if isinstance(value, list) and value else cast("str | None", value)
+
+        rows = dict(data or {})
+        if first(dataset_args):
+            rows["configuration"] = first(dataset_args)
+        for name, images in (("training images", self.train_dataset), ("validation images", self.eval_dataset)):
+            if isinstance(images, Sized) and not isinstance(images, dict):
+                rows.setdefault(name, len(images))
+        info = {
+            "language": language,
+            "license": license,
+            "tags": [tags] if isinstance(tags, str) else tags or [],
+            "model_name": model_name,
+            "finetuned_from": finetuned_from,
+            "dataset": {"id": first(dataset_tags), "name": first(dataset), "citation": data_citation},
+            "data": rows,
+            "recipe": self.recipe(),
+            "results": self.results(),
+            "zero_division": getattr(self.compute_metrics, "zero_division", None),
+            "share_predictions": share_predictions,
+        }
+        folder = Path(cast("str", self.args.output_dir))
+        (folder / TRAINING_INFO).write_text(json.dumps(info, indent=2) + "\n")
+        write_model_card(folder, getattr(self, "hub_model_id", None))
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload checkpoint, image processor, code and card, and no other file of the output folder.
+
+        Args:
+            commit_message: Title of the commit.
+            blocking: Wait for the end of the upload.
+            token: Token for the Hub.
+            revision: Branch, `hub_revision` by default.
+            private: Make the repository private, if it is new; `hub_private_repo` by default.
+            **kwargs: Arguments of [`create_model_card`].
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        return self.upload(cast("str", self.args.output_dir), commit_message, token, revision, not blocking)
+
+    def upload(
+        self, folder: str, commit_message: str | None, token: str | None, revision: str | None, run_as_future: bool
+    ) -> Any:
+        """Upload what of a folder is meant for the Hub."""
+        return HfApi(token=token).upload_folder(
+            repo_id=cast("str", self.hub_model_id),
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=revision or self.args.hub_revision,
+            allow_patterns=shared_files(folder),
+            run_as_future=run_as_future,  # type: ignore[call-overload]
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload a checkpoint while training goes on, if `hub_strategy` says so."""
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        before: list[Any] = [] if self.push_in_progress is None else self.push_in_progress.jobs
+        if not all(job.done() for job in before) and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        output_dir = cast("str", self.args.output_dir)
+        # Checkpoint folders come and go while the upload is running.
+        for pattern in CHECKPOINT_FILES:
+            for path in Path(checkpoint_folder).glob(pattern):
+                shutil.copy(path, output_dir)
+        message = f"Training in progress, step {self.state.global_step}"
+        token = self.args.hub_token
+        jobs = [self.upload(output_dir, message, token, None, run_as_future=True)]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
+            job = HfApi(token=token).upload_folder(
+                repo_id=cast("str", self.hub_model_id),
+                folder_path=checkpoint_folder,
+                path_in_repo=name,
+                commit_message=f"{message}, checkpoint",
+                ignore_patterns=["training_args.bin"],
+                revision=self.args.hub_revision,
+                run_as_future=True,
+            )
+            jobs.append(job)
+        self.push_in_progress = PushInProgress([*before, *jobs])  # type: ignore[assignment, arg-type]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as [`~transformers.Trainer`] does."""

@@ -333,7 +333,7 @@ def test_nothing_to_resume_from(tmp_path):
     [
         (["--dataset_name", "a", "--brats_dir", "b"], "pass one of --dataset_name and --brats_dir"),
         (["--model_name_or_path", "a", "--sam2_checkpoint", "b"], "pass one of --model_name_or_path and"),
-        (["--push_to_hub"], "which may show patients"),
+        (["--push_to_hub", "--do_train", "false"], "pushes what was trained"),
         (["--preset", "huge"], "invalid choice: 'huge'"),
     ],
 )
