@@ -80,11 +80,12 @@ def parse_score(key: str, regions: Sequence[str]) -> tuple[str, str, str | None]
     `"mean_dice_WT"` gives `("mean", "dice", "WT")`, and `"dice"` gives `("", "dice", None)`. A single region is not
     told apart from the average over all.
     """
-    region = next((name for name in sorted(regions, key=len, reverse=True) if key.endswith(f"_{name}")), None)
-    match = re.fullmatch(r"(?:(mean|max|adaptive)_)?(\w+)", key if region is None else key.removesuffix(f"_{region}"))
-    if match is None or match[2] not in MEASURES or (region is not None and len(regions) == 1):
-        return None
-    return match[1] or "", match[2], region
+    for region in [None, *regions]:
+        # "mean_dice" is the mean Dice even where a region is called "dice".
+        match = re.fullmatch(r"(?:(mean|max|adaptive)_)?(\w+)", key.removesuffix(f"_{region}"))
+        if match is not None and match[2] in MEASURES and (region is None or key.endswith(f"_{region}")):
+            return None if region is not None and len(regions) == 1 else (match[1] or "", match[2], region)
+    return None
 
 
 def table_of_scores(split: str, scores: Mapping[str, float], regions: Sequence[str]) -> dict[str, Any]:
@@ -175,7 +176,7 @@ def render_model_card(
         datasets=[dataset["id"]] if dataset.get("id") else None,
         metrics=[measure for measure in MEASURES if any(result.metric_type == measure for result in results)] or None,
         tags=list(dict.fromkeys(["sam2-unet", "sam2", "hiera", "unet", *info.get("tags", []), *(tags or [])])),
-        model_name=title,
+        model_name=title if results else None,
         eval_results=results or None,
     )
     return ModelCard.from_template(

@@ -23,7 +23,14 @@ from transformers.utils import ModelOutput, logging
 from .configuration_sam2unet import Sam2UNetConfig
 from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .loss_sam2unet import deep_supervision_loss
-from .sam2_encoder import check_state_dict, encoder_sha256, load_sam2_encoder, read_safetensors, restore_encoder
+from .sam2_encoder import (
+    check_state_dict,
+    encoder_sha256,
+    load_sam2_encoder,
+    read_safetensors,
+    restore_encoder,
+    weight_files,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -437,8 +444,17 @@ class Sam2UNetPreTrainedModel(PreTrainedModel):
             )
         if name is not None:
             config = cls.read_config(kwargs.get("config"), name, kwargs)
-            if config.get("encoder_sha256") is not None:
-                kwargs["state_dict"] = cls.read_trainable_checkpoint(config, name, kwargs)
+            download_kwargs = {argument: kwargs[argument] for argument in DOWNLOAD_ARGUMENTS if argument in kwargs}
+            own = {
+                argument: kwargs[argument] for argument in ("revision", "subfolder", "variant") if argument in kwargs
+            }
+            if config.get("encoder_sha256") is None:
+                weight_files(name, **own, **download_kwargs)  # raises where pickles are hidden among them
+            else:
+                backbone_config = cls.config_class(backbone_config=config["backbone_config"]).backbone_config
+                state_dict = read_safetensors(name, **own, **download_kwargs)
+                encoder = restore_encoder(config, str(name), backbone_config, **download_kwargs)
+                kwargs["state_dict"] = {**state_dict, **{f"encoder.{key}": value for key, value in encoder.items()}}
                 kwargs["config"] = kwargs.get("config") or name
                 pretrained_model_name_or_path = None
         output_loading_info = kwargs.pop("output_loading_info", False)
@@ -473,18 +489,6 @@ class Sam2UNetPreTrainedModel(PreTrainedModel):
         fields, _ = cls.config_class.get_config_dict(config or name, **download_kwargs)
         overrides = {field: kwargs[field] for field in ("encoder_source", "encoder_revision") if field in kwargs}
         return cls.config_class.from_dict(fields, **overrides).to_dict()
-
-    @classmethod
-    def read_trainable_checkpoint(
-        cls, config: dict[str, Any], name: str | os.PathLike, kwargs: dict[str, Any]
-    ) -> dict[str, torch.Tensor]:
-        """Return the weights of a checkpoint that lacks the encoder, and those of its encoder."""
-        download_kwargs = {argument: kwargs[argument] for argument in DOWNLOAD_ARGUMENTS if argument in kwargs}
-        own = {key: kwargs[key] for key in ("revision", "subfolder", "variant") if key in kwargs}
-        state_dict = read_safetensors(name, **own, **download_kwargs)
-        backbone_config = cls.config_class(backbone_config=config["backbone_config"]).backbone_config
-        encoder = restore_encoder(config, str(name), backbone_config, **download_kwargs)
-        return {**state_dict, **{f"encoder.{key}": value for key, value in encoder.items()}}
 
 
 class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
@@ -562,11 +566,11 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         """Return what training changes under a frozen encoder: adapters, decoder and batch norm statistics."""
         return {name: value for name, value in self.state_dict().items() if not is_sam2_weight(name)}
 
-    def check_encoder(self) -> str:
+    def check_encoder(self) -> dict[str, str | None]:
         """Check that the encoder can be fetched again from `config.encoder_source`, weight by weight.
 
         Returns:
-            The SHA-256 of the encoder there, see [`~sam2_encoder.encoder_sha256`].
+            What the config must say to fetch just that one: `encoder_source`, `encoder_revision`, `encoder_sha256`.
 
         Raises:
             OSError: If it cannot be reached.
@@ -579,18 +583,20 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
                 'set `model.config.encoder_source` to a Hub id such as "facebook/sam2-hiera-large" if it is that '
                 "encoder, or save the whole model."
             )
-        found = load_sam2_encoder(
-            config.encoder_source, config.backbone_config, revision=config.encoder_revision
-        ).state_dict
+        found = load_sam2_encoder(config.encoder_source, config.backbone_config, revision=config.encoder_revision)
         for name, value in self.encoder.state_dict().items():
             if ".adapter." not in name:
-                there = found.get(name)
+                there = found.state_dict.get(name)
                 if there is None or not torch.equal(there.to(value.dtype), value.cpu()):
                     raise ValueError(
                         f"The encoder is not the one in {config.encoder_source}: {name!r} differs. It was trained, or "
                         "comes from elsewhere; save the whole model, without `trainable_only=True`."
                     )
-        return encoder_sha256(found)
+        return {
+            "encoder_source": found.source,
+            "encoder_revision": found.revision,
+            "encoder_sha256": encoder_sha256(found.state_dict),
+        }
 
     def save_pretrained(
         self,
@@ -626,7 +632,7 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         name = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
         auto_map = {"AutoModel": name, "AutoModelForSemanticSegmentation": name}
         config.auto_map = {**(getattr(config, "auto_map", None) or {}), **auto_map}
-        provenance = {field: getattr(config, field) for field in ("encoder_source", "encoder_revision")}
+        before = {field: getattr(config, field) for field in ("encoder_source", "encoder_revision")}
         is_local = config.encoder_source is not None and os.path.isabs(config.encoder_source)
         if state_dict is not None:
             trainable_only = trainable_only or not any(map(is_sam2_weight, state_dict))
@@ -634,7 +640,9 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         if trainable_only:
             if push_to_hub and is_local:
                 raise ValueError(self.local_encoder_message())
-            config.encoder_sha256 = self.check_encoder()
+            before = self.check_encoder()
+            for field, value in before.items():
+                setattr(config, field, value)
             weights = self.state_dict() if state_dict is None else state_dict
             state_dict = {name: value for name, value in weights.items() if not is_sam2_weight(name)}
         elif is_local:
@@ -643,7 +651,7 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         try:
             super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
         finally:
-            for field, value in provenance.items():
+            for field, value in before.items():
                 setattr(config, field, value)
 
     def local_encoder_message(self) -> str:

@@ -170,6 +170,32 @@ def load_sam2_encoder(
     return Sam2Encoder(backbone_config or found, state_dict, name, revision)
 
 
+def weight_files(source: str | os.PathLike, variant: str | None = None, **download_kwargs: Any) -> list[str]:
+    """Return the names of the files that hold the weights of a checkpoint folder or Hub repository.
+
+    Args:
+        source: Folder or Hub id.
+        variant: For weights saved with this variant.
+        **download_kwargs: `revision`, `subfolder`, `token`, `cache_dir` and the like, as in `from_pretrained`.
+
+    Raises:
+        ValueError: If the index of the shards names anything but safetensors files.
+    """
+    middle = "" if variant is None else f".{variant}"
+    whole, index_name = f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"
+    # The order in which transformers looks for them.
+    if cached_file(source, whole, _raise_exceptions_for_missing_entries=False, **download_kwargs) is not None:
+        return [whole]
+    index = cached_file(source, index_name, _raise_exceptions_for_missing_entries=False, **download_kwargs)
+    if index is None:
+        return [whole]
+    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    for name in names:
+        if not name.endswith(".safetensors"):
+            raise ValueError(f"{index} names {name}, which is no safetensors file. Nothing else is loaded.")
+    return names
+
+
 def read_safetensors(
     source: str | os.PathLike, prefix: str = "", variant: str | None = None, **download_kwargs: Any
 ) -> dict[str, torch.Tensor]:
@@ -178,24 +204,15 @@ def read_safetensors(
     Args:
         source: Folder or Hub id.
         prefix: Start of the names, dropped in the result.
-        variant: Read `model.<variant>.safetensors`.
-        **download_kwargs: `revision`, `subfolder`, `token`, `cache_dir` and the like, as in `from_pretrained`.
+        variant: As in `weight_files`, like the other arguments.
+        **download_kwargs: As in `weight_files`.
 
     Raises:
         OSError: If there is no `model.safetensors`, whole or in shards.
-        ValueError: If a file is damaged.
+        ValueError: If a file is damaged, or the index names anything but safetensors files.
     """
-    whole = "model.safetensors" if variant is None else f"model.{variant}.safetensors"
-    names = [whole]
-    # The order in which transformers looks for them.
-    if cached_file(source, whole, _raise_exceptions_for_missing_entries=False, **download_kwargs) is None:
-        index = cached_file(
-            source, f"{whole}.index.json", _raise_exceptions_for_missing_entries=False, **download_kwargs
-        )
-        if index is not None:
-            names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
     state_dict = {}
-    for name in names:
+    for name in weight_files(source, variant, **download_kwargs):
         path = cached_file(source, name, **download_kwargs)
         try:
             with safe_open(path, framework="pt") as file:
@@ -264,4 +281,4 @@ def restore_encoder(
     return state_dict
 
 
-__all__ = ["Sam2Encoder", "encoder_sha256", "load_sam2_encoder", "read_safetensors", "restore_encoder"]
+__all__ = ["Sam2Encoder", "encoder_sha256", "load_sam2_encoder", "read_safetensors", "restore_encoder", "weight_files"]

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import Sam2HieraDetConfig
+from transformers import (
+    Sam2Config,
+    Sam2HieraDetConfig,
+    Sam2Model,
+    Sam2VideoConfig,
+    Sam2VideoModel,
+    Sam2VisionConfig,
+)
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation
 
@@ -51,6 +58,21 @@ def randomize(module: torch.nn.Module) -> None:
             parameter.uniform_(0.8, 1.2)
         else:
             parameter.normal_(std=0.1)
+
+
+def sam2_model(kind, backbone_config=None):
+    """A random SAM 2; the checkpoints on the Hub are of the video class."""
+    backbone_config = backbone_config or small_backbone_config()
+    vision_config = Sam2VisionConfig(
+        backbone_config=backbone_config, backbone_channel_list=backbone_config.embed_dim_per_stage[::-1]
+    )
+    torch.manual_seed(0)
+    model = {
+        "sam2": lambda: Sam2Model(Sam2Config(vision_config=vision_config)),
+        "sam2_video": lambda: Sam2VideoModel(Sam2VideoConfig(vision_config=vision_config)),
+    }[kind]()
+    randomize(model.vision_encoder.backbone)
+    return model.eval()
 
 
 def noise(count: int, index: int) -> torch.Tensor:

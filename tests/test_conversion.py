@@ -11,10 +11,10 @@ import pytest
 import torch
 from common import (
     BRATS_REGIONS,
-    randomize,
     reference_facts,
     reference_image,
     reference_state_dict,
+    sam2_model,
     small_backbone_config,
     small_config,
 )
@@ -23,12 +23,7 @@ from transformers import (
     AutoModel,
     ResNetConfig,
     ResNetModel,
-    Sam2Config,
     Sam2HieraDetConfig,
-    Sam2Model,
-    Sam2VideoConfig,
-    Sam2VideoModel,
-    Sam2VisionConfig,
 )
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, convert_reference_checkpoint
@@ -294,21 +289,6 @@ def test_preset_is_inferred_from_shapes(preset):
         model = Sam2UNetForSemanticSegmentation(Sam2UNetConfig.from_preset(preset))
     inferred = infer_backbone_config(model.encoder.state_dict(), "weights")
     assert inferred.to_dict() == preset_backbone_config(preset).to_dict()
-
-
-def sam2_model(kind, backbone_config=None):
-    """A random SAM 2; the checkpoints on the Hub are of the video class."""
-    backbone_config = backbone_config or small_backbone_config()
-    vision_config = Sam2VisionConfig(
-        backbone_config=backbone_config, backbone_channel_list=backbone_config.embed_dim_per_stage[::-1]
-    )
-    torch.manual_seed(0)
-    model = {
-        "sam2": lambda: Sam2Model(Sam2Config(vision_config=vision_config)),
-        "sam2_video": lambda: Sam2VideoModel(Sam2VideoConfig(vision_config=vision_config)),
-    }[kind]()
-    randomize(model.vision_encoder.backbone)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

@@ -146,6 +146,57 @@ def test_a_pushed_model_loads_without_the_package_and_can_be_pushed_again(hub, m
     assert set(hub.files("models", REPO)) - {".gitattributes"} >= {"config.json", "model.safetensors", *CODE}
 
 
+LOAD_WITH_PACKAGE = """
+import sys
+
+import numpy as np
+import sam2unet_hf
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, pipeline
+
+repo, subfolder, revision, output = sys.argv[1:]
+options = {"subfolder": subfolder, "revision": revision}
+image = Image.open("slice.png")
+processor = AutoImageProcessor.from_pretrained(repo, **options)
+pixel_values = processor(image, return_tensors="pt")["pixel_values"]
+tensors = {}
+for auto_class in (AutoModel, AutoModelForSemanticSegmentation):
+    for more in ({}, {"device_map": "auto"}, {"low_cpu_mem_usage": True}, {"dtype": torch.float32}):
+        model = auto_class.from_pretrained(repo, **options, **more)
+        assert type(model) is sam2unet_hf.Sam2UNetForSemanticSegmentation
+        with torch.inference_mode():
+            tensors[f"{auto_class.__name__} {more}"] = model(pixel_values).logits
+if not subfolder:
+    segments = pipeline("image-segmentation", model=repo, revision=revision)(image)
+    assert {segment["label"] for segment in segments} <= set(AutoConfig.from_pretrained(repo).id2label.values())
+torch.save(tensors, output)
+"""
+
+
+@pytest.mark.parametrize("subfolder", ["", "models/best"])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "500KB"], ids=["whole", "sharded"])
+def test_with_the_package_it_loads_the_same_without_trust(hub, model, processor, tmp_path, subfolder, max_shard_size):
+    model.save_pretrained(tmp_path / "checkpoint", max_shard_size=max_shard_size)
+    processor.save_pretrained(tmp_path / "checkpoint")
+    files = {str(Path(subfolder, path.name)): path.read_bytes() for path in (tmp_path / "checkpoint").iterdir()}
+    assert any("-of-" in name for name in files) == (max_shard_size == "500KB")
+    repo = f"tester/placed-{max_shard_size}-{len(subfolder)}"
+    hub.create("models", repo, files)
+    commit = hub.commits("models", repo)[0].sha
+    image = Image.fromarray(torch.randint(0, 256, (80, 70), dtype=torch.uint8).numpy())
+    image.save(tmp_path / "slice.png")
+    with torch.inference_mode():
+        expected = model(**processor(image, return_tensors="pt")).logits
+    for revision in ("main", commit):
+        result = run(hub, tmp_path, LOAD_WITH_PACKAGE, repo, subfolder, revision, tmp_path / "out.pt", token=None)
+        assert result.returncode == 0, result.stderr
+        tensors = torch.load(tmp_path / "out.pt", weights_only=True)
+        assert len(tensors) == 8
+        for name, logits in tensors.items():
+            assert torch.equal(logits, expected), name
+
+
 @pytest.mark.parametrize(
     ("token", "repo", "message"),
     [

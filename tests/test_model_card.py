@@ -1,0 +1,379 @@
+"""Model cards: rendered from a run's files, validated by the Hub, and pushed with what they show and no more."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from common import BRATS_REGIONS, small_model
+from huggingface_hub import ModelCard
+from loopback_hub import LoopbackHub
+
+from dataset_scripts.phantom import write_phantom_cohort
+from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
+from sam2unet_hf.hub import (
+    CHECKPOINT_FILES,
+    MEASURES,
+    has_same_weights,
+    main,
+    parse_score,
+    render_model_card,
+    shared_files,
+    write_model_card,
+)
+from sam2unet_hf.training import SegmentationMetrics
+
+
+ROOT = Path(__file__).parent.parent
+CODE = {name for name in CHECKPOINT_FILES if name.endswith(".py")}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint folder of nothing but a checkpoint."""
+    folder = tmp_path / "tumor_model"
+    model = small_model(regions=BRATS_REGIONS)
+    model.save_pretrained(folder)
+    Sam2UNetImageProcessor(regions=BRATS_REGIONS, size={"height": 96, "width": 64}).save_pretrained(folder)
+    return folder
+
+
+def add_run(folder, **fields):
+    scores = dict(enumerate(SegmentationMetrics(list(BRATS_REGIONS)).names()))
+    results = {
+        split: {name: (i + shift) / 200 for i, name in scores.items()}
+        for split, shift in (("validation", 0), ("test", 9))
+    }
+    info = {
+        "license": "cc-by-nc-4.0",
+        "tags": ["mri"],
+        "dataset": {"id": "tester/slices", "name": "Our slices", "citation": "Somebody 2020"},
+        "data": {"training images": 12},
+        "recipe": {"`learning_rate`": 3e-4, "checkpoint": "step 5, the best `dice`"},
+        "results": results,
+        "zero_division": 1.0,
+        **fields,
+    }
+    (folder / "training_info.json").write_text(json.dumps(info))
+    for name in ("predictions.png", "training_curve.png"):
+        (folder / name).write_bytes(b"picture")
+    return info
+
+
+# Rendering
+
+
+def test_the_card_of_a_bare_checkpoint_claims_nothing_of_a_run(folder):
+    card = render_model_card(folder)
+    text = str(card)
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "image-segmentation",
+        "tags": ["sam2-unet", "sam2", "hiera", "unet"],
+    }
+    for absent in ("## Training", "## Results", "license:", "None", "base_model", "!["):
+        assert absent not in text, absent
+    assert text.count("# tumor_model\n") == 1
+    assert "| TC | 1, 3 |" in text
+    assert "| 2 | WT without TC |" in text
+    assert "resized to 96 x 64 (height x width)" in text
+    assert "No results are recorded with this checkpoint" in text
+    assert "must not be used for diagnosis" in text
+    for paper in ("2408.08870", "10.3390/app15063267"):
+        assert paper in text
+    assert not re.search(r"\n{3,}", text)
+    assert "{{" not in text.replace("{{SAM2", "")
+
+
+def test_the_card_of_a_run_says_what_its_files_say(folder):
+    info = add_run(folder)
+    card = render_model_card(folder, "tester/tumor", tags=["extra"])
+    data = card.data
+    assert (data.license, data.datasets, data.model_name) == ("cc-by-nc-4.0", ["tester/slices"], "tumor")
+    assert data.tags[-2:] == ["mri", "extra"]
+    assert data.metrics == list(MEASURES)
+    expected = info["results"]["test"]
+    found = {(r.metric_type, r.metric_name.partition(", ")[2]): r.metric_value for r in data.eval_results}
+    assert len(found) == len(data.eval_results) == len(expected)
+    for name, value in expected.items():
+        region = next((region for region in BRATS_REGIONS if name.endswith(f"_{region}")), "")
+        assert found[name.removesuffix(f"_{region}"), region] == value
+    assert {(r.dataset_split, r.dataset_type, r.dataset_name) for r in data.eval_results} == {
+        ("test", "tester/slices", "Our slices")
+    }
+    text = str(card)
+    assert 'checkpoint = "tester/tumor"' in text
+    assert f"| Dice, TC | {expected['dice_TC']:.3f} | {expected['mean_dice_TC']:.3f} |" in text
+    assert f"| mean absolute error | {info['results']['validation']['mae']:.3f} |" in text
+    assert "On the validation split, which also chose the checkpoint:" in text
+    assert "| `learning_rate` | 0.0003 |" in text
+    assert "Somebody 2020" in text
+    assert "The weights are licensed under cc-by-nc-4.0." in text
+    assert not re.search(r"\n{3,}", text)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_pictures_of_the_data_are_shown_only_if_they_may_be_shared(folder, shared):
+    add_run(folder, share_predictions=shared)
+    write_model_card(folder)
+    text = (folder / "README.md").read_text()
+    assert "(training_curve.png)" in text
+    assert ("(predictions.png)" in text) == shared
+    assert ("predictions.png" in shared_files(folder)) == shared
+
+
+def test_paths_of_this_machine_are_not_in_the_card(folder, tmp_path):
+    (tmp_path / "secret" / "start").mkdir(parents=True)
+    add_run(folder, finetuned_from=str(tmp_path / "secret" / "start"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "encoder_source": str(tmp_path / "secret" / "sam2.pt")}))
+    text = str(render_model_card(folder))
+    assert "secret" not in text
+    assert "base_model" not in text
+    add_run(folder, finetuned_from="tester/start")
+    assert render_model_card(folder).data.base_model == "tester/start"
+
+
+def test_an_undefined_score_is_no_number_of_the_front_matter(folder):
+    info = add_run(folder)
+    info["results"]["test"]["dice_ET"] = float("nan")
+    (folder / "training_info.json").write_text(json.dumps(info))
+    card = render_model_card(folder)
+    assert "Dice, ET" not in [result.metric_name for result in card.data.eval_results]
+    assert "| Dice, ET | undefined |" in str(card)
+
+
+def test_every_score_of_the_trainer_is_understood():
+    regions = ["WT", "dice", "a_b", "b"]
+    for name in SegmentationMetrics(regions).names():
+        kind, measure, region = parse_score(name, regions)
+        assert "_".join(filter(None, (kind, measure, region))) == name
+    assert parse_score("runtime", regions) is None
+    assert parse_score("dice_WT", ["WT"]) is None
+
+
+def test_the_command_line_writes_the_card(folder, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["card", str(folder), "--repo_id", "tester/tumor"])
+    assert exit_info.value.code == 0
+    assert 'checkpoint = "tester/tumor"' in (folder / "README.md").read_text()
+    with pytest.raises(SystemExit) as exit_info:
+        main(["card", str(folder / "nowhere")])
+    assert exit_info.value.code == 2
+
+
+def test_the_top_level_file_is_the_template_of_the_package():
+    assert (ROOT / "model_card.md").read_text() == (ROOT / "sam2unet_hf" / "model_card.md").read_text()
+
+
+def test_what_is_shared_is_what_a_checkpoint_writes(folder):
+    small_model(regions=BRATS_REGIONS).save_pretrained(folder / "shards", max_shard_size="300KB")
+    for path in [*folder.glob("*.*"), *(folder / "shards").iterdir()]:
+        assert any(path.match(pattern) for pattern in CHECKPOINT_FILES), path
+    assert CODE == {path.name for path in folder.glob("*.py")}
+
+
+def test_weights_are_compared(folder, tmp_path):
+    model = Sam2UNetForSemanticSegmentation.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "same", max_shard_size="300KB")
+    assert has_same_weights(tmp_path / "same", folder)
+    model.save_pretrained(
+        tmp_path / "part",
+        state_dict={k: v for k, v in model.state_dict().items() if "head" in k or k.startswith("encoder.p")},
+    )
+    assert not has_same_weights(tmp_path / "part", folder)
+    with torch.no_grad():
+        model.decode_head.classifier.bias[0] += 1e-6
+    model.save_pretrained(tmp_path / "other")
+    assert not has_same_weights(tmp_path / "other", folder)
+    assert not has_same_weights(tmp_path / "other", tmp_path / "nowhere")
+
+
+# On the Hub
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with LoopbackHub() as hub:
+        yield hub
+        assert hub.unknown_requests == []
+
+
+def run(hub, tmp_path, *command, token="hf_write"):
+    environment = {**hub.environment(tmp_path / "hf_home", token), "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+PUSH = """
+import sys
+import torch
+from sam2unet_hf import Sam2UNetForSemanticSegmentation
+
+folder, repo, change = sys.argv[1:]
+model = Sam2UNetForSemanticSegmentation.from_pretrained(folder)
+with torch.no_grad():
+    model.decode_head.classifier.bias += float(change)
+model.push_to_hub(repo, tags=["extra"])
+"""
+
+VALIDATE = """
+import sys
+from huggingface_hub import ModelCard
+
+card = ModelCard.load(sys.argv[1])
+card.validate()
+print(len(card.data.eval_results or []))
+"""
+
+
+def test_a_pushed_model_takes_the_card_of_its_run_along_unless_it_was_changed(hub, folder, tmp_path):
+    add_run(folder, share_predictions=True)
+    write_model_card(folder)
+    result = run(hub, tmp_path, "-c", PUSH, folder, "tester/kept", "0")
+    assert result.returncode == 0, result.stderr
+    assert hub.file("models", "tester/kept", "README.md").decode() == str(
+        render_model_card(folder, "tester/kept", ["extra"])
+    )
+    assert {"predictions.png", "training_curve.png"} <= set(hub.files("models", "tester/kept"))
+    assert json.loads(hub.file("models", "tester/kept", "preprocessor_config.json"))["size"] == {
+        "height": 96,
+        "width": 64,
+    }
+    result = run(hub, tmp_path, "-c", VALIDATE, "tester/kept")
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) == len(SegmentationMetrics(list(BRATS_REGIONS)).names())
+    # Other weights: not the results of this run, but what stands on the Hub is not ours to remove.
+    result = run(hub, tmp_path, "-c", PUSH, folder, "tester/changed", "1")
+    assert result.returncode == 0, result.stderr
+    assert "## Results" not in hub.file("models", "tester/changed", "README.md").decode()
+    assert "predictions.png" not in hub.files("models", "tester/changed")
+    before = hub.file("models", "tester/kept", "README.md")
+    result = run(hub, tmp_path, "-c", PUSH, folder, "tester/kept", "1")
+    assert result.returncode == 0, result.stderr
+    assert hub.file("models", "tester/kept", "README.md") == before
+
+
+def test_a_card_that_was_written_by_hand_is_pushed_as_it_is(hub, folder, tmp_path):
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    result = run(hub, tmp_path, "-c", PUSH, folder, "tester/by-hand", "0")
+    assert result.returncode == 0, result.stderr
+    assert hub.file("models", "tester/by-hand", "README.md") == (folder / "README.md").read_bytes()
+
+
+REFUSE_CARD = "---\nlicense: my-own\n---\n"
+
+
+def test_the_validator_of_the_tests_refuses_a_wrong_card(hub, tmp_path):
+    # So that the card above passing means something.
+    hub.create("models", "tester/wrong", {"README.md": REFUSE_CARD.encode()})
+    result = run(hub, tmp_path, "-c", VALIDATE, "tester/wrong")
+    assert result.returncode != 0
+    assert "license" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    return write_phantom_cohort(tmp_path_factory.mktemp("cohort") / "brats", num_patients=13, shape=(40, 40, 26))
+
+
+def fine_tune(hub, cohort, tmp_path, *arguments, token="hf_write"):
+    model = small_model()
+    model.save_pretrained(tmp_path / "start")
+    Sam2UNetImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "start")
+    return run(
+        hub, tmp_path, ROOT / "examples" / "run_segmentation.py", "--brats_dir", cohort, "--slices", "12 13",
+        "--model_name_or_path", tmp_path / "start", "--use_cpu", "--output_dir", tmp_path / "run", "--push_to_hub",
+        "--per_device_train_batch_size", "8", "--disable_tqdm", "true", *arguments, token=token,
+    )  # fmt: skip
+
+
+def test_a_run_pushes_its_checkpoint_and_card_and_no_image_of_a_patient(hub, cohort, tmp_path):
+    result = fine_tune(
+        hub, cohort, tmp_path, "--num_train_epochs", "2", "--hub_model_id", "tester/run", "--hub_token", "hf_write",
+        "--hub_strategy", "every_save", "--license", "cc-by-nc-4.0", token=None,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    files = set(hub.files("models", "tester/run")) - {".gitattributes"}
+    pictures = {"training_curve.png"}
+    assert files == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", *CODE, *pictures}
+    assert (tmp_path / "run" / "predictions.png").exists()
+    titles = [commit.title for commit in hub.commits("models", "tester/run")]
+    assert titles[0] == "End of training"
+    assert any(title.startswith("Training in progress") for title in titles)
+    every_content = b"".join(path.read_bytes() for path in hub.folder.iterdir())
+    for text in [
+        result.stdout,
+        result.stderr,
+        *(path.read_bytes().decode("latin-1") for path in (tmp_path / "run").rglob("*") if path.is_file()),
+    ]:
+        assert "hf_write" not in text
+    assert b"hf_write" not in every_content
+    assert str(tmp_path).encode() not in hub.file("models", "tester/run", "README.md")
+    card = ModelCard(hub.file("models", "tester/run", "README.md").decode())
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert values["dice"] == results["test_dice"]
+    assert values["weighted_f_beta"] == results["test_weighted_f_beta"]
+    assert card.data.license == "cc-by-nc-4.0"
+    assert "| `num_train_epochs` | 2.0 |" in card.text
+    assert "| `per_device_train_batch_size` | 8 |" in card.text
+    assert "| slices | axial, 12 13 |" in card.text
+    assert run(hub, tmp_path, "-c", VALIDATE, "tester/run").returncode == 0
+    # The checkpoint on the Hub is the one of the run.
+    assert (
+        hub.file("models", "tester/run", "model.safetensors") == (tmp_path / "run" / "model.safetensors").read_bytes()
+    )
+
+
+def test_a_run_that_may_not_push_ends_before_it_trains(hub, cohort, tmp_path):
+    before = len(hub.uploads())
+    result = fine_tune(hub, cohort, tmp_path, "--hub_model_id", "stranger/run")
+    assert result.returncode != 0
+    assert "403 Forbidden" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not [*(tmp_path / "run").glob("checkpoint-*")]
+    assert len(hub.uploads()) == before
+
+
+# Cut off
+
+PUSH_SHARDS = """
+import sys, time
+from sam2unet_hf import Sam2UNetForSemanticSegmentation
+
+time.sleep = lambda seconds: None  # the client waits 23 s in all before it gives up
+Sam2UNetForSemanticSegmentation.from_pretrained(sys.argv[1]).push_to_hub("tester/cut", max_shard_size="1MB")
+"""
+
+
+def test_a_push_that_is_cut_off_can_be_repeated(hub, folder, tmp_path):
+    before = len(hub.uploads())
+    hub.drop_connection_on_lfs_upload(3, times=6)
+    result = run(hub, tmp_path, "-c", PUSH_SHARDS, folder)
+    assert result.returncode != 0
+    assert "hf_write" not in result.stdout + result.stderr
+    assert "config.json" not in hub.files("models", "tester/cut")
+    stored = [oid for oid, status in hub.uploads()[before:] if status == 200]
+    result = run(hub, tmp_path, "-c", PUSH_SHARDS, folder)
+    assert result.returncode == 0, result.stderr
+    shards = [name for name in hub.files("models", "tester/cut") if name.endswith(".safetensors")]
+    assert len(shards) > 3
+    # What had arrived is not sent again.
+    done = [oid for oid, status in hub.uploads()[before:] if status == 200]
+    assert len(done) == len(set(done)) == len(shards)
+    assert 0 < len(stored) < len(shards)
+    config = Sam2UNetConfig.from_pretrained(folder)
+    assert yaml.safe_load(hub.file("models", "tester/cut", "config.json"))["regions"] == [
+        [name, ids] for name, ids in config.regions.items()
+    ]
