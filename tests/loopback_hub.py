@@ -247,7 +247,7 @@ class LoopbackHub:
             "HF_HOME": str(hf_home),
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",  # also stops the request for /api/agent-harnesses
+            "HF_HUB_DISABLE_TELEMETRY": "1",  # also stops the library asking for /api/agent-harnesses, not `hf`
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets asks amazonaws.com otherwise
         }
@@ -451,6 +451,10 @@ class _Handler(BaseHTTPRequestHandler):
         auth = {"type": "access_token", "accessToken": token}
         self.send_json({"type": "user", "id": "0", "name": self.hub.user, "fullname": "", "orgs": [], "auth": auth})
 
+    @route("GET", "/api/agent-harnesses")
+    def agent_harnesses(self):
+        self.send_json({"standardEnvVars": [], "harnesses": {}})  # asked for by `hf`, to report what calls it
+
     def named_repo(self) -> tuple[str, str, dict]:
         body = self.payload()
         return f"{body.get('type') or 'model'}s", f"{body.get('organization') or self.hub.user}/{body['name']}", body
@@ -495,6 +499,12 @@ class _Handler(BaseHTTPRequestHandler):
         info.update(tags=[tag for tag in tags if tag], cardData=card, siblings=siblings)
         info.update({key: card[key] for key in ("library_name", "pipeline_tag", "model-index") if key in card})
         self.send_json(info)
+
+    @route("GET", API + "/auth-check(?P<write>/write)?")
+    def auth_check(self, repo: Repo, write: str = ""):
+        if write:
+            self.check_rights(repo.id.split("/")[0], f"write to {repo.id}")
+        self.send_json({})
 
     # Revisions
 

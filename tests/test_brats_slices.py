@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import nibabel as nib
@@ -14,7 +13,7 @@ import pytest
 from huggingface_hub import DatasetCard
 
 from dataset_scripts.brats_slices import BratsSlices, split_patients
-from dataset_scripts.brats_slices.__main__ import main, push_dataset
+from dataset_scripts.brats_slices.__main__ import main
 from dataset_scripts.brats_slices.brats_slices import encode_png
 from sam2unet_hf.nifti import BratsCaseError
 
@@ -416,36 +415,6 @@ def test_cli_usage_error_exits_with_2(brats_dir, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(brats_dir, tmp_path / "out", "--slices", "some")
     assert "argument --slices: expected indices, `all` or `tumor`, got some" in capsys.readouterr().err
-
-
-def fake_hub(private):
-    calls = []
-    api = SimpleNamespace(
-        create_repo=lambda *args, **kwargs: calls.append(("create_repo", args, kwargs)),
-        repo_info=lambda *args, **kwargs: SimpleNamespace(private=private),
-        upload_folder=lambda **kwargs: calls.append(("upload_folder", kwargs["folder_path"])),
-        whoami=lambda: {},
-    )
-    return api, calls
-
-
-def test_push_makes_a_private_repository(brats_dir, tmp_path, monkeypatch):
-    api, calls = fake_hub(private=True)
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
-    run(brats_dir, tmp_path / "out", "--slices", "2", "--push_to_hub", "me/brats")
-    assert calls == [
-        ("create_repo", ("me/brats",), {"repo_type": "dataset", "private": True, "exist_ok": True}),
-        ("upload_folder", tmp_path / "out"),
-    ]
-    assert 'load_dataset("me/brats")' in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_push_to_a_public_repository_is_refused(tmp_path, monkeypatch):
-    api, calls = fake_hub(private=False)
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
-    with pytest.raises(ValueError, match="`me/brats` is public, .*Make the repository private"):
-        push_dataset(tmp_path, "me/brats")
-    assert [call[0] for call in calls] == ["create_repo"]
 
 
 # Real scans

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 import string
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub.errors import HTTPError  # of its HTTP library, which is not the same in all versions
 
 from sam2unet_hf.nifti import MODALITIES, PLANES
 
@@ -22,6 +24,19 @@ from .brats_slices import CITATION, BratsSlices
 
 logger = logging.getLogger(__name__)
 
+# What the card says of scans that must not be passed on, and of scans that may be.
+PRIVATE_TERMS = {
+    "license": "license: other\nlicense_name: brats-data-use\nlicense_link: https://www.synapse.org/brats",
+    "source": "of the Brain Tumor Segmentation (BraTS) challenge",
+    "terms": "The scans are under the terms of the challenge: register there to use them, and do not pass them on. "
+    "Keep this data set\nprivate.",
+}
+PUBLIC_TERMS = {
+    "license": "license: unknown",
+    "source": "in the layout of the Brain Tumor Segmentation (BraTS) challenge",
+    "terms": "Whoever published this data set states that its scans may be passed on. They are not those of the "
+    "challenge, which\nmay not.",
+}
 SIZE_CATEGORIES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (float("inf"), "100K<n<1M"))  # the Hub's
 
 
@@ -34,7 +49,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--brats_dir", required=True, help="folder that holds the BraTS cases, at any depth")
     parser.add_argument("--output_dir", required=True, type=Path, help="new folder for the data set")
-    parser.add_argument("--push_to_hub", metavar="ID", help="upload to this data set repository, made private")
+    parser.add_argument("--push_to_hub", metavar="ID", help="upload to this data set repository, private if it is new")
+    parser.add_argument(
+        "--public",
+        action="store_true",
+        help="the repository is public: only for scans you may pass on, which those of BraTS are not; an existing "
+        "private one stays private",
+    )
     parser.add_argument(
         "--modalities", nargs="+", default=["flair"], choices=MODALITIES, help="one, or three as red, green and blue"
     )
@@ -47,6 +68,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_proc", type=int, default=1, help="number of processes")
     parser.add_argument("--skip_bad_cases", action="store_true", help="leave out and list cases that cannot be used")
     args = parser.parse_args(argv)
+    if args.public and not args.push_to_hub:
+        parser.error("argument --public: needs --push_to_hub, which names the repository")
     words = " ".join(args.slices).split()  # `--slices 80 95` and `--slices "80 95"`
     try:
         args.slices = words[0] if words in (["all"], ["tumor"]) else [int(word) for word in words]
@@ -56,7 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def write_dataset(
-    builder: BratsSlices, output_dir: Path, num_proc: int = 1, repo_id: str | None = None
+    builder: BratsSlices, output_dir: Path, num_proc: int = 1, repo_id: str | None = None, public: bool = False
 ) -> dict[str, str]:
     """Build a data set and write it to a folder that appears whole or not at all.
 
@@ -65,17 +88,22 @@ def write_dataset(
         output_dir: New or empty folder. It gets `data/{split}-*.parquet` and `README.md`.
         num_proc: Number of processes.
         repo_id: Where on the Hub it will be, for the card.
+        public: The scans may be passed on; the card says so.
 
     Returns:
         Why cases have no rows, by case id.
 
     Raises:
-        FileExistsError: If the folder is not empty.
+        FileExistsError: If the folder is not empty. If it holds what was written for `repo_id`, the message names the
+            command that uploads it.
         BratsCaseError: If a case cannot be used and the builder does not skip bad cases.
     """
     output_dir = Path(os.path.abspath(output_dir))
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        raise FileExistsError(f"`{output_dir}` is not empty. Remove it or choose another `--output_dir`.")
+        advice = "Remove it or choose another `--output_dir`."
+        if repo_id and _is_written_for(output_dir, repo_id):
+            advice += f" Or, to upload what an earlier run wrote there: {upload_command(output_dir, repo_id, public)}"
+        raise FileExistsError(f"`{output_dir}` is not empty. {advice}")
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as staging:
         build, whole = Path(staging, "build"), Path(staging, "whole")
@@ -85,7 +113,7 @@ def write_dataset(
             name = path.stem.removeprefix(f"{builder.dataset_name}-")
             path.rename(whole / "data" / f"{name if '-of-' in name else f'{name}-00000-of-00001'}.parquet")
         skipped = builder.skipped_cases
-        card = render_card(builder, whole / "data", skipped, repo_id or output_dir.name)
+        card = render_card(builder, whole / "data", skipped, repo_id or output_dir.name, public)
         (whole / "README.md").write_text(card, encoding="utf-8")
         if output_dir.exists():
             output_dir.rmdir()
@@ -93,7 +121,15 @@ def write_dataset(
     return skipped
 
 
-def render_card(builder: BratsSlices, data_folder: Path, skipped: dict[str, str], load_path: str) -> str:
+def _is_written_for(folder: Path, repo_id: str) -> bool:
+    """Whether the card there is one of ours for this repository."""
+    card = folder / "README.md"
+    return card.is_file() and f'load_dataset("{repo_id}")' in card.read_text(encoding="utf-8")
+
+
+def render_card(
+    builder: BratsSlices, data_folder: Path, skipped: dict[str, str], load_path: str, public: bool = False
+) -> str:
     """Fill the template of the card with the options and with what the Parquet files hold."""
     config = builder.config
     patient_of = {case.case_id: case.patient_id for case in config.cases}
@@ -131,19 +167,60 @@ def render_card(builder: BratsSlices, data_folder: Path, skipped: dict[str, str]
         option_rows="\n".join(f"| `{name}` | {value} |" for name, value in options.items()),
         skipped=f"Cases without rows: {', '.join(skipped)}." if skipped else "All cases found have rows.",
         citation=CITATION,
+        **(PUBLIC_TERMS if public else PRIVATE_TERMS),
     )
 
 
-def push_dataset(folder: Path, repo_id: str) -> None:
-    """Upload a data set folder to a private repository; a public one is refused, for BraTS forbids it."""
+def prepare_repository(repo_id: str, public: bool = False) -> huggingface_hub.RepoUrl:
+    """Find or make a data set repository that may be written to, before hours are spent on what to put there.
+
+    Args:
+        repo_id: `name` or `namespace/name`.
+        public: Make a new repository public, and take an existing one as it is. Else a new one is private.
+
+    Returns:
+        Its address, whose `repo_id` has the namespace.
+
+    Raises:
+        ValueError: If the repository is public and `public` is false, for BraTS forbids to pass the scans on.
+        OSError: If the token is missing or has no right to write there.
+    """
     api = huggingface_hub.HfApi()
-    api.create_repo(repo_id, repo_type="dataset", private=True, exist_ok=True)
-    if not api.repo_info(repo_id, repo_type="dataset").private:
+    api.whoami()  # says best that there is no token, or a wrong one
+    url = api.create_repo(repo_id, repo_type="dataset", private=not public, exist_ok=True)
+    api.auth_check(url.repo_id, repo_type="dataset", write=True)  # `exist_ok` takes any one that can be read
+    if not public and not api.repo_info(url.repo_id, repo_type="dataset").private:
         raise ValueError(
-            f"`{repo_id}` is public, and the terms of BraTS forbid to pass the scans on. Make the repository private, "
-            f"then run: hf upload --repo-type dataset {repo_id} {folder}"
+            f"`{url.repo_id}` is public, and the terms of BraTS forbid to pass the scans on. Make the repository "
+            "private or name another one. `--public` is for scans that you may pass on."
         )
-    api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder, delete_patterns="data/*")
+    return url
+
+
+def push_dataset(folder: Path, repo_id: str, public: bool = False) -> None:
+    """Upload a data set folder to a repository in place of the data that is there.
+
+    Args:
+        folder: As `write_dataset` writes it.
+        repo_id: Of an existing repository, see `prepare_repository`.
+        public: As it was prepared; for the advice in the error.
+
+    Raises:
+        OSError: If the upload fails. The message names the command that repeats it.
+    """
+    try:
+        huggingface_hub.HfApi().upload_folder(
+            repo_id=repo_id, repo_type="dataset", folder_path=folder, delete_patterns="data/*"
+        )
+    except (RuntimeError, ValueError, OSError, HTTPError) as err:
+        command = upload_command(folder, repo_id, public)
+        raise OSError(f"{err}\nThe data set is complete in `{folder}`. To upload it: {command}") from err
+
+
+def upload_command(folder: Path, repo_id: str, public: bool = False) -> str:
+    """Return the shell command that does what `push_dataset` does."""
+    words = ["hf", "upload", repo_id, os.path.abspath(folder), "--repo-type", "dataset", "--delete", "data/*"]
+    return shlex.join(words if public else [*words, "--private"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -152,8 +229,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.setLevel(logging.INFO)
     args = parse_args(argv)
     try:
-        if args.push_to_hub:
-            huggingface_hub.HfApi().whoami()  # no token is better known before the scans are read
         builder = BratsSlices(
             data_dir=args.brats_dir,
             modalities=args.modalities,
@@ -163,18 +238,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             seed=args.seed,
             skip_bad_cases=args.skip_bad_cases,
         )
-        skipped = write_dataset(builder, args.output_dir, args.num_proc, args.push_to_hub)
+        url = prepare_repository(args.push_to_hub, args.public) if args.push_to_hub else None
+        repo_id = url.repo_id if url else None
+        skipped = write_dataset(builder, args.output_dir, args.num_proc, repo_id, args.public)
         counts = ", ".join(f"{split.num_examples} {name}" for name, split in builder.info.splits.items())
         n_used = len({case.case_id for case in builder.config.cases} - set(skipped))
         logger.info(
             "Wrote %s slices of %d cases to %s (cases left out: %d).", counts, n_used, args.output_dir, len(skipped)
         )
-        if args.push_to_hub:
-            push_dataset(args.output_dir, args.push_to_hub)
-            logger.info("Pushed to https://huggingface.co/datasets/%s", args.push_to_hub)
-    except (ValueError, OSError) as err:
+        if repo_id:
+            push_dataset(args.output_dir, repo_id, args.public)
+            logger.info("Pushed to %s", url)
+    except (ValueError, OSError, HTTPError) as err:
         sys.exit(f"error: {err}")
-    logger.info('Read it with: datasets.load_dataset("%s")', args.push_to_hub or args.output_dir)
+    logger.info('Read it with: datasets.load_dataset("%s")', repo_id or args.output_dir)
 
 
 if __name__ == "__main__":
