@@ -417,7 +417,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # pushed at the end, with results and pictures
         trainer.save_state()
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
@@ -432,21 +432,22 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         trainer.log_metrics("test", metrics)
         trainer.save_metrics("test", metrics)
 
-    if not trainer.is_world_process_zero():
-        return {}
-    dice = compute_metrics.image_dice.mean(axis=1)
-    plot_predictions(choose_cases(data[shown], dice, at_mask_size, model), regions, output_dir / "predictions.png")
-    if training_args.do_train:
-        plot_training_curve(history, output_dir / "training_curve.png")
-    if training_args.do_predict:
-        batch_size = training_args.per_device_eval_batch_size
-        write_predictions(output_dir / "predictions", data[shown], at_mask_size, model, batch_size)
+    if trainer.is_world_process_zero():
+        dice = compute_metrics.image_dice.mean(axis=1)
+        plot_predictions(choose_cases(data[shown], dice, at_mask_size, model), regions, output_dir / "predictions.png")
+        if training_args.do_train:
+            plot_training_curve(history, output_dir / "training_curve.png")
+        if training_args.do_predict:
+            batch_size = training_args.per_device_eval_batch_size
+            write_predictions(output_dir / "predictions", data[shown], at_mask_size, model, batch_size)
     if training_args.do_train:
         card = describe_run(data, data_args, model_args, training_args)
         if training_args.push_to_hub:
             trainer.push_to_hub(**card)
         else:
             trainer.create_model_card(**card)
+    if not trainer.is_world_process_zero():
+        return {}
     logger.info(
         "The results are in %s: %s.", output_dir, ", ".join(sorted(path.name for path in output_dir.iterdir()))
     )

@@ -8,6 +8,7 @@ python -m sam2unet_hf.hub metric dice my_dice_space
 # mypy: disable-error-code="arg-type, union-attr"
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -20,12 +21,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from safetensors import SafetensorError
 
 from .configuration_sam2unet import PRESETS, Sam2UNetConfig
 from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .modeling_sam2unet import Sam2UNetForSemanticSegmentation, is_sam2_weight
-from .sam2_encoder import read_safetensors
+from .sam2_encoder import is_local, read_safetensors
 
 
 # What a model repository holds, of all that a run leaves in its folder. Nothing in it is a pickle.
@@ -126,16 +126,24 @@ def eval_results(info: Mapping[str, Any], regions: Sequence[str]) -> list[EvalRe
     return results
 
 
-def hub_id(name: str | None) -> str | None:
-    """Return `name` if it can be a repository on the Hub, and `None` for a path or nothing."""
-    if not name or Path(name).exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None:
-        return None
-    return name
+def sign(text: str) -> str:
+    """Return a card with its own hash in a comment at its end, which shows whether somebody has edited it since."""
+    text = text.rstrip("\n") + "\n"
+    return f"{text}\n<!-- written by sam2unet_hf, sha256 {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def is_unedited(text: str) -> bool:
+    """Whether a card is just as `sign` left it."""
+    body, _, _ = text.rpartition("\n<!-- written by sam2unet_hf, sha256 ")
+    return bool(body) and sign(body) == text
 
 
 def render_model_card(
-    folder: str | os.PathLike, repo_id: str | None = None, tags: Sequence[str] | None = None
-) -> ModelCard:
+    folder: str | os.PathLike,
+    repo_id: str | None = None,
+    tags: Sequence[str] | None = None,
+    run: str | os.PathLike | None = None,
+) -> str:
     """Write the card of a checkpoint from the files in its folder; what they do not tell stays out.
 
     Args:
@@ -144,13 +152,17 @@ def render_model_card(
             shown only if the run says that its images may be shared.
         repo_id: Where on the Hub it will be.
         tags: Further tags.
+        run: Folder of the run that made the checkpoint, if that is another one.
 
     Raises:
-        OSError: If there is no `config.json`.
+        FileNotFoundError: If there is no `config.json`.
     """
     folder = Path(folder)
+    run = folder if run is None else Path(run)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no checkpoint: there is no config.json in it.")
     config = Sam2UNetConfig.from_pretrained(folder)
-    info = json.loads((folder / TRAINING_INFO).read_text()) if (folder / TRAINING_INFO).is_file() else {}
+    info = json.loads((run / TRAINING_INFO).read_text()) if (run / TRAINING_INFO).is_file() else {}
     size = None
     if (folder / "preprocessor_config.json").is_file():
         processor = Sam2UNetImageProcessor.from_pretrained(folder)
@@ -161,10 +173,11 @@ def render_model_card(
     preset = [name for name, values in PRESETS.items() if all(backbone[key] == values[key] for key in values)]
     regions = list(config.regions)
     title = info.get("model_name") or (repo_id or folder.resolve().name).split("/")[-1]
-    encoder_source, finetuned_from = hub_id(config.encoder_source), hub_id(info.get("finetuned_from"))
+    encoder_source = None if is_local(config.encoder_source) else config.encoder_source
+    finetuned_from = info.get("finetuned_from")
     dataset = info.get("dataset", {})
     results = eval_results(info, regions)
-    pictures = [(name, text) for name, text in PICTURES.items() if (folder / name).is_file()]
+    pictures = [(name, text) for name, text in PICTURES.items() if (run / name).is_file()]
     if not info.get("share_predictions"):
         pictures = [(name, text) for name, text in pictures if name != "predictions.png"]
     card_data = ModelCardData(
@@ -179,7 +192,7 @@ def render_model_card(
         model_name=title if results else None,
         eval_results=results or None,
     )
-    return ModelCard.from_template(
+    card = ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
         title=title,
@@ -207,11 +220,12 @@ def render_model_card(
         data_citation=dataset.get("citation"),
         license=info.get("license"),
     )
+    return sign(str(card))
 
 
-def shown_pictures(card: ModelCard | str) -> list[str]:
+def shown_pictures(card: str) -> list[str]:
     """Return the pictures of a run that its card shows."""
-    return [name for name in PICTURES if f"]({name})" in str(card)]
+    return [name for name in PICTURES if f"]({name})" in card]
 
 
 def shared_files(folder: str | os.PathLike) -> list[str]:
@@ -220,11 +234,14 @@ def shared_files(folder: str | os.PathLike) -> list[str]:
     return [*CHECKPOINT_FILES, "README.md", *shown_pictures(card.read_text() if card.is_file() else "")]
 
 
-def has_same_weights(folder: Path, other: Path) -> bool:
-    """Whether two checkpoints agree in all that was trained, and in the encoder if both hold one."""
+def is_same_model(folder: Path, other: Path) -> bool:
+    """Whether two checkpoints agree in regions, in all that was trained, and in the encoder if both hold one."""
     try:
+        configs = [json.loads((path / "config.json").read_text()) for path in (folder, other)]
         first, second = read_safetensors(folder), read_safetensors(other)
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError):
+        return False
+    if configs[0]["regions"] != configs[1]["regions"]:
         return False
     for names in (first.keys() - second.keys(), second.keys() - first.keys()):
         if not all(map(is_sam2_weight, names)):
@@ -236,15 +253,14 @@ def add_model_card(
     folder: str | os.PathLike,
     source: str,
     repo_id: str,
-    *,
     revision: str | None = None,
     token: str | bool | None = None,
     tags: Sequence[str] | None = None,
-) -> None:
+) -> list[str]:
     """Put a card into a checkpoint folder that is about to be uploaded.
 
-    It is the one of the run in `source`, with its pictures, if the weights are that run's. Else the one on the Hub is
-    left as it is, and only if there is none, a card without results is written.
+    It tells of the run in `source`, with its pictures, if the model is the one of that run. A card that somebody
+    edited is kept: that of the run as it is, and that on the Hub by writing none.
 
     Args:
         folder: What will be uploaded.
@@ -253,22 +269,33 @@ def add_model_card(
         revision: Branch it goes to.
         token: Token for the Hub.
         tags: Tags for the card.
+
+    Returns:
+        The pictures on the Hub that no card shows any more.
     """
-    folder, run = Path(folder), Path(source)
-    if source and (run / "README.md").is_file() and has_same_weights(folder, run):
+    folder = Path(folder)
+    run = Path(source) if source and is_same_model(folder, Path(source)) else None
+    text = None
+    if run is not None and (run / "README.md").is_file():
         text = (run / "README.md").read_text(encoding="utf-8")
-        if (run / "config.json").is_file() and text == str(render_model_card(run)):
-            # Nobody wrote in it, so it may name the repository.
-            text = str(render_model_card(run, repo_id, tags))
-        (folder / "README.md").write_text(text, encoding="utf-8")
-        for name in shown_pictures(text):
-            shutil.copyfile(run / name, folder / name)
-    elif not HfApi(token=token).file_exists(repo_id, "README.md", revision=revision):
-        render_model_card(folder, repo_id, tags).save(folder / "README.md")
+    if text is None or is_unedited(text):
+        api = HfApi(token=token)
+        if api.file_exists(repo_id, "README.md", revision=revision):
+            there = Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text(encoding="utf-8")
+            if not is_unedited(there):
+                return []
+        text = render_model_card(folder, repo_id, tags, run)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    shown = [] if run is None else [name for name in shown_pictures(text) if (run / name).is_file()]
+    for name in shown:
+        shutil.copyfile(Path(source) / name, folder / name)
+    return [name for name in PICTURES if name not in shown]
 
 
 def write_model_card(folder: str | os.PathLike, repo_id: str | None = None, tags: Sequence[str] | None = None) -> Path:
-    """Write `README.md` of a checkpoint folder, see [`render_model_card`]; an older one is replaced.
+    """Write `README.md` of a checkpoint folder, see [`render_model_card`].
+
+    A card that was written so before is replaced; one that somebody edited is an error.
 
     Args:
         folder: Checkpoint folder.
@@ -276,10 +303,14 @@ def write_model_card(folder: str | os.PathLike, repo_id: str | None = None, tags
         tags: Further tags.
 
     Raises:
-        OSError: If there is no `config.json`.
+        FileExistsError: If there is a card that was edited.
+        FileNotFoundError: If there is no `config.json`.
     """
     path = Path(folder) / "README.md"
-    render_model_card(folder, repo_id, tags).save(path)
+    text = render_model_card(folder, repo_id, tags)
+    if path.is_file() and not is_unedited(path.read_text(encoding="utf-8")):
+        raise FileExistsError(f"{path} was edited. Move it away to have a card written anew.")
+    path.write_text(text, encoding="utf-8")
     return path
 
 

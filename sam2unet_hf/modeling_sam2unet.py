@@ -26,6 +26,7 @@ from .loss_sam2unet import deep_supervision_loss
 from .sam2_encoder import (
     check_state_dict,
     encoder_sha256,
+    is_local,
     load_sam2_encoder,
     read_safetensors,
     restore_encoder,
@@ -410,6 +411,9 @@ class Sam2UNetPreTrainedModel(PreTrainedModel):
         elif callable(reset := getattr(module, "reset_parameters", None)):
             reset()
 
+    # Where in the repository `name_or_path` the checkpoint was: `revision` and `subfolder`, where given.
+    placed: dict[str, Any] = {}
+
     def freeze_encoder(self, freeze: bool = True) -> None:
         """Freeze or release the encoder's own weights; adapters and decoder stay trainable.
 
@@ -437,22 +441,32 @@ class Sam2UNetPreTrainedModel(PreTrainedModel):
         """
         name = pretrained_model_name_or_path
         is_pickle = str(name).endswith((".bin", ".ckpt", ".pt", ".pth"))
-        if kwargs.setdefault("use_safetensors", True) is False or is_pickle:
+        if kwargs.get("use_safetensors") is False or is_pickle:
             raise ValueError(
                 f"Weights are loaded from safetensors files only, not from pickles, got {name}. Convert checkpoints "
                 "of the reference SAM2-UNet with `python -m sam2unet_hf.conversion`."
             )
-        if name is not None:
+        kwargs["use_safetensors"] = True
+        is_small = False
+        placed: dict[str, Any] = {
+            argument: kwargs[argument] for argument in ("revision", "subfolder") if argument in kwargs
+        }
+        if name is not None and kwargs.get("state_dict") is None:
             config = cls.read_config(kwargs.get("config"), name, kwargs)
+            if config.get("transformers_weights") is not None:
+                raise ValueError(
+                    f"The config of {name} names {config['transformers_weights']} as `transformers_weights`. Weights "
+                    "are read from model.safetensors only; remove the field."
+                )
+            # Raises where a pickle hides among the shards.
+            files = {"variant": kwargs.get("variant"), **placed}
             download_kwargs = {argument: kwargs[argument] for argument in DOWNLOAD_ARGUMENTS if argument in kwargs}
-            own = {
-                argument: kwargs[argument] for argument in ("revision", "subfolder", "variant") if argument in kwargs
-            }
-            if config.get("encoder_sha256") is None:
-                weight_files(name, **own, **download_kwargs)  # raises where pickles are hidden among them
-            else:
+            weight_files(name, **files, **{**download_kwargs, "force_download": False})  # super() downloads
+            if config.get("encoder_sha256") is not None:
+                state_dict = read_safetensors(name, **files, **download_kwargs)
+                is_small = not any(map(is_sam2_weight, state_dict))
+            if is_small:
                 backbone_config = cls.config_class(backbone_config=config["backbone_config"]).backbone_config
-                state_dict = read_safetensors(name, **own, **download_kwargs)
                 encoder = restore_encoder(config, str(name), backbone_config, **download_kwargs)
                 kwargs["state_dict"] = {**state_dict, **{f"encoder.{key}": value for key, value in encoder.items()}}
                 kwargs["config"] = kwargs.get("config") or name
@@ -475,6 +489,9 @@ class Sam2UNetPreTrainedModel(PreTrainedModel):
             )
         if name is not None:
             model.name_or_path = model.config.name_or_path = str(name)
+            model.placed = placed
+        if not is_small:
+            model.config.encoder_sha256 = None
         # transformers replaces the parameters of the constructor by new ones, all trainable.
         model.freeze_encoder(model.config.freeze_encoder)
         return (model, loading_info) if output_loading_info else model
@@ -566,15 +583,19 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         """Return what training changes under a frozen encoder: adapters, decoder and batch norm statistics."""
         return {name: value for name, value in self.state_dict().items() if not is_sam2_weight(name)}
 
-    def check_encoder(self) -> dict[str, str | None]:
+    def check_encoder(self, may_be_local: bool = True) -> dict[str, str | None]:
         """Check that the encoder can be fetched again from `config.encoder_source`, weight by weight.
+
+        Args:
+            may_be_local: Whether a path of this machine will do.
 
         Returns:
             What the config must say to fetch just that one: `encoder_source`, `encoder_revision`, `encoder_sha256`.
 
         Raises:
             OSError: If it cannot be reached.
-            ValueError: If no source is known, or the weights there are not those of this model.
+            ValueError: If no source is known, or the weights there are not those of this model, or it is a path and
+                must not be.
         """
         config = self.config
         if config.encoder_source is None:
@@ -582,6 +603,12 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
                 "`trainable_only=True` needs to know where the encoder comes from. Build the model with `from_sam2`, "
                 'set `model.config.encoder_source` to a Hub id such as "facebook/sam2-hiera-large" if it is that '
                 "encoder, or save the whole model."
+            )
+        if not may_be_local and is_local(config.encoder_source):
+            raise ValueError(
+                f"The encoder comes from {config.encoder_source}, which nobody else can reach. Set "
+                "`model.config.encoder_source` to a Hub id with the same weights, such as "
+                '"facebook/sam2-hiera-large", or push without `trainable_only=True`.'
             )
         found = load_sam2_encoder(config.encoder_source, config.backbone_config, revision=config.encoder_revision)
         for name, value in self.encoder.state_dict().items():
@@ -613,8 +640,7 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         Args:
             save_directory: Folder to write.
             is_main_process: As in transformers, like all that is not listed here.
-            state_dict: The weights, if not those of the model. Without an encoder they are saved as by
-                `trainable_only=True`.
+            state_dict: The weights, if not those of the model.
             push_to_hub: Upload what was written too. [`push_to_hub`] adds a model card and the image processor.
             *args: As in transformers.
             trainable_only: Leave out the encoder and note in the config where it comes from, so that
@@ -632,35 +658,24 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         name = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
         auto_map = {"AutoModel": name, "AutoModelForSemanticSegmentation": name}
         config.auto_map = {**(getattr(config, "auto_map", None) or {}), **auto_map}
-        before = {field: getattr(config, field) for field in ("encoder_source", "encoder_revision")}
-        is_local = config.encoder_source is not None and os.path.isabs(config.encoder_source)
-        if state_dict is not None:
-            trainable_only = trainable_only or not any(map(is_sam2_weight, state_dict))
-        config.encoder_sha256 = None
+        provenance = {field: getattr(config, field) for field in ("encoder_source", "encoder_revision")}
+        written = {**provenance, "encoder_sha256": None}
         if trainable_only:
-            if push_to_hub and is_local:
-                raise ValueError(self.local_encoder_message())
-            before = self.check_encoder()
-            for field, value in before.items():
-                setattr(config, field, value)
+            # Only one process of several writes.
+            if is_main_process:
+                provenance = written = self.check_encoder(may_be_local=not push_to_hub)
             weights = self.state_dict() if state_dict is None else state_dict
             state_dict = {name: value for name, value in weights.items() if not is_sam2_weight(name)}
-        elif is_local:
+        elif is_local(config.encoder_source):
             # A path is nobody else's business, and a whole model does without.
-            config.encoder_source = config.encoder_revision = None
+            written = dict.fromkeys(written)
+        for field, value in written.items():
+            setattr(config, field, value)
         try:
             super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
         finally:
-            for field, value in before.items():
+            for field, value in provenance.items():
                 setattr(config, field, value)
-
-    def local_encoder_message(self) -> str:
-        """Say why a small checkpoint on this model's encoder is of no use to others."""
-        return (
-            f"The encoder comes from {self.config.encoder_source}, which nobody else can reach. Set "
-            '`model.config.encoder_source` to a Hub id with the same weights, such as "facebook/sam2-hiera-large", '
-            "or push without `trainable_only=True`."
-        )
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -678,9 +693,9 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
     ) -> str:
         """Upload weights, configuration, image processor, code and model card.
 
-        The image processor is the one beside the checkpoint that this model was loaded from. So is the card, as long
-        as the weights are those of the checkpoint. A card that is already on the Hub is kept otherwise, or a plain one
-        written.
+        The image processor is the one beside the checkpoint that this model was loaded from. The card tells of the run
+        in that folder, as long as the weights are those of the run; else it claims no results. A card that somebody
+        edited is kept, in the folder or else on the Hub.
 
         Args:
             repo_id: Repository `user/name`, made if need be.
@@ -698,28 +713,30 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
             OSError: As [`save_pretrained`], or if the Hub cannot be reached or refuses.
             ValueError: As [`save_pretrained`].
         """
-        if trainable_only and os.path.isabs(self.config.encoder_source or ""):
-            raise ValueError(self.local_encoder_message())
+        if trainable_only:
+            self.check_encoder(may_be_local=False)
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        # Or weights in one file would go before new ones in shards.
+        outdated = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, trainable_only=trainable_only, max_shard_size=max_shard_size)
-            try:
-                processor = Sam2UNetImageProcessor.from_pretrained(self.name_or_path)
-            except OSError:  # a new model, or a folder without one
-                processor = Sam2UNetImageProcessor(regions=self.config.regions)
             Sam2UNetImageProcessor.register_for_auto_class()
-            if self.name_or_path or not api.file_exists(repo_id, "preprocessor_config.json", revision=revision):
+            try:
+                processor = Sam2UNetImageProcessor.from_pretrained(self.name_or_path, token=token, **self.placed)
                 processor.save_pretrained(folder)
+            except OSError:  # a new model, or a folder without one
+                if not api.file_exists(repo_id, "preprocessor_config.json", revision=revision):
+                    Sam2UNetImageProcessor(regions=self.config.regions).save_pretrained(folder)
             try:
                 # Where this file came with the weights, the package and its template may be missing.
                 from sam2unet_hf.hub import add_model_card
-
-                add_model_card(folder, self.name_or_path, repo_id, revision=revision, token=token, tags=tags)
             except ImportError:
-                logger.info("Install sam2unet-hf to have a model card written.")
+                logger.warning("No model card is written: that takes the package sam2unet-hf.")
+            else:
+                outdated += add_model_card(folder, self.name_or_path, repo_id, revision, token, tags)
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -727,8 +744,7 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
                 commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
-                # Or weights in one file would go before new ones in shards.
-                delete_patterns=["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"],
+                delete_patterns=outdated,
             )
 
     def region_masks(self, label_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

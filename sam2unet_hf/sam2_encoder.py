@@ -105,6 +105,13 @@ def check_state_dict(
         raise ValueError(f"The weights in {source} do not fit {size}: {'; '.join(problems)}.")
 
 
+def is_local(source: str | os.PathLike | None) -> bool:
+    """Whether `source` is a path of this machine and no id on the Hub."""
+    return source is not None and (
+        os.path.isabs(source) or Path(source).exists() or os.fspath(source).endswith((".pt", ".pth"))
+    )
+
+
 class Sam2Encoder(NamedTuple):
     """An encoder as it was read.
 
@@ -182,11 +189,12 @@ def weight_files(source: str | os.PathLike, variant: str | None = None, **downlo
         ValueError: If the index of the shards names anything but safetensors files.
     """
     middle = "" if variant is None else f".{variant}"
-    whole, index_name = f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"
+    whole = f"model{middle}.safetensors"
+    download_kwargs["_raise_exceptions_for_missing_entries"] = False
     # The order in which transformers looks for them.
-    if cached_file(source, whole, _raise_exceptions_for_missing_entries=False, **download_kwargs) is not None:
+    if cached_file(source, whole, **download_kwargs) is not None:
         return [whole]
-    index = cached_file(source, index_name, _raise_exceptions_for_missing_entries=False, **download_kwargs)
+    index = cached_file(source, f"model.safetensors.index{middle}.json", **download_kwargs)
     if index is None:
         return [whole]
     names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
@@ -204,7 +212,7 @@ def read_safetensors(
     Args:
         source: Folder or Hub id.
         prefix: Start of the names, dropped in the result.
-        variant: As in `weight_files`, like the other arguments.
+        variant: As in `weight_files`.
         **download_kwargs: As in `weight_files`.
 
     Raises:

@@ -2,8 +2,10 @@
 
 import copy
 import difflib
+import functools
 import itertools
 import json
+import logging
 import math
 import platform
 import shutil
@@ -24,11 +26,14 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from .hub import CHECKPOINT_FILES, TRAINING_INFO, shared_files, write_model_card
+from .hub import CHECKPOINT_FILES, PICTURES, TRAINING_INFO, shared_files, write_model_card
 from .image_processing_sam2unet import Sam2UNetImageProcessor, to_label_map
 from .metrics.functional import MEASURES, Accumulator, columns_of, score
 from .modeling_sam2unet import Sam2UNetForSemanticSegmentation, is_sam2_weight
+from .sam2_encoder import is_local
 
+
+logger = logging.getLogger(__name__)
 
 # The arguments of training that say how a run can be repeated.
 RECIPE = (
@@ -37,6 +42,9 @@ RECIPE = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
     "learning_rate",
     "lr_scheduler_type",
     "lr_scheduler_kwargs",
@@ -262,26 +270,37 @@ class Sam2UNetTrainer(Trainer):
         if trainable_only:
             if not model.config.freeze_encoder:
                 raise ValueError("`trainable_only` must be False for a model whose encoder is trained.")
-            model.check_encoder()  # now, not after hours of training
+            # Now, not after hours of training.
+            for field, value in model.check_encoder(may_be_local=not args.push_to_hub).items():
+                setattr(model.config, field, value)
         super().__init__(model, args, **kwargs)
+        if trainable_only and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("`trainable_only` must be False with FSDP and DeepSpeed, which split the weights.")
+        self.has_own_optimizer = kwargs.get("optimizers", (None, None)) != (None, None)
         self.batch_norm_images = batch_norm_images
         self.trainable_only = trainable_only
         self._final_scores: dict[str, float] = {}
+        self._card: dict[str, Any] = {}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as [`~transformers.Trainer`] does, and end with fresh batch norm statistics."""
+        self._final_scores = {}
         result = super().train(*args, **kwargs)
         # The best checkpoint has them since its evaluation.
         if self.batch_norm_images and not self.args.load_best_model_at_end:
             self.estimate_batch_norm()
         return result
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Evaluate as [`~transformers.Trainer`] does, during training with fresh batch norm statistics."""
         if self.is_in_train and self.batch_norm_images:
             self.estimate_batch_norm()
-        metrics = super().evaluate(*args, **kwargs)
-        if not self.is_in_train:
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        # Another data set under the name of the validation split is none for the model card.
+        is_own = metric_key_prefix != "eval" or eval_dataset is None or eval_dataset is self.eval_dataset
+        if not self.is_in_train and is_own:
             self._final_scores.update(metrics)
         return metrics
 
@@ -333,16 +352,29 @@ class Sam2UNetTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save as [`~transformers.Trainer`] does, without the token for the Hub in `training_args.bin`."""
         model = self.accelerator.unwrap_model(self.model)
-        if self.trainable_only:
-            state_dict = state_dict or model.state_dict()
-            state_dict = {name: value for name, value in state_dict.items() if not is_sam2_weight(name)}
         args = self.args
         self.args = copy.copy(args)
         self.args.hub_token = None
+        if self.trainable_only:
+            model.save_pretrained = functools.partial(model.save_pretrained, trainable_only=True)
         try:
             super()._save(output_dir, state_dict)
         finally:
             self.args = args
+            if self.trainable_only:
+                del model.save_pretrained
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Load as [`~transformers.Trainer`] does, but not what was trained on another encoder than this one."""
+        config = self.accelerator.unwrap_model(self.model).config
+        path = Path(resume_from_checkpoint, "config.json")
+        saved = json.loads(path.read_text()).get("encoder_sha256") if path.is_file() else None
+        if saved is not None and saved != config.encoder_sha256:
+            raise ValueError(
+                f"{resume_from_checkpoint} was trained on an encoder with SHA-256 {saved}, the one of this model has "
+                f"{config.encoder_sha256}. Start from the same encoder, with `trainable_only=True`."
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Warn as [`~transformers.Trainer`] does, but not of the encoder that small checkpoints lack."""
@@ -372,13 +404,18 @@ class Sam2UNetTrainer(Trainer):
         always = ("num_train_epochs", "per_device_train_batch_size", "optim", "learning_rate", "weight_decay", "seed")
         for name in RECIPE:
             value = getattr(self.args, name)
-            if name in always or (value and value != default[name]):
+            if name in always or (value not in (None, False) or value == 0.0) and value != default[name]:
                 rows[f"`{name}`"] = getattr(value, "value", value)
+        if self.has_own_optimizer:
+            names = ("optim", "learning_rate", "lr_scheduler_type", "weight_decay")
+            rows = {name: value for name, value in rows.items() if name.strip("`") not in names}
+            rows["optimizer"] = type(self.optimizer).__name__
         if self.batch_norm_images:
             rows["batch norm"] = f"statistics estimated anew on {self.batch_norm_images} training images"
         if self.args.max_steps > 0:
             del rows["`num_train_epochs`"]
-        augment = getattr(getattr(self.train_dataset, "format", {}).get("transform"), "augment", None)
+        options = getattr(self.train_dataset, "format", {}).get("format_kwargs", {})
+        augment = getattr(options.get("transform"), "augment", None)
         if isinstance(augment, v2.Compose):
             rows["augmentation"] = ", ".join(type(step).__name__ for step in augment.transforms)
         config = self.accelerator.unwrap_model(self.model).config
@@ -413,9 +450,11 @@ class Sam2UNetTrainer(Trainer):
         dataset_args: str | list[str] | None = None,
         data: Mapping[str, Any] | None = None,
         data_citation: str | None = None,
-        share_predictions: bool = False,
+        share_predictions: bool | None = None,
     ) -> None:
         """Write `training_info.json` and from it the model card, `README.md`, into the output folder.
+
+        What is not given is as in the call before. A card that somebody edited is left as it is.
 
         Args:
             language: As in transformers, like what is not listed here.
@@ -437,28 +476,48 @@ class Sam2UNetTrainer(Trainer):
         def first(value: str | list[str] | None) -> str | None:
             return value[0] if isinstance(value, list) and value else cast("str | None", value)
 
-        rows = dict(data or {})
-        if first(dataset_args):
-            rows["configuration"] = first(dataset_args)
+        given = {
+            "language": language,
+            "license": license,
+            "tags": [tags] if isinstance(tags, str) else tags,
+            "model_name": model_name,
+            "finetuned_from": None if is_local(finetuned_from) else finetuned_from,
+            "dataset_id": first(dataset_tags),
+            "dataset": first(dataset),
+            "dataset_args": first(dataset_args),
+            "data": data,
+            "data_citation": data_citation,
+            "share_predictions": share_predictions,
+        }
+        # `save_model` pushes too, and knows none of them.
+        self._card |= {name: value for name, value in given.items() if value is not None}
+        card = self._card
+        rows = dict(card.get("data", {}))
+        if "dataset_args" in card:
+            rows["configuration"] = card["dataset_args"]
         for name, images in (("training images", self.train_dataset), ("validation images", self.eval_dataset)):
             if isinstance(images, Sized) and not isinstance(images, dict):
                 rows.setdefault(name, len(images))
         info = {
-            "language": language,
-            "license": license,
-            "tags": [tags] if isinstance(tags, str) else tags or [],
-            "model_name": model_name,
-            "finetuned_from": finetuned_from,
-            "dataset": {"id": first(dataset_tags), "name": first(dataset), "citation": data_citation},
+            **{name: card.get(name) for name in ("language", "license", "model_name", "finetuned_from")},
+            "tags": card.get("tags", []),
+            "dataset": {
+                "id": card.get("dataset_id"),
+                "name": card.get("dataset"),
+                "citation": card.get("data_citation"),
+            },
             "data": rows,
             "recipe": self.recipe(),
             "results": self.results(),
             "zero_division": getattr(self.compute_metrics, "zero_division", None),
-            "share_predictions": share_predictions,
+            "share_predictions": card.get("share_predictions", False),
         }
         folder = Path(cast("str", self.args.output_dir))
         (folder / TRAINING_INFO).write_text(json.dumps(info, indent=2) + "\n")
-        write_model_card(folder, getattr(self, "hub_model_id", None))
+        try:
+            write_model_card(folder, getattr(self, "hub_model_id", None))
+        except FileExistsError as err:
+            logger.warning("The model card is left as it is: %s", err)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -488,18 +547,27 @@ class Sam2UNetTrainer(Trainer):
             return None
         self.create_model_card(**kwargs)
         self._finish_current_push()
-        return self.upload(cast("str", self.args.output_dir), commit_message, token, revision, not blocking)
+        folder = cast("str", self.args.output_dir)
+        return self.upload(folder, shared_files(folder), commit_message, token, revision, not blocking)
 
     def upload(
-        self, folder: str, commit_message: str | None, token: str | None, revision: str | None, run_as_future: bool
+        self,
+        folder: str,
+        files: list[str],
+        commit_message: str | None,
+        token: str | None,
+        revision: str | None,
+        run_as_future: bool,
     ) -> Any:
-        """Upload what of a folder is meant for the Hub."""
+        """Upload files of a folder, and remove weights and pictures of older uploads that are not among them."""
         return HfApi(token=token).upload_folder(
             repo_id=cast("str", self.hub_model_id),
             folder_path=folder,
             commit_message=commit_message,
             revision=revision or self.args.hub_revision,
-            allow_patterns=shared_files(folder),
+            allow_patterns=files,
+            delete_patterns=[name for name in CHECKPOINT_FILES if "safetensors" in name]
+            + ([name for name in PICTURES if name not in files] if "README.md" in files else []),
             run_as_future=run_as_future,  # type: ignore[call-overload]
         )
 
@@ -519,7 +587,8 @@ class Sam2UNetTrainer(Trainer):
                 shutil.copy(path, output_dir)
         message = f"Training in progress, step {self.state.global_step}"
         token = self.args.hub_token
-        jobs = [self.upload(output_dir, message, token, None, run_as_future=True)]
+        # The card is written at the end; one that lies there already tells of another run.
+        jobs = [self.upload(output_dir, list(CHECKPOINT_FILES), message, token, None, run_as_future=True)]
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
             job = HfApi(token=token).upload_folder(

@@ -116,6 +116,46 @@ def test_a_path_of_this_machine_is_written_only_where_it_is_needed(model, sam2_f
         model.push_to_hub("tester/model", trainable_only=True)
     with pytest.raises(ValueError, match="which nobody else can reach"):
         model.save_pretrained(tmp_path, trainable_only=True, push_to_hub=True)
+    args = TrainingArguments(
+        tmp_path / "run", use_cpu=True, remove_unused_columns=False, report_to="none", push_to_hub=True
+    )
+    with pytest.raises(ValueError, match="which nobody else can reach"):
+        Sam2UNetTrainer(model, args, trainable_only=True)
+
+
+def test_a_relative_path_is_one_of_this_machine_too(model, sam2_folder, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "small", trainable_only=True)
+    monkeypatch.chdir(sam2_folder.parent)
+    loaded = AutoModel.from_pretrained(tmp_path / "small", encoder_source=sam2_folder.name)
+    with pytest.raises(ValueError, match="which nobody else can reach"):
+        loaded.push_to_hub("tester/model", trainable_only=True)
+    loaded.save_pretrained(tmp_path / "whole")
+    assert config_of(tmp_path / "whole")["encoder_source"] is None
+    loaded.save_pretrained(tmp_path / "again", trainable_only=True)
+    assert config_of(tmp_path / "again")["encoder_source"] == str(sam2_folder)
+
+
+def test_a_process_that_does_not_write_checks_nothing(tmp_path):
+    # As the other ranks of a distributed run call it.
+    model = small_model()
+    model.save_pretrained(tmp_path, is_main_process=False, state_dict={})
+    model.save_pretrained(tmp_path, is_main_process=False, state_dict={}, trainable_only=True)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_whole_checkpoint_keeps_its_own_encoder(model, tmp_path):
+    model.save_pretrained(tmp_path / "small", trainable_only=True)
+    loaded = AutoModel.from_pretrained(tmp_path / "small")
+    assert loaded.config.encoder_sha256 is not None
+    with torch.no_grad():
+        loaded.encoder.blocks[0].mlp.proj_in.bias += 1
+    loaded.save_pretrained(tmp_path / "whole")
+    again = AutoModel.from_pretrained(tmp_path / "whole", config=loaded.config)
+    assert torch.equal(logits(again), logits(loaded))
+    assert again.config.encoder_sha256 is None
+    # Neither is a state dict replaced.
+    with pytest.raises(ValueError, match="`state_dict` cannot be passed together with a model name"):
+        Sam2UNetForSemanticSegmentation.from_pretrained(tmp_path / "small", state_dict=loaded.state_dict())
 
 
 def test_without_a_source_the_encoder_stays_in(tmp_path):
@@ -205,6 +245,14 @@ def test_a_trainer_saves_resumes_and_ends_without_the_encoder(sam2_folder, tmp_p
     last = trainer(straight, 2)
     last.train()
     torch.testing.assert_close(logits(resumed), logits(straight), atol=1e-4, rtol=1e-4)
+    other = fine_tuned(sam2_folder)
+    other.config.encoder_source = None
+    with torch.no_grad():
+        other.encoder.pos_embed += 1
+    other.save_pretrained(tmp_path / "other")
+    whole = Sam2UNetTrainer(other, last.args, train_dataset=rows, eval_dataset=rows)
+    with pytest.raises(ValueError, match="was trained on an encoder with SHA-256 .*, the one of this model has None"):
+        whole.train(resume_from_checkpoint=last.state.best_model_checkpoint)
     last.save_model()
     assert torch.equal(logits(AutoModel.from_pretrained(tmp_path / "run")), logits(straight))
 
@@ -298,8 +346,13 @@ def test_a_pickle_is_never_loaded(tmp_path, layout):
             (tmp_path / "checkpoint" / "model.safetensors.index.json").write_text(json.dumps(index))
         weights.unlink()
         message = "safetensors" if layout == "alone" else r"names pytorch_model.bin, which is no safetensors file"
-        with pytest.raises((OSError, ValueError), match=message):
-            AutoModel.from_pretrained(tmp_path / "checkpoint")
+        for options in ({}, {"use_safetensors": None, "weights_only": False}):
+            with pytest.raises((OSError, ValueError), match=message):
+                AutoModel.from_pretrained(tmp_path / "checkpoint", **options)
+        for file in ("adapter_model.bin", "other.safetensors.index.json"):
+            change_config(tmp_path / "checkpoint", transformers_weights=file)
+            with pytest.raises(ValueError, match=f"names {file} as `transformers_weights`"):
+                AutoModel.from_pretrained(tmp_path / "checkpoint")
     for arguments in (
         {"pretrained_model_name_or_path": tmp_path / "checkpoint", "use_safetensors": False},
         {"pretrained_model_name_or_path": tmp_path / "checkpoint" / "pytorch_model.bin", "config": small_config()},
@@ -391,6 +444,7 @@ def test_a_small_checkpoint_on_the_hub_fetches_its_encoder_from_the_recorded_com
         card = hub.file("models", "tester/small", "README.md").decode()
         assert f"The encoder comes from `meta/sam2` at revision `{commit[:12]}`" in card
         assert "base_model: meta/sam2" in card
+        assert "It is not in this repository" in card
         # The branch moves on; the recorded commit stays.
         other = sam2_model("sam2")
         randomize(other)

@@ -10,22 +10,27 @@ import pytest
 import torch
 import yaml
 from common import BRATS_REGIONS, small_model
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
+from PIL import Image
+from transformers import TrainingArguments
 
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
 from sam2unet_hf.hub import (
     CHECKPOINT_FILES,
     MEASURES,
-    has_same_weights,
+    is_same_model,
+    is_unedited,
     main,
     parse_score,
     render_model_card,
     shared_files,
+    sign,
     write_model_card,
 )
-from sam2unet_hf.training import SegmentationMetrics
+from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform, flips
 
 
 ROOT = Path(__file__).parent.parent
@@ -68,9 +73,8 @@ def add_run(folder, **fields):
 
 
 def test_the_card_of_a_bare_checkpoint_claims_nothing_of_a_run(folder):
-    card = render_model_card(folder)
-    text = str(card)
-    assert card.data.to_dict() == {
+    text = render_model_card(folder)
+    assert ModelCard(text).data.to_dict() == {
         "library_name": "transformers",
         "pipeline_tag": "image-segmentation",
         "tags": ["sam2-unet", "sam2", "hiera", "unet"],
@@ -91,8 +95,8 @@ def test_the_card_of_a_bare_checkpoint_claims_nothing_of_a_run(folder):
 
 def test_the_card_of_a_run_says_what_its_files_say(folder):
     info = add_run(folder)
-    card = render_model_card(folder, "tester/tumor", tags=["extra"])
-    data = card.data
+    text = render_model_card(folder, "tester/tumor", tags=["extra"])
+    data = ModelCard(text).data
     assert (data.license, data.datasets, data.model_name) == ("cc-by-nc-4.0", ["tester/slices"], "tumor")
     assert data.tags[-2:] == ["mri", "extra"]
     assert data.metrics == list(MEASURES)
@@ -105,7 +109,6 @@ def test_the_card_of_a_run_says_what_its_files_say(folder):
     assert {(r.dataset_split, r.dataset_type, r.dataset_name) for r in data.eval_results} == {
         ("test", "tester/slices", "Our slices")
     }
-    text = str(card)
     assert 'checkpoint = "tester/tumor"' in text
     assert f"| Dice, TC | {expected['dice_TC']:.3f} | {expected['mean_dice_TC']:.3f} |" in text
     assert f"| mean absolute error | {info['results']['validation']['mae']:.3f} |" in text
@@ -127,24 +130,23 @@ def test_pictures_of_the_data_are_shown_only_if_they_may_be_shared(folder, share
 
 
 def test_paths_of_this_machine_are_not_in_the_card(folder, tmp_path):
-    (tmp_path / "secret" / "start").mkdir(parents=True)
-    add_run(folder, finetuned_from=str(tmp_path / "secret" / "start"))
+    add_run(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "encoder_source": str(tmp_path / "secret" / "sam2.pt")}))
-    text = str(render_model_card(folder))
+    text = render_model_card(folder)
     assert "secret" not in text
     assert "base_model" not in text
     add_run(folder, finetuned_from="tester/start")
-    assert render_model_card(folder).data.base_model == "tester/start"
+    assert ModelCard(render_model_card(folder)).data.base_model == "tester/start"
 
 
 def test_an_undefined_score_is_no_number_of_the_front_matter(folder):
     info = add_run(folder)
     info["results"]["test"]["dice_ET"] = float("nan")
     (folder / "training_info.json").write_text(json.dumps(info))
-    card = render_model_card(folder)
-    assert "Dice, ET" not in [result.metric_name for result in card.data.eval_results]
-    assert "| Dice, ET | undefined |" in str(card)
+    text = render_model_card(folder)
+    assert "Dice, ET" not in [result.metric_name for result in ModelCard(text).data.eval_results]
+    assert "| Dice, ET | undefined |" in text
 
 
 def test_every_score_of_the_trainer_is_understood():
@@ -161,9 +163,28 @@ def test_the_command_line_writes_the_card(folder, capsys):
         main(["card", str(folder), "--repo_id", "tester/tumor"])
     assert exit_info.value.code == 0
     assert 'checkpoint = "tester/tumor"' in (folder / "README.md").read_text()
-    with pytest.raises(SystemExit) as exit_info:
-        main(["card", str(folder / "nowhere")])
-    assert exit_info.value.code == 2
+    # Once more, for another place; but not over what somebody wrote.
+    write_model_card(folder)
+    assert "tester/tumor" not in (folder / "README.md").read_text()
+    edited = (folder / "README.md").read_text().replace("# tumor_model", "# My model")
+    (folder / "README.md").write_text(edited)
+    (folder / "empty").mkdir()
+    for argument, message in (
+        (folder, "was edited. Move it away"),
+        (folder / "empty", "there is no config.json in it"),
+    ):
+        with pytest.raises(SystemExit) as exit_info:
+            main(["card", str(argument)])
+        assert exit_info.value.code == 2
+        assert message in capsys.readouterr().err
+    assert (folder / "README.md").read_text() == edited
+
+
+def test_an_edit_is_seen_wherever_it_is(folder):
+    text = render_model_card(folder)
+    assert is_unedited(text)
+    for edited in (text.replace("unet", "u-net", 1), text + "more\n", text.rpartition("<!--")[0], "", "# Mine\n"):
+        assert not is_unedited(edited)
 
 
 def test_the_top_level_file_is_the_template_of_the_package():
@@ -177,20 +198,61 @@ def test_what_is_shared_is_what_a_checkpoint_writes(folder):
     assert CODE == {path.name for path in folder.glob("*.py")}
 
 
-def test_weights_are_compared(folder, tmp_path):
+def test_checkpoints_are_compared(folder, tmp_path):
     model = Sam2UNetForSemanticSegmentation.from_pretrained(folder)
     model.save_pretrained(tmp_path / "same", max_shard_size="300KB")
-    assert has_same_weights(tmp_path / "same", folder)
-    model.save_pretrained(
-        tmp_path / "part",
-        state_dict={k: v for k, v in model.state_dict().items() if "head" in k or k.startswith("encoder.p")},
-    )
-    assert not has_same_weights(tmp_path / "part", folder)
+    assert is_same_model(tmp_path / "same", folder)
+    part = {name: value for name, value in model.state_dict().items() if not name.startswith("decode_head.up")}
+    model.save_pretrained(tmp_path / "part", state_dict=part)
+    assert not is_same_model(tmp_path / "part", folder)
     with torch.no_grad():
         model.decode_head.classifier.bias[0] += 1e-6
     model.save_pretrained(tmp_path / "other")
-    assert not has_same_weights(tmp_path / "other", folder)
-    assert not has_same_weights(tmp_path / "other", tmp_path / "nowhere")
+    assert not is_same_model(tmp_path / "other", folder)
+    assert not is_same_model(tmp_path / "other", tmp_path / "nowhere")
+    config = json.loads((folder / "config.json").read_text())
+    regions = [["a", ids] for _, ids in config["regions"][:1]] + config["regions"][1:]
+    (tmp_path / "same" / "config.json").write_text(json.dumps({**config, "regions": regions}))
+    assert not is_same_model(tmp_path / "same", folder)
+
+
+def trainer_of(tmp_path, **kwargs):
+    rows = Dataset.from_dict({"image": [Image.new("L", (64, 64), 9)], "mask": [Image.new("L", (64, 64), 1)]})
+    processor = Sam2UNetImageProcessor(size={"height": 64, "width": 64})
+    arguments = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "num_train_epochs": 1, **kwargs}
+    args = TrainingArguments(tmp_path / "run", remove_unused_columns=False, **arguments)
+    train = rows.with_transform(SegmentationTransform(processor, augment=flips()))
+    rows = rows.with_transform(SegmentationTransform(processor))
+    return Sam2UNetTrainer(small_model(), args, train_dataset=train, eval_dataset=rows, processing_class=processor)
+
+
+def test_the_results_of_a_trainer_are_those_of_what_was_trained(tmp_path):
+    trainer = trainer_of(tmp_path, learning_rate=0.1, adam_beta2=0.9, max_grad_norm=0.0)
+    before = trainer.evaluate()
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    info = json.loads((tmp_path / "run" / "training_info.json").read_text())
+    assert info["results"] == {}  # nothing was evaluated since
+    assert info["recipe"]["augmentation"] == "RandomHorizontalFlip, RandomVerticalFlip"
+    assert info["recipe"]["`adam_beta2`"] == 0.9
+    assert info["recipe"]["`max_grad_norm`"] == 0.0
+    assert "`fp16`" not in info["recipe"]
+    after = trainer.evaluate()
+    assert after["eval_mae"] != before["eval_mae"]
+    trainer.evaluate(trainer.train_dataset)
+    trainer.evaluate(trainer.train_dataset, metric_key_prefix="test")
+    trainer.create_model_card(finetuned_from=str(tmp_path), license="mit", dataset="Ours")
+    info = json.loads((tmp_path / "run" / "training_info.json").read_text())
+    assert info["results"]["validation"]["mae"] == after["eval_mae"]
+    assert set(info["results"]) == {"validation", "test"}
+    assert info["finetuned_from"] is None
+    # `save_model` and `push_to_hub` write it again without these.
+    trainer.create_model_card()
+    assert json.loads((tmp_path / "run" / "training_info.json").read_text()) == info
+    (tmp_path / "run" / "README.md").write_text("# Mine\n")
+    trainer.create_model_card()
+    assert (tmp_path / "run" / "README.md").read_text() == "# Mine\n"
 
 
 # On the Hub
@@ -242,9 +304,9 @@ def test_a_pushed_model_takes_the_card_of_its_run_along_unless_it_was_changed(hu
     write_model_card(folder)
     result = run(hub, tmp_path, "-c", PUSH, folder, "tester/kept", "0")
     assert result.returncode == 0, result.stderr
-    assert hub.file("models", "tester/kept", "README.md").decode() == str(
-        render_model_card(folder, "tester/kept", ["extra"])
-    )
+    card = hub.file("models", "tester/kept", "README.md").decode()
+    assert card == render_model_card(folder, "tester/kept", ["extra"])
+    assert "## Results" in card
     assert {"predictions.png", "training_curve.png"} <= set(hub.files("models", "tester/kept"))
     assert json.loads(hub.file("models", "tester/kept", "preprocessor_config.json"))["size"] == {
         "height": 96,
@@ -253,15 +315,36 @@ def test_a_pushed_model_takes_the_card_of_its_run_along_unless_it_was_changed(hu
     result = run(hub, tmp_path, "-c", VALIDATE, "tester/kept")
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) == len(SegmentationMetrics(list(BRATS_REGIONS)).names())
-    # Other weights: not the results of this run, but what stands on the Hub is not ours to remove.
-    result = run(hub, tmp_path, "-c", PUSH, folder, "tester/changed", "1")
-    assert result.returncode == 0, result.stderr
-    assert "## Results" not in hub.file("models", "tester/changed", "README.md").decode()
-    assert "predictions.png" not in hub.files("models", "tester/changed")
-    before = hub.file("models", "tester/kept", "README.md")
+    # Other weights: neither results nor pictures of this run, nor of the one before.
     result = run(hub, tmp_path, "-c", PUSH, folder, "tester/kept", "1")
     assert result.returncode == 0, result.stderr
-    assert hub.file("models", "tester/kept", "README.md") == before
+    assert "## Results" not in hub.file("models", "tester/kept", "README.md").decode()
+    assert not {"predictions.png", "training_curve.png"} & set(hub.files("models", "tester/kept"))
+    # What somebody wrote on the Hub stays.
+    hub.create("models", "tester/edited", {"README.md": card.replace("# kept", "# Ours").encode()})
+    result = run(hub, tmp_path, "-c", PUSH, folder, "tester/edited", "0")
+    assert result.returncode == 0, result.stderr
+    assert hub.file("models", "tester/edited", "README.md").decode() == card.replace("# kept", "# Ours")
+
+
+PUSH_FROM_SUBFOLDER = """
+import sys
+from sam2unet_hf import Sam2UNetForSemanticSegmentation
+
+Sam2UNetForSemanticSegmentation.from_pretrained(sys.argv[1], subfolder="tumor_model").push_to_hub("tester/placed")
+"""
+
+
+def test_the_image_processor_beside_the_checkpoint_goes_along(hub, folder, tmp_path):
+    result = run(hub, tmp_path, "-c", PUSH_FROM_SUBFOLDER, folder.parent)
+    assert result.returncode == 0, result.stderr
+    processor = json.loads(hub.file("models", "tester/placed", "preprocessor_config.json"))
+    assert processor["size"] == {"height": 96, "width": 64}
+    # A model without one takes the default, but not over one that is there.
+    (folder / "preprocessor_config.json").unlink()
+    result = run(hub, tmp_path, "-c", PUSH_FROM_SUBFOLDER, folder.parent)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(hub.file("models", "tester/placed", "preprocessor_config.json")) == processor
 
 
 def test_a_card_that_was_written_by_hand_is_pushed_as_it_is(hub, folder, tmp_path):
@@ -288,6 +371,10 @@ def cohort(tmp_path_factory):
 
 
 def fine_tune(hub, cohort, tmp_path, *arguments, token="hf_write"):
+    # An older run in the same folder, whose images were shared.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "README.md").write_text(sign("![](predictions.png)"))
+    (tmp_path / "run" / "predictions.png").write_bytes(b"older")
     model = small_model()
     model.save_pretrained(tmp_path / "start")
     Sam2UNetImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "start")
@@ -311,6 +398,8 @@ def test_a_run_pushes_its_checkpoint_and_card_and_no_image_of_a_patient(hub, coh
     titles = [commit.title for commit in hub.commits("models", "tester/run")]
     assert titles[0] == "End of training"
     assert any(title.startswith("Training in progress") for title in titles)
+    assert not any("predictions.png" in commit.files for commit in hub.commits("models", "tester/run"))
+    assert not any("README.md" in commit.files for commit in hub.commits("models", "tester/run")[1:])
     every_content = b"".join(path.read_bytes() for path in hub.folder.iterdir())
     for text in [
         result.stdout,
@@ -319,7 +408,8 @@ def test_a_run_pushes_its_checkpoint_and_card_and_no_image_of_a_patient(hub, coh
     ]:
         assert "hf_write" not in text
     assert b"hf_write" not in every_content
-    assert str(tmp_path).encode() not in hub.file("models", "tester/run", "README.md")
+    for name in files:
+        assert str(tmp_path).encode() not in hub.file("models", "tester/run", name)
     card = ModelCard(hub.file("models", "tester/run", "README.md").decode())
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     values = {result.metric_type: result.metric_value for result in card.data.eval_results}
@@ -329,6 +419,7 @@ def test_a_run_pushes_its_checkpoint_and_card_and_no_image_of_a_patient(hub, coh
     assert "| `num_train_epochs` | 2.0 |" in card.text
     assert "| `per_device_train_batch_size` | 8 |" in card.text
     assert "| slices | axial, 12 13 |" in card.text
+    assert "| augmentation | RandomHorizontalFlip, RandomVerticalFlip |" in card.text
     assert run(hub, tmp_path, "-c", VALIDATE, "tester/run").returncode == 0
     # The checkpoint on the Hub is the one of the run.
     assert (

@@ -1,0 +1,287 @@
+#!/usr/bin/env python
+"""Time forward passes and training steps against a plain, padded SAM2-UNet, in turn in one process.
+
+python examples/benchmarks/model.py
+python examples/benchmarks/model.py --presets tiny --batch_sizes 8 --dtypes bfloat16 --compile
+python examples/benchmarks/model.py --reference path/to/SAM2UNet.py
+
+The padded variant is transformers' own `Sam2HieraDetModel` with the same adapters and the same decoder, and equal
+weights. Peak memory is measured in processes of their own.
+"""
+
+import argparse
+import copy
+import importlib.util
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import machine, median, report, time_in_turn
+from torch import nn
+from transformers import Sam2HieraDetModel
+
+from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, deep_supervision_loss
+from sam2unet_hf.configuration_sam2unet import PRESETS
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class PaddedEncoder(nn.Module):
+    """transformers' SAM 2 encoder, which pads every window, with an adapter before each block."""
+
+    def __init__(self, model: Sam2UNetForSemanticSegmentation):
+        super().__init__()
+        self.encoder = Sam2HieraDetModel(model.config.backbone_config)
+        ours = {name: value for name, value in model.encoder.state_dict().items() if ".adapter." not in name}
+        self.encoder.load_state_dict(ours)
+        self.encoder.requires_grad_(not model.config.freeze_encoder)
+        self.adapters = nn.ModuleList([copy.deepcopy(block.adapter) for block in model.encoder.blocks])
+        self.patch_embed = self.encoder.patch_embed
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        hidden_states = self.encoder.patch_embed(pixel_values)
+        hidden_states = hidden_states + self.encoder._get_pos_embed(hidden_states.shape[1:3])
+        feature_maps = []
+        for index, (block, adapter) in enumerate(zip(self.encoder.blocks, self.adapters, strict=True)):
+            hidden_states = block(adapter(hidden_states))
+            if index in self.encoder.stage_ends:
+                feature_maps.append(hidden_states.permute(0, 3, 1, 2))
+        return tuple(feature_maps)
+
+
+def padded_variant(model: Sam2UNetForSemanticSegmentation) -> Sam2UNetForSemanticSegmentation:
+    """Return a copy of the model on the padded encoder."""
+    padded = copy.deepcopy(model)
+    padded.encoder = PaddedEncoder(model)
+    return padded
+
+
+class Reference(nn.Module):
+    """The reference's `SAM2UNet` from a file of the user's, with this package's loss; for the large encoder."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        sys.path.insert(0, str(path.resolve().parent))
+        spec = importlib.util.spec_from_file_location("reference_sam2unet", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        self.model = module.SAM2UNet()
+        self.config = None
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        outputs = self.model(pixel_values)
+        if labels is None:
+            return outputs[0]
+        return deep_supervision_loss(outputs, labels, output_weights=[1.0, 1.0, 1.0])
+
+
+def build(preset: str, reference: Path | None, names: list[str], image_size: int) -> dict[str, nn.Module]:
+    """Build the competitors with the same random weights."""
+    torch.manual_seed(0)
+    model = Sam2UNetForSemanticSegmentation(Sam2UNetConfig.from_preset(preset, regions={"WT": [1]})).eval()
+    # A fresh adapter and fresh position embeddings would be easy on the numbers.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "pos_embed" in name:
+                parameter.normal_(std=0.1)
+        # Statistics of batch norm as after training, so that the logits depend on the image.
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None
+        model.train()
+        for _ in range(2):
+            model(torch.randn(2, 3, image_size, image_size))
+    found: dict[str, nn.Module] = {}
+    if "padded" in names:
+        found["padded"] = padded_variant(model)
+    if "reference" in names and reference is not None:
+        found["reference"] = Reference(reference)
+    return {"ours": model, **found} if "ours" in names else found
+
+
+def forward_pass(model: nn.Module, pixel_values: torch.Tensor) -> Callable[[], Any]:
+    """Return a function that runs the model without gradients."""
+    model.eval()
+
+    def run() -> torch.Tensor:
+        with torch.inference_mode():
+            output = model(pixel_values)
+        return getattr(output, "logits", output)
+
+    return run
+
+
+def training_step(model: nn.Module, pixel_values: torch.Tensor, autocast: torch.dtype | None) -> Callable[[], Any]:
+    """Return a function that trains one step: forward, loss, backward, AdamW."""
+    model.train()
+    labels = (torch.rand(len(pixel_values), 1, *pixel_values.shape[-2:], device=pixel_values.device) > 0.9).float()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def run() -> None:
+        with torch.autocast(pixel_values.device.type, autocast, enabled=autocast is not None):
+            loss = model(pixel_values, labels=labels)
+            loss = getattr(loss, "loss", loss)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def compare(args: argparse.Namespace, preset: str, mode: str, dtype: str, batch_size: int) -> dict[str, Any]:
+    """Time one case for all competitors."""
+    # The baseline runs in float32, what a user of the reference has, and in the case's dtype.
+    models = build(preset, args.reference, ["ours", "padded", "reference"], args.image_size)
+    pixel_values = torch.randn(batch_size, 3, args.image_size, args.image_size, device=args.device)
+    competitors: dict[str, Callable[[], Any]] = {}
+    for name, model in models.items():
+        if name == "reference" and preset != "large":
+            continue
+        variants = ["float32"] if name != "ours" or dtype == "float32" else []
+        variants += [dtype] if dtype != "float32" else []
+        for variant in variants:
+            copied = copy.deepcopy(model).to(args.device)
+            if mode == "forward":
+                if name == "ours" and hasattr(copied, "fuse_for_inference"):
+                    copied.eval().fuse_for_inference()
+                copied = copied.to(DTYPES[variant])
+                if args.channels_last and args.device == "cuda":
+                    copied = copied.to(memory_format=torch.channels_last)
+            if args.compile and name == "ours":
+                copied = torch.compile(copied)
+            if mode == "forward":
+                function = forward_pass(copied, pixel_values.to(DTYPES[variant]))
+            else:
+                function = training_step(copied, pixel_values, None if variant == "float32" else DTYPES[variant])
+            competitors[f"{name} {variant}"] = function
+        del model
+    agreement = {}
+    if mode == "forward":
+        own = competitors[f"ours {dtype}"]().float()
+        base = competitors["padded float32"]().float()
+        union = ((own > 0) | (base > 0)).sum().item()
+        agreement = {
+            "largest_difference": (own - base).abs().max().item(),
+            "largest_logit": base.abs().max().item(),
+            "mask_iou": ((own > 0) & (base > 0)).sum().item() / union if union else 1.0,
+        }
+    seconds = time_in_turn(competitors, args.rounds, args.device)
+    medians = {name: median(values) for name, values in seconds.items()}
+    ours = medians[f"ours {dtype}"]
+    return {
+        "preset": preset,
+        "mode": mode,
+        "dtype": dtype,
+        "batch_size": batch_size,
+        "seconds": medians,
+        "ratios": {name: value / ours for name, value in medians.items() if not name.startswith("ours")},
+        **agreement,
+    }
+
+
+def peak_memory(args: argparse.Namespace, name: str) -> float:
+    """Run one forward pass or two training steps of one competitor, and return the peak in GB; for a subprocess."""
+    (preset,), (mode,), (dtype,), (batch_size,) = args.presets, args.modes, args.dtypes, args.batch_sizes
+    torch.manual_seed(0)
+    model: nn.Module
+    if name == "reference":
+        model = Reference(args.reference)
+    else:
+        config = Sam2UNetConfig.from_preset(preset, regions={"WT": [1]})
+        model = Sam2UNetForSemanticSegmentation(config)
+        if name == "padded":
+            encoder = PaddedEncoder(model)
+            model.encoder = None
+            model.encoder = encoder
+    model.to(args.device)
+    if args.gradient_checkpointing and name == "ours":
+        model.gradient_checkpointing_enable()
+    pixel_values = torch.randn(batch_size, 3, args.image_size, args.image_size, device=args.device)
+    if mode == "forward":
+        model.to(DTYPES[dtype])
+        run = forward_pass(model, pixel_values.to(DTYPES[dtype]))
+    else:
+        run = training_step(model, pixel_values, None if dtype == "float32" else DTYPES[dtype])
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run(), run()
+        return torch.cuda.max_memory_allocated() / 1e9
+    # Building takes more than one copy of the weights; that is over, and Linux lets the peak be forgotten.
+    Path("/proc/self/clear_refs").write_text("5")
+    run(), run()
+    peaks = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(peaks[0].split()[1]) * 1024 / 1e9 if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def compare_memory(args: argparse.Namespace, preset: str, mode: str, dtype: str, batch_size: int) -> dict[str, Any]:
+    """Measure the peak memory of each competitor in a process of its own."""
+    names = ["ours", "padded"] + (["reference"] if args.reference and preset == "large" else [])
+    gigabytes = {}
+    for name in names:
+        command = [
+            sys.executable, __file__, "--presets", preset, "--modes", mode, "--dtypes", dtype, "--batch_sizes",
+            str(batch_size), "--image_size", str(args.image_size), "--device", args.device, "--peak_memory_of", name,
+            *(["--reference", str(args.reference)] if args.reference else []),
+            *(["--gradient_checkpointing"] if args.gradient_checkpointing else []),
+        ]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise SystemExit(f"{name} failed: {result.stderr[-2000:]}")
+        gigabytes[name] = float(result.stdout.split()[-1])
+    return {"peak_gb": gigabytes, "peak_ratio": gigabytes["ours"] / gigabytes["padded"]}
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", default=["large"], choices=list(PRESETS))
+    parser.add_argument("--modes", nargs="+", default=["forward", "training"], choices=["forward", "training"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES))
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--image_size", type=int, default=352)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=5, help="how often each competitor is timed")
+    parser.add_argument("--compile", action="store_true", help="compile ours with torch.compile")
+    parser.add_argument("--channels_last", action="store_true", help="on a GPU, weights of convolutions channels last")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="in ours, for the peak memory")
+    parser.add_argument("--memory", action="store_true", help="measure the peak memory too")
+    parser.add_argument("--reference", type=Path, help="SAM2UNet.py of the reference implementation")
+    parser.add_argument("--output", type=Path, help="write the results to this JSON file, and a table beside it")
+    parser.add_argument("--peak_memory_of", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args = parse_args(argv)
+    if args.peak_memory_of:
+        print(peak_memory(args, args.peak_memory_of))
+        return {}
+    command = "python examples/benchmarks/model.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    results: dict[str, Any] = {"command": command.strip(), "machine": machine(args.device), "cases": []}
+    rows = []
+    for preset in args.presets:
+        for mode in args.modes:
+            for dtype in args.dtypes:
+                for batch_size in args.batch_sizes:
+                    case = compare(args, preset, mode, dtype, batch_size)
+                    if args.memory:
+                        case |= compare_memory(args, preset, mode, dtype, batch_size)
+                    results["cases"].append(case)
+                    row = {key: case[key] for key in ("preset", "mode", "dtype", "batch_size")}
+                    row["ours"] = f"{case['seconds'][f'ours {dtype}']:.3f} s"
+                    row["faster than"] = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in case["ratios"].items())
+                    if args.memory:
+                        row["peak memory"] = ", ".join(f"{k} {v:.2f} GB" for k, v in case["peak_gb"].items())
+                    rows.append(row)
+                    print(row, file=sys.stderr)
+    report(results, rows, args.output)
+    return results
+
+
+if __name__ == "__main__":
+    main()
