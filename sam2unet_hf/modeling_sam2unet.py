@@ -644,7 +644,7 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
             push_to_hub: Upload what was written too. [`push_to_hub`] adds a model card and the image processor.
             *args: As in transformers.
             trainable_only: Leave out the encoder and note in the config where it comes from, so that
-                `from_pretrained` fetches it there: 18 MB instead of 0.87 GB for Hiera-L. The encoder there is compared
+                `from_pretrained` fetches it there: 17 MB instead of 0.87 GB for Hiera-L. The encoder there is compared
                 with this one first.
             **kwargs: As in transformers.
 
