@@ -27,6 +27,9 @@ from .modeling_sam2unet import (
     STRIDE,
     Sam2UNetForSemanticSegmentation,
     Sam2UNetWindowAttention,
+    Sam2UNetWindowLayout,
+    max_pool_tokens,
+    pool_windows,
 )
 
 
@@ -67,22 +70,59 @@ def crop(tensor: torch.Tensor, dims: tuple[int, int], height: int, width: int) -
     return tensor
 
 
+class MapLayout(Sam2UNetWindowLayout):
+    """Tokens that stay maps of shape `(batch_size, height, width, channels)`.
+
+    How many groups of windows the model's own layout cuts a map into depends on the size of the map, so its graph
+    holds for one size.
+    """
+
+    def __init__(self, batch_size: int, height: int, width: int, window_size: int):
+        self.batch_size, self.height, self.width, self.window_size = batch_size, height, width, window_size
+
+    def pack(self, maps: torch.Tensor) -> torch.Tensor:
+        """Return the maps."""
+        return maps
+
+    def unpack(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the maps."""
+        return tokens
+
+    def images(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the tokens of each image, `(batch_size, height * width, channels)`."""
+        return tokens.flatten(1, 2)
+
+    def from_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Undo `images`."""
+        return images.unflatten(1, (self.height, self.width))
+
+    def pool(self, tokens: torch.Tensor, stride: list[int]) -> torch.Tensor:
+        """Max-pool the maps."""
+        return max_pool_tokens(tokens, stride)
+
+
 class PaddedWindowAttention(Sam2UNetWindowAttention):
     """Window attention on a map padded until windows tile it, as SAM 2 computes it.
 
-    How many groups of windows the model's own attention cuts a map into depends on the size of the map, so its graph
-    holds for one size. This one gives the same result, up to rounding, by the same steps at every size.
+    It gives the same result as the model's own, up to rounding, by the same steps at every size.
     """
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, layout: Sam2UNetWindowLayout) -> torch.Tensor:
         if self.window_size == 0:
-            return super().forward(hidden_states)
-        height, width = hidden_states.shape[1:3]
+            return super().forward(hidden_states, layout)
         size = self.window_size
-        padding = (0, 0, 0, missing_to_multiple(width, size), 0, missing_to_multiple(height, size))
-        attended = self.attend(self.qkv(F.pad(hidden_states, padding)), size, size)
-        stride_height, stride_width = self.query_stride or (1, 1)
-        return self.proj(crop(attended, (1, 2), height // stride_height, width // stride_width))
+        padding = (0, 0, 0, missing_to_multiple(layout.width, size), 0, missing_to_multiple(layout.height, size))
+        # (B, H, W, C) -> (B, rows, size, columns, size, C) -> (B * rows * columns, size * size, C)
+        windows = self.qkv(F.pad(hidden_states, padding)).unflatten(2, (-1, size)).unflatten(1, (-1, size))
+        batch_size, rows, _, columns = windows.shape[:4]
+        query, key, value = windows.transpose(2, 3).flatten(3, 4).flatten(0, 2).chunk(3, dim=-1)
+        if self.query_stride is not None:
+            query = pool_windows(query, size, size, self.query_stride)
+            layout = layout.pooled(self.query_stride)
+            size = size // self.query_stride[0]
+        attended = self.attend(query, key, value).unflatten(1, (size, size))
+        maps = attended.unflatten(0, (batch_size, rows, columns)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return self.proj(crop(maps, (1, 2), layout.height, layout.width))
 
 
 class FixedSizeLogits(nn.Module):
@@ -104,6 +144,7 @@ class AnySizeLogits(FixedSizeLogits):
         for module in model.modules():
             if isinstance(module, Sam2UNetWindowAttention):
                 module.__class__ = PaddedWindowAttention
+        model.encoder.layout_class = MapLayout
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         height, width = pixel_values.shape[-2:]

@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -104,10 +104,123 @@ def max_pool_tokens(tokens: torch.Tensor, stride: list[int]) -> torch.Tensor:
     return F.max_pool2d(tokens.permute(0, 3, 1, 2), kernel_size=stride, stride=stride).permute(0, 2, 3, 1)
 
 
-def split_length(length: int, window_size: int) -> list[tuple[int, int]]:
-    """Cut `length` into a band of full windows and a band of what is left: `[(band, window), ...]`."""
+def pool_windows(windows: torch.Tensor, height: int, width: int, stride: list[int]) -> torch.Tensor:
+    """Max-pool windows of shape `(num_windows, height * width, channels)`."""
+    return max_pool_tokens(windows.unflatten(1, (height, width)), stride).flatten(1, 2)
+
+
+def split_length(length: int, window_size: int) -> list[tuple[int, int, int]]:
+    """Cut `length` into a band of full windows and a band of what is left: `[(start, band, window), ...]`."""
     full = length // window_size * window_size
-    return [(band, window) for band, window in ((full, window_size), (length - full, length - full)) if band]
+    bands = ((0, full, window_size), (full, length - full, length - full))
+    return [band for band in bands if band[1]]
+
+
+class WindowGroup(NamedTuple):
+    """Equal windows that tile a part of a map; all in tokens.
+
+    Attributes:
+        top: First row of the part.
+        left: First column of the part.
+        height: Rows of the part.
+        width: Columns of the part.
+        window_height: Rows of a window.
+        window_width: Columns of a window.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    window_height: int
+    window_width: int
+
+
+class Sam2UNetWindowLayout:
+    """The order in which the tokens of a batch of maps lie in memory: window after window.
+
+    All layers but the attention and the pooling treat each token alone, so tokens are brought into this order once per
+    change of the window size, and not, as in SAM 2, into windows and back in every block. Windows on the right and
+    bottom edges are smaller than the others, so a map is cut into at most four groups of equal windows (full, right,
+    bottom, corner). The tokens of a batch lie group by group, and within a group image by image, so that the windows
+    of a group are a view.
+
+    Args:
+        batch_size: Number of maps.
+        height: Rows of a map.
+        width: Columns of a map.
+        window_size: Side of a full window.
+    """
+
+    def __init__(self, batch_size: int, height: int, width: int, window_size: int):
+        self.batch_size, self.height, self.width, self.window_size = batch_size, height, width, window_size
+        self.groups = [
+            WindowGroup(top, left, band_height, band_width, window_height, window_width)
+            for top, band_height, window_height in split_length(height, window_size)
+            for left, band_width, window_width in split_length(width, window_size)
+        ]
+
+    def pack(self, maps: torch.Tensor) -> torch.Tensor:
+        """Order maps of shape `(batch_size, height, width, channels)` as tokens of shape `(tokens, channels)`."""
+        packed = []
+        for top, left, height, width, window_height, window_width in self.groups:
+            windows = maps[:, top : top + height, left : left + width]
+            windows = windows.unflatten(2, (-1, window_width)).unflatten(1, (-1, window_height))
+            # (B, rows, window height, columns, window width, C) -> (B, rows, columns, window height, width, C)
+            packed.append(windows.transpose(2, 3).flatten(0, 4))
+        return torch.cat(packed) if len(packed) > 1 else packed[0]
+
+    def unpack(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Undo `pack`."""
+        parts = []
+        for group, windows in zip(self.groups, self.split(tokens), strict=True):
+            _, _, height, width, window_height, window_width = group
+            rows, columns = height // window_height, width // window_width
+            part = windows.unflatten(1, (window_height, window_width)).unflatten(0, (-1, rows, columns))
+            parts.append(part.transpose(2, 3).flatten(3, 4).flatten(1, 2))
+        # Two parts side by side make a band.
+        per_band = len(split_length(self.width, self.window_size))
+        bands = [parts[start : start + per_band] for start in range(0, len(parts), per_band)]
+        joined = [torch.cat(band, dim=2) if len(band) > 1 else band[0] for band in bands]
+        return torch.cat(joined, dim=1) if len(joined) > 1 else joined[0]
+
+    def split(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Return the windows of each group, `(num_windows, window_height * window_width, channels)`; views."""
+        sizes = [self.batch_size * group.height * group.width for group in self.groups]
+        groups = tokens.split(sizes) if len(sizes) > 1 else [tokens]
+        return [
+            part.unflatten(0, (-1, group.window_height * group.window_width))
+            for part, group in zip(groups, self.groups, strict=True)
+        ]
+
+    def merge(self, windows: list[torch.Tensor]) -> torch.Tensor:
+        """Undo `split`."""
+        return torch.cat([part.flatten(0, 1) for part in windows]) if len(windows) > 1 else windows[0].flatten(0, 1)
+
+    def images(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the tokens of each image, `(batch_size, height * width, channels)`, in the order of the windows."""
+        parts = [part.flatten(0, 1).unflatten(0, (self.batch_size, -1)) for part in self.split(tokens)]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def from_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Undo `images`."""
+        parts = images.split([group.height * group.width for group in self.groups], dim=1)
+        return torch.cat([part.flatten(0, 1) for part in parts]) if len(parts) > 1 else images.flatten(0, 1)
+
+    def pool(self, tokens: torch.Tensor, stride: list[int]) -> torch.Tensor:
+        """Max-pool within windows, whose sides are even; the result is in the order of `pooled(stride)`."""
+        return self.merge(
+            [
+                pool_windows(windows, group.window_height, group.window_width, stride)
+                for windows, group in zip(self.split(tokens), self.groups, strict=True)
+            ]
+        )
+
+    def pooled(self, stride: list[int]) -> "Sam2UNetWindowLayout":
+        """Return the layout after `pool`."""
+        return type(self)(
+            self.batch_size, self.height // stride[0], self.width // stride[1], self.window_size // stride[0]
+        )
 
 
 def eager_attention(
@@ -129,9 +242,6 @@ class Sam2UNetWindowAttention(nn.Module):
     `v` add `n * exp(q.k)` to the denominator and `n * exp(q.k) * v` to the numerator, and `n * exp(q.k)` is
     `exp(q.k + log(n))`. So one key with `log(n)` added to its score stands for all of them, exactly. The queries of
     padded tokens are thrown away in the original, so none is computed.
-
-    Windows on the right and bottom edges of a map are smaller than the others, so each map is cut into at most four
-    groups of equal windows (full, right, bottom, corner), and attention runs once per group.
     """
 
     def __init__(
@@ -151,54 +261,43 @@ class Sam2UNetWindowAttention(nn.Module):
         self.qkv = nn.Linear(dim, dim_out * 3)
         self.proj = nn.Linear(dim_out, dim_out)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Attend within windows; `(batch_size, height, width, dim)` -> the same with `dim_out`, maybe pooled."""
-        height, width = hidden_states.shape[1:3]
-        # (B, H, W, 3 * dim_out)
+    def forward(self, hidden_states: torch.Tensor, layout: Sam2UNetWindowLayout) -> torch.Tensor:
+        """Attend within windows; tokens of shape `(tokens, dim)` -> `(tokens, dim_out)`, maybe pooled."""
+        # (tokens, 3 * dim_out)
         qkv = self.qkv(hidden_states)
+        pooled = layout if self.query_stride is None else layout.pooled(self.query_stride)
         if self.window_size == 0:
-            return self.proj(self.attend(qkv, height, width))
-        bands, top = [], 0
-        for band_height, window_height in split_length(height, self.window_size):
-            groups, left = [], 0
-            for band_width, window_width in split_length(width, self.window_size):
-                group = qkv[:, top : top + band_height, left : left + band_width]
-                groups.append(self.attend(group, window_height, window_width))
-                left += band_width
-            bands.append(torch.cat(groups, dim=2) if len(groups) > 1 else groups[0])
-            top += band_height
-        return self.proj(torch.cat(bands, dim=1) if len(bands) > 1 else bands[0])
+            # The order of the tokens of an image is of no importance to attention over all of them.
+            query, key, value = layout.images(qkv).chunk(3, dim=-1)
+            if self.query_stride is not None:
+                query = pooled.images(layout.pool(qkv.chunk(3, dim=-1)[0], self.query_stride))
+            return self.proj(pooled.from_images(self.attend(query, key, value)))
+        outputs = []
+        for group, windows in zip(layout.groups, layout.split(qkv), strict=True):
+            query, key, value = windows.chunk(3, dim=-1)
+            if self.query_stride is not None:
+                query = pool_windows(query, group.window_height, group.window_width, self.query_stride)
+            num_padded = self.window_size**2 - group.window_height * group.window_width
+            outputs.append(self.attend(query, key, value, num_padded))
+        return self.proj(pooled.merge(outputs))
 
-    def attend(self, qkv: torch.Tensor, window_height: int, window_width: int) -> torch.Tensor:
-        """Attend within the equal windows that tile `qkv` of shape `(batch_size, height, width, 3 * dim_out)`."""
-        batch_size, height, width, _ = qkv.shape
-        rows, columns = height // window_height, width // window_width
-        heads = self.num_attention_heads
-        query, key, value = qkv.chunk(3, dim=-1)
-        if self.query_stride is not None:
-            query = max_pool_tokens(query, self.query_stride)
-            height, width = query.shape[1:3]
-
-        def partition(tokens: torch.Tensor) -> torch.Tensor:
-            # (B, H, W, C) -> (B * rows * columns, heads, tokens of a window, head_dim)
-            tokens = tokens.unflatten(1, (rows, -1)).unflatten(3, (columns, -1)).unflatten(5, (heads, -1))
-            return tokens.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(0, 2)
-
-        query, key, value = partition(query), partition(key), partition(value)
-        num_padded = self.window_size**2 - window_height * window_width if self.window_size else 0
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_padded: int = 0) -> torch.Tensor:
+        """Attend within windows of shape `(num_windows, tokens, dim_out)`, with `num_padded` more keys in each."""
+        # (num_windows, tokens, dim_out) -> (num_windows, heads, tokens, head_dim)
+        query, key, value = (
+            tokens.unflatten(2, (self.num_attention_heads, -1)).transpose(1, 2) for tokens in (query, key, value)
+        )
         mask = None
         if num_padded:
-            num_windows, _, num_tokens, head_dim = key.shape
+            num_windows, heads, num_tokens, _ = key.shape
             # The one key and value that stand for all padded tokens.
-            _, key_bias, value_bias = self.qkv.bias.to(key.dtype).view(3, 1, heads, 1, head_dim)
+            _, key_bias, value_bias = self.qkv.bias.to(key.dtype).view(3, 1, heads, 1, -1)
             key = torch.cat([key, key_bias.expand(num_windows, -1, -1, -1)], dim=2)
             value = torch.cat([value, value_bias.expand(num_windows, -1, -1, -1)], dim=2)
             mask = F.pad(key.new_zeros(1, 1, 1, num_tokens), (0, 1), value=math.log(num_padded))
         attention = eager_attention if self.config._attn_implementation == "eager" else F.scaled_dot_product_attention
         output = attention(query, key, value, attn_mask=mask)
-        # (B * rows * columns, heads, tokens, head_dim) -> (B, H, W, C)
-        output = output.unflatten(0, (batch_size, rows, columns)).unflatten(4, (height // rows, -1))
-        return output.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch_size, height, width, -1)
+        return output.transpose(1, 2).flatten(2)
 
 
 class Sam2UNetFeedForward(nn.Module):
@@ -239,14 +338,14 @@ class Sam2UNetBlock(GradientCheckpointingLayer):
         self.mlp = Sam2UNetFeedForward(backbone, dim_out)
         self.proj = nn.Linear(dim, dim_out) if dim != dim_out else None
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, layout: Sam2UNetWindowLayout) -> torch.Tensor:
         residual = self.adapter(hidden_states)
         hidden_states = self.layer_norm1(residual)
         if self.proj is not None:
             residual = self.proj(hidden_states)
         if self.query_stride is not None:
-            residual = max_pool_tokens(residual, self.query_stride)
-        hidden_states = residual + self.attn(hidden_states)
+            residual = layout.pool(residual, self.query_stride)
+        hidden_states = residual + self.attn(hidden_states, layout)
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
@@ -255,6 +354,8 @@ class Sam2UNetEncoder(nn.Module):
 
     Parameters are named as in transformers' `Sam2HieraDetModel`, adapters aside, so that SAM 2 weights load by name.
     """
+
+    layout_class = Sam2UNetWindowLayout
 
     def __init__(self, config: Sam2UNetConfig):
         super().__init__()
@@ -266,6 +367,7 @@ class Sam2UNetEncoder(nn.Module):
         )
         self.pos_embed = nn.Parameter(torch.zeros(1, backbone.hidden_size, *background_size))
         self.pos_embed_window = nn.Parameter(torch.zeros(1, backbone.hidden_size, window_size, window_size))
+        self.window_size = window_size
         self.blocks = nn.ModuleList()
         self.stage_ends = []
         for stage, num_blocks in enumerate(backbone.blocks_per_stage):
@@ -284,13 +386,21 @@ class Sam2UNetEncoder(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the four feature maps, `(batch_size, channels, height / stride, width / stride)`."""
         hidden_states = self.patch_embed(pixel_values)
-        hidden_states = hidden_states + self.position_embedding(*hidden_states.shape[1:3])
+        batch_size, height, width, _ = hidden_states.shape
+        layout = self.layout_class(batch_size, height, width, self.window_size)
+        tokens = layout.pack(hidden_states + self.position_embedding(height, width))
         feature_maps = []
         for index, block in enumerate(self.blocks):
-            hidden_states = block(hidden_states)
+            if block.attn.window_size not in (0, layout.window_size):
+                maps = layout.unpack(tokens)
+                layout = self.layout_class(batch_size, layout.height, layout.width, block.attn.window_size)
+                tokens = layout.pack(maps)
+            tokens = block(tokens, layout)
+            if block.query_stride is not None:
+                layout = layout.pooled(block.query_stride)
             if index in self.stage_ends:
                 # (B, H, W, C) -> (B, C, H, W); a view, channels last in memory
-                feature_maps.append(hidden_states.permute(0, 3, 1, 2))
+                feature_maps.append(layout.unpack(tokens).permute(0, 3, 1, 2))
         return tuple(feature_maps)
 
 

@@ -62,8 +62,14 @@ def test_losses_equal_reference(converted, outputs, case):
     torch.testing.assert_close(losses, outputs[f"{case}.losses"].flatten(), atol=0, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    # One input of the last ReLU is 2e-6. In float32 rounding decides its sign, and with it up to 7e-4 of a gradient.
+    [(torch.float64, 1e-5), (torch.float32, 1e-3)],
+    ids=["float64", "float32"],
+)
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_gradients_equal_reference(outputs, gradient_checkpointing):
+def test_gradients_equal_reference(outputs, gradient_checkpointing, dtype, tolerance):
     from sam2unet_hf.conversion import REFERENCE_NAMES
     from sam2unet_hf.sam2_encoder import rename
 
@@ -71,17 +77,19 @@ def test_gradients_equal_reference(outputs, gradient_checkpointing):
     model = convert_reference_checkpoint(
         reference_state_dict(facts["state_dict"]), small_config(regions={"foreground": [1]})
     ).train()
+    model.to(dtype)
     if gradient_checkpointing:
         model.activation_checkpointing_enable()
-    loss = model(reference_image(2, 96, 96), labels=reference_mask(2, 96, 96)).loss
-    torch.testing.assert_close(loss.detach(), outputs["train.2x96x96.loss"].reshape(()), atol=0, rtol=1e-4)
+    loss = model(reference_image(2, 96, 96).to(dtype), labels=reference_mask(2, 96, 96)).loss
+    expected_loss = outputs["train.2x96x96.loss"].reshape(())
+    torch.testing.assert_close(loss.detach().float(), expected_loss, atol=0, rtol=min(tolerance, 1e-4))
     loss.backward()
     gradients = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
     expected = {rename(name, REFERENCE_NAMES): norm for name, norm in facts["grad_norms"].items()}
     assert gradients.keys() == expected.keys()
     for name, norm in expected.items():
         # Four biases before batch norm have no gradient but rounding, below 1e-8 in the reference.
-        assert gradients[name] == pytest.approx(norm, rel=1e-4, abs=1e-7 if norm < 1e-7 else 0), name
+        assert gradients[name] == pytest.approx(norm, rel=tolerance, abs=1e-7 if norm < 1e-7 else 0), name
 
 
 def test_conversion_drops_and_logs_the_unused_block(caplog):

@@ -1,0 +1,88 @@
+#!/usr/bin/env python
+"""Count the floating-point operations of a forward pass, and say what share of the matmul rate it reaches.
+
+python examples/benchmarks/flops.py
+
+The rate is the best that `torch.mm` reaches here on matrices of the encoder's sizes. A share of 1 would be a model
+that does nothing but multiply matrices at that rate.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from model import DTYPES, build, forward_pass
+from timing import machine, median, report, time_in_turn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sam2unet_hf.configuration_sam2unet import PRESETS
+
+
+def count_flops(model: torch.nn.Module, pixel_values: torch.Tensor) -> int:
+    """Count multiplications and additions of matrix products, convolutions and attention."""
+    # Attention as products of matrices, which the counter knows on every device.
+    model.set_attn_implementation("eager") if hasattr(model, "set_attn_implementation") else None
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(pixel_values)
+    return counter.get_total_flops()
+
+
+def matmul_rate(preset: str, tokens: int, dtype: torch.dtype, device: str, rounds: int) -> float:
+    """Return the best rate of `torch.mm`, in operations per second, over the shapes of the encoder's MLPs."""
+    hidden_size = PRESETS[preset]["hidden_size"]
+    best = 0.0
+    for stage in range(4):
+        dim = hidden_size * 2**stage
+        for rows in (tokens // 4**stage, 4 * tokens // 4**stage):
+            first = torch.randn(rows, dim, dtype=dtype, device=device)
+            second = torch.randn(dim, 4 * dim, dtype=dtype, device=device)
+            seconds = time_in_turn({"mm": lambda a=first, b=second: torch.mm(a, b)}, rounds, device, warmup=2)["mm"]
+            best = max(best, 2 * rows * dim * 4 * dim / min(seconds))
+    return best
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", default=["large"], choices=list(PRESETS))
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES))
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--image_size", type=int, default=352)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--output", type=Path, help="write the results to this JSON file, and a table beside it")
+    args = parser.parse_args(argv)
+    command = "python examples/benchmarks/flops.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    results: dict[str, Any] = {"command": command.strip(), "machine": machine(args.device), "cases": []}
+    rows = []
+    for preset in args.presets:
+        models = build(preset, None, ["ours", "padded"], args.image_size)
+        shape = (args.batch_size, 3, args.image_size, args.image_size)
+        with torch.inference_mode():
+            flops = {name: count_flops(model.eval(), torch.zeros(shape)) for name, model in models.items()}
+        for dtype in args.dtypes:
+            model = build(preset, None, ["ours"], args.image_size)["ours"].to(args.device, DTYPES[dtype])
+            run = forward_pass(model, torch.randn(shape, device=args.device, dtype=DTYPES[dtype]))
+            seconds = median(time_in_turn({"ours": run}, args.rounds, args.device)["ours"])
+            tokens = args.batch_size * (args.image_size // 4) ** 2
+            rate = matmul_rate(preset, tokens, DTYPES[dtype], args.device, args.rounds)
+            case = {"preset": preset, "dtype": dtype, "flops": flops, "seconds": seconds, "matmul_flops_per_s": rate}
+            case["share"] = flops["ours"] / rate / seconds
+            results["cases"].append(case)
+            rows.append(
+                {
+                    "preset": preset,
+                    "dtype": dtype,
+                    "GFLOP": f"{flops['ours'] / 1e9:.1f} (padded {flops['padded'] / 1e9:.1f})",
+                    "time": f"{seconds:.3f} s",
+                    "matmul rate": f"{rate / 1e9:.0f} GFLOP/s",
+                    "share": f"{case['share']:.2f}",
+                }
+            )
+    report(results, rows, args.output)
+    return results
+
+
+if __name__ == "__main__":
+    main()
