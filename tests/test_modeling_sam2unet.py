@@ -12,6 +12,7 @@ from sam2unet_hf import (
     modeling_sam2unet,
 )
 from sam2unet_hf.configuration_sam2unet import PRESETS, preset_backbone_config
+from sam2unet_hf.modeling_sam2unet import Sam2UNetWindowLayout
 
 
 SIZES = [(352, 352), (224, 320), (96, 96), (512, 384)]
@@ -373,3 +374,47 @@ def test_wrong_images_raise(shape, match):
 def test_wrong_labels_raise(labels):
     with pytest.raises(ValueError, match="`labels` must be integer label maps of shape"):
         small_model()(torch.zeros(1, 3, 64, 64), labels=labels)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],
+)
+def test_it_compiles_to_one_graph(backend):
+    # 96x64 has windows cut off on the right and at the bottom.
+    pixel_values = torch.randn(2, 3, 96, 64)
+    labels = (torch.rand(2, 1, 96, 64) > 0.8).float()
+    torch.compiler.reset()
+    model, compiled_model = small_model(), small_model()
+    compiled = torch.compile(compiled_model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(pixel_values).logits, model(pixel_values).logits, atol=1e-5, rtol=1e-4)
+    losses = []
+    for trained, run in ((model, model), (compiled_model, compiled)):
+        trained.train()
+        loss = run(pixel_values, labels=labels).loss
+        loss.backward()
+        losses.append(loss.detach())
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
+    for (name, expected), (_, got) in zip(model.named_parameters(), compiled_model.named_parameters(), strict=True):
+        assert (expected.grad is None) == (got.grad is None), name
+        if expected.grad is not None:
+            torch.testing.assert_close(
+                got.grad, expected.grad, atol=1e-3 * expected.grad.abs().max().item(), rtol=1e-2
+            )
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(("height", "width"), [(22, 22), (16, 28), (8, 6), (28, 14)])
+def test_window_order_is_undone(height, width):
+    layout = Sam2UNetWindowLayout(2, height, width, 14)
+    maps = torch.arange(2 * height * width * 3).view(2, height, width, 3)
+    tokens = layout.pack(maps)
+    assert tokens.shape == (2 * height * width, 3)
+    assert torch.equal(layout.unpack(tokens), maps)
+    assert torch.equal(layout.merge(layout.split(tokens)), tokens)
+    assert torch.equal(layout.from_images(layout.images(tokens)), tokens)
+    assert torch.equal(layout.images(tokens).sort(dim=1).values, maps.flatten(1, 2))
+    pooled = layout.pooled([2, 2]).unpack(layout.pool(tokens.float(), [2, 2]))
+    expected = torch.nn.functional.max_pool2d(maps.permute(0, 3, 1, 2).float(), 2).permute(0, 2, 3, 1)
+    assert torch.equal(pooled, expected)
