@@ -324,6 +324,7 @@ class Sam2UNetBlock(GradientCheckpointingLayer):
         input_stage = max(stage - 1, 0) if is_first_of_stage else stage
         dim, dim_out = backbone.embed_dim_per_stage[input_stage], backbone.embed_dim_per_stage[stage]
         self.query_stride = backbone.query_stride if is_first_of_stage and stage > 0 else None
+        self.window_size = 0 if is_global else backbone.window_size_per_stage[input_stage]
         self.adapter = Sam2UNetAdapter(dim, config.adapter_hidden_size)
         self.layer_norm1 = nn.LayerNorm(dim, eps=backbone.layer_norm_eps)
         self.attn = Sam2UNetWindowAttention(
@@ -331,7 +332,7 @@ class Sam2UNetBlock(GradientCheckpointingLayer):
             dim,
             dim_out,
             num_attention_heads=backbone.num_attention_heads_per_stage[stage],
-            window_size=0 if is_global else backbone.window_size_per_stage[input_stage],
+            window_size=self.window_size,
             query_stride=self.query_stride,
         )
         self.layer_norm2 = nn.LayerNorm(dim_out, eps=backbone.layer_norm_eps)
@@ -391,9 +392,10 @@ class Sam2UNetEncoder(nn.Module):
         tokens = layout.pack(hidden_states + self.position_embedding(height, width))
         feature_maps = []
         for index, block in enumerate(self.blocks):
-            if block.attn.window_size not in (0, layout.window_size):
+            # 0 is attention over the whole image, for which any order will do.
+            if block.window_size not in (0, layout.window_size):
                 maps = layout.unpack(tokens)
-                layout = self.layout_class(batch_size, layout.height, layout.width, block.attn.window_size)
+                layout = self.layout_class(batch_size, layout.height, layout.width, block.window_size)
                 tokens = layout.pack(maps)
             tokens = block(tokens, layout)
             if block.query_stride is not None:

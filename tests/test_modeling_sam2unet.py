@@ -399,9 +399,9 @@ def test_it_compiles_to_one_graph(backend):
     for (name, expected), (_, got) in zip(model.named_parameters(), compiled_model.named_parameters(), strict=True):
         assert (expected.grad is None) == (got.grad is None), name
         if expected.grad is not None:
-            torch.testing.assert_close(
-                got.grad, expected.grad, atol=1e-3 * expected.grad.abs().max().item(), rtol=1e-2
-            )
+            # Biases before batch norm have no gradient but rounding.
+            scale = max(1e-4, expected.grad.abs().max().item())
+            torch.testing.assert_close(got.grad, expected.grad, atol=1e-3 * scale, rtol=1e-2)
     torch.compiler.reset()
 
 
