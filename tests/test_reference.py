@@ -62,14 +62,9 @@ def test_losses_equal_reference(converted, outputs, case):
     torch.testing.assert_close(losses, outputs[f"{case}.losses"].flatten(), atol=0, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    # One input of the last ReLU is 2e-6. In float32 rounding decides its sign, and with it up to 7e-4 of a gradient.
-    [(torch.float64, 1e-5), (torch.float32, 1e-3)],
-    ids=["float64", "float32"],
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float32, 1e-4)], ids=str)
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_gradients_equal_reference(outputs, gradient_checkpointing, dtype, tolerance):
+def test_gradients_equal_reference(outputs, monkeypatch, gradient_checkpointing, dtype, tolerance):
     from sam2unet_hf.conversion import REFERENCE_NAMES
     from sam2unet_hf.sam2_encoder import rename
 
@@ -78,12 +73,23 @@ def test_gradients_equal_reference(outputs, gradient_checkpointing, dtype, toler
         reference_state_dict(facts["state_dict"]), small_config(regions={"foreground": [1]})
     ).train()
     model.to(dtype)
+    # One input of the last ReLU is 1.9e-6 (the next 1.9e-5). In float32 rounding decides its sign, and with it up to
+    # 7e-4 of a gradient, so it is held on the side where the reference has it.
+    pinned = []
+
+    def relu(values):
+        near_zero = values.detach().abs() < 5e-6
+        pinned.append(near_zero.sum().item())
+        return torch.relu(values + 5e-6 * near_zero)
+
+    monkeypatch.setattr("sam2unet_hf.modeling_sam2unet.F.relu", relu)
     if gradient_checkpointing:
         model.activation_checkpointing_enable()
     loss = model(reference_image(2, 96, 96).to(dtype), labels=reference_mask(2, 96, 96)).loss
     expected_loss = outputs["train.2x96x96.loss"].reshape(())
     torch.testing.assert_close(loss.detach().float(), expected_loss, atol=0, rtol=min(tolerance, 1e-4))
     loss.backward()
+    assert sum(pinned) == 1
     gradients = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
     expected = {rename(name, REFERENCE_NAMES): norm for name, norm in facts["grad_norms"].items()}
     assert gradients.keys() == expected.keys()
