@@ -691,10 +691,6 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         model.encoder.load_state_dict(encoder.state_dict, strict=False)
         return model
 
-    def trainable_state_dict(self) -> dict[str, torch.Tensor]:
-        """Return what training changes under a frozen encoder: adapters, decoder and batch norm statistics."""
-        return {name: value for name, value in self.state_dict().items() if not is_sam2_weight(name)}
-
     def check_encoder(self, may_be_local: bool = True) -> dict[str, str | None]:
         """Check that the encoder can be fetched again from `config.encoder_source`, weight by weight.
 
