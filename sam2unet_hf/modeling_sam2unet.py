@@ -6,7 +6,9 @@
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +41,9 @@ logger = logging.get_logger(__name__)
 # The deepest stride; the window position embedding tiles only multiples of it.
 STRIDE = 32
 MIN_IMAGE_SIZE = 64
+
+# More rows than this make no matrix product of the encoder faster on a CPU.
+MAX_TOKENS = 8192
 
 # Arguments of `from_pretrained` that say how to reach a repository, whichever.
 DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
@@ -97,6 +102,26 @@ class Sam2UNetAdapter(nn.Module):
 def is_sam2_weight(name: str) -> bool:
     """Whether a weight of the model comes from SAM 2: those of the encoder but for the adapters."""
     return name.startswith("encoder.") and ".adapter." not in name
+
+
+def in_chunks(
+    function: Callable[..., tuple[torch.Tensor, ...]], *maps: torch.Tensor, tokens_per_image: int
+) -> tuple[torch.Tensor, ...]:
+    """Apply a function of batches of images, in inference on a CPU to a few images at a time.
+
+    Large tensors are slow there: the system hands out their memory anew each time. So this saves time and memory both.
+
+    Args:
+        function: Takes and returns tensors whose first dimension is the batch; each image is treated alone.
+        *maps: The tensors.
+        tokens_per_image: How many of `MAX_TOKENS` an image counts for.
+    """
+    chunk_size = max(1, MAX_TOKENS // tokens_per_image)
+    is_inference = not torch.is_grad_enabled() and maps[0].device.type == "cpu" and not torch.compiler.is_compiling()
+    if not is_inference or len(maps[0]) <= chunk_size:
+        return function(*maps)
+    chunks = zip(*(tensor.split(chunk_size) for tensor in maps), strict=True)
+    return tuple(torch.cat(parts) for parts in zip(*(function(*chunk) for chunk in chunks), strict=True))
 
 
 def max_pool_tokens(tokens: torch.Tensor, stride: list[int]) -> torch.Tensor:
@@ -295,7 +320,11 @@ class Sam2UNetWindowAttention(nn.Module):
             key = torch.cat([key, key_bias.expand(num_windows, -1, -1, -1)], dim=2)
             value = torch.cat([value, value_bias.expand(num_windows, -1, -1, -1)], dim=2)
             mask = F.pad(key.new_zeros(1, 1, 1, num_tokens), (0, 1), value=math.log(num_padded))
-        attention = eager_attention if self.config._attn_implementation == "eager" else F.scaled_dot_product_attention
+        is_eager = self.config._attn_implementation == "eager"
+        if query.device.type == "cpu" and query.dtype != torch.float32 and query.requires_grad:
+            # The backward pass of PyTorch's half-precision kernel for the CPU is up to five times slower.
+            is_eager = True
+        attention = eager_attention if is_eager else F.scaled_dot_product_attention
         output = attention(query, key, value, attn_mask=mask)
         return output.transpose(1, 2).flatten(2)
 
@@ -368,7 +397,6 @@ class Sam2UNetEncoder(nn.Module):
         )
         self.pos_embed = nn.Parameter(torch.zeros(1, backbone.hidden_size, *background_size))
         self.pos_embed_window = nn.Parameter(torch.zeros(1, backbone.hidden_size, window_size, window_size))
-        self.window_size = window_size
         self.blocks = nn.ModuleList()
         self.stage_ends = []
         for stage, num_blocks in enumerate(backbone.blocks_per_stage):
@@ -376,6 +404,7 @@ class Sam2UNetEncoder(nn.Module):
                 is_global = len(self.blocks) in backbone.global_attention_blocks
                 self.blocks.append(Sam2UNetBlock(config, stage, position == 0, is_global))
             self.stage_ends.append(len(self.blocks) - 1)
+        self.window_sizes = backbone.window_size_per_stage
 
     def position_embedding(self, height: int, width: int) -> torch.Tensor:
         """Return the embedding of shape `(1, height, width, hidden_size)`: background plus tiled window."""
@@ -384,30 +413,45 @@ class Sam2UNetEncoder(nn.Module):
         window = self.pos_embed_window.tile(1, 1, height // window_height, width // window_width)
         return (background + window).permute(0, 2, 3, 1)
 
+    def run_stage(self, maps: torch.Tensor, stage: int) -> tuple[torch.Tensor, ...]:
+        """Run a stage but for its first block, and the first block of the next, whose windows are those of this one.
+
+        Args:
+            maps: Tokens `(batch_size, height, width, channels)`.
+            stage: From 0; the first stage is run from its first block on.
+
+        Returns:
+            The feature map of the stage and, but for the last stage, the tokens after the next stage's first block,
+            both `(batch_size, height, width, channels)`.
+        """
+        layout = self.layout_class(*maps.shape[:3], self.window_sizes[stage])
+        tokens = layout.pack(maps)
+        start = self.stage_ends[stage - 1] + 2 if stage else 0
+        end = self.stage_ends[stage] + 1
+        for block in self.blocks[start:end]:
+            tokens = block(tokens, layout)
+        feature_map = layout.unpack(tokens)
+        if end == len(self.blocks):
+            return (feature_map,)
+        pool = self.blocks[end]
+        return feature_map, layout.pooled(pool.query_stride).unpack(pool(tokens, layout))
+
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the four feature maps, `(batch_size, channels, height / stride, width / stride)`."""
-        hidden_states = self.patch_embed(pixel_values)
-        batch_size, height, width, _ = hidden_states.shape
-        layout = self.layout_class(batch_size, height, width, self.window_size)
-        tokens = layout.pack(hidden_states + self.position_embedding(height, width))
+        maps = self.patch_embed(pixel_values)
+        maps = maps + self.position_embedding(*maps.shape[1:3])
         feature_maps = []
-        for index, block in enumerate(self.blocks):
-            # 0 is attention over the whole image, for which any order will do.
-            if block.window_size not in (0, layout.window_size):
-                maps = layout.unpack(tokens)
-                layout = self.layout_class(batch_size, layout.height, layout.width, block.window_size)
-                tokens = layout.pack(maps)
-            tokens = block(tokens, layout)
-            if block.query_stride is not None:
-                layout = layout.pooled(block.query_stride)
-            if index in self.stage_ends:
-                # (B, H, W, C) -> (B, C, H, W); a view, channels last in memory
-                feature_maps.append(layout.unpack(tokens).permute(0, 3, 1, 2))
+        for stage in range(len(self.stage_ends)):
+            height, width = maps.shape[1:3]
+            feature_map, *rest = in_chunks(partial(self.run_stage, stage=stage), maps, tokens_per_image=height * width)
+            # (B, H, W, C) -> (B, C, H, W); a view, channels last in memory
+            feature_maps.append(feature_map.permute(0, 3, 1, 2))
+            maps = rest[0] if rest else maps
         return tuple(feature_maps)
 
 
 class Sam2UNetConvNorm(nn.Module):
-    """Convolution without bias, then batch norm."""
+    """Convolution without bias, then batch norm; one convolution with bias between `fuse` and `train`."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], dilation: int = 1):
         super().__init__()
@@ -416,8 +460,36 @@ class Sam2UNetConvNorm(nn.Module):
         padding = (height // 2 * dilation, width // 2 * dilation)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
+        # Beside the parameters, not in their place, so that the model is saved and trained on as if never fused.
+        self.register_buffer("fused_weight", None, persistent=False)
+        self.register_buffer("fused_bias", None, persistent=False)
+
+    @torch.no_grad()
+    def fuse(self, fuse: bool = True) -> None:
+        """Fold what batch norm does in eval mode into weight and bias of the convolution, or undo it."""
+        if fuse:
+            scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
+            self.fused_weight = self.conv.weight * scale.view(-1, 1, 1, 1)
+            self.fused_bias = self.norm.bias - self.norm.running_mean * scale
+        else:
+            self.fused_weight = self.fused_bias = None
+
+    def train(self, mode: bool = True) -> "Sam2UNetConvNorm":
+        """Undo `fuse` before training, which changes what was folded."""
+        if mode:
+            self.fuse(False)
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.fuse(False)
+        super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.fused_weight is not None:
+            conv = self.conv
+            return F.conv2d(
+                hidden_states, self.fused_weight, self.fused_bias, padding=conv.padding, dilation=conv.dilation
+            )
         return self.norm(self.conv(hidden_states))
 
 
@@ -476,9 +548,7 @@ class Sam2UNetDecodeHead(nn.Module):
         self.auxiliary_classifiers = nn.ModuleList([nn.Conv2d(channels, num_regions, 1) for _ in range(2)])
         self.classifier = nn.Conv2d(channels, num_regions, 1)
 
-    def forward(
-        self, feature_maps: tuple[torch.Tensor, ...], output_auxiliary_logits: bool
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def forward(self, *feature_maps: torch.Tensor, output_auxiliary_logits: bool = False) -> tuple[torch.Tensor, ...]:
         """Return the scores at stride 4 and, when asked for, those of the side outputs at strides 16 and 8."""
         *skips, hidden_states = [
             block(feature_map) for block, feature_map in zip(self.receptive_field_blocks, feature_maps, strict=True)
@@ -490,7 +560,7 @@ class Sam2UNetDecodeHead(nn.Module):
         auxiliary = []
         if output_auxiliary_logits:
             auxiliary = [head(side) for head, side in zip(self.auxiliary_classifiers, decoded[:2], strict=True)]
-        return self.classifier(hidden_states), auxiliary
+        return self.classifier(hidden_states), *auxiliary
 
 
 class Sam2UNetPreTrainedModel(PreTrainedModel):
@@ -539,6 +609,24 @@ class Sam2UNetPreTrainedModel(PreTrainedModel):
             # Quantised weights are integers, which have no gradient.
             if name.startswith("encoder.") and parameter.is_floating_point():
                 parameter.requires_grad_(not (freeze and is_sam2_weight(name)))
+
+    def fuse_for_inference(self, fuse: bool = True) -> None:
+        """Fold each batch norm into the convolution before it; logits change by rounding alone.
+
+        Parameters and `state_dict` stay as they are. `train()`, loading weights and `fuse_for_inference(False)` undo
+        it. Call it again after changing weights in any other way.
+
+        Args:
+            fuse: `False` undoes it.
+
+        Raises:
+            ValueError: If the model is in training mode, where batch norm takes its statistics from each batch.
+        """
+        if fuse and self.training:
+            raise ValueError("`fuse_for_inference` needs a model in eval mode. Call `model.eval()` first.")
+        for module in self.modules():
+            if isinstance(module, Sam2UNetConvNorm):
+                module.fuse(fuse)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -953,9 +1041,10 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         if pad_height or pad_width:
             pixel_values = F.pad(pixel_values, (0, pad_width, 0, pad_height))
         feature_maps = self.encoder(pixel_values)
-        scores, auxiliary_scores = self.decode_head(feature_maps, output_auxiliary_logits or labels is not None)
+        decode = partial(self.decode_head, output_auxiliary_logits=output_auxiliary_logits or labels is not None)
+        rows, columns = feature_maps[0].shape[-2:]
         outputs = []
-        for output in [scores, *auxiliary_scores]:
+        for output in in_chunks(decode, *feature_maps, tokens_per_image=rows * columns):
             upsampled = F.interpolate(output, size=pixel_values.shape[-2:], mode="bilinear")
             outputs.append(upsampled[..., :height, :width])
 

@@ -13,6 +13,8 @@ import flops  # noqa: E402 - the scripts are no package
 import model as model_benchmark  # noqa: E402
 from timing import markdown_table, time_in_turn  # noqa: E402
 
+from sam2unet_hf import deep_supervision_loss  # noqa: E402
+
 
 SMALL = ["--image_size", "64", "--device", "cpu", "--rounds", "1"]
 
@@ -26,6 +28,13 @@ def test_the_padded_variant_gives_the_same_logits_and_gradients():
     torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-4)
     trained = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in models.values()]
     assert trained[0] == trained[1]
+
+
+def test_the_plain_loss_is_that_of_the_package():
+    outputs = [torch.randn(2, 2, 48, 40) for _ in range(3)]
+    labels = (torch.rand(2, 2, 48, 40) > 0.7).float()
+    expected = deep_supervision_loss(outputs, labels, output_weights=[1.0, 1.0, 1.0])
+    torch.testing.assert_close(model_benchmark.plain_loss(outputs, labels), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_model_benchmark_writes_ratios_and_agreement(tmp_path):

@@ -418,3 +418,112 @@ def test_window_order_is_undone(height, width):
     pooled = layout.pooled([2, 2]).unpack(layout.pool(tokens.float(), [2, 2]))
     expected = torch.nn.functional.max_pool2d(maps.permute(0, 3, 1, 2).float(), 2).permute(0, 2, 3, 1)
     assert torch.equal(pooled, expected)
+
+
+def test_a_batch_in_chunks_gives_what_each_image_gives(monkeypatch):
+    model = small_model(regions=BRATS_REGIONS)
+    pixel_values = torch.randn(5, 3, 96, 64)
+    with torch.no_grad():
+        whole = model(pixel_values, output_auxiliary_logits=True, output_hidden_states=True)
+        sizes = []
+        run_stage = model.encoder.run_stage
+
+        def counted(maps, stage):
+            sizes.append((stage, len(maps)))
+            return run_stage(maps, stage)
+
+        monkeypatch.setattr(model.encoder, "run_stage", counted)
+        # 24 x 16 tokens per image in the first stage, a quarter in the second.
+        monkeypatch.setattr(modeling_sam2unet, "MAX_TOKENS", 2 * 24 * 16)
+        chunked = model(pixel_values, output_auxiliary_logits=True, output_hidden_states=True)
+    assert sizes == [(0, 2), (0, 2), (0, 1), (1, 5), (2, 5), (3, 5)]
+    tensors = zip(
+        (whole.logits, *whole.auxiliary_logits, *whole.hidden_states),
+        (chunked.logits, *chunked.auxiliary_logits, *chunked.hidden_states),
+        strict=True,
+    )
+    for expected, got in tensors:
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    sizes.clear()
+    model(pixel_values)
+    # Gradients are wanted, so nothing is gained.
+    assert sizes == [(stage, 5) for stage in range(4)]
+
+
+def trained_statistics(model):
+    """Let batch norm see images and weights unlike its initial ones."""
+    model.train()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 2)
+                module.bias.normal_()
+        for _ in range(3):
+            model(torch.randn(4, 3, 64, 64))
+    return model.eval()
+
+
+def test_fused_for_inference_gives_the_same_logits_and_is_undone():
+    model = trained_statistics(small_model(regions=BRATS_REGIONS))
+    pixel_values = torch.randn(2, 3, 96, 64)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.inference_mode():
+        expected = model(pixel_values).logits
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    calls = []
+    handles = [norm.register_forward_hook(lambda *_: calls.append(1)) for norm in norms]
+    model.fuse_for_inference()
+    with torch.inference_mode():
+        fused = model(pixel_values).logits
+        torch.testing.assert_close(fused, expected, atol=1e-4, rtol=0)
+        assert not calls
+        assert not torch.equal(fused, expected)
+        assert model.state_dict().keys() == before.keys()
+        model.fuse_for_inference(False)
+        assert torch.equal(model(pixel_values).logits, expected)
+    assert len(calls) == len(norms)
+    for handle in handles:
+        handle.remove()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_training_and_loading_undo_the_fusion(tmp_path):
+    model = trained_statistics(small_model())
+    other = trained_statistics(small_model())
+    pixel_values = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected = other(pixel_values).logits
+    model.fuse_for_inference()
+    model.load_state_dict(other.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(model(pixel_values).logits, expected)
+    model.fuse_for_inference()
+    model.train().eval()
+    with torch.inference_mode():
+        assert torch.equal(model(pixel_values).logits, expected)
+    model.fuse_for_inference()
+    model.save_pretrained(tmp_path)
+    loaded = Sam2UNetForSemanticSegmentation.from_pretrained(tmp_path)
+    with torch.inference_mode():
+        assert torch.equal(loaded(pixel_values).logits, expected)
+
+
+def test_fusion_in_training_mode_raises():
+    with pytest.raises(ValueError, match="needs a model in eval mode. Call `model.eval"):
+        small_model().train().fuse_for_inference()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_attention_trains_on_the_cpu_as_in_float32(dtype):
+    torch.manual_seed(0)
+    attention = small_model().encoder.blocks[4].attn
+    qkv = [torch.randn(3, 20, attention.proj.in_features) for _ in range(3)]
+    gradients = []
+    for kind in (torch.float32, dtype):
+        leaves = [tensor.to(kind, copy=True).requires_grad_() for tensor in qkv]
+        output = attention.attend(*leaves, num_padded=5)
+        assert output.dtype == kind
+        output.float().square().sum().backward()
+        gradients.append([leaf.grad.float() for leaf in leaves])
+    for expected, got in zip(*gradients, strict=True):
+        assert (got - expected).norm() < 0.03 * expected.norm()
