@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from transformers import PreTrainedConfig, PreTrainedModel, Sam2HieraDetConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -424,7 +425,8 @@ class Sam2UNetEncoder(nn.Module):
             The feature map of the stage and, but for the last stage, the tokens after the next stage's first block,
             both `(batch_size, height, width, channels)`.
         """
-        layout = self.layout_class(*maps.shape[:3], self.window_sizes[stage])
+        batch_size, height, width, _ = maps.shape
+        layout = self.layout_class(batch_size, height, width, self.window_sizes[stage])
         tokens = layout.pack(maps)
         start = self.stage_ends[stage - 1] + 2 if stage else 0
         end = self.stage_ends[stage] + 1
@@ -461,18 +463,22 @@ class Sam2UNetConvNorm(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
         # Beside the parameters, not in their place, so that the model is saved and trained on as if never fused.
+        self.fused_weight: torch.Tensor | None
+        self.fused_bias: torch.Tensor | None
         self.register_buffer("fused_weight", None, persistent=False)
         self.register_buffer("fused_bias", None, persistent=False)
 
     @torch.no_grad()
     def fuse(self, fuse: bool = True) -> None:
         """Fold what batch norm does in eval mode into weight and bias of the convolution, or undo it."""
+        self.fused_weight, self.fused_bias = None, None
         if fuse:
-            scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
-            self.fused_weight = self.conv.weight * scale.view(-1, 1, 1, 1)
-            self.fused_bias = self.norm.bias - self.norm.running_mean * scale
-        else:
-            self.fused_weight = self.fused_bias = None
+            conv, norm = self.conv, self.norm
+            weight, bias = fuse_conv_bn_weights(
+                conv.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            # Without `detach` they would be parameters.
+            self.fused_weight, self.fused_bias = weight.detach(), bias.detach()
 
     def train(self, mode: bool = True) -> "Sam2UNetConvNorm":
         """Undo `fuse` before training, which changes what was folded."""

@@ -9,10 +9,12 @@ import torch
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
-import flops  # noqa: E402 - the scripts are no package
+import data as data_benchmark  # noqa: E402 - the scripts are no package
+import flops  # noqa: E402
 import model as model_benchmark  # noqa: E402
 from timing import markdown_table, time_in_turn  # noqa: E402
 
+from dataset_scripts.phantom import write_phantom_cohort  # noqa: E402
 from sam2unet_hf import deep_supervision_loss  # noqa: E402
 
 
@@ -90,3 +92,14 @@ def test_competitors_take_turns():
     assert calls == ["a", "b", "a", "b", "a", "b"]
     assert [len(values) for values in seconds.values()] == [2, 2]
     assert markdown_table([{"x": 1, "y": "z"}]) == "| x | y |\n| --- | --- |\n| 1 | z |"
+
+
+def test_data_benchmark_makes_the_same_slices_both_ways(tmp_path):
+    write_phantom_cohort(tmp_path / "brats", 4, (48, 48, 31))
+    arguments = ["--brats_dir", str(tmp_path / "brats"), "--rounds", "1", "--output", str(tmp_path / "out.json")]
+    results = data_benchmark.main(arguments)
+    assert json.loads((tmp_path / "out.json").read_text()) == results
+    assert results["cases"] == 4
+    assert results["slices"] > 4
+    seconds = results["seconds"]
+    assert results["builder_against_plain_loop"] == pytest.approx(seconds["plain loop"] / seconds["builder"])

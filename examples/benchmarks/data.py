@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+"""Time the builder against a plain loop of nibabel, NumPy and Pillow over the same slices, in turn.
+
+python examples/benchmarks/data.py --brats_dir BraTS2020_TrainingData
+python examples/benchmarks/data.py --brats_dir BraTS2020_TrainingData --num_proc 4
+
+Both read FLAIR and mask of each case, cut the slices that show tumour, scale intensities and encode PNGs; the builder
+also writes its Arrow file. Where MONAI is installed, reading alone is timed with its `LoadImage` too.
+"""
+
+import argparse
+import importlib.util
+import io
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import nibabel as nib
+import numpy as np
+from PIL import Image
+from timing import machine, median, report, time_in_turn
+
+from dataset_scripts.brats_slices import BratsSlices
+from sam2unet_hf import nifti
+
+
+def plain_loop(cases: list[nifti.BratsCase]) -> int:
+    """Make the slices as a script would that reads with nibabel; return how many."""
+    count = 0
+    for case in cases:
+        mask = nib.load(case.path("seg")).get_fdata()
+        scan = nib.load(case.path("flair")).get_fdata()
+        low, high = np.percentile(scan[scan != 0], (0.5, 99.5))
+        for index in np.flatnonzero(mask.any(axis=(0, 1))):
+            image = np.clip((scan[:, :, index] - low) / (high - low), 0, 1) * 255
+            for pixels in (image, mask[:, :, index]):
+                Image.fromarray(pixels.T.astype(np.uint8)).save(io.BytesIO(), format="PNG")
+            count += 1
+    return count
+
+
+def monai_reading(cases: list[nifti.BratsCase]) -> None:
+    """Read the same files with MONAI."""
+    from monai.transforms import LoadImage
+
+    load = LoadImage(image_only=True)
+    for case in cases:
+        load(case.path("flair")), load(case.path("seg"))
+
+
+def build(brats_dir: Path, num_proc: int | None) -> int:
+    """Build the data set into an empty cache; return how many slices it has."""
+    with tempfile.TemporaryDirectory() as cache:
+        builder = BratsSlices(data_dir=str(brats_dir), slices="tumor", cache_dir=cache)
+        builder.download_and_prepare(num_proc=num_proc)
+        return sum(split.num_examples for split in builder.info.splits.values())
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--brats_dir", type=Path, required=True, help="folder that holds the cases")
+    parser.add_argument("--num_proc", type=int, default=2, help="also build with so many processes")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="write the results to this JSON file, and a table beside it")
+    args = parser.parse_args(argv)
+    datasets.disable_progress_bars()
+    cases = nifti.find_cases(args.brats_dir)
+    slices = {"plain loop": plain_loop(cases), "builder": build(args.brats_dir, None)}
+    if len(set(slices.values())) > 1:
+        raise SystemExit(f"Not the same slices were made: {slices}.")
+    competitors: dict[str, Callable[[], Any]] = {
+        "plain loop": lambda: plain_loop(cases),
+        "builder": lambda: build(args.brats_dir, None),
+        f"builder, {args.num_proc} processes": lambda: build(args.brats_dir, args.num_proc),
+    }
+    if importlib.util.find_spec("monai") is not None:
+        competitors["MONAI, reading alone"] = lambda: monai_reading(cases)
+    medians = {name: median(values) for name, values in time_in_turn(competitors, args.rounds, warmup=0).items()}
+    command = "python examples/benchmarks/data.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    results = {
+        "command": command,
+        "machine": machine(),
+        "cases": len(cases),
+        "slices": slices["builder"],
+        "seconds": medians,
+        "builder_against_plain_loop": medians["plain loop"] / medians["builder"],
+        "processes_against_one": medians["builder"] / medians[f"builder, {args.num_proc} processes"],
+    }
+    rows = [
+        {
+            "what": name,
+            "time": f"{seconds:.2f} s",
+            "slices/s": f"{slices['builder'] / seconds:.0f}",
+            "against the plain loop": f"{medians['plain loop'] / seconds:.2f}x",
+        }
+        for name, seconds in medians.items()
+    ]
+    report(results, rows, args.output)
+    return results
+
+
+if __name__ == "__main__":
+    main()
