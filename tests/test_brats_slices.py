@@ -1,6 +1,7 @@
 import io
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -376,6 +377,17 @@ print(dataset["train"][0]["image"].mode, dataset["test"][0]["mask"].getextrema()
     assert done.stdout.splitlines() == ["{'train': 6, 'validation': 2, 'test': 2}", "RGB (0, 0)"], done.stderr
 
 
+def test_cli_folder_written_anew_is_loaded_anew(brats_dir, tmp_path):
+    """`datasets` caches a local folder by its card."""
+    found = []
+    for slices in ("2", "3", "2 3"):
+        run(brats_dir, tmp_path / "out", "--slices", slices)
+        dataset = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+        found.append(dataset["test"]["slice_index"][:])
+        shutil.rmtree(tmp_path / "out")
+    assert found == [[2], [3], [2, 3]]
+
+
 def test_cli_card_states_facts(brats_dir, tmp_path):
     save(next(brats_dir.rglob("Brats18_4_1_seg.nii.gz")), np.full(SHAPE, 7, np.uint8))
     run(brats_dir, tmp_path / "out", "--slices", "tumor", "--min_tumor_pixels", "2", "--skip_bad_cases")
@@ -383,6 +395,7 @@ def test_cli_card_states_facts(brats_dir, tmp_path):
     assert card.data.license == "other"
     assert card.data.task_categories == ["image-segmentation"]
     assert card.data.size_categories == ["n<1K"]
+    assert [split["num_examples"] for split in card.data.dataset_info["splits"]] == [3, 1]
     for entry in card.data.configs[0]["data_files"]:
         assert entry["path"] == f"data/{entry['split']}-*"
         assert list((tmp_path / "out").glob(entry["path"]))

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+import datasets
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.info import DatasetInfosDict
 from huggingface_hub.errors import HTTPError  # of its HTTP library, which is not the same in all versions
 
 from sam2unet_hf.nifti import MODALITIES, PLANES
@@ -153,10 +155,20 @@ def render_card(
         "seed": config.seed,
         "skip_bad_cases": config.skip_bad_cases,
     }
+    # Without sizes, `load_dataset` would return what an older data set in the same folder left in its cache.
+    metadata = huggingface_hub.DatasetCardData()
+    info = datasets.DatasetInfo(
+        features=builder.info.features,
+        splits=builder.info.splits,
+        download_size=sum(path.stat().st_size for path in data_folder.iterdir()),
+        dataset_size=sum(split.num_bytes for split in builder.info.splits.values()),
+    )
+    DatasetInfosDict(default=info).to_dataset_card_data(metadata)
     grey = f"grey, {config.modalities[0]}"
     template = resources.files(__package__).joinpath("README.md").read_text(encoding="utf-8")
     return string.Template(template).substitute(
         size_category=next(name for limit, name in SIZE_CATEGORIES if n_slices < limit),
+        dataset_info=metadata.to_yaml(),
         data_files="\n".join(f"  - split: {split}\n    path: data/{split}-*" for split in builder.info.splits),
         n_cases=len(all_cases),
         n_patients=len({patient_of[case] for case in all_cases}),
