@@ -6,7 +6,7 @@
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -43,7 +43,7 @@ logger = logging.get_logger(__name__)
 STRIDE = 32
 MIN_IMAGE_SIZE = 64
 
-# More rows than this make no matrix product of the encoder faster on a CPU.
+# Tokens of the images that inference on a CPU runs at once. From here on larger batches gained no speed when timed.
 MAX_TOKENS = 8192
 
 # Arguments of `from_pretrained` that say how to reach a repository, whichever.
@@ -322,7 +322,8 @@ class Sam2UNetWindowAttention(nn.Module):
             value = torch.cat([value, value_bias.expand(num_windows, -1, -1, -1)], dim=2)
             mask = F.pad(key.new_zeros(1, 1, 1, num_tokens), (0, 1), value=math.log(num_padded))
         is_eager = self.config._attn_implementation == "eager"
-        if query.device.type == "cpu" and query.dtype != torch.float32 and query.requires_grad:
+        is_half = query.dtype in (torch.bfloat16, torch.float16)
+        if is_half and query.device.type == "cpu" and query.requires_grad:
             # The backward pass of PyTorch's half-precision kernel for the CPU is up to five times slower.
             is_eager = True
         attention = eager_attention if is_eager else F.scaled_dot_product_attention
@@ -354,7 +355,6 @@ class Sam2UNetBlock(GradientCheckpointingLayer):
         input_stage = max(stage - 1, 0) if is_first_of_stage else stage
         dim, dim_out = backbone.embed_dim_per_stage[input_stage], backbone.embed_dim_per_stage[stage]
         self.query_stride = backbone.query_stride if is_first_of_stage and stage > 0 else None
-        self.window_size = 0 if is_global else backbone.window_size_per_stage[input_stage]
         self.adapter = Sam2UNetAdapter(dim, config.adapter_hidden_size)
         self.layer_norm1 = nn.LayerNorm(dim, eps=backbone.layer_norm_eps)
         self.attn = Sam2UNetWindowAttention(
@@ -362,7 +362,7 @@ class Sam2UNetBlock(GradientCheckpointingLayer):
             dim,
             dim_out,
             num_attention_heads=backbone.num_attention_heads_per_stage[stage],
-            window_size=self.window_size,
+            window_size=0 if is_global else backbone.window_size_per_stage[input_stage],
             query_stride=self.query_stride,
         )
         self.layer_norm2 = nn.LayerNorm(dim_out, eps=backbone.layer_norm_eps)
@@ -392,12 +392,11 @@ class Sam2UNetEncoder(nn.Module):
         super().__init__()
         backbone = config.backbone_config
         self.patch_embed = Sam2UNetPatchEmbeddings(backbone)
-        background_size, window_size = (
-            backbone.window_positional_embedding_background_size,
-            backbone.window_size_per_stage[0],
-        )
+        self.window_sizes = backbone.window_size_per_stage
+        background_size = backbone.window_positional_embedding_background_size
         self.pos_embed = nn.Parameter(torch.zeros(1, backbone.hidden_size, *background_size))
-        self.pos_embed_window = nn.Parameter(torch.zeros(1, backbone.hidden_size, window_size, window_size))
+        window = (self.window_sizes[0], self.window_sizes[0])
+        self.pos_embed_window = nn.Parameter(torch.zeros(1, backbone.hidden_size, *window))
         self.blocks = nn.ModuleList()
         self.stage_ends = []
         for stage, num_blocks in enumerate(backbone.blocks_per_stage):
@@ -405,7 +404,6 @@ class Sam2UNetEncoder(nn.Module):
                 is_global = len(self.blocks) in backbone.global_attention_blocks
                 self.blocks.append(Sam2UNetBlock(config, stage, position == 0, is_global))
             self.stage_ends.append(len(self.blocks) - 1)
-        self.window_sizes = backbone.window_size_per_stage
 
     def position_embedding(self, height: int, width: int) -> torch.Tensor:
         """Return the embedding of shape `(1, height, width, hidden_size)`: background plus tiled window."""
@@ -963,8 +961,21 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         masks = torch.stack([torch.isin(label_map, region) for region in ids], dim=1)
         return masks.float(), (label_map != self.config.ignore_index).unsqueeze(1)
 
-    def compute_loss(self, outputs: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-        """Deeply supervised loss of the prediction and the side outputs, all of the input's size, at label size."""
+    def compute_loss(
+        self, outputs: Sequence[torch.Tensor], labels: torch.Tensor | Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Deeply supervised loss of the prediction and the side outputs, all of the input's size, at label size.
+
+        Args:
+            outputs: Raw scores of shape `(batch_size, num_regions, height, width)`.
+            labels: As in [`forward`].
+        """
+        if not isinstance(labels, torch.Tensor):
+            per_image = zip(labels, *outputs, strict=True)
+            losses = [
+                self.compute_loss([logits[None] for logits in image], label[None]) for label, *image in per_image
+            ]
+            return torch.stack(losses).mean()
         if labels.is_floating_point():
             masks, valid = labels, labels != self.config.ignore_index
         else:
@@ -1049,23 +1060,17 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         feature_maps = self.encoder(pixel_values)
         decode = partial(self.decode_head, output_auxiliary_logits=output_auxiliary_logits or labels is not None)
         rows, columns = feature_maps[0].shape[-2:]
+        if self.training:  # batch norm takes its statistics from the whole batch
+            decoded = decode(*feature_maps)
+        else:
+            decoded = in_chunks(decode, *feature_maps, tokens_per_image=rows * columns)
         outputs = []
-        for output in in_chunks(decode, *feature_maps, tokens_per_image=rows * columns):
+        for output in decoded:
             upsampled = F.interpolate(output, size=pixel_values.shape[-2:], mode="bilinear")
             outputs.append(upsampled[..., :height, :width])
 
-        loss = None
-        if isinstance(labels, torch.Tensor):
-            loss = self.compute_loss(outputs, labels)
-        elif labels is not None:
-            per_image = zip(labels, *outputs, strict=True)
-            losses = [
-                self.compute_loss([logits[None] for logits in image], label[None]) for label, *image in per_image
-            ]
-            loss = torch.stack(losses).mean()
-
         result = Sam2UNetOutput(
-            loss=loss,
+            loss=None if labels is None else self.compute_loss(outputs, labels),
             logits=outputs[0],
             auxiliary_logits=tuple(outputs[1:]) or None,
             hidden_states=feature_maps if output_hidden_states else None,

@@ -11,7 +11,7 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -144,14 +144,18 @@ class SegmentationMetrics:
         regions: Names of the regions in the order of the channels.
         zero_division: Dice, IoU, F and weighted F where mask and prediction are both empty. 1 as in BraTS; 0 as in
             `py_sod_metrics` and in the modules of `sam2unet_hf.metrics`.
+        normalize: `"minmax"` stretches each prediction to [0, 1] first, as papers on SAM2-UNet do.
 
     Attributes:
         image_dice: Dice at probability > 0.5 of the last evaluation, of shape `(images, regions)`.
     """
 
-    def __init__(self, regions: Sequence[str], zero_division: float = 1.0):
+    def __init__(
+        self, regions: Sequence[str], zero_division: float = 1.0, normalize: Literal["minmax"] | None = None
+    ):
         self.regions = list(regions)
         self.zero_division = zero_division
+        self.normalize = normalize
         self.image_dice = np.zeros((0, len(self.regions)))
         self.reset()
 
@@ -185,7 +189,8 @@ class SegmentationMetrics:
             masks, valid = model.region_masks(label_map[None])
             at_mask = F.interpolate(image_logits[None].float(), size=label_map.shape, mode="bilinear")
             probability, mask, counted = (x[0].cpu().numpy() for x in (at_mask.sigmoid(), masks.bool(), valid[:, 0]))
-            scores.append(score(probability, mask, zero_division=self.zero_division, valid=counted))
+            options: dict[str, Any] = {"zero_division": self.zero_division, "normalize": self.normalize}
+            scores.append(score(probability, mask, valid=counted, **options))
         return np.stack(scores)
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
@@ -330,7 +335,7 @@ class Sam2UNetTrainer(Trainer):
         for batch in itertools.islice(loader, math.ceil(self.batch_norm_images / batch_size)):
             inputs = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
-                model(inputs["pixel_values"], output_auxiliary_logits=True)
+                model(inputs["pixel_values"])
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.running_mean = self.accelerator.reduce(norm.running_mean, "mean")

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,9 +12,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
 import data as data_benchmark  # noqa: E402 - the scripts are no package
 import flops  # noqa: E402
+import loss_curves  # noqa: E402
 import model as model_benchmark  # noqa: E402
+import throughput  # noqa: E402
 from timing import markdown_table, time_in_turn  # noqa: E402
 
+from dataset_scripts.brats_slices import BratsSlices  # noqa: E402
+from dataset_scripts.brats_slices.__main__ import write_dataset  # noqa: E402
 from dataset_scripts.phantom import write_phantom_cohort  # noqa: E402
 from sam2unet_hf import deep_supervision_loss  # noqa: E402
 
@@ -94,6 +99,46 @@ def test_competitors_take_turns():
     assert markdown_table([{"x": 1, "y": "z"}]) == "| x | y |\n| --- | --- |\n| 1 | z |"
 
 
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory):
+    """A data set of Parquet files."""
+    folder = tmp_path_factory.mktemp("slices")
+    write_phantom_cohort(folder / "brats", 5, (48, 48, 31))
+    write_dataset(BratsSlices(data_dir=str(folder / "brats"), slices="tumor"), folder / "parquet")
+    return str(folder / "parquet")
+
+
+def test_loss_curves_and_throughput(slices, tmp_path):
+    """One trains a model and saves it, the other segments with it."""
+    options = ["--dataset", slices, "--device", "cpu", "--batch_size", "2", "--image_size", "64"]
+    training = ["--preset", "tiny", "--steps", "6", "--window", "2", "--learning_rate", "3e-3"]
+    curves = loss_curves.main([*options, *training, "--save", str(tmp_path / "model")])
+    losses = curves["losses"]
+    # The same images in the same order; autocast rounds.
+    assert losses["float32"] != losses["bfloat16"]
+    assert losses["float32"] == pytest.approx(losses["bfloat16"], rel=0.05)
+    means = {name: [(values[i] + values[i + 1]) / 2 for i in (0, 2, 4)] for name, values in losses.items()}
+    differences = [abs(b - a) / a for a, b in zip(means["float32"], means["bfloat16"], strict=True)]
+    assert curves["largest_difference"] == pytest.approx(max(differences))
+    assert losses["float32"][-1] < losses["float32"][0]
+
+    found = throughput.main(
+        [*options, "--model", str(tmp_path / "model"), "--rounds", "1", "--output", str(tmp_path / "out.json")]
+    )
+    assert json.loads((tmp_path / "out.json").read_text()) == found
+    exact, half = found["cases"]
+    assert exact["mask_iou"] == 1
+    assert 0 < half["mask_iou"] <= 1
+    assert all(0 < case["idle"] < 1 for case in found["cases"])
+    assert exact["images_per_second"] == pytest.approx(found["images"] / sum(exact["seconds"].values()))
+
+
+def test_mask_iou_is_over_all_images():
+    masks = [np.array([[1, 1, 0]]), np.array([[0, 0]])]
+    others = [np.array([[0, 3, 0]]), np.array([[0, 1]])]
+    assert throughput.mask_iou(masks, others) == pytest.approx(1 / 3)
+
+
 def test_data_benchmark_makes_the_same_slices_both_ways(tmp_path):
     write_phantom_cohort(tmp_path / "brats", 4, (48, 48, 31))
     arguments = ["--brats_dir", str(tmp_path / "brats"), "--rounds", "1", "--output", str(tmp_path / "out.json")]
@@ -103,3 +148,11 @@ def test_data_benchmark_makes_the_same_slices_both_ways(tmp_path):
     assert results["slices"] > 4
     seconds = results["seconds"]
     assert results["builder_against_plain_loop"] == pytest.approx(seconds["plain loop"] / seconds["builder"])
+
+
+def test_data_benchmark_reads_copies_as_other_cases(tmp_path):
+    write_phantom_cohort(tmp_path / "brats", 2, (48, 48, 31))
+    results = data_benchmark.main(["--brats_dir", str(tmp_path / "brats"), "--copies", "3", "--rounds", "1"])
+    once = data_benchmark.plain_loop(data_benchmark.nifti.find_cases(tmp_path / "brats"))
+    assert results["cases"] == 6
+    assert results["slices"] == 3 * once

@@ -420,6 +420,15 @@ def test_window_order_is_undone(height, width):
     assert torch.equal(pooled, expected)
 
 
+def test_batch_norm_in_training_mode_sees_the_whole_batch_without_gradients_too(monkeypatch):
+    monkeypatch.setattr(modeling_sam2unet, "MAX_TOKENS", 1)
+    model = small_model().train()
+    pixel_values = torch.randn(3, 3, 64, 64)
+    expected = model(pixel_values).logits
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values).logits, expected.detach(), atol=1e-5, rtol=0)
+
+
 def test_a_batch_in_chunks_gives_what_each_image_gives(monkeypatch):
     model = small_model(regions=BRATS_REGIONS)
     pixel_values = torch.randn(5, 3, 96, 64)
