@@ -3,6 +3,7 @@
 
 python examples/benchmarks/data.py --brats_dir BraTS2020_TrainingData
 python examples/benchmarks/data.py --brats_dir BraTS2020_TrainingData --num_proc 4
+python examples/benchmarks/data.py --brats_dir a/few/cases --copies 16
 
 Both read FLAIR and mask of each case, cut the slices that show tumour, scale intensities and encode PNGs; the builder
 also writes its Arrow file. Where MONAI is installed, reading alone is timed with its `LoadImage` too.
@@ -59,26 +60,44 @@ def build(brats_dir: Path, num_proc: int | None) -> int:
         return sum(split.num_examples for split in builder.info.splits.values())
 
 
+def link_copies(cases: list[nifti.BratsCase], copies: int, folder: Path) -> None:
+    """Link each case so many times over, under other names: as many files to read as a larger cohort has."""
+    for case in cases:
+        for copy in range(copies):
+            # Before the id, whose end may tell the timepoint.
+            case_id = f"Copy{copy}{case.case_id}"
+            (folder / case_id).mkdir()
+            for name in ("flair", "seg"):
+                path = case.path(name)
+                (folder / case_id / path.name.replace(case.case_id, case_id)).symlink_to(path.resolve())
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--brats_dir", type=Path, required=True, help="folder that holds the cases")
     parser.add_argument("--num_proc", type=int, default=2, help="also build with so many processes")
+    parser.add_argument("--copies", type=int, default=1, help="read each case so many times over")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="write the results to this JSON file, and a table beside it")
     args = parser.parse_args(argv)
     datasets.disable_progress_bars()
-    cases = nifti.find_cases(args.brats_dir)
-    slices = {"plain loop": plain_loop(cases), "builder": build(args.brats_dir, None)}
-    if len(set(slices.values())) > 1:
-        raise SystemExit(f"Not the same slices were made: {slices}.")
-    competitors: dict[str, Callable[[], Any]] = {
-        "plain loop": lambda: plain_loop(cases),
-        "builder": lambda: build(args.brats_dir, None),
-        f"builder, {args.num_proc} processes": lambda: build(args.brats_dir, args.num_proc),
-    }
-    if importlib.util.find_spec("monai") is not None:
-        competitors["MONAI, reading alone"] = lambda: monai_reading(cases)
-    medians = {name: median(values) for name, values in time_in_turn(competitors, args.rounds, warmup=0).items()}
+    with tempfile.TemporaryDirectory() as folder:
+        brats_dir = args.brats_dir
+        if args.copies > 1:
+            brats_dir = Path(folder)
+            link_copies(nifti.find_cases(args.brats_dir), args.copies, brats_dir)
+        cases = nifti.find_cases(brats_dir)
+        slices = {"plain loop": plain_loop(cases), "builder": build(brats_dir, None)}
+        if len(set(slices.values())) > 1:
+            raise SystemExit(f"Not the same slices were made: {slices}.")
+        competitors: dict[str, Callable[[], Any]] = {
+            "plain loop": lambda: plain_loop(cases),
+            "builder": lambda: build(brats_dir, None),
+            f"builder, {args.num_proc} processes": lambda: build(brats_dir, args.num_proc),
+        }
+        if importlib.util.find_spec("monai") is not None:
+            competitors["MONAI, reading alone"] = lambda: monai_reading(cases)
+        medians = {name: median(values) for name, values in time_in_turn(competitors, args.rounds, warmup=0).items()}
     command = "python examples/benchmarks/data.py " + " ".join(sys.argv[1:] if argv is None else argv)
     results = {
         "command": command,

@@ -163,8 +163,10 @@ def compare(args: argparse.Namespace, preset: str, mode: str, dtype: str, batch_
         variants += [dtype] if dtype != "float32" else []
         for variant in variants:
             copied = copy.deepcopy(model).to(args.device)
+            if mode == "training" and name == "ours" and args.gradient_checkpointing:
+                copied.gradient_checkpointing_enable()
             if mode == "forward":
-                if name == "ours" and hasattr(copied, "fuse_for_inference"):
+                if name == "ours":
                     copied.eval().fuse_for_inference()
                 copied = copied.to(DTYPES[variant])
                 if args.channels_last and args.device == "cuda":
@@ -264,7 +266,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="how often each competitor is timed")
     parser.add_argument("--compile", action="store_true", help="compile ours with torch.compile")
     parser.add_argument("--channels_last", action="store_true", help="on a GPU, weights of convolutions channels last")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="in ours, for the peak memory")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="in the training of ours")
     parser.add_argument("--memory", action="store_true", help="measure the peak memory too")
     parser.add_argument("--reference", type=Path, help="SAM2UNet.py of the reference implementation")
     parser.add_argument("--output", type=Path, help="write the results to this JSON file, and a table beside it")

@@ -1,0 +1,146 @@
+#!/usr/bin/env python
+"""Time the whole path from a data set on disk to label maps at the images' own size, and compare the masks by dtype.
+
+python examples/benchmarks/throughput.py --dataset my_slices --model runs/BRATS
+python examples/benchmarks/throughput.py --dataset my_slices --preset large --batch_size 32 --num_workers 8
+
+The data set is a folder written by `python -m dataset_scripts.brats_slices`, or any other with a column `image`. Idle
+is the share of the time in which the model waits for images.
+"""
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from model import DTYPES
+from timing import machine, median, report, synchronize
+from torch.utils.data import DataLoader
+
+from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
+from sam2unet_hf.configuration_sam2unet import PRESETS
+
+
+class Batcher:
+    """Turns rows into `pixel_values` and the sizes of the images."""
+
+    def __init__(self, processor: Sam2UNetImageProcessor):
+        self.processor = processor
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        images = [row["image"] for row in rows]
+        sizes = [(image.height, image.width) for image in images]
+        return self.processor(images, return_tensors="pt")["pixel_values"], sizes
+
+
+def segment(
+    model: Sam2UNetForSemanticSegmentation, processor: Sam2UNetImageProcessor, loader: DataLoader, device: str
+) -> tuple[dict[str, float], list[np.ndarray]]:
+    """Return seconds by what they went to, and the label map of each image."""
+    seconds = dict.fromkeys(("waiting for images", "model", "label maps"), 0.0)
+    label_maps = []
+    with torch.inference_mode():
+        before = time.perf_counter()
+        for pixel_values, sizes in loader:
+            marks = [before, time.perf_counter()]
+            outputs = model(pixel_values.to(device, non_blocking=True))
+            synchronize(device)
+            marks.append(time.perf_counter())
+            maps = processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
+            label_maps += [label_map.to("cpu", torch.uint8).numpy() for label_map in maps]
+            before = time.perf_counter()
+            marks.append(before)
+            for name, duration in zip(seconds, np.diff(marks), strict=True):
+                seconds[name] += float(duration)
+    return seconds, label_maps
+
+
+def mask_iou(masks: list[np.ndarray], others: list[np.ndarray]) -> float:
+    """Return the IoU of the foreground over all images together."""
+    intersection = sum(int(((mask > 0) & (other > 0)).sum()) for mask, other in zip(masks, others, strict=True))
+    union = sum(int(((mask > 0) | (other > 0)).sum()) for mask, other in zip(masks, others, strict=True))
+    return intersection / union if union else 1.0
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True, help="folder or Hub id, with a column `image`")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--model", help="checkpoint of SAM2-UNet; without one the weights are random")
+    parser.add_argument("--preset", default="large", choices=list(PRESETS), help="without --model")
+    parser.add_argument("--image_size", type=int, help="default: the checkpoint's, or else 352")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES))
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--num_workers", type=int, default=1, help="processes that read images")
+    parser.add_argument("--max_images", type=int)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="write the results to this JSON file, and a table beside it")
+    args = parser.parse_args(argv)
+    rows = datasets.load_dataset(args.dataset, split=args.split).select_columns("image")
+    if args.max_images is not None:
+        rows = rows.select(range(min(args.max_images, len(rows))))
+    size = {} if args.image_size is None else {"size": {"height": args.image_size, "width": args.image_size}}
+    if args.model is None:
+        torch.manual_seed(0)
+        model = Sam2UNetForSemanticSegmentation(Sam2UNetConfig.from_preset(args.preset, regions={"WT": [1, 2, 3]}))
+        processor = Sam2UNetImageProcessor(regions=model.config.regions, **size)
+    else:
+        model = Sam2UNetForSemanticSegmentation.from_pretrained(args.model)
+        processor = Sam2UNetImageProcessor.from_pretrained(args.model, **size)
+    # Each dtype from the float32 weights, or one would get what another has rounded.
+    models = {dtype: copy.deepcopy(model).to(args.device, DTYPES[dtype]).eval() for dtype in args.dtypes}
+    for variant in models.values():
+        variant.fuse_for_inference()
+    loader = DataLoader(
+        rows,
+        args.batch_size,
+        collate_fn=Batcher(processor),
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
+        pin_memory=args.device == "cuda",
+    )
+    rounds: dict[str, list[dict[str, float]]] = {dtype: [] for dtype in args.dtypes}
+    found: dict[str, list[np.ndarray]] = {}
+    # The first round starts the workers and warms up.
+    for turn in range(args.rounds + 1):
+        for dtype in args.dtypes:
+            seconds, found[dtype] = segment(models[dtype], processor, loader, args.device)
+            if turn:
+                rounds[dtype].append(seconds)
+    cases = []
+    for dtype in args.dtypes:
+        seconds = {name: median([one[name] for one in rounds[dtype]]) for name in rounds[dtype][0]}
+        case = {
+            "dtype": dtype,
+            "images_per_second": len(rows) / sum(seconds.values()),
+            "idle": seconds["waiting for images"] / sum(seconds.values()),
+            "seconds": seconds,
+            "foreground": float(np.mean([(label_map > 0).mean() for label_map in found[dtype]])),
+            "mask_iou": mask_iou(found[dtype], found[args.dtypes[0]]),
+        }
+        cases.append(case)
+    command = "python examples/benchmarks/throughput.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    results = {"command": command, "machine": machine(args.device), "images": len(rows), "cases": cases}
+    table = [
+        {
+            "dtype": case["dtype"],
+            "images/s": f"{case['images_per_second']:.2f}",
+            "idle": f"{100 * case['idle']:.1f} %",
+            "foreground": f"{100 * case['foreground']:.2f} %",
+            f"mask IoU with {args.dtypes[0]}": f"{case['mask_iou']:.4f}",
+        }
+        for case in cases
+    ]
+    report(results, table, args.output)
+    return results
+
+
+if __name__ == "__main__":
+    main()
