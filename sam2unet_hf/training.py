@@ -150,9 +150,7 @@ class SegmentationMetrics:
         image_dice: Dice at probability > 0.5 of the last evaluation, of shape `(images, regions)`.
     """
 
-    def __init__(
-        self, regions: Sequence[str], zero_division: float = 1.0, normalize: Literal["minmax"] | None = None
-    ):
+    def __init__(self, regions: Sequence[str], zero_division: float = 1.0, normalize: Literal["minmax"] | None = None):
         self.regions = list(regions)
         self.zero_division = zero_division
         self.normalize = normalize
