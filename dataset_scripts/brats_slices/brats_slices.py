@@ -3,10 +3,15 @@
 import functools
 import hashlib
 import logging
+import multiprocessing
+import os
 import struct
+import threading
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import datasets
@@ -48,6 +53,8 @@ CITATION = """\
   year    = {2018},
 }
 """
+# Cases that are read before they are written: more than processes are likely to be, few enough to hold in memory.
+_READ_AHEAD = 32
 _SKIP_ADVICE = "Or leave such cases out: `skip_bad_cases=True` (`--skip_bad_cases`)."
 
 
@@ -151,6 +158,7 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
     VERSION = datasets.Version("1.0.0")  # part of the cache folder: raise it whenever the rows change
     BUILDER_CONFIG_CLASS = BratsSlicesConfig
     config: BratsSlicesConfig
+    _readers: "_Readers | None" = None
 
     @property
     def skipped_cases(self) -> dict[str, str]:
@@ -159,9 +167,24 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
         paths = sorted(self._fs.ls(folder, detail=False)) if self._fs.exists(folder) else []
         return {path.rsplit("/", 1)[1].removesuffix(".txt"): self._fs.read_text(path) for path in paths}
 
-    def download_and_prepare(self, *args, **kwargs) -> None:
-        """Build the data set as `datasets.DatasetBuilder` does, and warn of every case that has no rows."""
-        super().download_and_prepare(*args, **kwargs)
+    def download_and_prepare(self, *args, num_proc: int | None = None, **kwargs) -> None:
+        """Build the data set as `datasets.DatasetBuilder` does, and warn of every case that has no rows.
+
+        Args:
+            *args: As in `datasets`.
+            num_proc: Processes that read cases, ahead of the one that writes. Left to `datasets`, they would start
+                anew for each split, each with its share of the cases.
+            **kwargs: As in `datasets`.
+        """
+        if num_proc is None or num_proc <= 1:
+            super().download_and_prepare(*args, **kwargs)
+        else:
+            self._readers = _Readers(num_proc)
+            try:
+                super().download_and_prepare(*args, **kwargs)
+            finally:
+                self._readers.pool.shutdown(cancel_futures=True)
+                self._readers = None
         for reason in self.skipped_cases.values():
             logger.warning("Left out: %s", reason)
 
@@ -198,27 +221,27 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
             cases_of_split = [case for case in cases if split_of[case.patient_id] == split]
             if cases_of_split:
                 generators.append(datasets.SplitGenerator(split, gen_kwargs={"cases": cases_of_split}))
+                if self._readers is not None:
+                    self._readers.waiting.extend(cases_of_split)
         return generators
 
     def _generate_examples(self, cases: list[BratsCase]) -> Iterator[tuple[str, dict[str, Any]]]:
         for case in cases:
-            try:
-                rows = list(_rows(case, self.config))  # before the first is passed on, so that a bad case has none
-            except BratsCaseError as err:
+            rows = _read(case, self.config) if self._readers is None else self._readers.read(case, self.config)
+            if isinstance(rows, BratsCaseError):
                 if not self.config.skip_bad_cases:
-                    self._leave_note("error.txt", f"{err} {_SKIP_ADVICE}")
-                    raise
-                self._leave_note(f"skipped/{case.case_id}.txt", str(err))
+                    raise BratsCaseError(f"{rows} {_SKIP_ADVICE}") from rows
+                self._note_skipped(case, str(rows))
                 continue
             if not rows:
                 reason = f"no {self.config.plane} slice shows {self.config.min_tumor_pixels} or more pixels of tumour"
-                self._leave_note(f"skipped/{case.case_id}.txt", f"case {case.case_id}: {reason}.")
+                self._note_skipped(case, f"case {case.case_id}: {reason}.")
             for row in rows:
                 yield f"{case.case_id}/{row['slice_index']:03d}", row
 
-    def _leave_note(self, name: str, text: str) -> None:
-        """Write a file beside the data: it reaches the parent process and stays in the cache, as no variable does."""
-        path = f"{self._output_dir}/{name}"
+    def _note_skipped(self, case: BratsCase, text: str) -> None:
+        """Write a file beside the data, which stays in the cache, as no variable does."""
+        path = f"{self._output_dir}/skipped/{case.case_id}.txt"
         self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         self._fs.write_text(path, text)
 
@@ -227,9 +250,8 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
         try:
             super()._download_and_prepare(dl_manager, verification_mode, **prepare_split_kwargs)
         except datasets.exceptions.DatasetGenerationError as err:
-            note = f"{self._output_dir}/error.txt"
-            if self._fs.exists(note):  # an exception of ours, which lost its text if it comes from a worker
-                raise BratsCaseError(self._fs.read_text(note)) from err
+            if isinstance(err.__cause__, BratsCaseError):
+                raise err.__cause__ from None
             raise
         splits = self.info.splits
         for name in [name for name, split in splits.items() if not split.num_examples]:
@@ -275,6 +297,47 @@ def _check_complete(cases: list[BratsCase], names: tuple[str, ...]) -> None:
     if problems:
         more = f"\n... and {len(problems) - 5} more cases" if len(problems) > 5 else ""
         raise BratsCaseError("\n".join(problems[:5]) + f"{more}\n{_SKIP_ADVICE}")
+
+
+class _Readers:
+    """Processes that read cases ahead of the one that writes, beyond the end of a split too.
+
+    Attributes:
+        pool: The processes.
+        waiting: The cases nobody has begun to read, in the order in which they will be asked for.
+    """
+
+    def __init__(self, num_proc: int):
+        self.pool = ProcessPoolExecutor(num_proc, initializer=_end_with_parent)
+        self.waiting: deque[BratsCase] = deque()
+        self._begun: dict[str, Future[list[dict[str, Any]] | BratsCaseError]] = {}
+
+    def read(self, case: BratsCase, config: BratsSlicesConfig) -> list[dict[str, Any]] | BratsCaseError:
+        """Return the rows of a case, or why it cannot be used, and let others be read meanwhile."""
+        config = replace(config)  # without the list of all cases
+        while self.waiting and len(self._begun) < _READ_AHEAD:
+            following = self.waiting.popleft()
+            self._begun[following.case_id] = self.pool.submit(_read, following, config)
+        return self._begun.pop(case.case_id).result()
+
+
+def _end_with_parent() -> None:
+    """Let this process end when the one that started it was killed, and could not tell it to."""
+    parent = cast("multiprocessing.Process", multiprocessing.parent_process())
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _read(case: BratsCase, config: BratsSlicesConfig) -> list[dict[str, Any]] | BratsCaseError:
+    """Return the rows of a case, all or none, or why it cannot be used."""
+    try:
+        return list(_rows(case, config))
+    except BratsCaseError as err:
+        return err
 
 
 def _rows(case: BratsCase, config: BratsSlicesConfig) -> Iterator[dict[str, Any]]:
