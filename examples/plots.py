@@ -76,3 +76,78 @@ def plot_predictions(
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def plot_comparison(scores: dict[str, list[float]], published: dict[str, float], path: Path) -> None:
+    """Draw mean Dice by system, a dot per seed, beside what was published."""
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    positions = np.arange(len(scores))
+    axes.bar(positions - 0.2, [np.mean(values) for values in scores.values()], 0.4, color=COLOURS[1], label="here")
+    axes.bar(positions + 0.2, list(published.values()), 0.4, color="#BBBBBB", label="published, BraTS 2020")
+    for position, values in zip(positions, scores.values(), strict=True):
+        axes.plot([position - 0.2] * len(values), values, "k.", label="one seed" if position == 0 else None)
+    axes.set(xticks=positions, ylabel="mDice", ylim=(0, 1), title="Test images, 256 thresholds, predictions stretched")
+    axes.set_xticklabels(scores)
+    axes.grid(alpha=0.3, axis="y")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_learning_curves(curves: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
+    """Draw training loss and validation Dice over steps, a colour per system, a line per seed."""
+    figure, (losses, scores) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    colours = (*COLOURS, "#000000")
+    for (name, runs), colour in zip(curves.items(), colours, strict=False):
+        for number, curve in enumerate(runs):
+            for axes, key in ((losses, "loss"), (scores, "eval_dice")):
+                points = [(entry["step"], entry[key]) for entry in curve if key in entry]
+                label = name if number == 0 else None
+                if points:
+                    axes.plot(*zip(*points, strict=True), color=colour, label=label, alpha=0.9)
+    losses.set(xlabel="step", ylabel="loss, each system's own", title="Training loss", yscale="log")
+    scores.set(xlabel="step", ylabel="Dice at probability > 0.5", title="Validation", ylim=(0, 1))
+    for axes in (losses, scores):
+        axes.grid(alpha=0.3)
+    handles, labels = losses.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_systems(
+    cases: list[tuple[str, Image.Image, np.ndarray]],
+    predictions: dict[str, list[np.ndarray]],
+    regions: dict[str, list[int]],
+    path: Path,
+) -> None:
+    """Draw images with the outlines of truth and prediction, one row per case, one column per system."""
+    columns = 1 + len(predictions)
+    size = (2.2 * columns, 2.45 * len(cases) + 0.6)
+    figure, axes = plt.subplots(len(cases), columns, figsize=size, layout="constrained", squeeze=False)
+    colours = [COLOURS[index % len(COLOURS)] for index in range(len(regions))]
+    predicted_colours = [COLOURS[1]] if len(regions) == 1 else colours
+    for number, (row, (title, image, truth)) in enumerate(zip(axes, cases, strict=True)):
+        pixels = np.asarray(image if image.mode.startswith(("I", "F")) else image.convert("L"), dtype=float)
+        found = [None, *(maps[number] for maps in predictions.values())]
+        for axis, label_map in zip(row, found, strict=True):
+            axis.imshow(pixels, cmap="gray")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            sides = [(truth, colours, "solid"), (label_map, predicted_colours, "dashed")]
+            for side, side_colours, style in sides if label_map is not None else sides[:1]:
+                for label_ids, colour in zip(regions.values(), side_colours, strict=True):
+                    mask = np.isin(side, label_ids)
+                    if mask.any() and not mask.all():
+                        axis.contour(mask, levels=[0.5], colors=[colour], linestyles=style, linewidths=1.2)
+        row[0].set_ylabel(title, fontsize=7)
+    for axis, title in zip(axes[0], ["truth", *predictions], strict=True):
+        axis.set_title(title)
+    handles = [
+        plt.Line2D([], [], color=colour, linestyle=style, label=f"{name}, {kind}")
+        for kind, side_colours, style in (("truth", colours, "solid"), ("prediction", predicted_colours, "dashed"))
+        for name, colour in zip(regions, side_colours, strict=True)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2 * len(regions), frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -7,6 +7,7 @@ python examples/run_segmentation.py --dataset_name my_folder --sam2_checkpoint f
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import re
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import transformers
 from data_sources import DataArguments, case_names, find_columns, find_regions, load_data
+from hp_search import RESULTS, STUDY, search
 from PIL import Image
 from plots import plot_predictions, plot_training_curve
 from tqdm import tqdm
@@ -28,8 +30,9 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from dataset_scripts.brats_slices.brats_slices import CITATION
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
+from sam2unet_hf.augmentation import AUGMENTATIONS, augmentation
 from sam2unet_hf.configuration_sam2unet import PRESETS, parse_regions
-from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform, flips
+from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform
 
 
 logger = logging.getLogger("run_segmentation")
@@ -56,6 +59,8 @@ RUN_FILES = (
     "training_*.png",
     "training_info.json",
     "README.md",
+    STUDY,
+    RESULTS,
 )
 
 
@@ -101,6 +106,17 @@ class SegmentationTrainingArguments(TrainingArguments):
             "frozen encoder, else 128."
         },
     )
+    augmentation: list[str] = field(
+        default_factory=lambda: ["flips"],
+        metadata={"help": "How training images are changed at random, or none.", "choices": ("none", *AUGMENTATIONS)},
+    )
+    hp_search: int = field(
+        default=0,
+        metadata={
+            "help": "Before training, try this many combinations of learning rate, batch size and optimiser, and "
+            "train with the one that scores best on the validation images. Needs optuna."
+        },
+    )
     trainable_only: bool = field(
         default=False,
         metadata={
@@ -141,6 +157,10 @@ class SegmentationTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.push_to_hub and not self.do_train:
             raise ValueError("--push_to_hub pushes what was trained; it cannot go with --do_train false.")
+        if "none" in self.augmentation and len(self.augmentation) > 1:
+            raise ValueError(f"--augmentation takes none alone, got {' '.join(self.augmentation)}.")
+        if self.hp_search and not self.do_train:
+            raise ValueError("--hp_search searches for the best training; it cannot go with --do_train false.")
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr": 1e-7}
         # transformers takes everything but a loss for the better the larger.
@@ -395,17 +415,28 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if batch_norm_images is None:
         batch_norm_images = 0 if model.config.freeze_encoder else 128
     compute_metrics = SegmentationMetrics(list(regions))
-    try:
-        trainer = Sam2UNetTrainer(
+    augment = augmentation(*(name for name in training_args.augmentation if name != "none"))
+
+    def make_trainer(args: TrainingArguments) -> Sam2UNetTrainer:
+        return Sam2UNetTrainer(
             model,
-            training_args,
+            args,
             compute_metrics=compute_metrics,
             batch_norm_images=batch_norm_images,
             trainable_only=training_args.trainable_only,
-            train_dataset=data["train"].with_transform(transform(augment=flips())),
+            train_dataset=data["train"].with_transform(transform(augment=augment)),
             eval_dataset=evaluation["validation"],
             processing_class=processor,
         )
+
+    try:
+        if training_args.hp_search:
+            start = functools.partial(load_model, model_args, regions)
+            best = search(make_trainer, lambda: start()[0], training_args, training_args.hp_search)
+            for name, value in best.items():
+                setattr(training_args, name, value)
+            model, _ = start()
+        trainer = make_trainer(training_args)
     except (OSError, ValueError) as err:  # no right to push, no encoder to leave out, no such score
         raise SystemExit(str(err)) from err
     logger.info(

@@ -59,11 +59,6 @@ RECIPE = (
 )
 
 
-def flips() -> Callable:
-    """Return the papers' augmentation: horizontal and vertical flips of image and mask, each with probability 0.5."""
-    return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()])
-
-
 class SegmentationTransform:
     """Turn rows of a data set into inputs of the model, for `dataset.with_transform(...)`.
 
@@ -71,8 +66,9 @@ class SegmentationTransform:
         processor: Image processor of the model.
         image_column: Column of the images.
         mask_column: Column of the masks, or `None` for images alone.
-        augment: Function of `(image, mask)` that returns both changed alike, such as a transform of
-            `torchvision.transforms.v2`; the mask is a `tv_tensors.Mask`. Only for training.
+        augment: Function of `(image, mask)` that returns both changed alike, such as
+            [`~augmentation.augmentation`] or a transform of `torchvision.transforms.v2`; the mask is a
+            `tv_tensors.Mask`. Only for training.
         resize_masks: Resize masks with the images, as training does. `False` keeps them at their own size, at which
             the metrics are computed.
         label_mapping: Ids to replace in the masks, such as `{255: 1}` for masks of 0 and 255.
@@ -420,7 +416,8 @@ class Sam2UNetTrainer(Trainer):
         options = getattr(self.train_dataset, "format", {}).get("format_kwargs", {})
         augment = getattr(options.get("transform"), "augment", None)
         if isinstance(augment, v2.Compose):
-            rows["augmentation"] = ", ".join(type(step).__name__ for step in augment.transforms)
+            steps = [part for step in augment.transforms for part in getattr(step, "transforms", [step])]
+            rows["augmentation"] = ", ".join(type(step).__name__ for step in steps)
         config = self.accelerator.unwrap_model(self.model).config
         rows["loss"] = (
             f"IoU and {'boundary-weighted' if config.weight_bce else 'plain'} BCE, outputs weighted "
@@ -613,4 +610,4 @@ class Sam2UNetTrainer(Trainer):
         return super().evaluation_loop(*args, **kwargs)
 
 
-__all__ = ["Sam2UNetTrainer", "SegmentationMetrics", "SegmentationTransform", "collate", "flips"]
+__all__ = ["Sam2UNetTrainer", "SegmentationMetrics", "SegmentationTransform", "collate"]

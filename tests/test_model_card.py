@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
+from sam2unet_hf.augmentation import augmentation
 from sam2unet_hf.hub import (
     CHECKPOINT_FILES,
     MEASURES,
@@ -30,7 +31,7 @@ from sam2unet_hf.hub import (
     sign,
     write_model_card,
 )
-from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform, flips
+from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform
 
 
 ROOT = Path(__file__).parent.parent
@@ -221,7 +222,7 @@ def trainer_of(tmp_path, **kwargs):
     processor = Sam2UNetImageProcessor(size={"height": 64, "width": 64})
     arguments = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "num_train_epochs": 1, **kwargs}
     args = TrainingArguments(tmp_path / "run", remove_unused_columns=False, **arguments)
-    train = rows.with_transform(SegmentationTransform(processor, augment=flips()))
+    train = rows.with_transform(SegmentationTransform(processor, augment=augmentation("flips")))
     rows = rows.with_transform(SegmentationTransform(processor))
     return Sam2UNetTrainer(small_model(), args, train_dataset=train, eval_dataset=rows, processing_class=processor)
 

@@ -13,8 +13,9 @@ from PIL import Image as PILImage
 from transformers import TrainingArguments
 
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.augmentation import augmentation
 from sam2unet_hf.metrics import Accumulator
-from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform, collate, flips
+from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform, collate
 
 
 SIZES = [(70, 64), (64, 80), (90, 66), (64, 64), (100, 72)]
@@ -47,7 +48,7 @@ def make_trainer(model, rows, tmp_path, batch_norm_images=0, **kwargs):
         model,
         arguments,
         batch_norm_images=batch_norm_images,
-        train_dataset=rows.with_transform(SegmentationTransform(processor, augment=flips())),
+        train_dataset=rows.with_transform(SegmentationTransform(processor, augment=augmentation("flips"))),
         eval_dataset=rows.with_transform(SegmentationTransform(processor, resize_masks=False)),
     )
 
@@ -141,7 +142,7 @@ def test_transform_flips_image_and_mask_together():
     rows = {"image": [PILImage.fromarray(mask * 255)] * 16, "mask": [PILImage.fromarray(mask)] * 16}
     processor = Sam2UNetImageProcessor(size={"height": 64, "width": 64})
     torch.manual_seed(0)
-    output = SegmentationTransform(processor, augment=flips())(rows)
+    output = SegmentationTransform(processor, augment=augmentation("flips"))(rows)
     for pixel_values, labels in zip(output["pixel_values"], output["labels"], strict=True):
         assert torch.equal(pixel_values[0] > 0, labels == 1)
     assert len({tuple(labels.nonzero()[0].tolist()) for labels in output["labels"]}) == 4

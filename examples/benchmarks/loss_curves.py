@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
+from sam2unet_hf.augmentation import augmentation
 from sam2unet_hf.configuration_sam2unet import PRESETS
-from sam2unet_hf.training import SegmentationTransform, collate, flips
+from sam2unet_hf.training import SegmentationTransform, collate
 
 
 def train(
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     regions = {"WT": [1, 2, 3]}
     processor = Sam2UNetImageProcessor(regions=regions, size={"height": args.image_size, "width": args.image_size})
     rows = datasets.load_dataset(args.dataset, split="train").with_transform(
-        SegmentationTransform(processor, augment=flips())
+        SegmentationTransform(processor, augment=augmentation("flips"))
     )
     loader = DataLoader(
         rows, args.batch_size, shuffle=True, drop_last=True, collate_fn=collate, num_workers=args.num_workers

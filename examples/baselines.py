@@ -1,0 +1,203 @@
+"""The systems that the paper compares SAM2-UNet with, each as a model of `pixel_values` and `labels`.
+
+U-Net, U-Net++ and DeepLabV3 are those of segmentation_models_pytorch with its default encoder, a ResNet-34. ResUNet is
+MONAI's U-Net of residual units, for it has them in encoder and decoder, as arXiv 1711.10684 describes; a U-Net of
+segmentation_models_pytorch would have them in the encoder alone. Mask R-CNN is torchvision's, on a ResNet-50 with a
+feature pyramid.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from sam2unet_hf import Sam2UNetForSemanticSegmentation
+from sam2unet_hf.modeling_sam2unet import Sam2UNetOutput
+
+
+# The deepest stride of the networks.
+STRIDE = 32
+
+
+class BaselineConfig(PreTrainedConfig):
+    """Configuration of a system other than SAM2-UNet.
+
+    Args:
+        system: A key of `BASELINES`.
+        regions: Region name -> the label ids it joins, one channel each.
+        weights: ImageNet weights of the encoder, `"imagenet"`, or none; ResUNet has none.
+    """
+
+    model_type = "segmentation_baseline"
+
+    def __init__(
+        self,
+        system: str = "unet",
+        regions: dict[str, list[int]] | None = None,
+        weights: str | None = None,
+        **kwargs: Any,
+    ):
+        self.system = system
+        self.regions = regions or {"WT": [1, 2, 3]}
+        self.weights = weights
+        # The loss is that of SAM2-UNet for one output.
+        self.auxiliary_loss_weights: list[float] = []
+        self.boundary_kernel_size, self.boundary_weight, self.weight_bce = 31, 5.0, False
+        self.ignore_index = 255
+        super().__init__(**kwargs)
+
+
+def unet(num_regions: int, weights: str | None) -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    return smp.Unet(encoder_weights=weights, classes=num_regions)
+
+
+def unet_plus_plus(num_regions: int, weights: str | None) -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    return smp.UnetPlusPlus(encoder_weights=weights, classes=num_regions)
+
+
+def deeplab(num_regions: int, weights: str | None) -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    return smp.DeepLabV3(encoder_weights=weights, classes=num_regions)
+
+
+def residual_unet(num_regions: int, weights: str | None) -> nn.Module:
+    from monai.networks.nets import UNet
+
+    channels = (64, 128, 256, 512, 1024)
+    return UNet(2, 3, num_regions, channels, strides=(2, 2, 2, 2), num_res_units=2, norm="BATCH")
+
+
+def mask_rcnn(num_regions: int, weights: str | None) -> nn.Module:
+    from torchvision.models import ResNet50_Weights
+    from torchvision.models.detection import maskrcnn_resnet50_fpn
+
+    # The images come normalised and at their size, and are left so.
+    return maskrcnn_resnet50_fpn(
+        weights_backbone=None if weights is None else ResNet50_Weights.IMAGENET1K_V1,
+        num_classes=num_regions + 1,
+        image_mean=[0.0] * 3,
+        image_std=[1.0] * 3,
+        # A slice shows a handful of tumours, not the hundred things of a photograph.
+        rpn_post_nms_top_n_train=256,
+        rpn_post_nms_top_n_test=256,
+        box_batch_size_per_image=128,
+        # Masks are weighted by their scores, so none is dropped for a low one.
+        box_score_thresh=0.0,
+        box_detections_per_img=20,
+    )
+
+
+BASELINES: dict[str, Callable[[int, str | None], nn.Module]] = {
+    "unet": unet,
+    "unetplusplus": unet_plus_plus,
+    "maskrcnn": mask_rcnn,
+    "deeplabv3": deeplab,
+    "resunet": residual_unet,
+}
+
+
+class Baseline(PreTrainedModel):
+    """A network that gives one channel per region, trained with the loss of SAM2-UNet."""
+
+    config_class = BaselineConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: BaselineConfig):
+        super().__init__(config)
+        self.network = BASELINES[config.system](len(config.regions), config.weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave the weights as the network's library initialises them."""
+
+    region_masks = Sam2UNetForSemanticSegmentation.region_masks
+    compute_loss = Sam2UNetForSemanticSegmentation.compute_loss
+
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | Sequence[torch.Tensor] | None = None
+    ) -> Sam2UNetOutput:
+        """Segment images of shape `(batch_size, 3, height, width)`; labels are as those of SAM2-UNet."""
+        height, width = pixel_values.shape[-2:]
+        padded = F.pad(pixel_values, (0, -width % STRIDE, 0, -height % STRIDE))
+        logits = self.network(padded)[..., :height, :width]
+        return Sam2UNetOutput(loss=None if labels is None else self.compute_loss([logits], labels), logits=logits)
+
+
+def instances(masks: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the connected components of region masks as the instances that Mask R-CNN learns.
+
+    Args:
+        masks: Masks of one image of shape `(num_regions, height, width)` in {0, 1}.
+
+    Returns:
+        `boxes` of shape `(instances, 4)` as `(left, top, right, bottom)` in pixels, `labels` from 1, the first
+        region's, and `masks` of shape `(instances, height, width)`, `uint8`.
+    """
+    boxes, labels, found = [], [], []
+    for label, mask in enumerate(masks.bool().cpu().numpy(), start=1):
+        components, _ = ndimage.label(mask, structure=[[1, 1, 1]] * 3)  # pixels that touch at a corner are one
+        for number, (rows, columns) in enumerate(ndimage.find_objects(components), start=1):
+            boxes.append([columns.start, rows.start, columns.stop, rows.stop])
+            labels.append(label)
+            found.append(torch.from_numpy(components == number))
+    device = masks.device
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float32, device=device).reshape(-1, 4),
+        "labels": torch.tensor(labels, dtype=torch.int64, device=device),
+        "masks": torch.stack(found).to(device, torch.uint8) if found else masks[:0].to(torch.uint8),
+    }
+
+
+class MaskRCNNBaseline(Baseline):
+    """Mask R-CNN, trained on connected components by its own losses.
+
+    Its probability of a pixel is the largest of its instances' mask probabilities there, each times its score.
+    """
+
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | Sequence[torch.Tensor] | None = None
+    ) -> Sam2UNetOutput:
+        """As [`Baseline.forward`]; in training mode with labels there are no logits, as torchvision computes none."""
+        height, width = pixel_values.shape[-2:]
+        # The network resizes to these, here to what the images have.
+        self.network.transform.min_size, self.network.transform.max_size = (min(height, width),), max(height, width)
+        if self.training and labels is not None:
+            masks, _ = self.region_masks(labels)
+            losses = self.network(list(pixel_values), [instances(image_masks) for image_masks in masks])
+            return Sam2UNetOutput(loss=torch.stack(list(losses.values())).sum())
+        # Detections in training mode too, where batch norm is estimated anew.
+        parts = (self.network, self.network.transform, self.network.rpn, self.network.roi_heads)
+        modes = [part.training for part in parts]
+        for part in parts:
+            part.training = False
+        detections = self.network(list(pixel_values))
+        for part, mode in zip(parts, modes, strict=True):
+            part.training = mode
+        probabilities = pixel_values.new_zeros(len(pixel_values), len(self.config.regions), height, width)
+        for image, detection in zip(probabilities, detections, strict=True):
+            weighted = detection["masks"][:, 0] * detection["scores"][:, None, None]
+            for label in detection["labels"].unique().tolist():
+                image[label - 1] = weighted[detection["labels"] == label].amax(dim=0)
+        logits = torch.logit(probabilities, eps=1e-6)
+        return Sam2UNetOutput(loss=None if labels is None else self.compute_loss([logits], labels), logits=logits)
+
+
+def build_baseline(system: str, regions: dict[str, list[int]], weights: str | None = None) -> Baseline:
+    """Build a system other than SAM2-UNet.
+
+    Raises:
+        SystemExit: If its library is missing.
+    """
+    model_class = MaskRCNNBaseline if system == "maskrcnn" else Baseline
+    try:
+        return model_class(BaselineConfig(system=system, regions=regions, weights=weights))
+    except ImportError as err:
+        raise SystemExit(f'{system} needs {err.name}. Install it with `pip install "sam2unet-hf[compare]"`.') from err

@@ -1,0 +1,100 @@
+"""Search of learning rate, batch size and optimiser with Optuna, for `run_segmentation.py --hp_search`."""
+
+import copy
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from sam2unet_hf.training import Sam2UNetTrainer
+
+
+logger = logging.getLogger(__name__)
+
+STUDY = "hp_search.db"
+RESULTS = "hp_search.json"
+OPTIMIZERS = ("adamw_torch", "adafactor", "sgd")
+
+
+def search(
+    make_trainer: Callable[[TrainingArguments], Sam2UNetTrainer],
+    model_init: Callable[[], PreTrainedModel],
+    training_args: TrainingArguments,
+    num_trials: int,
+) -> dict[str, Any]:
+    """Train `num_trials` times with other hyperparameters and return those of the best validation score.
+
+    Trials are noted in `hp_search.db` of the output folder, so a search that was stopped goes on where it was, and
+    listed in `hp_search.json`. They write no checkpoints.
+
+    Args:
+        make_trainer: Builds a trainer from training arguments.
+        model_init: Builds the model that every trial starts from.
+        training_args: Arguments that all trials share. Batches are of 1, 2 or 4 times
+            `per_device_train_batch_size` images, learning rates from 1e-5 to 3e-3.
+        num_trials: Number of trials, those of an earlier search in the same folder among them.
+
+    Raises:
+        SystemExit: If Optuna is missing.
+    """
+    try:
+        import optuna
+    except ImportError as err:
+        raise SystemExit('--hp_search needs optuna. Install it with `pip install "sam2unet-hf[search]"`.') from err
+    args = copy.deepcopy(training_args)
+    args.save_strategy, args.load_best_model_at_end, args.push_to_hub = SaveStrategy.NO, False, False
+    trainer = make_trainer(args)
+    trainer.model_init = lambda trial: model_init()
+    batch_size = training_args.per_device_train_batch_size
+
+    def space(trial: Any) -> dict[str, Any]:
+        return {
+            "learning_rate": trial.suggest_float("learning_rate", 1e-5, 3e-3, log=True),
+            "per_device_train_batch_size": trial.suggest_categorical(
+                "per_device_train_batch_size", [batch_size, 2 * batch_size, 4 * batch_size]
+            ),
+            "optim": trial.suggest_categorical("optim", OPTIMIZERS),
+        }
+
+    folder = Path(training_args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    study = {
+        "study_name": "hp_search",
+        "storage": f"sqlite:///{(folder / STUDY).absolute()}",
+        "direction": "maximize" if training_args.greater_is_better else "minimize",
+        "load_if_exists": True,
+    }
+    score = f"eval_{str(training_args.metric_for_best_model).removeprefix('eval_')}"
+    found: list[Any] = [None]
+    done = [0]
+    if training_args.process_index == 0:
+        done = [sum(trial.state.is_finished() for trial in optuna.create_study(**study).trials)]
+    left = num_trials - broadcast_object_list(done)[0]
+    if left > 0:
+        trainer.hyperparameter_search(
+            hp_space=space,
+            compute_objective=lambda metrics: metrics[score],
+            n_trials=left,
+            backend="optuna",
+            # Seeded by what was tried before, so that a search that goes on does not repeat itself.
+            sampler=optuna.samplers.TPESampler(seed=training_args.seed + num_trials - left),
+            # Trials of other batch sizes cannot be compared half way.
+            pruner=optuna.pruners.NopPruner(),
+            **study,
+        )
+    if training_args.process_index == 0:
+        finished = optuna.create_study(**study)
+        trials = [
+            {"number": trial.number, score: trial.value, **trial.params}
+            for trial in finished.get_trials(states=[optuna.trial.TrialState.COMPLETE])
+        ]
+        found = [finished.best_params]
+        best = {"number": finished.best_trial.number, score: finished.best_value, **finished.best_params}
+        (folder / RESULTS).write_text(json.dumps({"best": best, "trials": trials}, indent=2) + "\n")
+        logger.info("Best of %d trials: %s.", len(trials), best)
+    return broadcast_object_list(found)[0]
