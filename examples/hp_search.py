@@ -70,10 +70,11 @@ def search(
         "load_if_exists": True,
     }
     score = f"eval_{str(training_args.metric_for_best_model).removeprefix('eval_')}"
+    complete = [optuna.trial.TrialState.COMPLETE]
     found: list[Any] = [None]
     done = [0]
     if training_args.process_index == 0:
-        done = [sum(trial.state.is_finished() for trial in optuna.create_study(**study).trials)]
+        done = [len(optuna.create_study(**study).get_trials(states=complete))]
     left = num_trials - broadcast_object_list(done)[0]
     if left > 0:
         trainer.hyperparameter_search(
@@ -91,7 +92,7 @@ def search(
         finished = optuna.create_study(**study)
         trials = [
             {"number": trial.number, score: trial.value, **trial.params}
-            for trial in finished.get_trials(states=[optuna.trial.TrialState.COMPLETE])
+            for trial in finished.get_trials(states=complete)
         ]
         found = [finished.best_params]
         best = {"number": finished.best_trial.number, score: finished.best_value, **finished.best_params}

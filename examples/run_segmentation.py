@@ -434,7 +434,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             start = functools.partial(load_model, model_args, regions)
             best = search(make_trainer, lambda: start()[0], training_args, training_args.hp_search)
             for name, value in best.items():
-                setattr(training_args, name, value)
+                setattr(training_args, name, type(getattr(training_args, name))(value))
             model, _ = start()
         trainer = make_trainer(training_args)
     except (OSError, ValueError) as err:  # no right to push, no encoder to leave out, no such score

@@ -420,3 +420,39 @@ def test_image_and_mask_of_different_size_are_named(pictures, checkpoint, tmp_pa
     Image.fromarray(np.full((70, 90), 255, dtype=np.uint8)).save(pictures / "masks" / "photo_02.png")
     with pytest.raises(SystemExit, match=r"image photo_02 is 70x78 pixels, its mask 70x90"):
         run_segmentation.main(["--dataset_name", str(pictures), "--output_dir", str(tmp_path / "run")])
+
+
+def test_search_trains_with_the_best_trial_and_goes_on_where_it_was(pictures, checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    import hp_search
+
+    trained = []
+    create_optimizer = hp_search.Sam2UNetTrainer.create_optimizer
+
+    def note(trainer, *args, **kwargs):
+        trained.append(sum(parameter.double().sum().item() for parameter in trainer.model.parameters()))
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return create_optimizer(trainer, *args, **kwargs)
+
+    output_dir = tmp_path / "run"
+    arguments = ["--dataset_name", str(pictures), "--model_name_or_path", checkpoint(regions={"mask": [1]}), *QUICK]
+    arguments += ["--num_train_epochs", "1", "--per_device_train_batch_size", "2", "--output_dir", str(output_dir)]
+    arguments += ["--augmentation", "flips", "gamma", "--hp_search", "3"]
+    monkeypatch.setattr(hp_search.Sam2UNetTrainer, "create_optimizer", note)
+    with pytest.raises(KeyboardInterrupt):
+        run_segmentation.main(arguments)
+    assert not list(output_dir.glob("*/checkpoint-*"))
+    run_segmentation.main(arguments)
+    # Two trials, the one that was interrupted again, and the training, each from the model that was given.
+    assert len(trained) == 5
+    assert len(set(trained)) == 1
+    found = json.loads((output_dir / "hp_search.json").read_text())
+    assert len(found["trials"]) == 3
+    assert found["best"]["eval_dice"] == max(trial["eval_dice"] for trial in found["trials"])
+    arguments_of_run = torch.load(output_dir / "training_args.bin", weights_only=False)
+    for name in ("learning_rate", "per_device_train_batch_size"):
+        assert getattr(arguments_of_run, name) == found["best"][name]
+    assert arguments_of_run.optim.value == found["best"]["optim"]
+    assert "RandomVerticalFlip, ToUnitRange" not in (card := (output_dir / "README.md").read_text())
+    assert "RandomGamma" in card
