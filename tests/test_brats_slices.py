@@ -4,12 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
 import nibabel as nib
 import numpy as np
 import PIL.Image
+import psutil
 import pytest
 from huggingface_hub import DatasetCard
 
@@ -181,6 +183,29 @@ def test_num_proc_gives_the_same_rows(brats_dir, tmp_path, monkeypatch):
 
 
 # Cache
+
+
+def test_readers_end_when_the_process_that_writes_is_killed():
+    script = """
+import time
+from dataset_scripts.brats_slices.brats_slices import _Readers
+pool = _Readers(2).pool
+reading = [pool.submit(time.sleep, 600) for _ in range(2)]
+while not all(future.running() for future in reading):
+    time.sleep(0.01)
+print(*pool._processes, flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=REPO) as writer:
+        readers = [psutil.Process(int(pid)) for pid in writer.stdout.readline().split()]
+        assert len(readers) == 2
+        assert all(reader.is_running() for reader in readers)
+        writer.kill()
+    deadline = time.monotonic() + 20
+    # Where nothing reaps orphans they stay as zombies.
+    while any(reader.is_running() and reader.status() != psutil.STATUS_ZOMBIE for reader in readers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_cache_same_options_same_rows_other_options_other_folder(brats_dir):
