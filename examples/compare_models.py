@@ -302,7 +302,7 @@ def run(args: argparse.Namespace, slices: Slices, system: str, seed: int, steps:
         seed=seed,
         report_to="none",
     )
-    from_scratch = not (args.sam2_checkpoint or args.freeze_encoder) if system == "sam2unet" else args.weights is None
+    from_scratch = (args.sam2_checkpoint if system == "sam2unet" else args.weights) is None
     trainer = Sam2UNetTrainer(
         model,
         training_args,

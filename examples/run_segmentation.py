@@ -402,6 +402,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     image_column, mask_column = find_columns(data, data_args)
     regions, label_mapping = find_regions(data, image_column, mask_column, regions)
     model, processor = load_model(model_args, regions)
+    if data_args.dataset_name is None:
+        processor.modalities = data_args.modalities
     # Not before data and model are there, so that a mistyped path costs nobody an older run.
     if training_args.process_index == 0:
         start_run(arguments, training_args)

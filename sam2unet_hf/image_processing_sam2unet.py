@@ -43,6 +43,8 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
         regions: Region name -> the label ids it joins, in the order of the model's channels, as in
             [`Sam2UNetConfig`]. Defaults to `{"WT": [1, 2, 3]}`. Post-processing alone reads them; they can be set
             later, as in `processor.regions = model.config.regions`.
+        modalities: The contrasts of the scans that the images are slices of, such as `["flair"]`, or three for the
+            channels in their order. Volume inference alone reads them; `None` where they are not known.
         kwargs: `do_resize`, `size`, `resample`, `do_rescale`, `rescale_factor`, `do_normalize`, `image_mean`,
             `image_std` and `do_convert_rgb`, as in any image processor.
 
@@ -70,8 +72,14 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
     do_normalize = True
     do_convert_rgb = True
 
-    def __init__(self, regions: dict[str, list[int]] | list[list[Any]] | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        regions: dict[str, list[int]] | list[list[Any]] | None = None,
+        modalities: list[str] | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(regions=regions, **kwargs)  # type: ignore[call-arg]
+        self.modalities = modalities
 
     @property
     def regions(self) -> dict[str, list[int]]:
@@ -254,18 +262,31 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
         Raises:
             ValueError: As there, or if `threshold` is not in [0, 1].
         """
+        found = self.post_process_regions(outputs, target_sizes)
+        return [self.regions_to_label_map(probabilities, threshold) for probabilities in found]
+
+    def regions_to_label_map(self, probabilities: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
+        """Turn region probabilities of one image into label ids, as `post_process_semantic_segmentation` does.
+
+        Args:
+            probabilities: Of shape `(num_regions, height, width)`, in the order of `regions`.
+            threshold: As there.
+
+        Returns:
+            Label ids of shape `(height, width)`, int64.
+
+        Raises:
+            ValueError: If `threshold` is not in [0, 1].
+        """
         if not 0 <= threshold <= 1:
             raise ValueError(f"`threshold` must be a probability in [0, 1], got {threshold}.")
         names = list(self.regions)
-        label_maps = []
-        for probabilities in self.post_process_regions(outputs, target_sizes):
-            label_map = torch.zeros(probabilities.shape[-2:], dtype=torch.int64, device=probabilities.device)
-            for level in region_levels(self.regions):
-                ids = torch.tensor(list(level.values()), device=probabilities.device)
-                highest, winner = probabilities[[names.index(name) for name in level]].max(dim=0)
-                label_map = torch.where(highest > threshold, ids[winner], label_map)
-            label_maps.append(label_map)
-        return label_maps
+        label_map = torch.zeros(probabilities.shape[1:], dtype=torch.int64, device=probabilities.device)
+        for level in region_levels(self.regions):
+            ids = torch.tensor(list(level.values()), device=probabilities.device)
+            highest, winner = probabilities[[names.index(name) for name in level]].max(dim=0)
+            label_map = torch.where(highest > threshold, ids[winner], label_map)
+        return label_map
 
 
 def to_channels_first(

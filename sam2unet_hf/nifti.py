@@ -58,12 +58,14 @@ class Volume:
         voxels: Array of shape `(left, posterior, superior)`, usually a read-only view of the bytes of the file.
         affine: The file's own affine, from its voxel indices to RAS+ world coordinates in mm.
         lps_affine: The affine that belongs to `voxels`, to RAS+ world coordinates in mm.
+        header: The header of the file.
     """
 
     name: str
     voxels: np.ndarray
     affine: np.ndarray
     lps_affine: np.ndarray
+    header: nib.Nifti1Header
 
     @property
     def spacing_mm(self) -> tuple[float, ...]:
@@ -73,6 +75,11 @@ class Volume:
     def to_file_grid(self, array: np.ndarray) -> np.ndarray:
         """Return an array of shape `(left, posterior, superior)` in the axis order and directions of the file."""
         transform = orientations.ornt_transform(_TO_LPS, orientations.io_orientation(self.affine))
+        return orientations.apply_orientation(array, transform)
+
+    def from_file_grid(self, array: np.ndarray) -> np.ndarray:
+        """Return an array in the axis order and directions of the file with the axes (left, posterior, superior)."""
+        transform = orientations.ornt_transform(orientations.io_orientation(self.affine), _TO_LPS)
         return orientations.apply_orientation(array, transform)
 
 
@@ -130,7 +137,7 @@ class BratsCase:
         """
         volume = read_volume(self.path(modality), self.case_id)
         if same_grid_as is not None:
-            _check_same_grid(volume, same_grid_as)
+            check_same_grid(volume, same_grid_as)
         return volume
 
     def read_mask(self, same_grid_as: Volume | None = None) -> Volume:
@@ -145,7 +152,7 @@ class BratsCase:
         path = self.path("seg")
         volume = read_volume(path, self.case_id)
         if same_grid_as is not None:
-            _check_same_grid(volume, same_grid_as)
+            check_same_grid(volume, same_grid_as)
         return replace(volume, voxels=_label_ids(volume, since_2023=path.name.startswith(f"{self.case_id}-")))
 
 
@@ -265,6 +272,7 @@ def read_volume(path: str | os.PathLike, case_id: str | None = None) -> Volume:
         voxels=orientations.apply_orientation(voxels.reshape(shape, order="F"), transform),  # a view
         affine=affine,
         lps_affine=affine @ orientations.inv_ornt_aff(transform, shape),
+        header=header,
     )
 
 
@@ -415,7 +423,12 @@ def _label_ids(volume: Volume, since_2023: bool) -> np.ndarray:
     return np.minimum(volume.voxels.astype(np.uint8), 3)  # ET is the highest label of either set
 
 
-def _check_same_grid(first: Volume, second: Volume) -> None:
+def check_same_grid(first: Volume, second: Volume) -> None:
+    """Check that two volumes cover the same voxels in space.
+
+    Raises:
+        BratsCaseError: If their shapes differ, or a corner lies more than `GRID_TOLERANCE_MM` apart.
+    """
     if first.voxels.shape != second.voxels.shape:
         raise BratsCaseError(
             f"{first.name} has the shape {first.voxels.shape}, {second.name} {second.voxels.shape} (left, "

@@ -101,6 +101,7 @@ def test_brats_folder_to_checkpoint_scores_and_pictures(cohort, checkpoint, tmp_
     model = AutoModelForSemanticSegmentation.from_pretrained(output_dir)
     processor = AutoImageProcessor.from_pretrained(output_dir)
     assert processor.regions == model.config.regions == {"WT": [1, 2, 3]}
+    assert processor.modalities == ["flair"]
     state = json.loads((output_dir / "trainer_state.json").read_text())
     best = AutoModelForSemanticSegmentation.from_pretrained(output_dir / Path(state["best_model_checkpoint"]).name)
     for name, parameter in model.named_parameters():

@@ -1,0 +1,359 @@
+"""From a patient's scans to a label volume: SAM2-UNet slice by slice.
+
+python -m sam2unet_hf.volume runs/phantom BraTS20_Training_001 -o segmentations
+python -m sam2unet_hf.volume runs/phantom BraTS2020_TrainingData -o segmentations --planes axial coronal --flips
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .image_processing_sam2unet import Sam2UNetImageProcessor
+from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
+from .nifti import (
+    MODALITIES,
+    PLANES,
+    BratsCase,
+    BratsCaseError,
+    Volume,
+    check_same_grid,
+    find_cases,
+    intensity_window,
+    read_volume,
+    take_slice,
+)
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class VolumeSegmentation:
+    """The tumour of one patient.
+
+    Attributes:
+        label_map: Label ids on the grid of the input file, of its shape; `uint8`, or larger if an id needs it. 0 is
+            the background.
+        regions: Region name -> the label ids it joins.
+        scan: The first scan that was segmented, with `voxels`, `affine` and `lps_affine`.
+        probabilities: Of shape `(regions, *label_map.shape)`, float32 in [0, 1], if they were asked for.
+    """
+
+    label_map: np.ndarray
+    regions: dict[str, list[int]]
+    scan: Volume
+    probabilities: np.ndarray | None = None
+
+    def region(self, name: str) -> np.ndarray:
+        """Return the voxels of a region as booleans, on the grid of the input file."""
+        return np.isin(self.label_map, self.regions[name])
+
+    @property
+    def volumes_ml(self) -> dict[str, float]:
+        """Volume of each region in millilitres."""
+        voxel_ml = abs(np.linalg.det(self.scan.affine[:3, :3])) / 1000
+        return {name: float(np.count_nonzero(self.region(name)) * voxel_ml) for name in self.regions}
+
+    @property
+    def largest_slice(self) -> int | None:
+        """Index of the axial slice with the most tumour, counted from the feet up; `None` without tumour."""
+        pixels = np.count_nonzero(self.scan.from_file_grid(self.label_map), axis=(0, 1))
+        return int(pixels.argmax()) if pixels.any() else None
+
+    def save(self, path: str | os.PathLike, et_label: int = 3) -> None:
+        """Write the label map as NIfTI with the affine and the header of the scan, whole or not at all.
+
+        Args:
+            path: Ends in `.nii` or `.nii.gz`.
+            et_label: Label of enhancing tumour, our id 3: 3 as in BraTS from 2023 on, 4 as before.
+
+        Raises:
+            ValueError: If the path has another ending or the label is another.
+        """
+        if et_label not in (3, 4):
+            raise ValueError(f"`et_label` must be 3 (BraTS from 2023 on) or 4 (before), got {et_label}.")
+        label_map = np.where(self.label_map == 3, np.uint8(et_label), self.label_map)
+        write_nifti(path, label_map, self.scan)
+
+    def save_probabilities(self, path: str | os.PathLike, region: str) -> None:
+        """Write the probabilities of a region as NIfTI, float32, with the affine and the header of the scan.
+
+        Raises:
+            ValueError: If they were not asked for, or the path has another ending than `.nii` and `.nii.gz`.
+        """
+        if self.probabilities is None:
+            raise ValueError("There are no probabilities. Segment with `return_probabilities=True`.")
+        write_nifti(path, self.probabilities[list(self.regions).index(region)], self.scan)
+
+
+class Sam2UNetVolumePipeline:
+    """Segment a patient's scans slice by slice, with the intensities that the data set builder gives the model.
+
+    Scans may have any orientation and spacing. Slices in which all scans are background are taken for background.
+
+    Args:
+        model: The model.
+        processor: Its image processor.
+        modalities: The contrasts that the model was trained on: one, or three for the channels in their order.
+            Default: those that the processor names, as it does after `run_segmentation.py` on scans.
+
+    Raises:
+        ValueError: If nothing tells the modalities, or there are neither one nor three of them.
+
+    Example:
+        ```python
+        >>> from sam2unet_hf.volume import Sam2UNetVolumePipeline
+
+        >>> segment = Sam2UNetVolumePipeline.from_pretrained("runs/phantom")  # doctest: +SKIP
+        >>> found = segment("BraTS20_Training_001")  # doctest: +SKIP
+        >>> found.volumes_ml  # doctest: +SKIP
+        {'WT': 83.213}
+        >>> found.save("BraTS20_Training_001_prediction.nii.gz")  # doctest: +SKIP
+
+        ```
+    """
+
+    def __init__(
+        self,
+        model: Sam2UNetForSemanticSegmentation,
+        processor: Sam2UNetImageProcessor,
+        modalities: Sequence[str] | None = None,
+    ):
+        self.model = model.eval()
+        self.processor = processor
+        processor.regions = model.config.regions
+        named = modalities or processor.modalities
+        if not named:
+            raise ValueError(
+                "The checkpoint does not say which contrasts it segments. Pass `modalities`, such as ['flair'] or "
+                "['t1ce', 't2', 'flair'], in the order of its training."
+            )
+        if unknown := [name for name in named if name not in MODALITIES]:
+            raise ValueError(f"`modalities` must be among {', '.join(MODALITIES)}, got {', '.join(unknown)}.")
+        if len(named) not in (1, 3):
+            raise ValueError(f"`modalities` must name one contrast or three, got {', '.join(named)}.")
+        self.modalities = list(named)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike,
+        modalities: Sequence[str] | None = None,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> "Sam2UNetVolumePipeline":
+        """Load a model and its processor.
+
+        Args:
+            model: Hub id or folder.
+            modalities: As in the constructor.
+            device: Where to run. Default: a GPU if there is one.
+            **kwargs: Arguments of the model's `from_pretrained`, such as `dtype=torch.bfloat16` and `revision`.
+        """
+        kwargs.setdefault("dtype", torch.float32)
+        loaded = Sam2UNetForSemanticSegmentation.from_pretrained(model, **kwargs)
+        shared = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
+        processor = Sam2UNetImageProcessor.from_pretrained(model, **shared)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(loaded.to(device), processor, modalities)
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        case: str | os.PathLike | BratsCase | Mapping[str, str | os.PathLike],
+        planes: Sequence[str] = ("axial",),
+        flips: bool = False,
+        batch_size: int = 8,
+        threshold: float = 0.5,
+        return_probabilities: bool = False,
+        progress: bool = True,
+    ) -> VolumeSegmentation:
+        """Segment one patient.
+
+        Args:
+            case: Folder of a BraTS case, a case of [`~nifti.find_cases`], the path of a scan if the model takes one
+                contrast, or a path for each contrast.
+            planes: Planes to cut, of axial, coronal and sagittal; probabilities are averaged over them.
+            flips: Average over the slices and their mirror images (horizontal, vertical, both) too.
+            batch_size: Slices at once, mirror images not counted.
+            threshold: A voxel belongs to a region if its probability is above this.
+            return_probabilities: Keep the probabilities.
+            progress: Show a progress bar.
+
+        Raises:
+            BratsCaseError: If a scan is missing, damaged or on another grid than the first.
+            FileNotFoundError: If there is no case in a folder.
+            ValueError: If an argument is off, or there is more than one case in a folder.
+        """
+        if not planes or any(plane not in PLANES for plane in planes) or len(set(planes)) < len(planes):
+            raise ValueError(f"`planes` must name each of {', '.join(PLANES)} at most once, got {list(planes)}.")
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        scans = self._read(case)
+        windows = [intensity_window(scan) for scan in scans]
+        grey = [window.apply(scan.voxels) for window, scan in zip(windows, scans, strict=True)]
+        regions = self.model.config.regions
+        total = np.zeros((len(regions), *grey[0].shape), np.float32)
+        work = [(plane, index) for plane in planes for index in occupied_slices(grey, plane)]
+        with tqdm(total=len(work), desc=scans[0].name.split(": ")[0], unit="slice", disable=not progress) as bar:
+            for plane in planes:
+                indices = [index for name, index in work if name == plane]
+                for start in range(0, len(indices), batch_size):
+                    batch = indices[start : start + batch_size]
+                    images = [np.stack([take_slice(scan, plane, i) for scan in grey], axis=-1) for i in batch]
+                    for index, probabilities in zip(batch, self._probabilities(images, flips), strict=True):
+                        for region, values in zip(total, probabilities, strict=True):
+                            take_slice(region, plane, index)[...] += values
+                    bar.update(len(batch))
+        total /= len(planes)
+        highest_id = max(label_id for label_ids in regions.values() for label_id in label_ids)
+        label_map = np.empty(total.shape[1:], np.min_scalar_type(highest_id))
+        for index in range(total.shape[-1]):
+            ids = self.processor.regions_to_label_map(torch.from_numpy(total[..., index]), threshold)
+            label_map[..., index] = ids.numpy()
+        kept = np.stack([scans[0].to_file_grid(region) for region in total]) if return_probabilities else None
+        on_grid = np.ascontiguousarray(scans[0].to_file_grid(label_map))
+        return VolumeSegmentation(on_grid, regions, scans[0], kept)
+
+    def _read(self, case: str | os.PathLike | BratsCase | Mapping[str, str | os.PathLike]) -> list[Volume]:
+        """Read the scans of the model's contrasts."""
+        if isinstance(case, (str, os.PathLike)) and Path(case).is_dir():
+            cases = find_cases(case)
+            if len(cases) > 1:
+                raise ValueError(f"`{case}` holds {len(cases)} cases. Pass them one by one: `find_cases` lists them.")
+            (case,) = cases
+        if isinstance(case, BratsCase):
+            first = case.read_image(self.modalities[0])
+            return [first, *(case.read_image(name, same_grid_as=first) for name in self.modalities[1:])]
+        if isinstance(case, (str, os.PathLike)):
+            if len(self.modalities) > 1:
+                raise ValueError(
+                    f"The model segments {', '.join(self.modalities)} together, got the one file `{case}`. Pass a "
+                    f"folder, or a path for each: {{'{self.modalities[0]}': ..., ...}}."
+                )
+            case = {self.modalities[0]: case}
+        if missing := [name for name in self.modalities if name not in case]:
+            raise ValueError(f"`case` must give a path for each of {self.modalities}, {missing} missing.")
+        scans = [read_volume(case[name]) for name in self.modalities]
+        for scan in scans[1:]:
+            check_same_grid(scan, scans[0])
+        return scans
+
+    def _probabilities(self, images: list[np.ndarray], flips: bool) -> np.ndarray:
+        """Return the probabilities of slices of one size, of shape `(slices, regions, height, width)`."""
+        pixel_values = self.processor(images, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
+        sizes = [image.shape[:2] for image in images]
+        mirrored: list[tuple[int, ...]] = [(), (-1,), (-2,), (-2, -1)] if flips else [()]
+        found = []
+        for axes in mirrored:
+            outputs = self.model(pixel_values.flip(axes))
+            maps = self.processor.post_process_regions(outputs, target_sizes=sizes)
+            found.append(torch.stack(maps).flip(axes))
+        return torch.stack(found).mean(dim=0).cpu().numpy()
+
+
+def occupied_slices(grey: Sequence[np.ndarray], plane: str) -> list[int]:
+    """Return the slices in which a scan shows more than background."""
+    others = tuple(axis for axis in range(3) if axis != PLANES[plane])
+    occupied = np.any([scan.any(axis=others) for scan in grey], axis=0)
+    return np.flatnonzero(occupied).tolist()
+
+
+def write_nifti(path: str | os.PathLike, array: np.ndarray, like: Volume) -> None:
+    """Write an array with the affine and the header of a volume, in the type of the array, whole or not at all.
+
+    Raises:
+        ValueError: If the path ends in neither `.nii` nor `.nii.gz`.
+    """
+    path = Path(path)
+    ending = next((ending for ending in (".nii.gz", ".nii") if path.name.endswith(ending)), None)
+    if ending is None:
+        raise ValueError(f"`{path}` must end in .nii or .nii.gz.")
+    header = like.header.copy()
+    header.set_data_shape(array.shape)
+    header.set_data_dtype(array.dtype)
+    header.set_slope_inter(1, 0)
+    header["cal_min"] = header["cal_max"] = 0
+    image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    partial = path.with_name(f".{path.name.removesuffix(ending)}.partial{ending}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        nib.save(image_class(array, like.affine, header), partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Segment the cases of a folder; print the volumes of each as a line of JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sam2unet_hf.volume",
+        description="Segment the BraTS cases of a folder, and print the volume of each region in ml.",
+    )
+    parser.add_argument("model", help="Hub id or folder of a SAM2-UNet")
+    parser.add_argument("case", nargs="+", help="folder of one BraTS case or of many, or scan of a single contrast")
+    parser.add_argument("-o", "--output_dir", type=Path, required=True, help="folder for CASE_seg.nii.gz")
+    parser.add_argument("--modalities", nargs="+", choices=MODALITIES, help="default: those the checkpoint names")
+    parser.add_argument("--planes", nargs="+", default=["axial"], choices=sorted(PLANES), help="averaged")
+    parser.add_argument("--flips", action="store_true", help="average over mirror images, four times the work")
+    parser.add_argument("--threshold", type=float, default=0.5, help="probability above which a voxel is tumour")
+    parser.add_argument("--et_label", type=int, default=3, choices=[3, 4], help="3: BraTS from 2023 on, 4: before")
+    parser.add_argument("--probabilities", action="store_true", help="write CASE_REGION_probability.nii.gz too")
+    parser.add_argument("--batch_size", type=int, default=8, help="slices at once")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
+    cases: dict[str, str | BratsCase] = {}
+    try:
+        for path in args.case:
+            if Path(path).is_dir():
+                cases.update({case.case_id: case for case in find_cases(path)})
+            else:
+                cases[Path(path).name.removesuffix(".gz").removesuffix(".nii")] = path
+    except OSError as err:
+        raise SystemExit(str(err)) from err
+    try:
+        segment = Sam2UNetVolumePipeline.from_pretrained(
+            args.model, args.modalities, args.device, dtype=getattr(torch, args.dtype)
+        )
+    except (OSError, ValueError) as err:
+        raise SystemExit(f"{args.model}: {err}") from err
+    failed = 0
+    for name, case in cases.items():
+        try:
+            found = segment(
+                case, args.planes, args.flips, args.batch_size, args.threshold, return_probabilities=args.probabilities
+            )
+        except BratsCaseError as err:
+            # The other cases are worth having.
+            logger.error("Left out: %s", err)
+            failed += 1
+            continue
+        path = args.output_dir / f"{name}_seg.nii.gz"
+        found.save(path, args.et_label)
+        if args.probabilities:
+            for region in found.regions:
+                found.save_probabilities(args.output_dir / f"{name}_{region}_probability.nii.gz", region)
+        volumes = {region: round(value, 3) for region, value in found.volumes_ml.items()}
+        line = {"case": name, "segmentation": str(path), "volumes_ml": volumes, "largest_slice": found.largest_slice}
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()
+    if failed:
+        raise SystemExit(f"{failed} of {len(cases)} cases could not be segmented, see above.")
+
+
+if __name__ == "__main__":
+    main()

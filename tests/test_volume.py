@@ -1,0 +1,276 @@
+"""Volumes: on the input's grid whatever its orientation, and what the model gives slice by slice."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from common import small_model
+from nibabel import orientations
+
+from dataset_scripts.brats_slices import BratsSlices
+from dataset_scripts.phantom import write_phantom_cohort
+from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.nifti import BratsCaseError, find_cases, intensity_window, take_slice
+from sam2unet_hf.training import SegmentationTransform
+from sam2unet_hf.volume import Sam2UNetVolumePipeline, main, write_nifti
+
+
+BRATS_DIR = Path(os.environ.get("BRATS_DIR", Path(__file__).parents[2] / "shared" / "brats"))
+REGIONS = {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}
+THREE = ["flair", "t1ce", "t2"]
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    return write_phantom_cohort(tmp_path_factory.mktemp("volumes") / "brats", num_patients=2, shape=(40, 40, 26))
+
+
+@pytest.fixture(scope="module")
+def segment():
+    """A pipeline of a model with random weights, whose masks cover about half of the head."""
+    torch.manual_seed(0)
+    model = small_model(regions=REGIONS).eval()
+    processor = Sam2UNetImageProcessor(regions=REGIONS, size={"height": 64, "width": 64})
+    return Sam2UNetVolumePipeline(model, processor, THREE)
+
+
+def bright_voxels(pixel_values, **kwargs):
+    """Stand in for the model: regions are the voxels above thresholds, as certain as they can be."""
+    grey = pixel_values.mean(dim=1)
+    return type("Output", (), {"logits": torch.stack([grey + 1.2, grey + 0.4, grey - 0.4], dim=1) * 30})
+
+
+@pytest.fixture
+def bright(segment, monkeypatch):
+    """The pipeline with a model that sees single pixels, so that geometry shows, at the size of the slices."""
+    monkeypatch.setattr(segment.model, "forward", bright_voxels)
+    monkeypatch.setattr(segment.processor, "do_resize", False)
+    return segment
+
+
+def turned(path, codes, folder):
+    """Write the scan of `path` with other axes, and return the new path."""
+    image = nib.load(path)
+    transform = orientations.ornt_transform(
+        orientations.io_orientation(image.affine), orientations.axcodes2ornt(codes)
+    )
+    folder.mkdir(exist_ok=True)
+    nib.save(image.as_reoriented(transform), folder / path.name)
+    return folder / path.name
+
+
+def test_slices_go_through_the_model_as_from_the_builder(cohort, segment, tmp_path, monkeypatch):
+    """The same images, and at each voxel the probability of the slice that it lies in."""
+    case = find_cases(cohort)[0]
+    found = segment(case, return_probabilities=True, batch_size=3, progress=False)
+    builder = BratsSlices(data_dir=str(cohort), cache_dir=str(tmp_path), modalities=THREE, slices="all")
+    builder.download_and_prepare()
+    rows = [row for split in builder.as_dataset().values() for row in split if row["case_id"] == case.case_id]
+    assert len(rows) == 26
+    seen = 0
+    for row in rows:
+        index = row["slice_index"]
+        on_slice = found.scan.from_file_grid(found.label_map)[:, :, index].T
+        if not np.asarray(row["image"]).any():
+            assert not on_slice.any()
+            continue
+        seen += 1
+        inputs = SegmentationTransform(segment.processor, mask_column=None)({"image": [row["image"]]})
+        with torch.no_grad():
+            outputs = segment.model(torch.stack(inputs["pixel_values"]))
+        (expected,) = segment.processor.post_process_regions(outputs, target_sizes=[(40, 40)])
+        for region, volume in zip(expected.numpy(), found.probabilities, strict=True):
+            np.testing.assert_allclose(found.scan.from_file_grid(volume)[:, :, index].T, region, atol=1e-5)
+        (label_map,) = segment.processor.post_process_semantic_segmentation(outputs, target_sizes=[(40, 40)])
+        assert (label_map.numpy() == on_slice).mean() > 0.999
+    assert seen > 10
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SAL"])
+@pytest.mark.parametrize("planes", [["axial"], ["axial", "coronal", "sagittal"]])
+def test_turned_axes_give_the_same_segmentation_in_space(cohort, bright, codes, planes, tmp_path):
+    case = find_cases(cohort)[0]
+    paths = {name: turned(case.path(name), codes, tmp_path / codes) for name in THREE}
+    there, here = (bright(scans, planes=planes, progress=False) for scans in (paths, case))
+    there.save(tmp_path / "there.nii.gz")
+    here.save(tmp_path / "here.nii.gz")
+    written, original = nib.load(tmp_path / "there.nii.gz"), nib.load(paths["flair"])
+    assert nib.aff2axcodes(written.affine) == tuple(codes)
+    assert written.shape == original.shape
+    assert np.array_equal(written.affine, original.affine)
+    back = written.as_reoriented(
+        orientations.ornt_transform(
+            orientations.io_orientation(written.affine),
+            orientations.io_orientation(nib.load(tmp_path / "here.nii.gz").affine),
+        )
+    )
+    assert np.array_equal(np.asarray(back.dataobj), here.label_map)
+    assert there.volumes_ml == pytest.approx(here.volumes_ml)
+    assert there.largest_slice == here.largest_slice
+    assert set(np.unique(here.label_map)) == {0, 1, 2, 3}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BRATS_DIR.exists(), reason="needs real BraTS cases")
+def test_every_real_case_on_its_own_grid_and_the_same_from_turned_axes(bright, tmp_path):
+    cases = [case for case in find_cases(BRATS_DIR) if all(name in case.files for name in THREE)]
+    assert cases
+    for case, codes in zip(cases, ["RAS", "PIR", "SAL", "LAI", "IPL", "ASR", "PSL", "RSP"], strict=False):
+        paths = {name: turned(case.path(name), codes, tmp_path / case.case_id) for name in THREE}
+        here, there = (bright(scans, progress=False) for scans in (case, paths))
+        assert set(np.unique(here.label_map)) == {0, 1, 2, 3}
+        for found, path in ((here, case.path("flair")), (there, paths["flair"])):
+            found.save(tmp_path / "seg.nii.gz")
+            written, original = nib.load(tmp_path / "seg.nii.gz"), nib.load(path)
+            assert written.shape == original.shape
+            assert np.array_equal(written.affine, original.affine)
+            assert np.array_equal(np.asarray(written.dataobj), found.label_map)
+            assert np.array_equal(found.region("TC"), np.isin(np.asarray(written.dataobj), [1, 3]))
+        assert np.array_equal(here.scan.from_file_grid(here.label_map), there.scan.from_file_grid(there.label_map))
+
+
+def test_flips_leave_a_model_of_single_pixels_as_it_is(cohort, bright):
+    case = find_cases(cohort)[0]
+    options = {"return_probabilities": True, "progress": False}
+    once, mirrored = (bright(case, flips=flips, **options) for flips in (False, True))
+    np.testing.assert_allclose(once.probabilities, mirrored.probabilities, atol=1e-6)
+
+
+def test_flips_average_the_mirror_images(segment, tmp_path):
+    voxels = np.random.default_rng(0).integers(1, 999, (64, 64, 1)).astype(np.int16)
+    nib.save(nib.Nifti1Image(voxels, np.diag([-1.0, -1, 1, 1])), tmp_path / "scan.nii.gz")
+    scans = dict.fromkeys(THREE, tmp_path / "scan.nii.gz")
+    once, mirrored = (
+        segment(scans, flips=flips, return_probabilities=True, progress=False) for flips in (False, True)
+    )
+    grey = segment.processor(take_slice(intensity_window(once.scan).apply(once.scan.voxels), "axial", 0))
+    pixel_values = torch.as_tensor(np.stack(grey["pixel_values"]))
+    with torch.no_grad():
+        maps = [
+            segment.model(pixel_values.flip(axes)).logits.sigmoid().flip(axes) for axes in ((), (2,), (3,), (2, 3))
+        ]
+    for found, expected in ((once, maps[0][0]), (mirrored, torch.stack(maps).mean(dim=0)[0])):
+        np.testing.assert_allclose(found.probabilities[..., 0], expected.numpy().transpose(0, 2, 1), atol=1e-5)
+    assert np.abs(once.probabilities - mirrored.probabilities).max() > 0.01
+
+
+def test_header_of_the_scan_and_labels_of_the_year(cohort, segment, tmp_path):
+    case = find_cases(cohort)[0]
+    image = nib.load(case.path("flair"))
+    image.header["descrip"] = b"acquired at 3 T"
+    image.header["scl_slope"], image.header["scl_inter"] = 2, 5
+    image.set_sform(image.affine, code=4)
+    scans = {name: case.path(name) for name in THREE} | {"flair": tmp_path / "flair.nii"}
+    nib.save(image, scans["flair"])
+    found = segment(scans, progress=False)
+    for et_label, ids in ((3, {0, 1, 2, 3}), (4, {0, 1, 2, 4})):
+        found.save(tmp_path / f"{et_label}.nii.gz", et_label=et_label)
+        written = nib.load(tmp_path / f"{et_label}.nii.gz")
+        assert written.header["descrip"] == b"acquired at 3 T"
+        assert int(written.header["sform_code"]) == 4
+        assert written.get_data_dtype() == np.uint8
+        assert set(np.unique(written.get_fdata())) <= ids
+    assert np.array_equal(written.get_fdata() == 4, found.label_map == 3)
+    with pytest.raises(ValueError, match="must be 3 .* or 4 .*, got 2"):
+        found.save(tmp_path / "x.nii.gz", et_label=2)
+    with pytest.raises(ValueError, match=r"must end in .nii or .nii.gz"):
+        found.save(tmp_path / "x.mha")
+    with pytest.raises(ValueError, match="return_probabilities=True"):
+        found.save_probabilities(tmp_path / "x.nii.gz", "WT")
+
+
+def test_volumes_and_largest_slice(cohort, bright, tmp_path):
+    """Of voxels of 1 x 2 x 4 mm and a box of known size."""
+    voxels = np.zeros((20, 24, 16), np.int16)
+    voxels[2:18, 2:22, 1:15] = 100
+    voxels[5:10, 5:9, 4:8] = 1000
+    voxels[10, 5:9, 6] = 1000
+    affine = np.diag([1.0, 2, 4, 1])
+    nib.save(nib.Nifti1Image(voxels, affine), tmp_path / "scan.nii.gz")
+    single = Sam2UNetVolumePipeline(bright.model, bright.processor, ["flair"])
+    found = single(tmp_path / "scan.nii.gz", progress=False)
+    assert found.volumes_ml["ET"] == pytest.approx((5 * 4 * 4 + 4) * 8 / 1000)
+    assert found.largest_slice == 6
+    assert np.array_equal(found.region("ET"), voxels == 1000)
+    assert found.region("WT").sum() >= found.region("TC").sum() >= found.region("ET").sum()
+
+
+def test_command_writes_segmentations_and_leaves_out_bad_cases(cohort, segment, tmp_path, capsys):
+    segment.processor.modalities = THREE
+    segment.model.save_pretrained(tmp_path / "model")
+    segment.processor.save_pretrained(tmp_path / "model")
+    segment.processor.modalities = None
+    bad = tmp_path / "scans" / "Bad_1"
+    bad.mkdir(parents=True)
+    for case in find_cases(cohort):
+        (tmp_path / "scans" / case.case_id).symlink_to(case.folder)
+    for name in THREE:
+        (bad / f"Bad_1_{name}.nii.gz").write_bytes(b"no scan")
+    options = ["-o", str(tmp_path / "out"), "--probabilities", "--et_label", "4", "--device", "cpu"]
+    with pytest.raises(SystemExit, match="1 of 3 cases could not be segmented"):
+        main([str(tmp_path / "model"), str(tmp_path / "scans"), *options])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["case"] for line in lines] == [case.case_id for case in find_cases(cohort)]
+    expected = segment(find_cases(cohort)[0], progress=False, return_probabilities=True)
+    written = nib.load(lines[0]["segmentation"])
+    assert np.array_equal(np.minimum(written.get_fdata(), 3), expected.label_map)
+    assert lines[0]["volumes_ml"] == pytest.approx(expected.volumes_ml, abs=1e-3)
+    name = f"{lines[0]['case']}_TC_probability.nii.gz"
+    np.testing.assert_allclose(nib.load(tmp_path / "out" / name).get_fdata(), expected.probabilities[1], atol=1e-6)
+    assert len(list((tmp_path / "out").iterdir())) == 8
+
+
+def test_wrong_use_says_what_to_do(cohort, segment, tmp_path):
+    case = find_cases(cohort)[0]
+    with pytest.raises(ValueError, match="holds 2 cases"):
+        segment(cohort)
+    with pytest.raises(ValueError, match=r"got the one file .*flair"):
+        segment(case.path("flair"))
+    with pytest.raises(ValueError, match=r"each of \['flair', 't1ce', 't2'\], \['t2'\] missing"):
+        segment({name: case.path(name) for name in THREE[:2]})
+    with pytest.raises(ValueError, match=r"at most once, got \['axial', 'oblique'\]"):
+        segment(case, planes=["axial", "oblique"])
+    with pytest.raises(ValueError, match="does not say which contrasts"):
+        Sam2UNetVolumePipeline(segment.model, segment.processor)
+    with pytest.raises(ValueError, match="one contrast or three, got flair, t2"):
+        Sam2UNetVolumePipeline(segment.model, segment.processor, ["flair", "t2"])
+    other = nib.Nifti1Image(np.ones((40, 40, 25), np.int16), nib.load(case.path("t2")).affine)
+    nib.save(other, tmp_path / "t2.nii.gz")
+    with pytest.raises(BratsCaseError, match="Resample one onto the other"):
+        segment({name: case.path(name) for name in THREE[:2]} | {"t2": tmp_path / "t2.nii.gz"})
+
+
+def test_a_write_that_fails_leaves_the_file_that_was_there(cohort, segment, tmp_path, monkeypatch):
+    found = segment(find_cases(cohort)[0], progress=False)
+    path = tmp_path / "seg.nii.gz"
+    path.write_bytes(b"older")
+
+    def fail(image, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nib, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_nifti(path, found.label_map, found.scan)
+    assert [path.name for path in tmp_path.iterdir()] == ["seg.nii.gz"]
+    assert path.read_bytes() == b"older"
+
+
+def test_the_module_runs_as_a_command_elsewhere(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "sam2unet_hf.volume", "nowhere", str(tmp_path / "none.nii"), "-o", "out"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(__file__).parent.parent), "HF_HUB_OFFLINE": "1", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
