@@ -9,6 +9,7 @@ import logging
 import math
 import platform
 import shutil
+import zlib
 from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,7 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
@@ -89,6 +90,16 @@ class SegmentationTransform:
         self.augment = augment
         self.resize_masks = resize_masks
         self.label_mapping = dict(label_mapping or {})
+        self._seeds: tuple[int, int] | None = None
+
+    def set_epoch(self, epoch: int, seed: int = 0) -> None:
+        """Let the random changes of an image depend on the epoch, the seed and the image alone, from now on.
+
+        [`Sam2UNetTrainer`] calls it before each epoch. A run that goes on from a checkpoint then sees the images that
+        it would have seen, however many of them were loaded ahead. Without it they depend on what PyTorch's generator
+        drew before.
+        """
+        self._seeds = (seed, epoch)
 
     def __call__(self, rows: Mapping[str, list[Any]]) -> dict[str, list[torch.Tensor]]:
         """Return `pixel_values` and, with masks, `labels`, one tensor per row."""
@@ -97,12 +108,25 @@ class SegmentationTransform:
             return {"pixel_values": list(self.processor(images, return_tensors="pt")["pixel_values"])}
         masks = [self.read_mask(mask) for mask in rows[self.mask_column]]
         if self.augment is not None:
-            pairs = [self.augment(image, tv_tensors.Mask(mask)) for image, mask in zip(images, masks, strict=True)]
+            pairs = [self._change(image, tv_tensors.Mask(mask)) for image, mask in zip(images, masks, strict=True)]
             images = [image for image, _ in pairs]
             masks = [mask.as_subclass(torch.Tensor) for _, mask in pairs]
         inputs = self.processor.preprocess(images, segmentation_maps=masks, return_tensors="pt")
         labels = list(inputs["labels"]) if self.resize_masks else masks
         return {"pixel_values": list(inputs["pixel_values"]), "labels": labels}
+
+    def _change(self, image: Image.Image, mask: tv_tensors.Mask) -> tuple[Any, torch.Tensor]:
+        """Change an image and its mask at random."""
+        augment = cast("Callable", self.augment)
+        if self._seeds is None:
+            return augment(image, mask)
+        state = torch.get_rng_state()
+        # Of the default generator alone: `torch.manual_seed` would start those of the GPUs anew, too.
+        torch.default_generator.manual_seed(zlib.crc32(repr(self._seeds).encode() + np.asarray(image).tobytes()))
+        try:
+            return augment(image, mask)
+        finally:
+            torch.set_rng_state(state)
 
     def read_mask(self, mask: Image.Image) -> torch.Tensor:
         """Turn a mask into label ids of shape `(height, width)`."""
@@ -216,6 +240,23 @@ def check_best_metric(args: TrainingArguments, names: list[str], eval_dataset: A
         raise ValueError(f"`greater_is_better` must be False for `metric_for_best_model` {best}, got True.")
 
 
+class _SetEpoch(TrainerCallback):
+    """Tells the transform of the training images the epoch."""
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        transform = transform_of(kwargs["train_dataloader"].dataset)
+        # Processes that outlive an epoch do not hear of the next one.
+        if isinstance(transform, SegmentationTransform) and not args.dataloader_persistent_workers:
+            transform.set_epoch(int(state.epoch or 0), args.seed)
+
+
+def transform_of(dataset: Any) -> Any:
+    """Return the function given to `dataset.with_transform`, if there is one."""
+    return getattr(dataset, "format", {}).get("format_kwargs", {}).get("transform")
+
+
 class Sam2UNetTrainer(Trainer):
     """Trainer that scores each image where it was predicted and passes on its scores instead of logits.
 
@@ -275,6 +316,7 @@ class Sam2UNetTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         if trainable_only and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("`trainable_only` must be False with FSDP and DeepSpeed, which split the weights.")
+        self.add_callback(_SetEpoch())
         self.has_own_optimizer = kwargs.get("optimizers", (None, None)) != (None, None)
         self.batch_norm_images = batch_norm_images
         self.trainable_only = trainable_only
@@ -413,8 +455,7 @@ class Sam2UNetTrainer(Trainer):
             rows["batch norm"] = f"statistics estimated anew on {self.batch_norm_images} training images"
         if self.args.max_steps > 0:
             del rows["`num_train_epochs`"]
-        options = getattr(self.train_dataset, "format", {}).get("format_kwargs", {})
-        augment = getattr(options.get("transform"), "augment", None)
+        augment = getattr(transform_of(self.train_dataset), "augment", None)
         if isinstance(augment, v2.Compose):
             steps = [part for step in augment.transforms for part in getattr(step, "transforms", [step])]
             rows["augmentation"] = ", ".join(type(step).__name__ for step in steps)

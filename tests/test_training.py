@@ -148,6 +148,42 @@ def test_transform_flips_image_and_mask_together():
     assert len({tuple(labels.nonzero()[0].tolist()) for labels in output["labels"]}) == 4
 
 
+def test_changes_of_an_image_depend_on_seed_epoch_and_image_alone():
+    generator = np.random.default_rng(0)
+    pictures = [PILImage.fromarray(generator.integers(0, 255, (64, 64), dtype=np.uint8)) for _ in range(12)]
+    rows = {"image": pictures, "mask": [PILImage.new("L", (64, 64))] * 12}
+    transform = SegmentationTransform(
+        Sam2UNetImageProcessor(size={"height": 64, "width": 64}), augment=augmentation("flips", "noise")
+    )
+
+    def images(epoch, seed=0, order=1):
+        transform.set_epoch(epoch, seed)
+        found = transform({name: column[::order] for name, column in rows.items()})["pixel_values"]
+        return torch.stack(found[::order])
+
+    first = images(0)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    assert torch.equal(images(0, order=-1), first)
+    assert torch.equal(torch.get_rng_state(), state)
+    for other in (images(1), images(0, seed=1)):
+        assert sum(not torch.equal(*pair) for pair in zip(first, other, strict=True)) > 6
+
+
+def test_a_run_resumed_within_an_epoch_sees_the_same_images(rows, tmp_path):
+    """Even though the loader was one batch ahead when the checkpoint was written."""
+    options = {"max_steps": 5, "per_device_train_batch_size": 1, "eval_strategy": "no", "save_strategy": "steps"}
+    options |= {"save_steps": 2, "load_best_model_at_end": False, "learning_rate": 1e-2}
+    runs = []
+    for folder, checkpoint in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-2"))):
+        torch.manual_seed(3)
+        trainer = make_trainer(small_model(regions=BRATS_REGIONS), rows, tmp_path / folder, **options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        runs.append(trainer.model.state_dict())
+    for name, weight in runs[0].items():
+        assert torch.equal(weight, runs[1][name]), name
+
+
 def test_transform_maps_labels_at_once():
     transform = SegmentationTransform(Sam2UNetImageProcessor(), label_mapping={255: 1, 1: 2})
     mask = np.array([[0, 255], [1, 3]], dtype=np.uint8)
