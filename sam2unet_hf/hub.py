@@ -59,8 +59,6 @@ MEASURES = {
 }
 
 _METRICS = Path(__file__).parent / "metrics"
-# Beside every module, see `evaluate.load`.
-_SHARED_CODE = ("functional.py", "segmentation_metric.py")
 _REQUIREMENTS = "datasets>=4.0\nevaluate>=0.4.3\nnumpy>=1.26\nscipy>=1.11\n"
 _APP = '''"""Try the metric in a browser."""
 
@@ -337,8 +335,10 @@ def write_metric_space(name: str, folder: str | Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty. Name another folder, or empty it first.")
-    for file in (f"{name}.py", *_SHARED_CODE):
-        shutil.copyfile(_METRICS / file, folder / file)
+    code = (_METRICS / f"{name}.py").read_text()
+    # `evaluate.load` copies what a module itself imports, and no further.
+    for module in (name, *sorted(set(re.findall(r"^from \.(\w+) import", code, re.MULTILINE)))):
+        shutil.copyfile(_METRICS / f"{module}.py", folder / f"{module}.py")
     shutil.copyfile(_METRICS / "cards" / f"{name}.md", folder / "README.md")
     (folder / "app.py").write_text(_APP.format(name=name))
     (folder / "requirements.txt").write_text(_REQUIREMENTS)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import evaluate
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -21,6 +22,7 @@ from sam2unet_hf.hub import main, write_metric_space
 
 CODE = ["configuration_sam2unet.py", "image_processing_sam2unet.py", "loss_sam2unet.py", "modeling_sam2unet.py"]
 CODE.append("sam2_encoder.py")
+METRICS = Path(__file__).parent.parent / "sam2unet_hf" / "metrics"
 REPO = "tester/sam2unet-brats"
 
 PUSH = """
@@ -252,6 +254,20 @@ def test_the_app_of_a_space_reads_what_is_typed_into_it(tmp_path):
     assert infer_gradio_input_types(features.values()) == ["json", "json"]
     table = pandas.DataFrame({"predictions": ["[[0.2, 0.9]]"], "references": ["[[0, 1]]"]})
     assert metric.compute(**parse_gradio_data(table, ["json", "json"]))["dice"] == 1
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in METRICS.glob("cards/*.md")))
+def test_every_metric_loads_from_its_space(name, tmp_path):
+    write_metric_space(name, tmp_path)
+    metric = evaluate.load(str(tmp_path / f"{name}.py"))
+    mask = np.zeros((6, 6), int)
+    mask[1:4, 2:5] = 1
+    if (tmp_path / "volume_metric.py").exists():
+        scores = metric.compute(predictions=[mask[None]], references=[mask[None]], regions={"WT": [1]})
+    else:
+        scores = metric.compute(predictions=[mask], references=[mask])
+    best = 0 if name in ("mae", "hausdorff_95") else 1
+    assert next(iter(scores.values())) == pytest.approx(best, abs=0.03)
 
 
 def test_the_requirements_of_a_space_are_those_of_the_package(tmp_path):

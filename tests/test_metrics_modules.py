@@ -39,6 +39,8 @@ KEYS = CURVE_KEYS | {
     "s_measure": {"s_measure"},
     "weighted_f_beta": {"weighted_f_beta"},
 }
+# Tested in test_metrics_volume.py.
+VOLUME_MODULES = {"hausdorff_95", "sensitivity", "specificity", "volume_dice", "volume_report"}
 KEYS["segmentation_report"] = set().union(*KEYS.values())
 
 
@@ -58,8 +60,10 @@ def test_every_module_is_here():
         "__main__",
         "functional",
         "segmentation_metric",
+        "volume_functional",
+        "volume_metric",
     }
-    assert found == set(MODULES) == {path.stem for path in (FOLDER / "cards").glob("*.md")}
+    assert found == {*MODULES, *VOLUME_MODULES} == {path.stem for path in (FOLDER / "cards").glob("*.md")}
 
 
 @pytest.mark.parametrize("name", MODULES)
