@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,12 +37,17 @@ _ENDINGS = {
 }  # fmt: skip
 _MISNAMED_MASK = re.compile(r"W39_1998\.09\.19_Segm\.nii(?:\.gz)?")  # case 355 of BraTS 2020, as released
 _TIMEPOINT = re.compile(r"(BraTS-.+-\d+)-\d{3}")
+_DECATHLON_NAME = re.compile(r"(BRATS_\d+)\.nii(?:\.gz)?")
+_DECATHLON_ORDER = ("flair", "t1", "t1ce", "t2")  # along the fourth axis of its files
 _TO_LPS = orientations.axcodes2ornt("LPS")
 _LAYOUT = """Expected one folder per case, at any depth, with one file per contrast:
   BraTS 2017-2021   BraTS20_Training_001/BraTS20_Training_001_{t1,t1ce,t2,flair,seg}.nii[.gz]
   BraTS 2023 on     BraTS-GLI-00000-000/BraTS-GLI-00000-000-{t1n,t1c,t2w,t2f,seg}.nii[.gz]
+or all contrasts of a case in one file, as the Medical Segmentation Decathlon has them:
+  Task01_BrainTumour   imagesTr/BRATS_001.nii[.gz] and labelsTr/BRATS_001.nii[.gz]; imagesTs, which has no masks,
+                       must be named itself
 The scans are free for research after registration: https://www.synapse.org/brats (all years) or
-https://www.med.upenn.edu/cbica/brats2020/ (2020)."""
+https://www.med.upenn.edu/cbica/brats2020/ (2020). Those of the Decathlon need none: http://medicaldecathlon.com."""
 
 
 class BratsCaseError(ValueError):
@@ -89,10 +94,12 @@ class BratsCase:
 
     Attributes:
         case_id: The prefix its files share, `"BraTS20_Training_001"` for example.
-        folder: Where the files lie.
+        folder: Where the scans lie.
         files: Path by `"t1"`, `"t1ce"`, `"t2"`, `"flair"` and `"seg"`; what is missing is absent.
         grade: `"HGG"` or `"LGG"` if a folder name or `name_mapping.csv` tells, else `None`.
         problem: Why the files cannot be told apart, else `None`. Reading such a case raises.
+        decathlon: The case is of the Medical Segmentation Decathlon: one file holds all four modalities, and NCR/NET
+            and ED have each other's label.
     """
 
     case_id: str
@@ -100,6 +107,7 @@ class BratsCase:
     files: dict[str, Path]
     grade: str | None = None
     problem: str | None = None
+    decathlon: bool = False
 
     @property
     def patient_id(self) -> str:
@@ -116,12 +124,14 @@ class BratsCase:
         if self.problem:
             raise BratsCaseError(f"case {self.case_id}: {self.problem}")
         if name not in self.files:
-            endings = " or ".join(f"{self.case_id}{end}.nii[.gz]" for end, known in _ENDINGS.items() if known == name)
+            folder, endings = self.folder, [ending for ending, known in _ENDINGS.items() if known == name]
+            if self.decathlon:
+                folder, endings = _label_folder(folder) if name == "seg" else folder, [""]
+            expected = " or ".join(f"{self.case_id}{ending}.nii[.gz]" for ending in endings)
             what = "mask" if name == "seg" else f"{name} scan"
             hint = " The challenge's validation and test cases come without masks." if name == "seg" else ""
             raise BratsCaseError(
-                f"case {self.case_id}: no {what} in `{self.folder}`, expected {endings}. "
-                f"Download the case again.{hint}"
+                f"case {self.case_id}: no {what} in `{folder}`, expected {expected}. Download the case again.{hint}"
             )
         return self.files[name]
 
@@ -135,10 +145,28 @@ class BratsCase:
         Raises:
             BratsCaseError: If the file is missing, damaged or on another grid.
         """
-        volume = read_volume(self.path(modality), self.case_id)
-        if same_grid_as is not None:
-            check_same_grid(volume, same_grid_as)
-        return volume
+        return self.read_images([modality], same_grid_as)[0]
+
+    def read_images(self, modalities: Sequence[str], same_grid_as: Volume | None = None) -> list[Volume]:
+        """Read several modalities at once: a file that holds them all is read and decompressed once.
+
+        Args:
+            modalities: One or more of `MODALITIES`.
+            same_grid_as: Another volume of the case. The modalities must cover the same voxels in space as it does,
+                or as the first of them if it is left out.
+
+        Raises:
+            BratsCaseError: If a file is missing, damaged or on another grid, or if one of the Decathlon does not hold
+                four volumes.
+        """
+        paths = [self.path(modality) for modality in modalities]
+        if self.decathlon:
+            volumes = _read_volumes(paths[0], self.case_id, modalities)
+        else:
+            volumes = [read_volume(path, self.case_id) for path in paths]
+        for volume in volumes:
+            check_same_grid(volume, same_grid_as or volumes[0])
+        return volumes
 
     def read_mask(self, same_grid_as: Volume | None = None) -> Volume:
         """Read the expert's mask as `uint8` label ids: 0 background, 1 NCR/NET, 2 ED, 3 ET.
@@ -153,7 +181,8 @@ class BratsCase:
         volume = read_volume(path, self.case_id)
         if same_grid_as is not None:
             check_same_grid(volume, same_grid_as)
-        return replace(volume, voxels=_label_ids(volume, since_2023=path.name.startswith(f"{self.case_id}-")))
+        since_2023 = path.name.startswith(f"{self.case_id}-")
+        return replace(volume, voxels=_label_ids(volume, since_2023, self.decathlon))
 
 
 @dataclass(frozen=True)
@@ -190,8 +219,12 @@ def find_cases(root: str | os.PathLike) -> list[BratsCase]:
     of its folder or, in a renamed folder, the one prefix that the scans there share. Predictions, brain masks and
     hidden files have other names and are not looked at. Of a plain and a gzipped copy the plain one is taken.
 
+    In the Medical Segmentation Decathlon a case is a file `imagesTr/BRATS_{number}.nii.gz` and its mask, of the same
+    name, in `labelsTr`. The cases in `imagesTs` have no masks, of which a data set could not be built: they are found
+    only if `root` is that folder itself, or one of the files in it.
+
     Args:
-        root: Any folder above the cases. Hidden folders are left out, links are followed.
+        root: Any folder above the cases, or a scan of the Decathlon. Hidden folders are left out, links are followed.
 
     Returns:
         Cases sorted by id. A case with missing files is listed too: reading it says what it lacks.
@@ -200,6 +233,8 @@ def find_cases(root: str | os.PathLike) -> list[BratsCase]:
         FileNotFoundError: If there is no such folder, or no case in it.
     """
     root = Path(os.path.abspath(os.path.expanduser(root)))
+    if root.is_file() and _DECATHLON_NAME.fullmatch(root.name):
+        return [case for case in _decathlon_cases(root.parent, [root.name]) if root in case.files.values()]
     if not root.is_dir():
         raise FileNotFoundError(f"No folder `{root}`. Give the folder that holds the BraTS cases.\n{_LAYOUT}")
     cases, n_nifti = [], 0
@@ -209,6 +244,8 @@ def find_cases(root: str | os.PathLike) -> list[BratsCase]:
         case = _case_in(folder, nifti)
         if case:
             cases.append(case)
+        if folder.name == "imagesTr" or (folder == root and folder.name == "imagesTs"):
+            cases.extend(_decathlon_cases(folder, nifti))
     if not cases:
         raise FileNotFoundError(f"No BraTS case in `{root}` ({n_nifti} other NIfTI files there).\n{_LAYOUT}")
 
@@ -228,7 +265,8 @@ def read_volume(path: str | os.PathLike, case_id: str | None = None) -> Volume:
     """Read a NIfTI file, plain or gzipped, and turn its axes to (left, posterior, superior).
 
     Args:
-        path: A NIfTI-1 or -2 file with one 3-D volume of integers or floats, in either byte order.
+        path: A NIfTI-1 or -2 file with one 3-D volume of integers or floats, in either byte order. Those of the
+            Decathlon hold four: `find_cases` and `BratsCase.read_image` read them.
         case_id: Named in messages if given.
 
     Returns:
@@ -237,43 +275,7 @@ def read_volume(path: str | os.PathLike, case_id: str | None = None) -> Volume:
     Raises:
         BratsCaseError: If the file cannot be read, is damaged or cut off, or holds something else.
     """
-    name = f"case {case_id}: `{path}`" if case_id else f"`{path}`"
-    data = _read_bytes(path, name)
-    header, offset, (slope, intercept), affine = _read_header(data, name)
-    shape, dtype = header.get_data_shape(), header.get_data_dtype()
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) != 3 or min(shape) < 1:
-        raise BratsCaseError(f"{name} has the shape {shape}, expected one 3-D volume. Split it into one file each.")
-    if dtype.kind not in "iuf":
-        raise BratsCaseError(f"{name} holds voxels of type {dtype}, expected integers or floats.")
-    n_voxels = int(np.prod(shape, dtype=object))  # Python's integers do not overflow
-    if offset < 0 or offset + n_voxels * dtype.itemsize > len(data):
-        raise BratsCaseError(
-            f"{name} is cut off: its header promises {n_voxels * dtype.itemsize} bytes of voxels from byte {offset} "
-            f"on, the file has {len(data)} bytes in all. Copy or download it again."
-        )
-    voxels = np.frombuffer(data, dtype, n_voxels, offset).astype(dtype.newbyteorder("="), copy=False)
-    if slope is not None and (slope, intercept) != (1, 0):
-        voxels = voxels.astype(np.result_type(voxels, np.float32))
-        voxels *= slope
-        voxels += intercept
-    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
-        raise BratsCaseError(
-            f"{name} holds {np.count_nonzero(~np.isfinite(voxels))} voxels that are NaN or infinite. "
-            "Repair it or download it again."
-        )
-
-    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
-        raise BratsCaseError(f"{name} has no usable affine: {affine.tolist()}. Repair its header.")
-    transform = orientations.ornt_transform(orientations.io_orientation(affine), _TO_LPS)
-    return Volume(
-        name=name,
-        voxels=orientations.apply_orientation(voxels.reshape(shape, order="F"), transform),  # a view
-        affine=affine,
-        lps_affine=affine @ orientations.inv_ornt_aff(transform, shape),
-        header=header,
-    )
+    return _read_volumes(path, case_id)[0]
 
 
 def intensity_window(volume: Volume) -> IntensityWindow:
@@ -365,6 +367,34 @@ def _case_in(folder: Path, names: list[str]) -> BratsCase | None:
     return BratsCase(prefixes[0], folder, files, problem=problem)
 
 
+def _decathlon_cases(folder: Path, names: list[str]) -> list[BratsCase]:
+    """Pair the scans in an image folder of the Decathlon with the masks in the label folder beside it."""
+    labels = _label_folder(folder)
+    _, mask_names = next(_walk(labels), (labels, [])) if labels.is_dir() else (labels, [])
+    scans, masks = _decathlon_files(folder, names), _decathlon_files(labels, mask_names)
+    cases = []
+    for case_id in sorted({*scans, *masks}):
+        files = dict.fromkeys(_DECATHLON_ORDER, scans[case_id]) if case_id in scans else {}
+        if case_id in masks:
+            files["seg"] = masks[case_id]
+        cases.append(BratsCase(case_id, folder, files, decathlon=True))
+    return cases
+
+
+def _decathlon_files(folder: Path, names: list[str]) -> dict[str, Path]:
+    """Return the files of cases by case id; `names` are those in the folder."""
+    files: dict[str, Path] = {}
+    for match in filter(None, map(_DECATHLON_NAME.fullmatch, sorted(names))):  # x.nii comes before x.nii.gz
+        taken = files.setdefault(match[1], folder / match[0])
+        if taken.name != match[0]:
+            logger.warning("`%s` is there plain and gzipped, taking the plain file.", taken)
+    return files
+
+
+def _label_folder(image_folder: Path) -> Path:
+    return image_folder.with_name(f"labels{image_folder.name.removeprefix('images')}")
+
+
 def _grades_from_tables(folders: set[Path]) -> dict[str, str]:
     """Read the grade of every case id from the `name_mapping.csv` files in these folders."""
     grades = {}
@@ -376,6 +406,62 @@ def _grades_from_tables(folders: set[Path]) -> dict[str, str]:
                     if row.get("Grade") in ("HGG", "LGG"):
                         grades.update({row[column]: row["Grade"] for column in row if str(column).startswith("BraTS")})
     return grades
+
+
+def _read_volumes(
+    path: str | os.PathLike, case_id: str | None, modalities: Sequence[str] | None = None
+) -> list[Volume]:
+    """Read a file of one volume, or these modalities of a file of the Decathlon."""
+    name = f"case {case_id}: `{path}`" if case_id else f"`{path}`"
+    data = _read_bytes(path, name)
+    header, offset, (slope, intercept), affine = _read_header(data, name)
+    shape, dtype = header.get_data_shape(), header.get_data_dtype()
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if modalities is None and (len(shape) != 3 or min(shape) < 1):
+        raise BratsCaseError(
+            f"{name} has the shape {shape}, expected one 3-D volume. Split it into one file each. One of the Medical "
+            "Segmentation Decathlon is read as it is by way of `find_cases`."
+        )
+    if modalities is not None and (len(shape) != 4 or shape[3] != len(_DECATHLON_ORDER) or min(shape) < 1):
+        raise BratsCaseError(
+            f"{name} has the shape {shape}, expected four 3-D volumes, {', '.join(_DECATHLON_ORDER)}. "
+            "Download it again, or cut it down to these."
+        )
+    if dtype.kind not in "iuf":
+        raise BratsCaseError(f"{name} holds voxels of type {dtype}, expected integers or floats.")
+    n_bytes = int(np.prod(shape, dtype=object)) * dtype.itemsize  # Python's integers do not overflow
+    if offset < 0 or offset + n_bytes > len(data):
+        raise BratsCaseError(
+            f"{name} is cut off: its header promises {n_bytes} bytes of voxels from byte {offset} "
+            f"on, the file has {len(data)} bytes in all. Copy or download it again."
+        )
+    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
+        raise BratsCaseError(f"{name} has no usable affine: {affine.tolist()}. Repair its header.")
+
+    transform = orientations.ornt_transform(orientations.io_orientation(affine), _TO_LPS)
+    lps_affine = affine @ orientations.inv_ornt_aff(transform, shape[:3])
+    n_voxels = int(np.prod(shape[:3], dtype=object))
+    parts = {name: 0}
+    if modalities is not None:
+        parts = {f"{name} ({modality})": _DECATHLON_ORDER.index(modality) for modality in modalities}
+    volumes = []
+    for part, index in parts.items():
+        voxels = np.frombuffer(data, dtype, n_voxels, offset + index * n_voxels * dtype.itemsize)
+        # Of several volumes a copy, so that those nobody asked for do not stay in memory.
+        voxels = voxels.astype(dtype.newbyteorder("="), copy=modalities is not None)
+        if slope is not None and (slope, intercept) != (1, 0):
+            voxels = voxels.astype(np.result_type(voxels, np.float32))
+            voxels *= slope
+            voxels += intercept
+        if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
+            raise BratsCaseError(
+                f"{part} holds {np.count_nonzero(~np.isfinite(voxels))} voxels that are NaN or infinite. "
+                "Repair it or download it again."
+            )
+        voxels = orientations.apply_orientation(voxels.reshape(shape[:3], order="F"), transform)  # a view
+        volumes.append(Volume(part, voxels, affine, lps_affine, header))
+    return volumes
 
 
 def _read_bytes(path: str | os.PathLike, name: str) -> bytes:
@@ -408,19 +494,25 @@ def _read_header(
     raise BratsCaseError(f"{name} is not a NIfTI file. Download it again, or convert it.")
 
 
-def _label_ids(volume: Volume, since_2023: bool) -> np.ndarray:
+def _label_ids(volume: Volume, since_2023: bool, decathlon: bool) -> np.ndarray:
     """Map the labels of a mask to our ids."""
-    known = (0, 1, 2, 3) if since_2023 else (0, 1, 2, 4)
+    known = (0, 1, 2, 3) if since_2023 or decathlon else (0, 1, 2, 4)
     tumour = _in_memory_order(volume.voxels)
     unknown = np.setdiff1d(tumour[tumour != 0], known)
     if unknown.size:
+        source = "of this name"
+        advice = (
+            "names with `_seg` have the labels of 2017-2021 (ET is 4), names with `-seg` those of 2023 (ET is 3; the "
+            "resection cavity of 2024, 4, is not supported). Relabel or rename it."
+        )
+        if decathlon:
+            source, advice = "of the Decathlon", "1 is ED, 2 NCR/NET and 3 ET. Relabel it or download it again."
         raise BratsCaseError(
             f"{volume.name} holds {unknown.size} unknown labels ({', '.join(f'{label:g}' for label in unknown[:5])}). "
-            f"A mask of this name may hold {', '.join(map(str, known))}: names with `_seg` have the labels of "
-            "2017-2021 (ET is 4), names with `-seg` those of 2023 (ET is 3; the resection cavity of 2024, 4, is not "
-            "supported). Relabel or rename it."
+            f"A mask {source} may hold {', '.join(map(str, known))}: {advice}"
         )
-    return np.minimum(volume.voxels.astype(np.uint8), 3)  # ET is the highest label of either set
+    ids = np.minimum(volume.voxels.astype(np.uint8), 3)  # ET is the highest label of every set
+    return np.array([0, 2, 1, 3], np.uint8)[ids] if decathlon else ids
 
 
 def check_same_grid(first: Volume, second: Volume) -> None:

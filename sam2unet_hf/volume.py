@@ -234,8 +234,7 @@ class Sam2UNetVolumePipeline:
                 raise ValueError(f"`{case}` holds {len(cases)} cases. Pass them one by one: `find_cases` lists them.")
             (case,) = cases
         if isinstance(case, BratsCase):
-            first = case.read_image(self.modalities[0])
-            return [first, *(case.read_image(name, same_grid_as=first) for name in self.modalities[1:])]
+            return case.read_images(self.modalities)
         if isinstance(case, (str, os.PathLike)):
             if len(self.modalities) > 1:
                 raise ValueError(

@@ -49,6 +49,21 @@ def make_case(root, case_id, seed=0):
     save(root / case_id / f"{case_id}_seg.nii.gz", mask)
 
 
+def copy_as_decathlon(brats_dir, root):
+    """Write the cases of `make_case` in the layout of Task01_BrainTumour; return its name of each."""
+    names = {}
+    for number, folder in enumerate(sorted(path.parent for path in brats_dir.rglob("*_seg.nii.gz")), start=1):
+        names[folder.name] = case_id = f"BRATS_{number:03d}"
+        files = {name: folder / f"{folder.name}_{name}.nii.gz" for name in ("flair", "t1", "t1ce", "t2", "seg")}
+        voxels = {name: np.asarray(nib.load(path).dataobj) for name, path in files.items()}
+        labels = np.array([0, 2, 1, 0, 3], np.uint8)[voxels.pop("seg")]  # NCR/NET 2, ED 1, ET 3
+        save(root / "imagesTr" / f"{case_id}.nii.gz", np.stack(list(voxels.values()), axis=-1))
+        save(root / "imagesTr" / f"._{case_id}.nii.gz", labels)
+        save(root / "labelsTr" / f"{case_id}.nii.gz", labels)
+    save(root / "imagesTs" / "BRATS_485.nii.gz", np.stack(list(voxels.values()), axis=-1))
+    return names
+
+
 @pytest.fixture
 def brats_dir(tmp_path):
     """Five patients: three for training, one each for validation and testing."""
@@ -182,6 +197,19 @@ def test_num_proc_gives_the_same_rows(brats_dir, tmp_path, monkeypatch):
     assert len(one) == 25
 
 
+@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize("modalities", ["flair", ["t1ce", "t2", "t1"]])
+def test_decathlon_gives_the_rows_of_the_same_patients_in_brats_layout(brats_dir, tmp_path, num_proc, modalities):
+    names = copy_as_decathlon(brats_dir, tmp_path / "Task01_BrainTumour")
+    expected = {
+        (names[row["case_id"]], row["slice_index"]): {**row, "case_id": names[row["case_id"]], "grade": None}
+        for row in rows(build(brats_dir, slices="all", modalities=modalities))
+    }
+    found = rows(build(tmp_path / "Task01_BrainTumour", num_proc, slices="all", modalities=modalities))
+    assert {(row["case_id"], row["slice_index"]): row for row in found} == expected
+    assert len(found) == 25
+
+
 # Cache
 
 
@@ -240,6 +268,17 @@ def test_cache_changed_scans_make_a_new_build(brats_dir, change):
         assert rows(after) != rows(before)
 
 
+@pytest.mark.parametrize("changed", ["imagesTr/BRATS_001.nii.gz", "labelsTr/BRATS_001.nii.gz"])
+def test_cache_changed_decathlon_scans_make_a_new_build(brats_dir, tmp_path, changed):
+    root = tmp_path / "Task01_BrainTumour"
+    copy_as_decathlon(brats_dir, root)
+    before = BratsSlices(data_dir=str(root), slices=2).cache_dir
+    os.utime(root / "imagesTs" / "BRATS_485.nii.gz", ns=(0, 0))
+    assert BratsSlices(data_dir=str(root), slices=2).cache_dir == before
+    os.utime(root / changed, ns=(0, 0))
+    assert BratsSlices(data_dir=str(root), slices=2).cache_dir != before
+
+
 def test_cache_ignores_files_that_are_not_read(brats_dir):
     before = BratsSlices(data_dir=str(brats_dir), slices=2).cache_dir
     os.utime(brats_dir / "HGG" / "Brats18_1_1" / "Brats18_1_1_t2.nii.gz", ns=(0, 0))
@@ -289,6 +328,18 @@ def test_missing_files_are_listed_before_any_reading(brats_dir):
     )
     with pytest.raises(BratsCaseError, match=f"(?s){message}"):
         build(brats_dir)
+
+
+def test_decathlon_bad_cases_raise_or_are_skipped(brats_dir, tmp_path):
+    root = tmp_path / "Task01_BrainTumour"
+    copy_as_decathlon(brats_dir, root)
+    save(root / "imagesTr" / "BRATS_002.nii.gz", np.ones((*SHAPE, 3), np.int16))
+    with pytest.raises(BratsCaseError, match=r"case BRATS_002: .* expected four 3-D volumes.*skip_bad_cases=True"):
+        build(root)
+    (root / "labelsTr" / "BRATS_003.nii.gz").unlink()
+    with pytest.raises(BratsCaseError, match=r"(?s)case BRATS_003: no mask in `.*labelsTr`.*skip_bad_cases=True"):
+        build(root)
+    assert list(build(root, skip_bad_cases=True).skipped_cases) == ["BRATS_002", "BRATS_003"]
 
 
 def test_slice_out_of_range_names_case_plane_and_count(brats_dir):
@@ -430,6 +481,19 @@ def test_cli_card_states_facts(brats_dir, tmp_path):
     assert "Cases without rows: Brats18_4_1." in card.text
     assert "10.1109/TMI.2014.2377694" in card.text
     assert "$" not in card.text
+
+
+def test_cli_card_of_the_decathlon_states_its_licence(brats_dir, tmp_path):
+    copy_as_decathlon(brats_dir, tmp_path / "Task01_BrainTumour")
+    run(tmp_path / "Task01_BrainTumour", tmp_path / "out", "--slices", "2")
+    card = DatasetCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "cc-by-sa-4.0"
+    assert "of task 1 of the [Medical Segmentation Decathlon]" in card.text
+    assert "do not pass them on" not in card.text
+    assert "10.1038/s41467-022-30695-9" in card.text
+    copy_as_decathlon(brats_dir, brats_dir / "Task01_BrainTumour")  # beside scans of the challenge
+    run(brats_dir, tmp_path / "mixed", "--slices", "2")
+    assert DatasetCard.load(tmp_path / "mixed" / "README.md").data.license == "other"
 
 
 def test_cli_bad_case_is_one_line_and_leaves_nothing(brats_dir, tmp_path):

@@ -1,11 +1,14 @@
 import gzip
 import logging
 import os
+import re
 
 import nibabel as nib
 import numpy as np
 import pytest
+from nibabel import orientations
 
+from sam2unet_hf import nifti
 from sam2unet_hf.nifti import BratsCaseError, IntensityWindow, find_cases, intensity_window, read_volume, take_slice
 
 
@@ -42,6 +45,30 @@ def make_case(root, case_id="BraTS20_Training_001", names=OLD_NAMES, extension="
         voxels = make_mask((1, 2, 4 if names is OLD_NAMES else 3)) if name == "seg" else make_scan()
         save(folder / f"{case_id}{ending}{extension}", voxels)
     return folder
+
+
+def make_decathlon_case(root, case_id="BRATS_001", affine=LPS, images="imagesTr"):
+    """Write a case of Task01_BrainTumour, four scans with seeds 0 to 3, and return the files."""
+    scans = np.stack([make_scan(seed) for seed in range(4)], axis=-1)  # FLAIR, T1w, t1gd, T2w
+    to_file = orientations.ornt_transform(orientations.io_orientation(LPS), orientations.io_orientation(affine))
+    scan_path, mask_path = root / images / f"{case_id}.nii.gz", root / "labelsTr" / f"{case_id}.nii.gz"
+    save(scan_path, orientations.apply_orientation(scans, to_file), affine)
+    if images == "imagesTr":
+        save(mask_path, orientations.apply_orientation(make_mask((2, 1, 3)), to_file), affine)
+    return scan_path, mask_path
+
+
+@pytest.fixture
+def decathlon(tmp_path):
+    """Two cases with masks and one without, among the hidden files that macOS leaves."""
+    root = tmp_path / "Task01_BrainTumour"
+    for case_id in ("BRATS_002", "BRATS_001"):
+        make_decathlon_case(root, case_id)
+    make_decathlon_case(root, "BRATS_485", images="imagesTs")
+    (root / "dataset.json").write_text("{}")
+    for path in list(root.rglob("*")):
+        (path.parent / f"._{path.name}").write_bytes(b"left by macOS")
+    return root
 
 
 @pytest.fixture
@@ -177,19 +204,71 @@ def test_patient_id_drops_the_timepoint(tmp_path, case_id, patient_id):
     assert find_cases(tmp_path)[0].patient_id == patient_id
 
 
+def test_find_cases_decathlon_finds_the_cases_with_masks(decathlon):
+    for root in (decathlon, decathlon.parent, decathlon / "imagesTr"):
+        cases = find_cases(root)
+        assert [case.case_id for case in cases] == ["BRATS_001", "BRATS_002"]
+    for case in cases:
+        names = ("imagesTr", "imagesTr", "imagesTr", "imagesTr", "labelsTr")
+        paths = [decathlon / name / f"{case.case_id}.nii.gz" for name in names]
+        assert case.files == dict(zip(("flair", "t1", "t1ce", "t2", "seg"), paths, strict=True))
+        assert (case.patient_id, case.grade, case.problem, case.decathlon) == (case.case_id, None, None, True)
+
+
+@pytest.mark.parametrize("path", ["imagesTs", "imagesTs/BRATS_485.nii.gz"])
+def test_find_cases_decathlon_without_masks_only_if_named(decathlon, path):
+    (case,) = find_cases(decathlon / path)
+    assert case.case_id == "BRATS_485"
+    np.testing.assert_array_equal(case.read_image("t1").voxels, make_scan(1))
+    with pytest.raises(BratsCaseError, match=r"BRATS_485: no mask in `.*labelsTs`.*test cases come without masks"):
+        case.read_mask()
+
+
+def test_find_cases_decathlon_file_is_the_case(decathlon, tmp_path):
+    (case,) = find_cases(decathlon / "imagesTr" / "BRATS_002.nii.gz")
+    assert case == find_cases(decathlon)[1]
+    (alone,) = find_cases(case.files["t2"].rename(tmp_path / "BRATS_002.nii.gz"))
+    assert set(alone.files) == {"t1", "t1ce", "t2", "flair"}
+    np.testing.assert_array_equal(alone.read_image("t2").voxels, make_scan(3))
+
+
+def test_find_cases_decathlon_plain_and_gzipped_takes_plain_and_warns(decathlon, caplog):
+    plain = decathlon / "imagesTr" / "BRATS_001.nii"
+    plain.write_bytes(gzip.decompress((decathlon / "imagesTr" / "BRATS_001.nii.gz").read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        case = find_cases(decathlon)[0]
+    assert (case.files["flair"], case.files["seg"].name) == (plain, "BRATS_001.nii.gz")
+    assert "BRATS_001.nii` is there plain and gzipped" in caplog.text
+
+
+def test_find_cases_decathlon_beside_brats(tmp_path, folder, decathlon):
+    assert [case.case_id for case in find_cases(tmp_path)] == ["BRATS_001", "BRATS_002", "BraTS20_Training_001"]
+
+
+def test_find_cases_decathlon_twice_is_an_error(tmp_path):
+    for copy in ("a", "b"):
+        make_decathlon_case(tmp_path / copy)
+    with pytest.raises(BratsCaseError, match="case BRATS_001: found in 2 folders.*Keep one of them"):
+        find_cases(tmp_path)[0].read_image("flair")
+
+
 def test_find_cases_no_such_folder_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="No folder `.*nowhere`. Give the folder that holds the BraTS cases"):
         find_cases(tmp_path / "nowhere")
 
 
 def test_find_cases_empty_folder_lists_layout_and_where_to_register(tmp_path):
-    save(tmp_path / "imagesTr" / "BRATS_001.nii.gz", make_scan())
+    save(tmp_path / "imagesTr" / "hippocampus_001.nii.gz", make_scan())
     with pytest.raises(FileNotFoundError) as info:
         find_cases(tmp_path)
     assert info.match(r"No BraTS case in .* \(1 other NIfTI files there\)")
     assert info.match(r"BraTS20_Training_001/BraTS20_Training_001_\{t1,t1ce,t2,flair,seg\}\.nii\[\.gz\]")
+    assert info.match(
+        r"imagesTr/BRATS_001\.nii\[\.gz\] and labelsTr/BRATS_001\.nii\[\.gz\]; imagesTs, which has no masks"
+    )
     assert info.match("https://www.synapse.org/brats")
     assert info.match("https://www.med.upenn.edu/cbica/brats2020/")
+    assert info.match("http://medicaldecathlon.com")
 
 
 # Reading
@@ -260,6 +339,58 @@ def test_read_volume_takes_no_copy(tmp_path):
     assert not read_volume(save(tmp_path / "x.nii", make_scan(), RAS)).voxels.flags.owndata
 
 
+@pytest.mark.parametrize("affine", [LPS, RAS, SAL], ids=["LPS", "RAS", "SAL"])
+def test_decathlon_modalities_and_mask_voxel_exact_in_any_orientation(tmp_path, affine):
+    make_decathlon_case(tmp_path, affine=affine)
+    (case,) = find_cases(tmp_path)
+    mask = case.read_mask()
+    assert mask.voxels.dtype == np.uint8
+    np.testing.assert_array_equal(mask.voxels, make_mask((1, 2, 3)))  # 1 and 2 are swapped in the file
+    for modality, seed in {"flair": 0, "t1": 1, "t1ce": 2, "t2": 3}.items():
+        volume = case.read_image(modality, same_grid_as=mask)
+        np.testing.assert_array_equal(volume.voxels, make_scan(seed))
+        assert volume.voxels.dtype == np.int16
+        assert volume.spacing_mm == (1.5, 2, 3)
+        np.testing.assert_allclose(volume.affine, affine)
+        np.testing.assert_allclose(volume.lps_affine, LPS)
+        on_file = nib.load(case.files[modality]).get_fdata()[..., seed]
+        np.testing.assert_array_equal(volume.to_file_grid(volume.voxels), on_file)
+
+
+@pytest.mark.parametrize("layout", ["brats", "decathlon"])
+def test_read_images_equals_reading_one_by_one(request, layout):
+    root = request.getfixturevalue("folder" if layout == "brats" else "decathlon")
+    case = find_cases(root)[0]
+    modalities = ["t2", "flair", "t1ce"]
+    volumes = case.read_images(modalities, same_grid_as=case.read_mask())
+    for modality, volume in zip(modalities, volumes, strict=True):
+        one = case.read_image(modality)
+        assert volume.name == one.name
+        np.testing.assert_array_equal(volume.voxels, one.voxels)
+
+
+def test_read_images_opens_a_decathlon_file_once_and_keeps_what_was_asked_for(decathlon, monkeypatch):
+    opened = []
+    read_bytes = nifti._read_bytes
+    monkeypatch.setattr(nifti, "_read_bytes", lambda path, name: opened.append(path) or read_bytes(path, name))
+    case = find_cases(decathlon)[0]
+    for volume in case.read_images(["t1ce", "t2", "flair"]):
+        memory = volume.voxels
+        while memory.base is not None:
+            memory = memory.base
+        assert memory.nbytes == volume.voxels.nbytes
+    assert opened == [case.files["flair"]]
+
+
+def test_decathlon_big_endian_scaled_volumes_follow_the_header(decathlon):
+    path = decathlon / "imagesTr" / "BRATS_001.nii.gz"
+    scans = np.asarray(nib.load(path).dataobj)
+    image = nib.Nifti1Image(scans, LPS, nib.Nifti1Header(endianness=">"))
+    image.header.set_slope_inter(0.5, -3)
+    nib.save(image, path)
+    np.testing.assert_array_equal(find_cases(decathlon)[0].read_image("t1ce").voxels, make_scan(2) * 0.5 - 3)
+
+
 # Labels
 
 
@@ -288,6 +419,17 @@ def test_read_mask_unknown_label_names_case_file_and_set(tmp_path, names, values
     save(path, voxels)
     with pytest.raises(BratsCaseError, match=rf"case X_1: `.*X_1{names['seg']}\.nii\.gz` holds .*{message}"):
         find_cases(tmp_path)[0].read_mask()
+
+
+@pytest.mark.parametrize(("value", "count"), [(4, 1), (-1, 1), (0.5, 1)])
+def test_read_mask_decathlon_unknown_label_names_case_file_and_set(decathlon, value, count):
+    path = decathlon / "labelsTr" / "BRATS_001.nii.gz"
+    save(path, np.where(make_mask() == 1, value, 0).astype(np.float32))
+    message = (
+        rf"holds {count} unknown labels \({value}\)\. A mask of the Decathlon may hold 0, 1, 2, 3: 1 is ED, 2 NCR"
+    )
+    with pytest.raises(BratsCaseError, match=rf"case BRATS_001: `.*labelsTr.BRATS_001\.nii\.gz` {message}"):
+        find_cases(decathlon)[0].read_mask()
 
 
 # Broken files. Each error names the case and the file.
@@ -430,6 +572,66 @@ def test_read_mask_same_grid_in_another_orientation_is_accepted(folder, case_fil
     (case,) = find_cases(folder)
     mask = case.read_mask(same_grid_as=case.read_image("flair"))
     assert mask.voxels[3:6, 4, 2].tolist() == [1, 2, 3]
+
+
+def test_decathlon_missing_image_and_mask_say_what_is_expected(decathlon):
+    (decathlon / "imagesTr" / "BRATS_001.nii.gz").unlink()
+    (decathlon / "labelsTr" / "BRATS_002.nii.gz").unlink()
+    no_image, no_mask = find_cases(decathlon)
+    with pytest.raises(
+        BratsCaseError, match=r"case BRATS_001: no t2 scan in `.*imagesTr`, expected BRATS_001\.nii\[\.gz\]\. Download"
+    ):
+        no_image.read_image("t2")
+    with pytest.raises(
+        BratsCaseError, match=r"case BRATS_002: no mask in `.*labelsTr`, expected BRATS_002\.nii\[\.gz\]\. Download"
+    ):
+        no_mask.read_mask()
+
+
+@pytest.mark.parametrize(
+    ("shape", "shown"),
+    [((8, 9, 5), "(8, 9, 5)"), ((8, 9, 5, 3), "(8, 9, 5, 3)"), ((8, 9, 5, 4, 2), "(8, 9, 5, 4, 2)")],
+)
+def test_decathlon_other_than_four_volumes_is_an_error(decathlon, shape, shown):
+    save(decathlon / "imagesTr" / "BRATS_001.nii.gz", np.ones(shape, np.int16))
+    message = rf"has the shape {re.escape(shown)}, expected four 3-D volumes, flair, t1, t1ce, t2\. Download it again"
+    with pytest.raises(BratsCaseError, match=rf"case BRATS_001: `.*imagesTr.BRATS_001\.nii\.gz` {message}"):
+        find_cases(decathlon)[0].read_image("flair")
+
+
+def test_decathlon_nan_concerns_the_modality_that_holds_it(decathlon):
+    path = decathlon / "imagesTr" / "BRATS_001.nii.gz"
+    scans = nib.load(path).get_fdata(dtype=np.float32)
+    scans[1, 2, 3, 2] = np.nan
+    save(path, scans)
+    case = find_cases(decathlon)[0]
+    case.read_image("flair")
+    with pytest.raises(
+        BratsCaseError, match=r"case BRATS_001: `.*BRATS_001\.nii\.gz` \(t1ce\) holds 1 voxels that are NaN"
+    ):
+        case.read_images(["flair", "t1ce"])
+
+
+def test_decathlon_cut_off_behind_the_wanted_volume_is_an_error(decathlon):
+    path = decathlon / "imagesTr" / "BRATS_001.nii.gz"
+    path.write_bytes(gzip.decompress(path.read_bytes())[:-1])
+    with pytest.raises(BratsCaseError, match=r"BRATS_001\.nii\.gz` is cut off: its header promises 2880 bytes"):
+        find_cases(decathlon)[0].read_image("flair")
+
+
+def test_decathlon_mask_on_another_grid_is_an_error(decathlon):
+    save(decathlon / "labelsTr" / "BRATS_001.nii.gz", make_mask((1, 2, 3)), RAS)
+    case = find_cases(decathlon)[0]
+    case.read_image("flair", same_grid_as=case.read_mask())  # the same box, stored the other way round
+    save(decathlon / "labelsTr" / "BRATS_001.nii.gz", make_mask((1, 2, 3))[:, :, :4])
+    with pytest.raises(BratsCaseError, match=r"\(flair\) has the shape \(8, 9, 5\), .*labelsTr.* \(8, 9, 4\)"):
+        case.read_images(["flair"], same_grid_as=case.read_mask())
+
+
+def test_read_images_without_a_mask_share_the_grid_of_the_first(folder, case_files):
+    save(case_files["t2"], make_scan()[:, :, :4])
+    with pytest.raises(BratsCaseError, match=r"_t2.nii.gz` has the shape \(8, 9, 4\), .*_flair.nii.gz` \(8, 9, 5\)"):
+        find_cases(folder)[0].read_images(["flair", "t2"])
 
 
 # Intensities

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HTTPError  # of its HTTP library, which is no
 
 from sam2unet_hf.nifti import MODALITIES, PLANES
 
-from .brats_slices import CITATION, BratsSlices
+from .brats_slices import CITATION, DECATHLON_CITATION, BratsSlices
 
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,12 @@ PUBLIC_TERMS = {
     "terms": "Whoever published this data set states that its scans may be passed on. They are not those of the "
     "challenge, which\nmay not.",
 }
+DECATHLON_TERMS = {
+    "license": "license: cc-by-sa-4.0",
+    "source": "of task 1 of the [Medical Segmentation Decathlon](http://medicaldecathlon.com)",
+    "terms": "The Decathlon gives its scans under CC BY-SA 4.0: name their authors, and pass on what you make of them "
+    "under the\nsame licence.",
+}
 SIZE_CATEGORIES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (float("inf"), "100K<n<1M"))  # the Hub's
 
 
@@ -49,7 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--brats_dir", required=True, help="folder that holds the BraTS cases, at any depth")
+    parser.add_argument("--brats_dir", required=True, help="folder that holds the cases, at any depth")
     parser.add_argument("--output_dir", required=True, type=Path, help="new folder for the data set")
     parser.add_argument("--push_to_hub", metavar="ID", help="upload to this data set repository, private if it is new")
     parser.add_argument(
@@ -134,6 +140,7 @@ def render_card(
 ) -> str:
     """Fill the template of the card with the options and with what the Parquet files hold."""
     config = builder.config
+    decathlon = all(case.decathlon for case in config.cases)
     patient_of = {case.case_id: case.patient_id for case in config.cases}
     all_cases: set[str] = set()
     n_slices = 0
@@ -178,8 +185,8 @@ def render_card(
         version=builder.VERSION,
         option_rows="\n".join(f"| `{name}` | {value} |" for name, value in options.items()),
         skipped=f"Cases without rows: {', '.join(skipped)}." if skipped else "All cases found have rows.",
-        citation=CITATION,
-        **(PUBLIC_TERMS if public else PRIVATE_TERMS),
+        citation=CITATION + DECATHLON_CITATION if decathlon else CITATION,
+        **(DECATHLON_TERMS if decathlon else PUBLIC_TERMS if public else PRIVATE_TERMS),
     )
 
 

@@ -53,6 +53,17 @@ CITATION = """\
   year    = {2018},
 }
 """
+DECATHLON_CITATION = """\
+@article{antonelli2022decathlon,
+  author  = {Antonelli, Michela and others},
+  title   = {The Medical Segmentation Decathlon},
+  journal = {Nature Communications},
+  volume  = {13},
+  pages   = {4128},
+  year    = {2022},
+  doi     = {10.1038/s41467-022-30695-9},
+}
+"""
 # Cases that are read before they are written: more than processes are likely to be, few enough to hold in memory.
 _READ_AHEAD = 32
 _SKIP_ADVICE = "Or leave such cases out: `skip_bad_cases=True` (`--skip_bad_cases`)."
@@ -146,7 +157,8 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
     The cache folder depends on the options and on name, size and time of every file used.
 
     Args:
-        data_dir: Folder that holds the cases, in any layout that `sam2unet_hf.nifti.find_cases` knows.
+        data_dir: Folder that holds the cases, in any layout that `sam2unet_hf.nifti.find_cases` knows: BraTS from
+            2017 to 2023, or Task01_BrainTumour of the Medical Segmentation Decathlon, less its cases without masks.
         **config_kwargs: Options, see `BratsSlicesConfig`, and the arguments of `datasets.DatasetBuilder`.
 
     Raises:
@@ -346,7 +358,7 @@ def _rows(case: BratsCase, config: BratsSlicesConfig) -> Iterator[dict[str, Any]
     indices = _slice_indices(mask, config)
     if not indices:
         return
-    scans = [case.read_image(modality, same_grid_as=mask) for modality in config.modalities]
+    scans = case.read_images(config.modalities, same_grid_as=mask)
     windows = [nifti.intensity_window(scan) for scan in scans]
     for index in indices:
         channels = [

@@ -150,7 +150,7 @@ def hausdorff_distance_95(
 
     This is `compute_hausdorff_distance(percentile=95)` of MONAI. BraTS' own code from 2023 on cuts the surface into
     elements between voxels, as `surface-distance` does, and weights each distance by the area of its element. Here
-    each voxel counts the same, so values differ by fractions of a voxel, and more where voxels are not cubes.
+    each voxel counts the same, so values are near those of the challenge, not equal to them.
 
     Args:
         prediction: Mask of shape `(x, y, z)`: boolean, or of 0 and 1.
