@@ -44,7 +44,7 @@ def slices(tmp_path_factory):
 
 
 def arguments(slices, *options):
-    small = ["--image_size", "64", "--batch_size", "4", "--use_cpu", "--learning_rate", "1e-3", "--warmup", "0"]
+    small = ["--image_size", "64", "--batch_size", "2", "--use_cpu", "--learning_rate", "1e-3", "--warmup", "0"]
     return ["--data", slices, *small, *options]
 
 

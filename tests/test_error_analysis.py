@@ -1,0 +1,448 @@
+"""The error analysis: measures on masks drawn by hand, the report of a data set, the figures of a case."""
+
+import csv
+import math
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from common import small_model
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+from scipy.spatial.distance import cdist
+
+from dataset_scripts.brats_slices.__main__ import main as write_brats_slices
+from dataset_scripts.phantom import write_phantom_cohort
+from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.training import SegmentationMetrics, SegmentationTransform
+from sam2unet_hf.volume import Sam2UNetVolumePipeline
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import error_analysis  # noqa: E402 - the scripts are no package
+from error_analysis import (  # noqa: E402
+    Calibration,
+    boundary_distances,
+    choose_examples,
+    contrast,
+    overlap,
+    score_region,
+    segment_case,
+    untouched_components,
+)
+from error_plots import WIDTH, box, evenly_spread  # noqa: E402
+
+
+REGIONS = {"WT": [1, 2, 3], "TC": [1, 3]}
+
+
+def mask_of(*boxes, shape=(20, 30)):
+    mask = np.zeros(shape, dtype=bool)
+    for top, bottom, left, right in boxes:
+        mask[top:bottom, left:right] = True
+    return mask
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    return write_phantom_cohort(tmp_path_factory.mktemp("errors") / "brats", num_patients=13, shape=(40, 40, 26))
+
+
+@pytest.fixture(scope="module")
+def slices(cohort):
+    folder = cohort.parent / "slices"
+    arguments = ["--slices", "tumor", "--min_tumor_pixels", "5", "--output_dir", str(folder)]
+    write_brats_slices(["--brats_dir", str(cohort), *arguments])
+    return folder
+
+
+def bright_pixels(pixel_values, **kwargs):
+    """Stand in for the model: what is bright is tumour, unsure at its edge."""
+    grey = pixel_values.mean(dim=1)
+    return type("Output", (), {"logits": torch.stack([grey - 0.6, grey - 1.2], dim=1) * 4})
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """A folder with a model, which finds bright pixels once loaded."""
+    model = small_model(regions=REGIONS)
+    model.save_pretrained(tmp_path / "model")
+    processor = Sam2UNetImageProcessor(regions=REGIONS, size={"height": 64, "width": 64})
+    processor.modalities = ["flair"]
+    processor.save_pretrained(tmp_path / "model")
+    load = error_analysis.load_model
+
+    def load_bright(args):
+        model, processor = load(args)
+        model.forward = bright_pixels
+        return model, processor
+
+    monkeypatch.setattr(error_analysis, "load_model", load_bright)
+    return tmp_path / "model"
+
+
+def read_csv(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_overlap():
+    assert overlap(mask_of((0, 2, 0, 2)), mask_of((0, 2, 1, 3))) == 0.5
+    assert overlap(mask_of(), mask_of()) == 1
+    assert overlap(mask_of(), mask_of((0, 1, 0, 1))) == 0
+
+
+def test_untouched_components_join_corners_and_know_size_and_place():
+    truth = mask_of((0, 2, 0, 2), (2, 4, 2, 4), (10, 13, 10, 15), (18, 20, 28, 30))
+    prediction = mask_of((3, 5, 3, 5), (10, 13, 15, 20))  # the second only lies beside
+    assert untouched_components(truth, prediction) == (
+        3,
+        [
+            {"pixels": 15, "centre_row": 11.0, "centre_column": 12.0},
+            {"pixels": 4, "centre_row": 18.5, "centre_column": 28.5},
+        ],
+    )
+    assert untouched_components(prediction, truth) == (
+        2,
+        [{"pixels": 15, "centre_row": 11.0, "centre_column": 17.0}],
+    )
+    assert untouched_components(mask_of(), truth) == (0, [])
+    assert untouched_components(truth, mask_of())[0] == 3
+
+
+def test_contrast_is_against_the_ring_inside_the_head():
+    truth = mask_of((8, 12, 10, 20))
+    grey = np.full(truth.shape, 50.0)
+    grey[:, ::2] = 70.0  # mean 60, standard deviation 10
+    grey[truth] = 85.0
+    head = np.ones_like(truth)
+    ring = mask_of((8, 12, 8, 10), (8, 12, 20, 22), (6, 8, 10, 20), (12, 14, 10, 20))
+    assert contrast(grey, truth, ring) == pytest.approx(2.5)
+    # Nothing farther than the width of the ring counts.
+    far = grey.copy()
+    far[mask_of((0, 20, 0, 30)) & ~mask_of((3, 17, 5, 25))] = 1000
+    assert contrast(far, truth, head, width=4) == pytest.approx(contrast(grey, truth, head, width=4))
+    assert contrast(far, truth, head, width=7) < 0
+    assert contrast(grey[:, ::-1] * 2 + 5, truth[:, ::-1], head, 4) == pytest.approx(contrast(grey, truth, head, 4))
+
+
+def test_contrast_without_tumour_or_surroundings_is_unknown():
+    truth = mask_of((8, 12, 10, 20))
+    grey = np.where(truth, 9.0, 3.0)
+    for arguments in ((grey, mask_of(), ~mask_of()), (grey, truth, truth), (grey, truth, ~mask_of())):
+        assert math.isnan(contrast(*arguments))
+
+
+def test_boundary_distances_of_shifted_squares():
+    truth, prediction = mask_of((5, 6, 5, 6)), mask_of((8, 9, 9, 10))
+    assert boundary_distances(truth, prediction) == (5, 5)
+    assert boundary_distances(truth, prediction, (2, 1)) == pytest.approx((52**0.5, 52**0.5))
+    assert boundary_distances(truth, truth) == (0, 0)
+    assert np.isnan(boundary_distances(truth, mask_of())).all()
+    assert np.isnan(boundary_distances(mask_of(), mask_of())).all()
+    # A line of 10 pixels and its first 5: nothing from the short one, 0 0 0 0 0 1 2 3 4 5 from the long one.
+    average, hausdorff = boundary_distances(mask_of((3, 4, 0, 10)), mask_of((3, 4, 0, 5)))
+    assert average == pytest.approx(15 / 15)
+    assert hausdorff == pytest.approx(4.55)
+
+
+def surface_points(mask):
+    rows, columns = np.nonzero(mask)
+    padded = np.pad(mask, 1)
+    inside = [padded[1 + dy : 1 + dy + mask.shape[0], 1 + dx : 1 + dx + mask.shape[1]]
+              for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0))]  # fmt: skip
+    on_surface = ~np.logical_and.reduce(inside)[rows, columns]
+    return np.stack([rows, columns], axis=1)[on_surface]
+
+
+def by_pairs(truth, prediction, spacing):
+    """Distances of all surface pixels to all others."""
+    distances = cdist(surface_points(truth) * np.array(spacing), surface_points(prediction) * np.array(spacing))
+    ways = distances.min(axis=1), distances.min(axis=0)
+    return np.concatenate(ways).mean(), max(np.percentile(way, 95) for way in ways)
+
+
+def test_boundary_distances_are_those_of_all_pairs():
+    generator = np.random.default_rng(0)
+    for _ in range(5):
+        truth, prediction = generator.random((2, 20, 30)) > 0.9
+        for mask in (truth, prediction):
+            mask[5:12, 6:15] = True
+        assert boundary_distances(truth, prediction, (1.5, 0.5)) == pytest.approx(
+            by_pairs(truth, prediction, (1.5, 0.5))
+        )
+
+
+def test_calibration_of_calibrated_pixels_has_no_error():
+    generator = np.random.default_rng(0)
+    whole, parts = Calibration(), Calibration()
+    probabilities = generator.random((400, 500)).astype(np.float32)
+    truth = generator.random((400, 500)) < probabilities
+    whole.add(probabilities, truth)
+    for rows in (slice(0, 7), slice(7, 400)):
+        parts.add(probabilities[rows], truth[rows])
+    assert whole.error() < 0.005
+    assert parts.error() == pytest.approx(whole.error())
+    pixels, mean, share = whole.curve()
+    assert pixels.sum() == 200_000
+    np.testing.assert_allclose(mean, (np.arange(15) + 0.5) / 15, atol=0.002)
+    np.testing.assert_allclose(share, mean, atol=0.015)
+
+
+def test_calibration_weights_pixels_equally():
+    calibration = Calibration()
+    assert math.isnan(calibration.error())
+    calibration.add(np.full(30, 0.9), np.arange(30) < 15)  # off by 0.4
+    calibration.add(np.full(10, 1.0), np.ones(10, dtype=bool))  # right, in the last bin
+    assert calibration.error() == pytest.approx(0.75 * 0.4)
+    assert np.flatnonzero(calibration.curve()[0]).tolist() == [13, 14]
+
+
+def test_a_region_without_prediction_and_with_pixels_that_do_not_count():
+    truth = mask_of((2, 6, 2, 6), (10, 12, 10, 12))
+    grey = np.where(truth, 9.0, np.arange(30) % 3)
+    valid = ~mask_of((9, 20, 0, 30))
+    record, lesions = score_region(np.zeros(truth.shape), truth, valid, grey, (2.0, 0.5))
+    assert record["found_in"] == "truth only"
+    assert (record["truth_pixels"], record["truth_mm2"], record["dice"]) == (16, 16.0, 0.0)
+    assert math.isnan(record["surface_distance_mm"])
+    assert [(lesion["kind"], lesion["pixels"], lesion["mm2"]) for lesion in lesions] == [("missed", 16, 16.0)]
+    record, lesions = score_region(np.where(truth, 0.51, 0.5), truth, valid, grey)
+    assert (record["found_in"], record["dice"], record["hausdorff95_px"], lesions) == ("both", 1, 0, [])
+    assert score_region(np.zeros(truth.shape), mask_of(), valid, grey)[0]["found_in"] == "neither"
+
+
+def record_of(case, number, dice, wrong=0, found_in="both"):
+    wrong = {"false_positive_pixels": wrong, "false_negative_pixels": 0}
+    return {"case_id": case, "image": f"{case}_{number}", "dice": dice, "found_in": found_in, **wrong}
+
+
+def test_the_worst_are_of_different_cases_while_there_are_others():
+    records = [record_of("a", number, dice) for number, dice in enumerate((0.1, 0.2, 0.9))]
+    records += [record_of("b", 0, 0.0, 3), record_of("c", 0, 0.0, 8), record_of("d", 0, 1.0, found_in="neither")]
+    chosen = [(title, record["image"]) for title, record in choose_examples(records, 3)]
+    assert chosen == [("worst 1", "c_0"), ("worst 2", "b_0"), ("worst 3", "a_0"), ("median", "a_0"), ("best", "a_2")]
+    assert [record["image"] for _, record in choose_examples(records, 4)][:4] == ["c_0", "b_0", "a_0", "a_1"]
+    assert choose_examples(records[-1:], 3) == []
+
+
+def test_box_and_spread():
+    assert box(mask_of((5, 9, 0, 7)), margin=2) == (slice(3, 11), slice(0, 9))
+    assert box(mask_of()) == (slice(None), slice(None))
+    assert evenly_spread(10, 4).tolist() == [0, 3, 6, 9]
+    assert evenly_spread(3, 9).tolist() == [0, 1, 2]
+    assert evenly_spread(9, 1).tolist() == [4]
+    assert evenly_spread(0, 3).tolist() == []
+
+
+def test_report_of_a_data_set(slices, checkpoint, tmp_path):
+    arguments = ["--model", str(checkpoint), "--dataset_name", str(slices), "--device", "cpu", "--worst", "2"]
+    for name, batch_size in (("first", "3"), ("second", "5")):
+        options = ["--output_dir", str(tmp_path / name), "--batch_size", batch_size]
+        error_analysis.main([*arguments, *options])
+    first, second = tmp_path / "first", tmp_path / "second"
+    for name in ("images", "lesions", "calibration", "summary"):
+        assert (first / f"{name}.csv").read_bytes() == (second / f"{name}.csv").read_bytes()
+
+    rows = error_analysis.load_data(error_analysis.DataArguments(dataset_name=str(slices)))["test"]
+    processor = Sam2UNetImageProcessor.from_pretrained(checkpoint)
+    records = read_csv(first / "images.csv")
+    assert len(records) == 2 * len(rows)
+    model = small_model(regions=REGIONS)
+    metrics = SegmentationMetrics(list(REGIONS))
+    transform = SegmentationTransform(processor, resize_masks=False)
+    pixels = {region: ([], []) for region in REGIONS}
+    lesions = {("missed", region): 0 for region in REGIONS} | {("false", region): 0 for region in REGIONS}
+    for index, row in enumerate(rows):
+        batch = transform({name: [row[name]] for name in ("image", "mask")})
+        logits = bright_pixels(batch["pixel_values"][0][None]).logits
+        dice = metrics.score(logits, [batch["labels"][0]], model)[0, :, 0]
+        grey = np.asarray(row["image"])
+        probabilities = torch.nn.functional.interpolate(logits, (40, 40), mode="bilinear")[0].sigmoid().numpy()
+        for number, (region, label_ids) in enumerate(REGIONS.items()):
+            record = records[2 * index + number]
+            truth, prediction = np.isin(np.asarray(row["mask"]), label_ids), probabilities[number] > 0.5
+            assert (record["region"], record["case_id"]) == (region, row["case_id"])
+            assert int(record["slice_index"]) == row["slice_index"]
+            assert float(record["dice"]) == pytest.approx(dice[number], abs=1e-5)
+            assert int(record["true_positive_pixels"]) == (truth & prediction).sum()
+            if truth.any() and prediction.any():
+                found = float(record["surface_distance_px"]), float(record["hausdorff95_px"])
+                assert found == pytest.approx(by_pairs(truth, prediction, (1, 1)), rel=1e-5)
+            else:
+                assert record["surface_distance_px"] == record["hausdorff95_px"] == ""
+            for kind in ("missed", "false"):
+                lesions[kind, region] += int(record[f"{kind}_lesions"])
+            pixels[region][0].append(probabilities[number][grey > 0])
+            pixels[region][1].append(truth[grey > 0])
+
+    listed = read_csv(first / "lesions.csv")
+    assert sum(lesions.values()) > 5
+    for (kind, region), count in lesions.items():
+        assert sum((lesion["kind"], lesion["region"]) == (kind, region) for lesion in listed) == count
+    for summary in read_csv(first / "summary.csv"):
+        probability, truth = map(np.concatenate, pixels[summary["region"]])
+        bins = np.digitize(probability, np.linspace(0, 1, 16)[1:-1])
+        gaps = [abs(probability[bins == b].mean() - truth[bins == b].mean()) * (bins == b).mean() for b in set(bins)]
+        assert float(summary["calibration_error"]) == pytest.approx(sum(gaps), rel=1e-3)
+        ours = [record for record in records if record["region"] == summary["region"]]
+        assert float(summary["mean_dice"]) == pytest.approx(np.mean([float(row["dice"]) for row in ours]), rel=1e-5)
+        distances = [float(row["hausdorff95_px"]) for row in ours if row["found_in"] == "both"]
+        assert int(summary["images_both"]) == len(distances)
+        assert float(summary["median_hausdorff95_px"]) == pytest.approx(np.median(distances), rel=1e-5)
+
+    report = (first / "report.html").read_text(encoding="utf-8")
+    pictures = sorted(path.name for path in first.glob("*.png"))
+    names = ("boundaries", "calibration", "dice_contrast", "dice_size", "dice_slice", "overlays_TC", "overlays_WT")
+    assert pictures == [f"{name}.png" for name in names]
+    assert report.count('src="data:image/png;base64,') == len(pictures)
+    assert "the column `grade` of the data set is empty" in report
+    for name in pictures:
+        with Image.open(first / name) as picture:
+            assert min(picture.size) > 400
+            assert np.asarray(picture.convert("L")).std() > 10
+
+
+def pictures_with_grades(folder, grades, mask_column="mask"):
+    """Squares, one of them unseen and one of them of grey nothing, in a data set that says little of itself."""
+    generator = np.random.default_rng(0)
+    images, masks = [], []
+    for index in range(len(grades)):
+        mask = np.zeros((48, 40 + index), dtype=np.uint8)
+        mask[10 : 22 + index, 8:20] = 3
+        image = (generator.integers(20, 60, mask.shape) + 190 * (mask > 0)).astype(np.uint8)
+        images.append(Image.fromarray(image))
+        masks.append(Image.fromarray(mask))
+    rows = {"image": images, mask_column: masks, "case_id": ["<b>a & b</b>"] * len(grades), "grade": grades}
+    rows = {name: values for name, values in rows.items() if values[0] != "no"}
+    data = Dataset.from_dict(rows).cast_column("image", ImageFeature()).cast_column(mask_column, ImageFeature())
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        data.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def test_grades_millimetres_and_formats_with_text_escaped(checkpoint, tmp_path):
+    data = pictures_with_grades(tmp_path / "<data>", ["HGG", "LGG", "HGG", "LGG"])
+    arguments = ["--model", str(checkpoint), "--dataset_name", str(data), "--output_dir", str(tmp_path / "out")]
+    error_analysis.main([*arguments, "--spacing_mm", "2", "0.5", "--format", "pdf", "--max_images", "3"])
+    records = read_csv(tmp_path / "out" / "images.csv")
+    assert [record["grade"] for record in records[::2]] == ["HGG", "HGG", "LGG"]
+    assert [record["index"] for record in records[::2]] == ["0", "2", "3"]
+    assert all(float(record["truth_mm2"]) == int(record["truth_pixels"]) for record in records)
+    assert "hausdorff95_mm" in records[0]
+    for name in ("dice_grade.pdf", "dice_grade.png", "overlays_WT.pdf"):
+        assert (tmp_path / "out" / name).stat().st_size > 3000
+    report = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<b>" not in report
+    assert "&lt;data&gt;" in report
+    assert "the data set has no column `slice_index`" in report
+    assert not (tmp_path / "out" / "dice_slice.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--split", "holdout"], "--split holdout: the data set has train, validation, test. Pass one of them"),
+        (["--mask_column", "truth"], "--mask_column: 'truth' is no column of images. The data set's columns"),
+        (["--regions", "WT=1"], r"--regions: .* segments .*'TC'.*, not .* Leave out --regions"),
+        (["--case", "nowhere"], "pass one of --case, --dataset_name and --brats_dir"),
+        (["--spacing_mm", "0"], r"--spacing_mm takes one or two positive numbers, got \[0.0\]"),
+        (["--max_images", "0"], "--max_images must be at least 1, got 0"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments, match, slices, checkpoint, tmp_path, capsys):
+    options = ["--model", str(checkpoint), "--dataset_name", str(slices), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as err:
+        error_analysis.main([*options, *arguments])
+    assert re.search(match, f"{err.value} {capsys.readouterr().err}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_without_masks_or_with_other_labels_is_named(checkpoint, tmp_path):
+    options = ["--model", str(checkpoint), "--output_dir", str(tmp_path / "out"), "--dataset_name"]
+    data = pictures_with_grades(tmp_path / "unnamed", ["no"] * 3, mask_column="what")
+    with pytest.raises(SystemExit, match="--mask_column: no column found. The data set's columns of images are"):
+        error_analysis.main([*options, str(data)])
+    model = small_model(regions={"liver": [7]})
+    model.save_pretrained(checkpoint)
+    data = pictures_with_grades(tmp_path / "named", ["no"] * 3)
+    with pytest.raises(
+        SystemExit, match=r"liver has the label ids \[7\], the masks hold \[3\].* pass data with masks"
+    ):
+        error_analysis.main([*options, str(data)])
+    with pytest.raises(
+        SystemExit, match=r"--model nowhere: [\s\S]*Train one with `python examples/run_segmentation.py`"
+    ):
+        error_analysis.main(["--model", "nowhere", "--dataset_name", str(data)])
+
+
+def test_without_arguments_it_is_the_phantom_of_the_first_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args, data_args = error_analysis.parse_arguments([])
+    assert (args.model, args.split, args.output_dir) == ("runs/phantom", "test", "runs/phantom/errors")
+    assert (data_args.slices, data_args.min_tumor_pixels) == (["tumor"], 20)
+    _, data_args = error_analysis.parse_arguments(["--brats_dir", "BraTS2020"])
+    assert data_args.slices == ["95"]
+
+
+def test_figures_of_a_case(cohort, checkpoint, tmp_path):
+    case = sorted(path for path in cohort.iterdir() if path.is_dir())[0]
+    output_dir = tmp_path / "figures"
+    arguments = ["--model", str(checkpoint), "--output_dir", str(output_dir)]
+    error_analysis.main([*arguments, "--case", str(case), "--format", "png", "pdf"])
+    names = ["contrasts", "probabilities"]
+    names += [f"{kind}_{region}" for kind in ("errors", "montage", "planes") for region in REGIONS]
+    stems = {f"{case.name}_{name}" for name in names}
+    assert {path.stem for path in output_dir.iterdir()} == stems
+    assert {path.suffix for path in output_dir.iterdir()} == {".png", ".pdf"}
+    for path in output_dir.glob("*.png"):
+        with Image.open(path) as picture:
+            expected = WIDTH * (0.8 if "probabilities" in path.name else 1) * 200
+            assert picture.width == pytest.approx(expected, abs=2), path.name
+            assert 400 < picture.height < 2200, path.name
+            assert np.asarray(picture.convert("L")).std() > 20
+            assert picture.info["dpi"] == pytest.approx((200, 200), abs=0.1)
+
+
+def test_a_case_is_seen_upright_and_as_the_mask_says(cohort, checkpoint):
+    case = error_analysis.find_cases(cohort)[0]
+    model, processor = error_analysis.load_model(error_analysis.parse_arguments(["--model", str(checkpoint)])[0])
+    view = segment_case(Sam2UNetVolumePipeline(model, processor), case, 8)
+    labels = case.read_mask().voxels
+    np.testing.assert_array_equal(view.truth["TC"], np.isin(labels, [1, 3]))
+    assert list(view.grey) == ["t1", "t1ce", "t2", "flair"]
+    for plane, axis in (("sagittal", 0), ("coronal", 1), ("axial", 2)):
+        counts = np.moveaxis(labels > 0, axis, 0).sum(axis=(1, 2))
+        assert counts[view.largest_slice("WT", plane)] == counts.max()
+    indices = view.slices_of_tumour("WT", 3)
+    assert len(indices) == 3
+    assert all(view.truth["WT"][:, :, index].any() for index in indices)
+    # Brighter than the model's threshold, hence tumour.
+    assert view.probabilities["WT"][view.prediction["WT"]].min() > 0.5
+
+
+def test_a_case_without_mask_or_contrast_and_folders_that_are_none(cohort, checkpoint, tmp_path, caplog):
+    first = sorted(path for path in cohort.iterdir() if path.is_dir())[0]
+    case = shutil.copytree(first, tmp_path / "cases" / first.name)
+    for ending in ("seg", "t2"):
+        (path,) = case.glob(f"*_{ending}.nii*")
+        path.unlink()
+    arguments = ["--model", str(checkpoint), "--output_dir", str(tmp_path / "out"), "--case"]
+    error_analysis.main([*arguments, str(case)])
+    assert "has no expert's mask" in caplog.text
+    names = {path.stem.removeprefix(f"{first.name}_") for path in (tmp_path / "out").iterdir()}
+    assert names == {"contrasts", "probabilities", "montage_WT", "montage_TC", "planes_WT", "planes_TC"}
+    with pytest.raises(SystemExit, match="--case: .* holds 13 cases, such as .* Pass the folder of one"):
+        error_analysis.main([*arguments, str(cohort)])
+    with pytest.raises(SystemExit, match="--case: .*nowhere"):
+        error_analysis.main([*arguments, str(tmp_path / "nowhere")])
+    (path,) = case.glob("*_flair.nii*")
+    path.unlink()
+    with pytest.raises(SystemExit, match="--case: case .*: no flair scan in"):
+        error_analysis.main([*arguments, str(case)])
