@@ -73,7 +73,10 @@ def residual_unet(num_regions: int, weights: str | None) -> nn.Module:
     from monai.networks.nets import UNet
 
     channels = (64, 128, 256, 512, 1024)
-    return UNet(2, 3, num_regions, channels, strides=(2, 2, 2, 2), num_res_units=2, norm="BATCH")
+    network = UNet(2, 3, channels[0], channels, strides=(2, 2, 2, 2), num_res_units=2, norm="BATCH")
+    # The last unit normalises as many channels as come out. Of one per region that would bound the logits, and the
+    # background stays near 0.5, so a convolution follows, as in the paper.
+    return nn.Sequential(network, nn.BatchNorm2d(channels[0]), nn.PReLU(), nn.Conv2d(channels[0], num_regions, 1))
 
 
 def mask_rcnn(num_regions: int, weights: str | None) -> nn.Module:
