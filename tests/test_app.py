@@ -1,0 +1,317 @@
+"""The page of examples/app.py: what it draws, and in a browser what a user does."""
+
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from common import small_model
+
+from dataset_scripts.phantom import write_phantom_cohort
+from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.nifti import BratsCaseError, find_cases, take_slice
+from sam2unet_hf.volume import Sam2UNetVolumePipeline
+
+
+gr = pytest.importorskip("gradio")
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import app  # noqa: E402 - the scripts are no package
+
+
+REGIONS = {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}
+THREE = ["flair", "t1ce", "t2"]
+
+
+def bright_voxels(pixel_values, **kwargs):
+    """Stand in for the model: regions are the voxels above thresholds, as certain as they can be."""
+    grey = pixel_values.mean(dim=1)
+    return type("Output", (), {"logits": torch.stack([grey + 1.2, grey + 0.4, grey - 0.4], dim=1) * 30})
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    return write_phantom_cohort(tmp_path_factory.mktemp("app") / "brats", num_patients=2, shape=(40, 44, 26))
+
+
+@pytest.fixture(scope="module")
+def segment():
+    model = small_model(regions=REGIONS).eval()
+    processor = Sam2UNetImageProcessor(regions=REGIONS, do_resize=False)
+    model.forward = bright_voxels
+    return Sam2UNetVolumePipeline(model, processor, THREE)
+
+
+@pytest.fixture(scope="module")
+def view(cohort, segment):
+    return app.look_at(find_cases(cohort)[0], segment)
+
+
+def test_a_picture_shows_the_scan_its_regions_and_its_sides(view, monkeypatch):
+    monkeypatch.setattr(app, "write_edges", lambda picture, letters: None)
+    index = int((view.label_maps["expert"] == 3).sum(axis=(0, 1)).argmax())
+    plain = view.picture("expert", "axial", index, "flair", [], 0.5)
+    assert max(plain.shape) <= app.PICTURE_PIXELS
+    np.testing.assert_array_equal(plain, view.picture("expert", "axial", index, "flair", list(REGIONS), 0.0))
+    full = view.picture("expert", "axial", index, "flair", list(REGIONS), 1.0)
+    labels = view.in_head(view.label_maps["expert"], "axial", index)
+    rows, columns = np.indices(labels.shape)
+    scale = np.array(full.shape[:2]) / labels.shape
+    at = [((grid + 0.5) * factor).astype(int) for grid, factor in zip((rows, columns), scale, strict=True)]
+    # Id 1 is in TC, 2 in WT alone, 3 in ET.
+    colours = {0: None, 1: app.COLOURS[1], 2: app.COLOURS[0], 3: app.COLOURS[2]}
+    for label_id, colour in colours.items():
+        inside = labels == label_id
+        assert inside.any(), label_id
+        shown = full[at[0][inside], at[1][inside]]
+        expected = plain[at[0][inside], at[1][inside]]
+        if colour is not None:
+            expected = np.broadcast_to(tuple(bytes.fromhex(colour[1:])), shown.shape)
+        np.testing.assert_array_equal(shown, expected)
+    half = view.picture("expert", "axial", index, "flair", ["ET"], 0.5).astype(int)
+    changed = (half != plain).any(axis=-1)
+    np.testing.assert_array_equal(changed[at[0], at[1]], labels == 3)
+    mixed = (plain.astype(int) + tuple(bytes.fromhex(app.COLOURS[2][1:]))) / 2
+    assert np.abs(half - mixed)[changed].max() <= 1.5
+
+
+def test_pictures_are_at_one_scale_whatever_the_voxels(cohort, segment, tmp_path):
+    """A file with voxels of 1 x 1 x 2 mm is shown as high in the coronal plane as the one it was made from."""
+    case = find_cases(cohort)[0]
+    paths = {}
+    for name in THREE:
+        image = nib.load(case.path(name))
+        affine = image.affine @ np.diag([1, 1, 2, 1])
+        paths[name] = tmp_path / f"Thick_{name}.nii.gz"
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[:, :, ::2], affine), paths[name])
+    thin = app.look_at(case, segment).picture("model", "coronal", 20, "flair", [], 0)
+    thick = app.look_at(find_cases(tmp_path)[0], segment).picture("model", "coronal", 20, "flair", [], 0)
+    ratio = np.divide(*thin.shape[:2]) / np.divide(*thick.shape[:2])
+    assert ratio == pytest.approx(1, abs=0.25)  # the margin around the head is of voxels
+
+
+def test_a_mark_on_the_patients_left_is_where_l_stands():
+    """The letters name the sides that `take_slice` puts there."""
+    marks = {name: np.zeros((9, 9, 9), bool) for name in "LRAPSI"}
+    marks["L"][-1] = marks["R"][0] = marks["A"][:, 0] = marks["P"][:, -1] = marks["S"][:, :, -1] = marks["I"][
+        :, :, 0
+    ] = True
+    for plane, letters in app.EDGES.items():
+        left, right, top, bottom = (take_slice(marks[letter], plane, 4) for letter in letters)
+        assert left[:, 0].all()
+        assert right[:, -1].all()
+        assert top[0].all()
+        assert bottom[-1].all()
+
+
+def test_pages_start_where_the_most_tumour_is(view, segment, cohort):
+    labels = view.label_maps["model"]
+    for axis, plane in enumerate(("sagittal", "coronal", "axial")):
+        pixels = np.count_nonzero(np.moveaxis(labels, axis, 0), axis=(1, 2))
+        assert pixels[view.start(plane)] == pixels.max()
+    assert view.start("axial") == view.found.largest_slice
+
+
+def test_the_table_has_volumes_and_dice(view):
+    rows = [line.strip("| ").split(" | ") for line in view.table().splitlines()[2:]]
+    assert [row[0] for row in rows] == list(REGIONS)
+    truth = view.label_maps["expert"]
+    voxel_ml = np.prod(view.found.scan.spacing_mm) / 1000
+    for region, volume, expert, dice in rows:
+        masks = [np.isin(labels, REGIONS[region]) for labels in (view.label_maps["model"], truth)]
+        assert (float(volume), float(expert)) == pytest.approx([mask.sum() * voxel_ml for mask in masks], abs=0.051)
+        overlap = 2 * (masks[0] & masks[1]).sum() / (masks[0].sum() + masks[1].sum())
+        assert float(dice) == pytest.approx(overlap, abs=6e-4)
+
+
+def test_files_are_gathered_as_cases(cohort, tmp_path):
+    paths = [str(path) for path in (cohort / "Phantom_001").iterdir()]
+
+    def gather(paths, modalities=THREE):
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        return app.gather_case(paths, modalities, folder)
+
+    case = gather([*paths, "notes.txt"])
+    assert case.case_id == "Phantom_001"
+    assert set(case.files) == {"t1", "t1ce", "t2", "flair", "seg"}
+    shutil.copy(cohort / "Phantom_001" / "Phantom_001_flair.nii.gz", tmp_path / "scan.nii.gz")
+    case = gather([str(tmp_path / "scan.nii.gz")], ["flair"])
+    assert (case.case_id, list(case.files)) == ("scan", ["flair"])
+    with pytest.raises(ValueError, match=r"takes flair, t1ce, t2. Upload them .* Case_flair.nii.gz, got scan.nii.gz"):
+        gather([str(tmp_path / "scan.nii.gz")])
+    with pytest.raises(ValueError, match=r"No scan among the files"):
+        gather(["notes.txt"])
+    with pytest.raises(ValueError, match=r"Two files are named Phantom_001_t1"):
+        gather([*paths, *[path for path in paths if "_t1." in path]])
+    case = gather([path for path in paths if "_t2" not in path])
+    with pytest.raises(BratsCaseError, match="Phantom_001: no t2"):
+        case.read_images(THREE)
+
+
+# ------------------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    binaries = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in binaries:
+        pytest.skip("needs chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binaries[0]
+    downloads = tmp_path_factory.mktemp("downloads")
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1000"):
+        options.add_argument(argument)
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(binaries[1]))
+    driver.downloads = downloads
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def address(segment, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+        page = app.build_page(lambda model: segment, ["tiny"], ["axial"])
+        _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
+        yield url
+        page.close()
+
+
+def wait(condition, seconds=30):
+    """Return what a condition gives once it gives something."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        if time.monotonic() > end:
+            raise TimeoutError(condition)
+        time.sleep(0.1)
+    return found
+
+
+class Page:
+    """The page as a user has it."""
+
+    def __init__(self, browser, address):
+        self.browser = browser
+        browser.get(address)
+        wait(lambda: self.all("#run"))
+
+    def all(self, selector):
+        return self.browser.find_elements("css selector", selector)
+
+    def one(self, selector):
+        return wait(lambda: self.all(selector))[0]
+
+    def picture(self, name):
+        """Return the pixels that the browser shows, or `None`."""
+        script = """
+            const [name, done] = arguments, image = document.querySelector(`#${name} img`);
+            if (!image || !image.complete || !image.naturalWidth) return done(null);
+            const canvas = document.createElement("canvas");
+            [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+            const context = canvas.getContext("2d");
+            context.drawImage(image, 0, 0);
+            const data = context.getImageData(0, 0, canvas.width, canvas.height).data;
+            done([canvas.height, canvas.width, Array.from(data)]);
+        """
+        found = self.browser.execute_async_script(script, name)
+        return None if found is None else np.array(found[2], np.uint8).reshape(*found[:2], 4)[..., :3]
+
+    def wait_for(self, name, expected):
+        def shown():
+            pixels = self.picture(name)
+            return pixels is not None and np.array_equal(pixels, expected)
+
+        wait(shown)
+
+    def upload(self, paths):
+        self.one("#files input[type=file]").send_keys("\n".join(map(str, paths)))
+        # Every file is listed once it is on the server.
+        wait(lambda: all(path.name.split(".")[0] in self.one("#files").text for path in paths))
+
+
+def test_a_user_segments_scrolls_toggles_and_downloads(browser, address, cohort, segment, view, tmp_path):
+    page = Page(browser, address)
+    assert "Research use only" in page.one("body").text
+    page.upload(sorted((cohort / "Phantom_001").iterdir()))
+    page.one("#run").click()
+
+    def expected(plane, index, regions=tuple(REGIONS), side="model", opacity=0.5):
+        return view.picture(side, plane, index, "flair", regions, opacity)
+
+    start = {plane: view.start(plane) for plane in app.SHOWN}
+    for plane in app.SHOWN:
+        for side in ("model", "expert"):
+            page.wait_for(f"{plane}-{side}", expected(plane, start[plane], side=side))
+    table = page.one("#volumes").text
+    assert all(f"{volume:.1f}" in table for volume in view.found.volumes_ml.values())
+
+    # The wheel over a picture: toward the feet, in that plane alone, and the page stays.
+    browser.execute_script(
+        "document.querySelector('#axial-model').scrollIntoView();"
+        "for (let i = 0; i < 2; i++) document.querySelector('#axial-model img').dispatchEvent("
+        "new WheelEvent('wheel', {deltaY: 100, bubbles: true, cancelable: true}));"
+    )
+    page.wait_for("axial-model", expected("axial", start["axial"] - 2))
+    page.wait_for("axial-expert", expected("axial", start["axial"] - 2, side="expert"))
+    np.testing.assert_array_equal(page.picture("coronal-model"), expected("coronal", start["coronal"]))
+    # The slider, by the keyboard.
+    slider = page.one("#coronal input[type=range]")
+    slider.send_keys("\ue014")  # arrow right
+    page.wait_for("coronal-model", expected("coronal", start["coronal"] + 1))
+
+    page.one("#regions input[type=checkbox]").click()
+    page.wait_for("axial-model", expected("axial", start["axial"] - 2, ["TC", "ET"]))
+    page.wait_for("sagittal-expert", expected("sagittal", start["sagittal"], ["TC", "ET"], side="expert"))
+
+    page.one("#download").click()
+    path = wait(lambda: list(browser.downloads.glob("*.nii.gz")))[0]
+    assert path.name == "Phantom_001_seg.nii.gz"
+    segment(cohort / "Phantom_001", progress=False).save(tmp_path / "direct.nii.gz")
+    written, direct = nib.load(path), nib.load(tmp_path / "direct.nii.gz")
+    np.testing.assert_array_equal(np.asarray(written.dataobj), np.asarray(direct.dataobj))
+    np.testing.assert_array_equal(written.affine, direct.affine)
+    assert np.asarray(written.dataobj).any()
+
+
+def test_a_phone_shows_all_without_scrolling_sideways(browser, address, cohort, view):
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    )
+    try:
+        page = Page(browser, address)
+        page.upload(sorted((cohort / "Phantom_001").iterdir()))
+        page.one("#run").click()
+        page.wait_for(
+            "sagittal-model", view.picture("model", "sagittal", view.start("sagittal"), "flair", REGIONS, 0.5)
+        )
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+        boxes = [page.one(f"#{plane}-model img").rect for plane in app.SHOWN]
+        assert all(box["width"] > 250 for box in boxes)
+        assert boxes[0]["y"] < boxes[1]["y"] < boxes[2]["y"]
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_what_is_wrong_is_said_and_can_be_put_right(browser, address, cohort, view):
+    page = Page(browser, address)
+    page.one("#run").click()
+    wait(lambda: "Upload the files of one patient" in page.one("body").text)
+    files = sorted((cohort / "Phantom_001").iterdir())
+    page.upload([path for path in files if "_t2" not in path.name])
+    page.one("#run").click()
+    wait(lambda: "no t2 scan" in page.one("body").text)
+    assert "/tmp" not in page.one("body").text
+    page.browser.refresh()
+    page = Page(browser, address)
+    page.upload([path for path in files if "_seg" not in path.name])
+    page.one("#run").click()
+    page.wait_for("axial-model", view.picture("model", "axial", view.start("axial"), "flair", REGIONS, 0.5))
+    assert not [image for image in page.all("#axial-expert img") if image.is_displayed()]
+    assert "Dice" not in page.one("#volumes").text
