@@ -155,7 +155,7 @@ def test_files_are_gathered_as_cases(cohort, tmp_path):
 # ------------------------------------------------------------------------------------------------------- in a browser
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def browser(tmp_path_factory):
     webdriver = pytest.importorskip("selenium.webdriver")
     binaries = [shutil.which(name) for name in ("chromium", "chromedriver")]
@@ -163,11 +163,15 @@ def browser(tmp_path_factory):
         pytest.skip("needs chromium and chromedriver")
     options = webdriver.ChromeOptions()
     options.binary_location = binaries[0]
+    options.page_load_strategy = "eager"
+    # Gradio's page asks for a script from the internet; a name server that is silent would hold it up.
+    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost, EXCLUDE 127.0.0.1")
     downloads = tmp_path_factory.mktemp("downloads")
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1000"):
         options.add_argument(argument)
     options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
     driver = webdriver.Chrome(options, webdriver.ChromeService(binaries[1]))
+    driver.set_page_load_timeout(30)
     driver.downloads = downloads
     yield driver
     driver.quit()
@@ -284,19 +288,14 @@ def test_a_phone_shows_all_without_scrolling_sideways(browser, address, cohort, 
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
     )
-    try:
-        page = Page(browser, address)
-        page.upload(sorted((cohort / "Phantom_001").iterdir()))
-        page.one("#run").click()
-        page.wait_for(
-            "sagittal-model", view.picture("model", "sagittal", view.start("sagittal"), "flair", REGIONS, 0.5)
-        )
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
-        boxes = [page.one(f"#{plane}-model img").rect for plane in app.SHOWN]
-        assert all(box["width"] > 250 for box in boxes)
-        assert boxes[0]["y"] < boxes[1]["y"] < boxes[2]["y"]
-    finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    page = Page(browser, address)
+    page.upload(sorted((cohort / "Phantom_001").iterdir()))
+    page.one("#run").click()
+    page.wait_for("sagittal-model", view.picture("model", "sagittal", view.start("sagittal"), "flair", REGIONS, 0.5))
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    boxes = [page.one(f"#{plane}-model img").rect for plane in app.SHOWN]
+    assert all(box["width"] > 250 for box in boxes)
+    assert boxes[0]["y"] < boxes[1]["y"] < boxes[2]["y"]
 
 
 def test_what_is_wrong_is_said_and_can_be_put_right(browser, address, cohort, view):
@@ -308,7 +307,6 @@ def test_what_is_wrong_is_said_and_can_be_put_right(browser, address, cohort, vi
     page.one("#run").click()
     wait(lambda: "no t2 scan" in page.one("body").text)
     assert "/tmp" not in page.one("body").text
-    page.browser.refresh()
     page = Page(browser, address)
     page.upload([path for path in files if "_seg" not in path.name])
     page.one("#run").click()
