@@ -54,6 +54,8 @@ CSS = """
 .slice img { width: 100%; object-fit: contain; image-rendering: auto }
 .legend span { display: inline-block; width: 0.9em; height: 0.9em; margin: 0 0.3em 0 1em; vertical-align: -0.1em }
 .warning { border-left: 4px solid #D55E00; padding-left: 0.8em }
+.warning .warning { border: 0; padding: 0 }
+#volumes td, #volumes th { white-space: nowrap; word-break: normal; padding: 0.3em 0.7em }
 """
 LAUNCH: dict[str, Any] = {
     "state_session_capacity": 20,
