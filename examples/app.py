@@ -7,6 +7,8 @@ python examples/app.py --model runs/phantom runs/regions --planes axial coronal 
 
 import argparse
 import functools
+import html
+import itertools
 import math
 import os
 import re
@@ -23,14 +25,15 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dataset_scripts.phantom import write_phantom_cohort
-from sam2unet_hf.nifti import MODALITIES, PLANES, BratsCase, find_cases, intensity_window, take_slice
+from sam2unet_hf.metrics import score_volume
+from sam2unet_hf.nifti import MODALITIES, PLANES, BratsCase, find_cases, intensity_window, pixel_size_mm, take_slice
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, VolumeSegmentation
 
 
 TITLE = "Brain tumour segmentation with SAM2-UNet"
 WARNING = (
     "**Research use only.** This is no medical device: nothing here may guide the care of a patient. Scans and "
-    "results stay on the server that runs this page, and are deleted an hour after they were last used."
+    "results stay on the server that runs this page, and are deleted about an hour after they came."
 )
 SHOWN = ("axial", "coronal", "sagittal")
 EDGES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, right, top and bottom of `take_slice`
@@ -129,7 +132,7 @@ class View:
         """
         if side not in self.label_maps:
             return None
-        height_mm, width_mm = self.pixel_mm(plane)
+        height_mm, width_mm = pixel_size_mm(self.found.scan.spacing_mm, plane)
         grey = np.ascontiguousarray(self.in_head(self.grey[contrast], plane, index))
         scale = PICTURE_PIXELS / max(
             (part.stop - part.start) * mm for part, mm in zip(self.head, self.found.scan.spacing_mm, strict=True)
@@ -137,7 +140,7 @@ class View:
         size = (round(grey.shape[1] * width_mm * scale), round(grey.shape[0] * height_mm * scale))
         picture = Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR).convert("RGB")
         labels = self.in_head(self.label_maps[side], plane, index)
-        colours = dict(zip(self.found.regions, COLOURS, strict=False))
+        colours = region_colours(self.found.regions)
         innermost = np.zeros(labels.shape, np.uint8)
         chosen = sorted(regions, key=lambda region: -len(self.found.regions[region]))
         for number, region in enumerate(chosen, start=1):
@@ -149,28 +152,20 @@ class View:
         write_edges(picture, EDGES[plane])
         return np.asarray(picture)
 
-    def pixel_mm(self, plane: str) -> tuple[float, float]:
-        """Return height and width of a pixel."""
-        left, posterior, superior = self.found.scan.spacing_mm
-        return {"axial": (posterior, left), "coronal": (superior, left), "sagittal": (superior, posterior)}[plane]
-
     def table(self) -> str:
         """Return volumes, and Dice if there is an expert's mask, as a Markdown table."""
-        expert = self.label_maps.get("expert")
-        lines = ["| region | volume (ml) |", "| --- | ---: |"]
-        if expert is not None:
-            lines = ["| region | volume (ml) | expert (ml) | Dice |", "| --- | ---: | ---: | ---: |"]
+        volumes_ml = self.found.volumes_ml
+        if "expert" not in self.label_maps:
+            rows = [f"| {region} | {volume_ml:.1f} |" for region, volume_ml in volumes_ml.items()]
+            return "\n".join(["| region | volume (ml) |", "| --- | ---: |", *rows])
+        model, expert = self.label_maps["model"], self.label_maps["expert"]
+        scores = score_volume(model, expert, ["volume_dice"], regions=self.found.regions)
         voxel_ml = math.prod(self.found.scan.spacing_mm) / 1000
-        for region, volume_ml in self.found.volumes_ml.items():
-            line = f"| {region} | {volume_ml:.1f} |"
-            if expert is not None:
-                ids = self.found.regions[region]
-                truth, prediction = np.isin(expert, ids), np.isin(self.label_maps["model"], ids)
-                total = np.count_nonzero(truth) + np.count_nonzero(prediction)
-                dice = 2 * np.count_nonzero(truth & prediction) / total if total else 1.0
-                line += f" {np.count_nonzero(truth) * voxel_ml:.1f} | {dice:.3f} |"
-            lines.append(line)
-        return "\n".join(lines)
+        rows = ["| region | volume (ml) | expert (ml) | Dice |", "| --- | ---: | ---: | ---: |"]
+        for region, volume_ml in volumes_ml.items():
+            expert_ml = np.count_nonzero(np.isin(expert, self.found.regions[region])) * voxel_ml
+            rows.append(f"| {region} | {volume_ml:.1f} | {expert_ml:.1f} | {scores[region]['volume_dice']:.3f} |")
+        return "\n".join(rows)
 
     def save(self, et_label: int) -> str:
         """Write the label map and return its path."""
@@ -197,8 +192,7 @@ def gather_case(paths: Sequence[str], modalities: Sequence[str], folder: Path) -
         folder: Empty, for links to the files.
 
     Raises:
-        ValueError: If they are no case.
-        OSError: If they are no scans at all.
+        ValueError: If they are no case of the model's contrasts.
     """
     scans = [Path(path) for path in paths if path.endswith((".nii", ".nii.gz"))]
     if not scans:
@@ -224,14 +218,15 @@ def gather_case(paths: Sequence[str], modalities: Sequence[str], folder: Path) -
 
 def look_at(case: BratsCase, segment: Sam2UNetVolumePipeline, **options: Any) -> View:
     """Segment a case, and read the contrasts and the mask that it has."""
+    # What cannot be read is better known before the work than after it. The first is what will be segmented.
+    names = list(dict.fromkeys([*segment.modalities, *(name for name in MODALITIES if name in case.files)]))
+    scans = case.read_images(names)
+    expert = case.read_mask(same_grid_as=scans[0]).voxels if "seg" in case.files else None
     found = segment(case, **options)
-    grey = {}
-    for contrast in (name for name in (*segment.modalities, *MODALITIES) if name in case.files and name not in grey):
-        scan = case.read_image(contrast, same_grid_as=found.scan)
-        grey[contrast] = intensity_window(scan).apply(scan.voxels)
     label_maps = {"model": found.scan.from_file_grid(found.label_map)}
-    if "seg" in case.files:
-        label_maps["expert"] = case.read_mask(same_grid_as=found.scan).voxels
+    if expert is not None:
+        label_maps["expert"] = expert
+    grey = {name: intensity_window(scan).apply(scan.voxels) for name, scan in zip(names, scans, strict=True)}
     return View(case.case_id, found, grey, label_maps)
 
 
@@ -247,10 +242,15 @@ def phantom_cohort() -> Path:
     return write_phantom_cohort(folder, num_patients=1, seed=1)
 
 
+def region_colours(regions: Sequence[str]) -> dict[str, str]:
+    """Return a colour for each region; from the sixth on they come again."""
+    return dict(zip(regions, itertools.cycle(COLOURS)))
+
+
 def legend(regions: Sequence[str]) -> str:
     """Return the colours of the regions as HTML."""
-    items = zip(regions, COLOURS, strict=False)
-    squares = "".join(f'<span style="background:{colour}"></span>{region}' for region, colour in items)
+    items = region_colours(regions).items()
+    squares = "".join(f'<span style="background:{colour}"></span>{html.escape(region)}' for region, colour in items)
     return f'<div class="legend">{squares}</div>'
 
 
@@ -317,9 +317,9 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str]) -> gr.Bl
             if not planes:
                 raise gr.Error("No plane is chosen. Choose at least one under Options.")
             progress(0, "Loading the model")
-            segment = load(model)
             with tempfile.TemporaryDirectory() as links:
                 try:
+                    segment = load(model)
                     case = gather_case(paths, segment.modalities, Path(links))
                     seen = look_at(case, segment, planes=planes, flips=flips)
                 except (OSError, ValueError) as err:

@@ -583,18 +583,20 @@ def load_case(path: str) -> BratsCase:
 
 def segment_case(segment: Sam2UNetVolumePipeline, case: BratsCase, batch_size: int) -> CaseView:
     """Segment one patient, and read the contrasts and the expert's mask that there are."""
-    found = segment(case, batch_size=batch_size, return_probabilities=True)
-    regions, scan = found.regions, found.scan
-    grey = {}
-    for name in (name for name in MODALITIES if name in case.files):
-        volume = case.read_image(name, same_grid_as=scan)
-        grey[name] = intensity_window(volume).apply(volume.voxels)
-    truth = {}
-    if "seg" in case.files:
-        labels = case.read_mask(same_grid_as=scan).voxels
-        truth = {region: np.isin(labels, label_ids) for region, label_ids in regions.items()}
-    else:
+    # What cannot be read is better known before the work than after it. The first is what will be segmented.
+    names = list(dict.fromkeys([*segment.modalities, *(name for name in MODALITIES if name in case.files)]))
+    scans = dict(zip(names, case.read_images(names), strict=True))
+    scan = scans[names[0]]
+    labels = case.read_mask(same_grid_as=scan).voxels if "seg" in case.files else None
+    if labels is None:
         logger.warning("Case %s has no expert's mask: its figures show the prediction alone.", case.case_id)
+    found = segment(case, batch_size=batch_size, return_probabilities=True)
+    regions = found.regions
+    shown = [name for name in MODALITIES if name in scans]
+    grey = {name: intensity_window(scans[name]).apply(scans[name].voxels) for name in shown}
+    truth = {}
+    if labels is not None:
+        truth = {region: np.isin(labels, label_ids) for region, label_ids in regions.items()}
     return CaseView(
         name=case.case_id,
         grey=grey,

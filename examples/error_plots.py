@@ -10,7 +10,7 @@ from matplotlib import patheffects
 from matplotlib.figure import Figure
 from plots import COLOURS, plt
 
-from sam2unet_hf.nifti import PLANES, take_slice
+from sam2unet_hf.nifti import PLANES, pixel_size_mm, take_slice
 
 
 DPI = 200
@@ -85,8 +85,7 @@ class CaseView:
 
     def pixel_mm(self, plane: str) -> tuple[float, float]:
         """Return height and width of a pixel."""
-        left, posterior, superior = self.spacing_mm
-        return {"axial": (posterior, left), "coronal": (superior, left), "sagittal": (superior, posterior)}[plane]
+        return pixel_size_mm(self.spacing_mm, plane)
 
     def crop(self, plane: str) -> tuple[slice, slice]:
         """Return the rows and columns of a plane that the head takes, with a margin."""

@@ -324,6 +324,17 @@ def take_slice(voxels: np.ndarray, plane: str, index: int) -> np.ndarray:
     raise ValueError(f"`plane` must be one of {', '.join(PLANES)}, got {plane!r}.")
 
 
+def pixel_size_mm(spacing_mm: Sequence[float], plane: str) -> tuple[float, float]:
+    """Return height and width of a pixel of [`take_slice`] in mm.
+
+    Args:
+        spacing_mm: Voxel size along the left, posterior and superior axes, as in `Volume.spacing_mm`.
+        plane: `"axial"`, `"coronal"` or `"sagittal"`.
+    """
+    width, height = (size for axis, size in enumerate(spacing_mm) if axis != PLANES[plane])
+    return height, width
+
+
 def _warn(err: OSError) -> None:
     logger.warning("Cannot look into `%s` (%s).", err.filename, err.strerror)
 

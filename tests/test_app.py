@@ -108,12 +108,19 @@ def test_a_mark_on_the_patients_left_is_where_l_stands():
         assert bottom[-1].all()
 
 
-def test_pages_start_where_the_most_tumour_is(view, segment, cohort):
+def test_pages_start_where_the_most_tumour_is(view):
     labels = view.label_maps["model"]
     for axis, plane in enumerate(("sagittal", "coronal", "axial")):
         pixels = np.count_nonzero(np.moveaxis(labels, axis, 0), axis=(1, 2))
         assert pixels[view.start(plane)] == pixels.max()
     assert view.start("axial") == view.found.largest_slice
+
+
+def test_a_model_of_many_regions_has_colours_for_all_and_names_are_text():
+    names = [f"<b>{number}" for number in range(7)]
+    assert app.region_colours(names)[names[6]] == app.COLOURS[1]
+    assert "<b>" not in app.legend(names)
+    assert app.legend(names).count("background:") == 7
 
 
 def test_the_table_has_volumes_and_dice(view):

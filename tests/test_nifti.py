@@ -695,3 +695,8 @@ def test_intensity_window_constant_volume_is_an_error(tmp_path, value):
     volume = read_volume(save(tmp_path / "x.nii", np.full(SHAPE, value, np.int16)))
     with pytest.raises(BratsCaseError, match=rf"x\.nii` is empty: all voxels are {value}, there is nothing to scale"):
         intensity_window(volume)
+
+
+@pytest.mark.parametrize(("plane", "expected"), [("axial", (2, 1)), ("coronal", (3, 1)), ("sagittal", (3, 2))])
+def test_pixels_are_as_high_and_wide_as_their_voxels(plane, expected):
+    assert nifti.pixel_size_mm((1, 2, 3), plane) == expected
