@@ -9,10 +9,12 @@ import logging
 import math
 import platform
 import shutil
+import signal
+import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -20,13 +22,15 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import HfApi
 from PIL import Image
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
+from .checkpoints import last_whole_checkpoint
 from .hub import CHECKPOINT_FILES, PICTURES, TRAINING_INFO, shared_files, write_model_card
 from .image_processing_sam2unet import Sam2UNetImageProcessor, to_label_map
 from .metrics.functional import MEASURES, Accumulator, columns_of, score
@@ -34,7 +38,13 @@ from .modeling_sam2unet import Sam2UNetForSemanticSegmentation, is_sam2_weight
 from .sam2_encoder import is_local
 
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
 logger = logging.getLogger(__name__)
+
+LOSSES = "losses"  # under this name in the state of a checkpoint
 
 # The arguments of training that say how a run can be repeated.
 RECIPE = (
@@ -240,6 +250,98 @@ def check_best_metric(args: TrainingArguments, names: list[str], eval_dataset: A
         raise ValueError(f"`greater_is_better` must be False for `metric_for_best_model` {best}, got True.")
 
 
+class StopOnSigterm(TrainerCallback):
+    """Saves a checkpoint and ends the training when SIGTERM comes, as schedulers send it before they kill.
+
+    The step that is under way is finished first, and so is an evaluation with the checkpoint that belongs to it. A run
+    that goes on from the checkpoint ends as one that was never stopped.
+
+    Args:
+        accelerator: Of the Trainer. Its processes stop after the same step, whichever of them get the signal.
+
+    Attributes:
+        stopped: The training was ended.
+    """
+
+    def __init__(self, accelerator: "Accelerator"):
+        self.accelerator = accelerator
+        self.stopped = False
+        self._asked = False
+        self._handler: Any = None
+
+    def _ask(self, signum: int, frame: Any) -> None:
+        self._asked = True
+
+    def _stop(self) -> bool:
+        if self.accelerator.num_processes > 1:
+            if self._asked:
+                self.accelerator.set_trigger()
+            self._asked = self.accelerator.check_trigger()
+        self.stopped = self.stopped or self._asked
+        return self._asked
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.stopped = self._asked = False
+        # Python lets no other thread handle signals.
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, self._ask)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step < state.max_steps and self._stop():
+            control.should_training_stop = True
+            # After the last step of an epoch that is done by what follows it.
+            control.should_save = control.should_save or cast("float", state.epoch) % 1 > 0
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.stopped and cast("float", state.epoch) % 1 > 0:
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._stop():
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
+            self._handler = None
+
+
+class _GoOn(TrainerCallback):
+    """Lets a run that goes on from a checkpoint end as if it had never stopped.
+
+    Args:
+        trainer: The Trainer, whose `_save_checkpoint` notes the losses that no log entry holds yet.
+    """
+
+    def __init__(self, trainer: "Sam2UNetTrainer"):
+        self.trainer = trainer
+        self._first_step: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._first_step = state.global_step
+        if (losses := state.stateful_callbacks.get(LOSSES)) is not None:
+            self.trainer.restore_losses(**losses["attributes"])
+        best = Path(cast("str", args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+        # Lost where the run was started from another folder, or moved.
+        if state.best_model_checkpoint is None and best.is_dir():
+            state.best_model_checkpoint = str(best)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Of an epoch whose steps were all done before, see `get_batch_samples`; this was done, too.
+        if state.global_step == self._first_step:
+            control.should_log = control.should_evaluate = control.should_save = False
+
+
 class _SetEpoch(TrainerCallback):
     """Tells the transform of the training images the epoch."""
 
@@ -317,20 +419,87 @@ class Sam2UNetTrainer(Trainer):
         if trainable_only and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("`trainable_only` must be False with FSDP and DeepSpeed, which split the weights.")
         self.add_callback(_SetEpoch())
+        self.add_callback(_GoOn(self))
         self.has_own_optimizer = kwargs.get("optimizers", (None, None)) != (None, None)
         self.batch_norm_images = batch_norm_images
         self.trainable_only = trainable_only
         self._final_scores: dict[str, float] = {}
         self._card: dict[str, Any] = {}
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as [`~transformers.Trainer`] does, and end with fresh batch norm statistics."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as [`~transformers.Trainer`] does, and end with fresh batch norm statistics.
+
+        A run that goes on from a checkpoint ends with the weights, scores and losses of one that was never stopped,
+        on a CPU to the last bit.
+
+        Args:
+            resume_from_checkpoint: Folder of a checkpoint, or `True` for the newest whole one in the output folder.
+            *args: As in transformers.
+            **kwargs: As in transformers.
+
+        Raises:
+            OSError: If a checkpoint cannot be written, as on a full disk. Those before it are whole.
+            ValueError: If there is no whole checkpoint, or it was trained on another encoder.
+        """
         self._final_scores = {}
-        result = super().train(*args, **kwargs)
+        if resume_from_checkpoint is True:
+            output_dir = cast("str", self.args.output_dir)
+            resume_from_checkpoint = last_whole_checkpoint(output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no whole checkpoint in `{output_dir}` to resume from.")
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
         # The best checkpoint has them since its evaluation.
         if self.batch_norm_images and not self.args.load_best_model_at_end:
             self.estimate_batch_norm()
-        return result
+        return result._replace(training_loss=result.metrics["train_loss"])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as [`~transformers.Trainer`] does; the loss at the end is that of all steps, those before a stop too."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, start_time)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the batches of a step as [`~transformers.Trainer`] does, but none after the last step.
+
+        It would train another step when it resumes from the last checkpoint of a run that `max_steps` ends within an
+        epoch.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
+    def restore_losses(self, sum_logged: float, sum_since: float, last_logged_step: int) -> None:
+        """Set the losses of a run to what they were when a checkpoint was written."""
+        self._total_loss_scalar = sum_logged
+        self._tr_loss.fill_(sum_since)
+        self._globalstep_last_logged = last_logged_step
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Save as [`~transformers.Trainer`] does, with the losses so far; leave nothing half-written."""
+        run_folder = self._get_output_dir(trial)
+        folder = Path(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        losses = {
+            "sum_logged": self._total_loss_scalar,
+            "sum_since": self._nested_gather(self._tr_loss).mean().item(),
+            "last_logged_step": self._globalstep_last_logged,
+        }
+        self.state.stateful_callbacks[LOSSES] = {"args": {}, "attributes": losses}
+        try:
+            if self.args.should_save and folder.exists():
+                shutil.rmtree(folder)  # of a run that was killed while it wrote this one
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as err:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            free_gb = shutil.disk_usage(run_folder).free / 1e9
+            whole = last_whole_checkpoint(run_folder)
+            advice = f"`{whole}` is whole: resume from it" if whole else "Start again"
+            raise OSError(
+                f"`{folder}` could not be written ({err}), with {free_gb:.3g} GB free on its disk. {advice} once there "
+                "is room, or write fewer or smaller checkpoints (`save_total_limit`, `trainable_only`)."
+            ) from err
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -651,4 +820,4 @@ class Sam2UNetTrainer(Trainer):
         return super().evaluation_loop(*args, **kwargs)
 
 
-__all__ = ["Sam2UNetTrainer", "SegmentationMetrics", "SegmentationTransform", "collate"]
+__all__ = ["Sam2UNetTrainer", "SegmentationMetrics", "SegmentationTransform", "StopOnSigterm", "collate"]
