@@ -355,7 +355,7 @@ class Sam2UNetTrainer(Trainer):
         self._final_scores: dict[str, float] = {}
         self._card: dict[str, Any] = {}
 
-    def synchronize(self, model: Sam2UNetForSemanticSegmentation) -> Sam2UNetForSemanticSegmentation:
+    def synchronize(self, model: torch.nn.Module) -> torch.nn.Module:
         """Return the model with batch norm over all processes, if `sync_batch_norm` says so and there are several."""
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if self.sync_batch_norm else model
 
@@ -449,7 +449,7 @@ class Sam2UNetTrainer(Trainer):
                 logits = outputs.logits
                 images = zip(labels, logits, *outputs.auxiliary_logits, strict=True)
                 losses = torch.stack(
-                    [own_model.compute_loss([output[None] for output in image], label[None]) for label, *image in images]
+                    [own_model.compute_loss([output[None] for output in image], mask[None]) for mask, *image in images]
                 )
         else:
             loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

@@ -1,6 +1,6 @@
 """Runs `run_segmentation.py` with FSDP on the CPU; run by test_distributed.py.
 
-PyTorch shards over gloo as well, but accelerate turns FSDP on for GPUs alone and would train by DistributedDataParallel.
+PyTorch shards over gloo as well, but accelerate turns FSDP on for GPUs alone and would train without it.
 """
 
 import sys
