@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -338,30 +340,38 @@ def test_an_error_of_all_processes_is_told_once(folder, arguments, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_machines(torchrun, folder, arguments, start):
-    """Two launchers that meet at an address, as on two machines."""
+def test_two_machines_under_slurm(torchrun, folder, arguments, start):
+    """The script of the README, on two machines that are both this one, with one process each."""
     output_dir, _ = torchrun
-    launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_id", "test"]
-    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
-    command = [*launcher, SCRIPT, *arguments, *start, "--output_dir", folder / "machines"]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment(folder),
-            cwd=folder,
-        )
-        for _ in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert "".join(said).count("The results are in") == 1
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", (EXAMPLES / "README.md").read_text(), flags=re.DOTALL)
+    command, options = script.split("examples/run_segmentation.py")
+    assert options.strip().endswith("--output_dir runs/slices")
+    command = command.replace("--nproc_per_node 8", "--nproc_per_node 1").replace(":29500", f":{free_port()}")
+    commands = folder / "commands"
+    commands.mkdir()
+    # Their options, --nodes and so on, end where torchrun begins.
+    fake = {
+        "scontrol": 'test "$*" = "show hostnames node[1-2]" && printf "127.0.0.1\\n127.0.0.2\\n"',
+        "srun": 'while test "$1" != torchrun; do shift; done; "$@" & "$@" && wait $!',
+    }
+    for name, body in fake.items():
+        (commands / name).write_text(f"#!/bin/bash\n{body}\n")
+        (commands / name).chmod(0o755)
+    arguments = [str(SCRIPT), *arguments, *start, "--output_dir", str(folder / "machines")]
+    process = subprocess.run(
+        ["bash", "-euc", command + shlex.join(arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        env=environment(folder)
+        | {"PATH": f"{commands}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        | {"SLURM_NNODES": "2", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "8"},
+        cwd=folder,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout
+    assert process.stdout.count("eval metrics") == 1
     assert scores_of(folder / "machines") == scores_of(output_dir)
 
 
