@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import platform
 import shutil
 import zlib
@@ -321,8 +322,10 @@ class Sam2UNetTrainer(Trainer):
                 f"One process sees {args.n_gpu} GPUs, which would split batches by `DataParallel`. Start one process "
                 "per GPU with `torchrun --nproc_per_node N`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
             )
-        if sync_batch_norm and (args.device.type == "cpu" or args.fsdp):
-            place = "with FSDP" if args.fsdp else "on the CPU"
+        # Set by `accelerate launch`, too.
+        is_sharded = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if sync_batch_norm and (args.device.type == "cpu" or is_sharded):
+            place = "with FSDP" if is_sharded else "on the CPU"
             raise ValueError(
                 f"`sync_batch_norm` must be False {place}: `torch.nn.SyncBatchNorm` works on GPUs and with "
                 "`DistributedDataParallel` only."
@@ -440,7 +443,7 @@ class Sam2UNetTrainer(Trainer):
         """
         if not isinstance(self.compute_metrics, SegmentationMetrics) or "labels" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        own_model = self.accelerator.unwrap_model(model)
+        own_model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if isinstance(own_model, Sam2UNetForSemanticSegmentation) and self.compute_loss_func is None:
             inputs = self._prepare_inputs(inputs)
             labels = inputs["labels"]

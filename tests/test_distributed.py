@@ -26,7 +26,8 @@ from sam2unet_hf.training import Sam2UNetTrainer
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
-import run_segmentation  # noqa: E402 - the scripts are no package
+import processes  # noqa: E402 - the scripts are no package
+import run_segmentation  # noqa: E402
 
 
 SCRIPT = EXAMPLES / "run_segmentation.py"
@@ -50,14 +51,14 @@ def environment(folder):
     }
 
 
-def launch(folder, *command, returncode=0):
+def launch(folder, *command, returncode=0, timeout=300):
     """Run a command of Python and return all that it said."""
     process = subprocess.run(
         [sys.executable, *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=timeout,
         env=environment(folder),
         cwd=folder,
         check=False,
@@ -320,6 +321,24 @@ def test_sharded_training_from_scratch_estimates_batch_norm(folder, arguments, s
         assert not torch.equal(after[name], before[name])
 
 
+@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [processes.PATIENCE])])
+def test_other_processes_hold_their_errors_back(rank, waits, monkeypatch, tmp_path):
+    """Until the launcher ends them or, if the error is theirs alone, they tell it."""
+    waited = []
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr(processes.time, "sleep", waited.append)
+    monkeypatch.setattr(processes.signal, "signal", lambda *args: None)
+    with pytest.raises(SystemExit, match="no such file"), processes.one_error():
+        raise SystemExit("no such file") from OSError("details")
+    assert waited == waits
+    (error,) = json.loads((tmp_path / "error.json").read_text()).values()
+    assert error["extraInfo"]["py_callstack"] == "SystemExit: no such file\n"
+    with pytest.raises(ZeroDivisionError), processes.one_error():
+        1 / 0  # noqa: B018
+    assert "in test_other" in (tmp_path / "error.json").read_text()
+
+
 @pytest.mark.slow
 def test_an_error_of_all_processes_is_told_once(folder, arguments, tmp_path):
     for kind in ("images", "masks"):
@@ -379,7 +398,7 @@ def test_two_machines_under_slurm(torchrun, folder, arguments, start):
 def test_memory_does_not_grow_with_the_number_of_images(folder):
     peaks_mb = []
     for images in (20, 2000):
-        launch(folder, TESTS / "distributed_worker.py", folder / "memory.pt", "--images", images)
+        launch(folder, TESTS / "distributed_worker.py", folder / "memory.pt", "--images", images, timeout=1200)
         peaks_mb.append(torch.load(folder / "memory.pt"))
     assert peaks_mb[1] - peaks_mb[0] < 200
 
