@@ -104,8 +104,8 @@ class SegmentationTrainingArguments(TrainingArguments):
     batch_norm_images: int | None = field(
         default=None,
         metadata={
-            "help": "Training images on which batch norm is estimated anew before each evaluation. Default: 0 with a "
-            "frozen encoder, else 128."
+            "help": "Training images, per process, on which batch norm is estimated anew before each evaluation. "
+            "Default: 0 with a frozen encoder, else 128."
         },
     )
     sync_batch_norm: bool = field(

@@ -448,7 +448,7 @@ class Sam2UNetTrainer(Trainer):
             inputs = self._prepare_inputs(inputs)
             labels = inputs["labels"]
             with torch.no_grad(), self.compute_loss_context_manager():
-                outputs = model(inputs["pixel_values"], output_auxiliary_logits=True)
+                outputs = model(inputs["pixel_values"], output_auxiliary_logits=True, return_dict=True)
                 logits = outputs.logits
                 images = zip(labels, logits, *outputs.auxiliary_logits, strict=True)
                 losses = torch.stack(
