@@ -402,8 +402,8 @@ def test_search_in_two_processes(folder, arguments, start):
     assert said.count("Best of 2 trials") == 1
     found = json.loads((output_dir / "hp_search.json").read_text())
     assert len(found["trials"]) == 2
-    trained_with = torch.load(output_dir / "training_args.bin", weights_only=False)
-    assert trained_with.learning_rate == found["best"]["learning_rate"]
+    recipe = json.loads((output_dir / "training_info.json").read_text())["recipe"]
+    assert recipe["`learning_rate`"] == found["best"]["learning_rate"]
 
 
 @pytest.mark.slow
