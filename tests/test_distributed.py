@@ -333,7 +333,8 @@ def test_other_processes_hold_their_errors_back(rank, waits, monkeypatch, tmp_pa
         raise SystemExit("no such file") from OSError("details")
     assert waited == waits
     (error,) = json.loads((tmp_path / "error.json").read_text()).values()
-    assert error["extraInfo"]["py_callstack"] == "SystemExit: no such file\n"
+    assert error["extraInfo"]["py_callstack"].endswith("SystemExit: no such file\n")
+    assert "details" not in error["extraInfo"]["py_callstack"]
     with pytest.raises(ZeroDivisionError), processes.one_error():
         1 / 0  # noqa: B018
     assert "in test_other" in (tmp_path / "error.json").read_text()
@@ -355,7 +356,7 @@ def test_an_error_of_all_processes_is_told_once(folder, arguments, tmp_path):
     # Once by the process, and once in the launcher's summary.
     assert said.count("photo_5: image file is truncated") == 2
     assert said.count("traceback : SystemExit: train image photo_5") == 1
-    assert 'run_segmentation.py", line' not in said
+    assert "OSError" not in said
 
 
 @pytest.mark.slow
