@@ -21,10 +21,12 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from accelerate import PartialState
 from data_sources import DataArguments, case_names, find_columns, find_regions, load_data
 from hp_search import RESULTS, STUDY, search
 from PIL import Image
 from plots import plot_predictions, plot_training_curve
+from processes import from_main_process, is_main_process, one_error, silence
 from tqdm import tqdm
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
@@ -102,9 +104,13 @@ class SegmentationTrainingArguments(TrainingArguments):
     batch_norm_images: int | None = field(
         default=None,
         metadata={
-            "help": "Training images on which batch norm is estimated anew before each evaluation. Default: 0 with a "
-            "frozen encoder, else 128."
+            "help": "Training images, per process, on which batch norm is estimated anew before each evaluation. "
+            "Default: 0 with a frozen encoder, else 128."
         },
+    )
+    sync_batch_norm: bool = field(
+        default=False,
+        metadata={"help": "Normalise by the images of all processes, not by those of each. Needs GPUs."},
     )
     augmentation: list[str] = field(
         default_factory=lambda: ["flips"],
@@ -161,6 +167,8 @@ class SegmentationTrainingArguments(TrainingArguments):
             raise ValueError(f"--augmentation takes none alone, got {' '.join(self.augmentation)}.")
         if self.hp_search and not self.do_train:
             raise ValueError("--hp_search searches for the best training; it cannot go with --do_train false.")
+        if self.fsdp and not self.do_train:
+            raise ValueError("--fsdp shards the training; it cannot go with --do_train false.")
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr": 1e-7}
         # transformers takes everything but a loss for the better the larger.
@@ -176,6 +184,8 @@ class SegmentationTrainingArguments(TrainingArguments):
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, SegmentationTrainingArguments]:
     """Read the command line; what it leaves open on a phantom run comes from `PHANTOM_RECIPE`."""
     parser = HfArgumentParser((ModelArguments, DataArguments, SegmentationTrainingArguments))
+    if not is_main_process():
+        parser.error = sys.exit  # without the usage, which the main process prints
     given, _ = parser.parse_known_args(argv)
     if given.dataset_name is not None and given.brats_dir is not None:
         parser.error("pass one of --dataset_name and --brats_dir")
@@ -384,6 +394,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     transformers.utils.logging.disable_default_handler()
     transformers.utils.logging.enable_propagation()
+    if not training_args.should_log:
+        silence()
     try:
         regions = None if data_args.regions is None else parse_regions(data_args.regions)
     except ValueError as err:
@@ -395,12 +407,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             raise SystemExit(f"--model_name_or_path: {err}") from err
     output_dir = Path(training_args.output_dir)
     arguments = {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args)}
-    checkpoint = find_checkpoint(arguments, training_args)
+    checkpoint = from_main_process(training_args, lambda: find_checkpoint(arguments, training_args))
     with training_args.main_process_first(desc="preparing the data"):
         data = load_data(data_args)
     set_seed(training_args.seed)
     image_column, mask_column = find_columns(data, data_args)
-    regions, label_mapping = find_regions(data, image_column, mask_column, regions)
+    regions, label_mapping = from_main_process(
+        training_args, functools.partial(find_regions, data, image_column, mask_column, regions)
+    )
     model, processor = load_model(model_args, regions)
     if data_args.dataset_name is None:
         processor.modalities = data_args.modalities
@@ -425,6 +439,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             args,
             compute_metrics=compute_metrics,
             batch_norm_images=batch_norm_images,
+            sync_batch_norm=training_args.sync_batch_norm,
             trainable_only=training_args.trainable_only,
             train_dataset=data["train"].with_transform(transform(augment=augment)),
             eval_dataset=evaluation["validation"],
@@ -466,6 +481,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         trainer.save_metrics("test", metrics)
 
     if trainer.is_world_process_zero():
+        if trainer.is_fsdp_enabled:  # a process has only a part of the weights
+            model = Sam2UNetForSemanticSegmentation.from_pretrained(output_dir).to(training_args.device)
         dice = compute_metrics.image_dice.mean(axis=1)
         plot_predictions(choose_cases(data[shown], dice, at_mask_size, model), regions, output_dir / "predictions.png")
         if training_args.do_train:
@@ -488,4 +505,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    with one_error():
+        main()
+        PartialState().destroy_process_group()

@@ -743,6 +743,10 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         self.post_init()
         self.freeze_encoder(config.freeze_encoder)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the layer that makes tokens of pixels, which FSDP and PEFT ask for."""
+        return self.encoder.patch_embed
+
     @classmethod
     def from_sam2(
         cls,
@@ -854,8 +858,12 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
                 a path of this machine and the model is pushed.
         """
         config = self.config
+        # FSDP makes a class of its own of this one, whose code is no use to anybody else.
+        current_class = type(self)
+        own_name = current_class.__name__.removeprefix("FSDP")
+        own_class = next(base for base in current_class.__mro__ if base.__name__ == own_name)
         # `register_for_auto_class` knows one auto class per model.
-        name = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
+        name = f"{own_class.__module__.split('.')[-1]}.{own_name}"
         auto_map = {"AutoModel": name, "AutoModelForSemanticSegmentation": name}
         config.auto_map = {**(getattr(config, "auto_map", None) or {}), **auto_map}
         provenance = {field: getattr(config, field) for field in ("encoder_source", "encoder_revision")}
@@ -872,8 +880,10 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         for field, value in written.items():
             setattr(config, field, value)
         try:
+            self.__class__ = own_class
             super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
         finally:
+            self.__class__ = current_class
             for field, value in provenance.items():
                 setattr(config, field, value)
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import platform
 import shutil
 import signal
@@ -23,6 +24,7 @@ import transformers
 from huggingface_hub import HfApi
 from PIL import Image
 from safetensors import SafetensorError
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -167,14 +169,16 @@ def collate(examples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
 class SegmentationMetrics:
     """All measures of `sam2unet_hf.metrics`, for the `compute_metrics` of [`Sam2UNetTrainer`].
 
-    Scores come batch by batch (`batch_eval_metrics=True`) or all at once; only sums are kept, which are exact, so the
-    averages depend neither on the batch size nor on the number of processes.
+    Scores come batch by batch (`batch_eval_metrics=True`) or all at once. Their sums are exact, so the averages depend
+    neither on the batch size nor on the number of processes.
 
     Args:
         regions: Names of the regions in the order of the channels.
         zero_division: Dice, IoU, F and weighted F where mask and prediction are both empty. 1 as in BraTS; 0 as in
             `py_sod_metrics` and in the modules of `sam2unet_hf.metrics`.
         normalize: `"minmax"` stretches each prediction to [0, 1] first, as papers on SAM2-UNet do.
+
+    The result also holds `loss`, the mean over images of the loss of each alone.
 
     Attributes:
         image_dice: Dice at probability > 0.5 of the last evaluation, of shape `(images, regions)`.
@@ -191,6 +195,7 @@ class SegmentationMetrics:
         """Forget the images of an evaluation, which may not have come to its end."""
         self._accumulator = Accumulator()
         self._image_dice: list[np.ndarray] = []
+        self._losses: list[float] = []
 
     def names(self) -> list[str]:
         """Return the keys of the result: each measure over all regions, and per region with its name behind it."""
@@ -222,14 +227,21 @@ class SegmentationMetrics:
         return np.stack(scores)
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        """Add scores; return the averages, and start anew, if these were the last ones."""
+        """Add scores; return the averages, and start anew, if these were the last ones.
+
+        Args:
+            prediction: With the scores of the images as `predictions` and their losses as `label_ids`.
+            compute_result: Whether these were the last ones.
+        """
         for scores in np.asarray(prediction.predictions):
             self._accumulator.add(scores)
             self._image_dice.append(scores[:, 0])
+        self._losses.extend(np.asarray(prediction.label_ids).tolist())
         if not compute_result:
             return {}
         self.image_dice = np.stack(self._image_dice)
-        result = self._accumulator.result(self.regions)
+        # The exact sum, which does not depend on the order either.
+        result = {"loss": math.fsum(self._losses) / len(self._losses), **self._accumulator.result(self.regions)}
         self.reset()
         return result
 
@@ -374,18 +386,24 @@ class Sam2UNetTrainer(Trainer):
             evaluation during training, and so before each checkpoint, and at the end. For models whose encoder is
             trained: batch norm cancels the mean of the encoder's features, which therefore drifts, faster than the
             running averages of the decoder's batch norms follow. 0 keeps the running averages, which do for a frozen
-            encoder.
+            encoder. With several processes each takes as many images, and the statistics are those of all.
+        sync_batch_norm: With several processes, normalise by the statistics of the images of all of them
+            (`torch.nn.SyncBatchNorm`, GPUs only). Otherwise each process normalises its images by their own
+            statistics, as if `per_device_train_batch_size` were the batch size, and the running averages are those of
+            process 0, which `DistributedDataParallel` sends to the others. Checkpoints are the same either way.
         trainable_only: Save and push checkpoints without the encoder, which must be frozen and come from
             `from_sam2`; see [`Sam2UNetForSemanticSegmentation.save_pretrained`].
         kwargs: Arguments of [`~transformers.Trainer`]. `data_collator` and `compute_metrics` have the right defaults.
+
+    With FSDP, which shards the weights, checkpoints still hold the whole model, for `from_pretrained`. It needs GPUs.
 
     With `push_to_hub=True` only checkpoint, code, card and the pictures that the card shows are uploaded, and nothing
     that is a pickle. (`hub_strategy="checkpoint"` and `"all_checkpoints"` also upload what resuming needs.)
 
     Raises:
         OSError: With `trainable_only=True`, if the encoder's source cannot be reached.
-        ValueError: If an argument would drop the images or the scores, or with `trainable_only=True` the encoder is
-            trained or not that of its source.
+        ValueError: If an argument would drop the images or the scores, or cannot be had on this device, or with
+            `trainable_only=True` the encoder is trained or not that of its source.
     """
 
     def __init__(
@@ -393,6 +411,7 @@ class Sam2UNetTrainer(Trainer):
         model: Sam2UNetForSemanticSegmentation,
         args: TrainingArguments,
         batch_norm_images: int = 0,
+        sync_batch_norm: bool = False,
         trainable_only: bool = False,
         **kwargs: Any,
     ):
@@ -405,6 +424,16 @@ class Sam2UNetTrainer(Trainer):
                 f"One process sees {args.n_gpu} GPUs, which would split batches by `DataParallel`. Start one process "
                 "per GPU with `torchrun --nproc_per_node N`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
             )
+        # Set by `accelerate launch`, too.
+        is_sharded = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if sync_batch_norm and (args.device.type == "cpu" or is_sharded):
+            place = "with FSDP" if is_sharded else "on the CPU"
+            raise ValueError(
+                f"`sync_batch_norm` must be False {place}: `torch.nn.SyncBatchNorm` works on GPUs and with "
+                "`DistributedDataParallel` only."
+            )
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # the loss depends on every weight that is trained
         kwargs.setdefault("data_collator", collate)
         metrics = kwargs.setdefault("compute_metrics", SegmentationMetrics(list(model.config.regions)))
         if isinstance(metrics, SegmentationMetrics):
@@ -415,7 +444,13 @@ class Sam2UNetTrainer(Trainer):
             # Now, not after hours of training.
             for field, value in model.check_encoder(may_be_local=not args.push_to_hub).items():
                 setattr(model.config, field, value)
-        super().__init__(model, args, **kwargs)
+        self.sync_batch_norm = sync_batch_norm and args.world_size > 1
+        super().__init__(self.synchronize(model), args, **kwargs)
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"`fsdp` needs several processes with a GPU each, got {args.world_size} on {args.device.type}, where "
+                "accelerate would train without it. Start with `torchrun --nproc_per_node N`."
+            )
         if trainable_only and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("`trainable_only` must be False with FSDP and DeepSpeed, which split the weights.")
         self.add_callback(_SetEpoch())
@@ -425,6 +460,14 @@ class Sam2UNetTrainer(Trainer):
         self.trainable_only = trainable_only
         self._final_scores: dict[str, float] = {}
         self._card: dict[str, Any] = {}
+
+    def synchronize(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Return the model with batch norm over all processes, if `sync_batch_norm` says so and there are several."""
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if self.sync_batch_norm else model
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """Build the model of a trial as [`~transformers.Trainer`] does."""
+        return self.synchronize(super().call_model_init(trial))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as [`~transformers.Trainer`] does, and end with fresh batch norm statistics.
@@ -516,16 +559,19 @@ class Sam2UNetTrainer(Trainer):
 
     @torch.no_grad()
     def estimate_batch_norm(self) -> None:
-        """Replace the running statistics of batch norm by averages over `batch_norm_images` training images.
+        """Replace the running statistics of batch norm by those over `batch_norm_images` training images.
+
+        The mean is that of all images of all processes, and the variance is that about it: the mean variance within
+        batches plus the variance of the batches' means.
 
         Source: "precise batch norm", Wu and Johnson, arXiv 2105.07576, section 3.
         """
         model = self.accelerator.unwrap_model(self.model)
-        norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # a plain average over the batches to come
+            norm.momentum = 1.0  # leaves the statistics of the last batch
         model.train()
         batch_size = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
         # The same images at each call, other ones in each process.
@@ -537,27 +583,58 @@ class Sam2UNetTrainer(Trainer):
             generator=generator,
             collate_fn=self.data_collator,
         )
+        sizes = [norm.num_features for norm in norms]
+        # Of images, means and mean squares.
+        sums = torch.zeros(3, sum(sizes), dtype=torch.float64)
         for batch in itertools.islice(loader, math.ceil(self.batch_norm_images / batch_size)):
             inputs = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
                 model(inputs["pixel_values"])
-        for norm, momentum in zip(norms, momenta, strict=True):
+            mean = torch.cat([cast("torch.Tensor", norm.running_mean) for norm in norms]).cpu().double()
+            variance = torch.cat([cast("torch.Tensor", norm.running_var) for norm in norms]).cpu().double()
+            sums += len(inputs["pixel_values"]) * torch.stack([torch.ones_like(mean), mean, variance + mean**2])
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device))
+        count, mean, square = sums
+        means, variances = (mean / count).split(sizes), (square / count - (mean / count) ** 2).split(sizes)
+        for norm, momentum, *statistics in zip(norms, momenta, means, variances, strict=True):
             norm.momentum = momentum
-            norm.running_mean = self.accelerator.reduce(norm.running_mean, "mean")
-            norm.running_var = self.accelerator.reduce(norm.running_var, "mean")
+            cast("torch.Tensor", norm.running_mean).copy_(statistics[0])
+            cast("torch.Tensor", norm.running_var).copy_(statistics[1])
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Return the loss and the scores of each image of the batch."""
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if logits is None or labels is None or not isinstance(self.compute_metrics, SegmentationMetrics):
-            return loss, logits, labels
-        scores = torch.from_numpy(self.compute_metrics.score(logits, labels, self.accelerator.unwrap_model(model)))
+        """Return no loss, and scores and loss of each image of the batch, the loss in the place of the labels.
+
+        [`~transformers.Trainer`] averages losses of batches, and the last batches of several processes are filled up
+        with images of the first ones. It leaves those out of scores and labels.
+        """
+        if not isinstance(self.compute_metrics, SegmentationMetrics) or "labels" not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        own_model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if isinstance(own_model, Sam2UNetForSemanticSegmentation) and self.compute_loss_func is None:
+            inputs = self._prepare_inputs(inputs)
+            labels = inputs["labels"]
+            with torch.no_grad(), self.compute_loss_context_manager():
+                outputs = model(inputs["pixel_values"], output_auxiliary_logits=True, return_dict=True)
+                logits = outputs.logits
+                images = zip(labels, logits, *outputs.auxiliary_logits, strict=True)
+                losses = torch.stack(
+                    [own_model.compute_loss([output[None] for output in image], mask[None]) for mask, *image in images]
+                )
+        else:
+            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            losses = cast("torch.Tensor", loss).repeat(len(cast("torch.Tensor", logits)))
+        scores = torch.from_numpy(self.compute_metrics.score(logits, labels, own_model))
         if self.accelerator.num_processes > 1:
             scores = scores.to(self.accelerator.device)
-        # The Trainer computes metrics only where there are labels; these stand for them.
-        return loss, scores, torch.zeros(len(scores), device=scores.device)
+        return None, scores, losses
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save as [`~transformers.Trainer`] does, before `trainer_state.json`, which marks a checkpoint as whole."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save as [`~transformers.Trainer`] does, without the token for the Hub in `training_args.bin`."""
@@ -622,6 +699,8 @@ class Sam2UNetTrainer(Trainer):
             rows["optimizer"] = type(self.optimizer).__name__
         if self.batch_norm_images:
             rows["batch norm"] = f"statistics estimated anew on {self.batch_norm_images} training images"
+        if self.sync_batch_norm:
+            rows["batch norm over"] = "all processes"
         if self.args.max_steps > 0:
             del rows["`num_train_epochs`"]
         augment = getattr(transform_of(self.train_dataset), "augment", None)
@@ -814,9 +893,12 @@ class Sam2UNetTrainer(Trainer):
         self.push_in_progress = PushInProgress([*before, *jobs])  # type: ignore[assignment, arg-type]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as [`~transformers.Trainer`] does."""
+        """Evaluate as [`~transformers.Trainer`] does, with the batch norm statistics of process 0, which are saved."""
         if isinstance(self.compute_metrics, SegmentationMetrics):
             self.compute_metrics.reset()
+        if self.accelerator.num_processes > 1 and self.state.global_step:
+            for buffer in self.accelerator.unwrap_model(self.model).buffers():
+                torch.distributed.broadcast(buffer, src=0)
         return super().evaluation_loop(*args, **kwargs)
 
 

@@ -1,9 +1,3 @@
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -228,36 +222,6 @@ def test_an_evaluation_that_broke_off_leaves_nothing_behind(rows, tmp_path):
         name: value for name, value in expected.items() if "dice" in name
     }
     assert len(trainer.compute_metrics.image_dice) == len(SIZES)
-
-
-def evaluate_in_processes(tmp_path, processes, *arguments):
-    output = tmp_path / f"{processes}-{len(list(tmp_path.iterdir()))}.json"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    worker = Path(__file__).with_name("evaluate_worker.py")
-    command = [sys.executable, *(launcher if processes > 1 else []), str(worker)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parent.parent)}
-    subprocess.run([*command, str(output), *map(str, arguments)], check=True, env=environment, cwd=tmp_path)
-    return json.loads(output.read_text())
-
-
-def test_scores_are_the_same_to_the_last_bit_for_one_batch_or_many_and_one_process_or_two(tmp_path):
-    one_batch = evaluate_in_processes(tmp_path, 1, "--batch_size", 5)
-    image_by_image = evaluate_in_processes(tmp_path, 1, "--batch_size", 1)
-    two_processes = evaluate_in_processes(tmp_path, 2, "--batch_size", 2)
-    assert two_processes.pop("processes") == 2
-    assert (one_batch.pop("processes"), image_by_image.pop("processes")) == (1, 1)
-    del one_batch["peak_mb"], image_by_image["peak_mb"], two_processes["peak_mb"]
-    assert len(one_batch["scores"]) == 19 * 4
-    assert 0.01 < one_batch["scores"]["mean_dice"] < 0.99
-    assert one_batch == image_by_image == two_processes
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
-    peaks = [
-        evaluate_in_processes(tmp_path, 1, "--batch_size", 4, "--images", images)["peak_mb"] for images in (20, 2000)
-    ]
-    assert peaks[1] - peaks[0] < 200
 
 
 def test_other_compute_metrics_get_logits_and_labels(rows, tmp_path):
