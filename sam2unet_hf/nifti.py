@@ -434,10 +434,15 @@ def _grades_from_tables(folders: set[Path]) -> dict[str, str]:
     for folder in sorted(folders):
         path = folder / "name_mapping.csv"
         if path.is_file():
-            with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-                for row in csv.DictReader(file):
-                    if row.get("Grade") in ("HGG", "LGG"):
-                        grades.update({row[column]: row["Grade"] for column in row if str(column).startswith("BraTS")})
+            try:
+                with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+                    rows = list(csv.DictReader(file))
+            except (OSError, csv.Error) as err:
+                logger.warning("Cannot read grades from `%s` (%s).", path, err)
+                continue
+            for row in rows:
+                if row.get("Grade") in ("HGG", "LGG"):
+                    grades.update({row[column]: row["Grade"] for column in row if str(column).startswith("BraTS")})
     return grades
 
 

@@ -8,6 +8,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -345,7 +346,8 @@ def main(argv: list[str] | None = None) -> None:
         found.save(path, args.et_label)
         if args.probabilities:
             for region in found.regions:
-                found.save_probabilities(args.output_dir / f"{name}_{region}_probability.nii.gz", region)
+                region_name = re.sub(r"[^\w.-]+", "_", region)  # a checkpoint may name it as it likes
+                found.save_probabilities(args.output_dir / f"{name}_{region_name}_probability.nii.gz", region)
         volumes = {region: round(value, 3) for region, value in found.volumes_ml.items()}
         line = {"case": name, "segmentation": str(path), "volumes_ml": volumes, "largest_slice": found.largest_slice}
         sys.stdout.write(json.dumps(line) + "\n")
