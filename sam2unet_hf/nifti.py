@@ -551,6 +551,9 @@ def _read_header(file: BinaryIO, name: str) -> _Header:
         shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
         slope, intercept = header.get_slope_inter()
         affine = header.get_best_affine()
+        sizes_mm = header_class(data, check=False)["pixdim"][1:4]  # as they are, where nibabel puts 1 for 0
+        if header["sform_code"] == 0 and not (sizes_mm > 0).all():
+            raise HeaderDataError(f"voxels of {' x '.join(map(str, sizes_mm))} mm")
         if offset < len(data):
             raise HeaderDataError(f"its voxels would begin at byte {offset}, within it")
     except (HeaderDataError, WrapStructError, ValueError, OverflowError) as err:
