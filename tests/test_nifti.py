@@ -605,7 +605,7 @@ def write_pipe(path):
             "is too large: .* 268959744 bytes of voxels .* at 4 or more",
         ),
         (write_header(dim=[3, -1, 1, 1, 1, 1, 1, 1]), "has a broken NIfTI header .*-1 in dim.*Download"),
-        (write_header(scl_slope=3e38), "holds 270 voxels that are NaN or infinite. Repair it"),
+        (write_header(scl_slope=3e38, scl_inter=0), "holds 270 voxels that are NaN or infinite. Repair it"),
         (
             write_header(sform_code=0, pixdim=[1, 0, 2, np.nan, 0, 0, 0, 0]),
             r"has a broken NIfTI header .voxels of 0\.0 x 2\.0 x nan mm",
