@@ -406,7 +406,7 @@ def test_read_volume_many_gzip_members_and_padding(tmp_path):
     np.testing.assert_array_equal(read_volume(tmp_path / "x.nii.gz").voxels, make_scan())
 
 
-@pytest.mark.parametrize(("slope", "intercept"), [(1e-3, 1e6), (1e-38, 0), (1e30, 3e37), (1e20, -1e25)])
+@pytest.mark.parametrize(("slope", "intercept"), [(1e-3, 1e6), (1e-38, 0), (3e38, 3e37), (1e20, -1e25)])
 def test_read_volume_unusual_scaling_keeps_small_differences(tmp_path, slope, intercept):
     image = nib.Nifti1Image(make_scan(), LPS)
     image.header.set_slope_inter(slope, intercept)
@@ -605,7 +605,6 @@ def write_pipe(path):
             "is too large: .* 268959744 bytes of voxels .* at 4 or more",
         ),
         (write_header(dim=[3, -1, 1, 1, 1, 1, 1, 1]), "has a broken NIfTI header .*-1 in dim.*Download"),
-        (write_header(scl_slope=3e38, scl_inter=0), "holds 270 voxels that are NaN or infinite. Repair it"),
         (
             write_header(sform_code=0, pixdim=[1, 0, 2, np.nan, 0, 0, 0, 0]),
             r"has a broken NIfTI header .voxels of 0\.0 x 2\.0 x nan mm",
