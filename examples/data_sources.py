@@ -357,14 +357,15 @@ def read_picture(file: dict[str, Any] | None, name: str, what: str) -> Picture:
             with Image.open(io.BytesIO(data)) as opened:
                 pages = getattr(opened, "n_frames", 1) if opened.format != "MPO" else 1  # whose others are previews
                 form, orientation = opened.format, opened.getexif().get(ExifTags.Base.Orientation, 1)
-            picture = Picture(datasets.Image().decode_example({"path": None, "bytes": data}), form, orientation)
+            picture = Picture(datasets.Image().decode_example(file), form, orientation)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
         raise SystemExit(
             f"{name}: {what} has more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit. Cut image and mask into "
             "tiles, or make them smaller."
         ) from err
     except Exception as err:  # Pillow raises nearly anything for broken files
-        reason = str(err) if file["path"] is None else f"{err}; {file['path']}"
+        where = f"; {file['path']}" if file is not None and file["path"] else ""
+        reason = f"{str(err) or type(err).__name__}{where}"
         raise SystemExit(f"{name}: {what} cannot be read ({reason}). Save it anew, or remove the pair.") from err
     if pages > 1:
         raise SystemExit(f"{name}: {what} has {pages} pages, of which one would be read. Save them as files.")

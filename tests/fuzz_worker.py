@@ -164,9 +164,16 @@ def nifti_base(rng, kind):
     return image.to_bytes(), said
 
 
+def cohort_file(number, name):
+    """Return the bytes of a scan or mask of the cohort that `read_cohort` builds a data set from, and its name."""
+    voxels = np.zeros((9, 8, 5), np.int16)
+    voxels[2:7, 2:6, 1:4] = np.random.default_rng(number).choice([1, 2, 4], (5, 4, 3))
+    return nib.Nifti1Image(voxels * (1 if name == "seg" else 20), LPS).to_bytes(), name
+
+
 def mutate_nifti(rng, kind):
     """Return the bytes of a file, the mutations, and whether it must be read."""
-    data, said = nifti_base(rng, kind)
+    data, said = cohort_file(1, ("flair", "seg")[rng.integers(2)]) if kind == "builder" else nifti_base(rng, kind)
     sound = not rng.integers(12)
     steps = []
     size = 544 if "Nifti2" in said else 352
@@ -425,9 +432,8 @@ def read_pictures(modules, kind, folder, data, suffix, size, seed):
         found = sources.check_images_and_masks("train", rows, "image", "mask")
     except SystemExit as err:
         check("train image x" in str(err) or str(path) in str(err), f"the file is not named: {err}")
-        check(not isinstance(err.__cause__, MemoryError), "out of memory")
         return short(str(err).replace(str(path), "FILE").removeprefix("train image x"))
-    with Image.open(path) as image:
+    with Image.open(io.BytesIO(data)) as image:
         image = ImageOps.exif_transpose(image)
         if labels:
             expected = expected_labels(image)
@@ -455,21 +461,16 @@ def build(builder_class, folder, cache, skip):
     return rows, builder.skipped_cases
 
 
-def read_cohort(modules, folder, data, rng):
+def read_cohort(modules, folder, data, name):
     """Put the file in the place of a scan or mask of a cohort of three, and build the data set both ways."""
     builder_class, error = modules
     for number in range(3):
-        for name in ("flair", "seg"):
-            base, _ = nifti_base(np.random.default_rng(0), "mask")
-            image = nib.Nifti1Image.from_bytes(base)
-            voxels = np.zeros((9, 8, 5), np.uint8)
-            voxels[2:7, 2:6, 1:4] = np.random.default_rng(number).choice([1, 2, 4], (5, 4, 3))
-            path = folder / "cohort" / f"Case_{number}" / f"Case_{number}_{name}.nii.gz"
+        for contrast in ("flair", "seg"):
+            path = folder / "cohort" / f"Case_{number}" / f"Case_{number}_{contrast}.nii.gz"
             path.parent.mkdir(parents=True, exist_ok=True)
-            nib.save(nib.Nifti1Image(voxels * (1 if name == "seg" else 20), image.affine), path)
+            path.write_bytes(cohort_file(number, contrast)[0])
     sound, skipped = build(builder_class, folder / "cohort", folder / "cache", False)
     check(len(sound) == 3 and not skipped, "a sound cohort is not read")
-    name = ("flair", "seg")[rng.integers(2)]
     (folder / "cohort" / "Case_1" / f"Case_1_{name}.nii.gz").write_bytes(data)
     outcome = "correct"
     try:
@@ -517,8 +518,8 @@ def run_case(modules, kind, seed, index, folder):
     rng = np.random.default_rng([seed, KINDS.index(kind), index])
     try:
         if kind == "builder":
-            data, _, _ = mutate_nifti(rng, "scan")
-            return read_cohort(modules["builder"], folder, data, rng)
+            data, said, _ = mutate_nifti(rng, kind)
+            return read_cohort(modules["builder"], folder, data, said.split(":")[0])
         if kind in NIFTI_KINDS:
             data, _, sound = mutate_nifti(rng, kind)
             return read_nifti(modules["nifti"], kind, folder, data, sound)

@@ -100,6 +100,59 @@ def test_a_few_hundred_mutated_files_end_as_documented():
     assert all(outcomes["correct"] > 0 for outcomes in table.values())
 
 
+def test_a_crash_and_a_hang_are_those_of_their_case(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "CASE_S", 1)
+    worker = Worker(["scan"], 0)
+    script = """
+import os, sys, time
+for line in sys.stdin:
+    if line == "scan 1\\n":
+        os.abort()
+    if line == "scan 3\\n":
+        time.sleep(60)
+    print('"correct"', flush=True)
+"""
+    worker.command = [sys.executable, "-c", script]
+    outcomes = [worker.run("scan", index) for index in range(5)]
+    worker.close()
+    assert outcomes == ["correct", "WRONG ended with -6", "correct", "WRONG took more than 1 s", "correct"]
+
+
+def test_the_memory_of_a_case_is_limited():
+    script = "import fuzz_worker, numpy; fuzz_worker.limit_memory(); numpy.ones(2**27); numpy.ones(2**28 + 2**24)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=WORKER.parent, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Unable to allocate 2.12 GiB" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["f4", "f8", "i2", "u1"])
+def test_the_largest_scan_that_is_read_takes_less_than_2_gb(tmp_path, dtype):
+    """Reading, windowing and scaling to grey."""
+    script = f"""
+import fuzz_worker, nibabel, numpy
+nifti = fuzz_worker.load_modules(["scan"])["nifti"]
+header = nibabel.Nifti1Header()
+header.set_data_dtype("{dtype}")
+header.set_data_shape((512, 512, 511 * 4 // max(4, numpy.dtype("{dtype}").itemsize)))
+header["vox_offset"], header["sform_code"] = 352, 1
+header["srow_x"], header["srow_y"], header["srow_z"] = numpy.eye(4)[:3]
+with open("x.nii", "wb") as file:
+    file.write(header.binaryblock + bytes(4))
+    slab = numpy.arange(512 * 512).astype("{dtype}").reshape(512, 512)
+    slab[0], slab[-1], slab[:, 0], slab[:, -1] = 0, 0, 0, 0
+    for _ in range(header.get_data_shape()[2]):
+        file.write(slab.tobytes())
+fuzz_worker.limit_memory()
+volume = nifti.read_volume("x.nii")
+print(nifti.intensity_window(volume).apply(volume.voxels).shape)
+"""
+    env = {**os.environ, "PYTHONPATH": str(WORKER.parent)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    (tmp_path / "x.nii").unlink()
+    assert done.stdout.startswith("(512, 512, "), done.stderr
+
+
 @pytest.mark.slow
 def test_thousands_of_mutated_files_end_as_documented():
     table = run_all(
