@@ -36,7 +36,7 @@ MAX_VOLUME_BYTES = 2**29
 MAX_TRAILING_BYTES = 4096  # behind the voxels, where some writers pad; more means that the header lies
 
 _FILE_NAME = re.compile(
-    r"(?P<prefix>[^.].*)(?P<ending>_(?:t1|t1ce|t2|flair|seg)|-(?:t1n|t1c|t2w|t2f|seg))\.nii(?:\.gz)?"
+    r"(?P<prefix>[^.].*)(?P<ending>_(?:t1|t1ce|t2|flair|seg)|-(?:t1n|t1c|t2w|t2f|seg))\.nii(?:\.gz)?", re.DOTALL
 )
 _ENDINGS = {
     "_t1": "t1", "_t1ce": "t1ce", "_t2": "t2", "_flair": "flair", "_seg": "seg",  # 2017-2021

@@ -319,10 +319,12 @@ def main(argv: list[str] | None = None) -> None:
     cases: dict[str, str | BratsCase] = {}
     try:
         for path in args.case:
+            named: dict[str, str | BratsCase] = {Path(path).name.removesuffix(".gz").removesuffix(".nii"): path}
             if Path(path).is_dir():
-                cases.update({case.case_id: case for case in find_cases(path)})
-            else:
-                cases[Path(path).name.removesuffix(".gz").removesuffix(".nii")] = path
+                named = {case.case_id: case for case in find_cases(path)}
+            if twice := sorted(named.keys() & cases.keys()):
+                raise SystemExit(f"{path}: {twice[0]} was named before, and would be written to the same file.")
+            cases |= named
     except OSError as err:
         raise SystemExit(str(err)) from err
     try:
