@@ -394,6 +394,25 @@ def test_without_arguments_it_is_the_phantom_of_the_first_run(tmp_path, monkeypa
     assert data_args.slices == ["95"]
 
 
+def test_figures_lie_in_their_folder_whatever_case_and_regions_are_named(tmp_path):
+    shape = (4, 5, 6)
+    ball = np.ones(shape, bool)
+    view = error_analysis.CaseView(
+        name="../../up",
+        grey={"flair": np.arange(120, dtype=np.uint8).reshape(shape)},
+        shown="flair",
+        spacing_mm=(1.0, 1.0, 1.0),
+        truth={"/../WT": ball},
+        prediction={"/../WT": ball},
+        probabilities={"/../WT": ball.astype(np.float32)},
+    )
+    error_analysis.draw_case(view, tmp_path / "a" / "b" / "out", ["svg"])
+    kinds = ("contrasts", "probabilities", "errors_.._WT", "montage_.._WT", "planes_.._WT")
+    names = {path.name for path in (tmp_path / "a" / "b" / "out").iterdir()}
+    assert names == {f".._.._up_{kind.replace('_..', '__..')}.svg" for kind in kinds}
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_figures_of_a_case(cohort, checkpoint, tmp_path):
     case = sorted(path for path in cohort.iterdir() if path.is_dir())[0]
     output_dir = tmp_path / "figures"
