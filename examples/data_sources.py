@@ -367,6 +367,8 @@ def read_picture(file: dict[str, Any] | None, name: str, what: str) -> Picture:
         where = f"; {file['path']}" if file is not None and file["path"] else ""
         reason = f"{str(err) or type(err).__name__}{where}"
         raise SystemExit(f"{name}: {what} cannot be read ({reason}). Save it anew, or remove the pair.") from err
+    if form == "TIFF" and orientation in (5, 6, 7, 8):  # Pillow 12 reads rows of the wrong length, if from a path
+        raise SystemExit(f"{name}: {what} is a TIFF with the EXIF orientation {orientation}. Save it upright, as PNG.")
     if pages > 1:
         raise SystemExit(f"{name}: {what} has {pages} pages, of which one would be read. Save them as files.")
     return picture

@@ -110,6 +110,8 @@ def set_voxels(rng, data):
         np.iinfo(dtype) if dtype.kind in "iu" else np.finfo(dtype)
     except Exception:  # an earlier mutation left no voxels to speak of
         return "nothing", data
+    if not rng.integers(4) and voxels.size:
+        return stretch(rng, data[:offset], voxels)
     limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
     values = [limits.min, limits.max, 0, 1, 3, 4, 5, limits.max // 2]
     if dtype.kind == "f":
@@ -118,6 +120,22 @@ def set_voxels(rng, data):
     where = rng.random(voxels.shape) < [0.001, 0.05, 0.5, 1.0][rng.integers(4)]
     voxels[where] = rng.choice(np.array(chosen, dtype), np.count_nonzero(where))
     return f"{np.count_nonzero(where)} voxels among {chosen}", data[:offset] + voxels.tobytes()
+
+
+def stretch(rng, head, voxels):
+    """Spread the values over what the type holds, or a part of it near its limits."""
+    values = voxels.astype(np.longdouble)
+    low, high = values.min(), values.max()
+    kind = voxels.dtype.kind
+    limits = np.finfo(voxels.dtype) if kind == "f" else np.iinfo(voxels.dtype)
+    choices = [limits.min, limits.max, 0, limits.max // 2]
+    if kind == "f":
+        choices += [limits.tiny, limits.smallest_subnormal * 999, limits.max * 1e-30, -limits.tiny, 1e25]
+    bottom, top = (np.longdouble(choices[place]) for place in rng.choice(len(choices), 2, replace=False))
+    if high > low:
+        with np.errstate(all="ignore"):
+            values = bottom + (values - low) / (high - low) * (top - bottom)
+    return f"voxels from {bottom} to {top}", head + values.astype(voxels.dtype).tobytes()
 
 
 def add_zeros(rng, data):
@@ -312,8 +330,12 @@ def nibabel_volume(data):
 def check_volume(nifti, volume, expected, image, lps_affine):
     check(volume.voxels.shape == expected.shape, f"shape {volume.voxels.shape}, nibabel {expected.shape}")
     difference = np.abs(volume.voxels.astype(np.longdouble) - expected.astype(np.longdouble)).max()
-    scaled = image.dataobj.slope != 1 or image.dataobj.inter != 0
-    allowed = 2e-6 * np.abs(expected.astype(np.longdouble)).max() if scaled else 0
+    slope, intercept = image.dataobj.slope, image.dataobj.inter
+    allowed = np.longdouble(0)
+    if (slope, intercept) != (1, 0):
+        allowed = 1e-12 * max(np.abs(expected.astype(np.longdouble)).max(), abs(intercept))
+        if image.get_data_dtype().kind in "iu":
+            allowed = max(allowed, abs(slope) / 32)
     check(difference <= allowed, f"values differ by {difference}")
     check(np.allclose(volume.affine, image.affine, rtol=1e-12), "affines differ")
     scale = np.abs(lps_affine).max()

@@ -230,6 +230,18 @@ def test_a_turn_that_the_size_does_not_show_is_refused(tmp_path, pixels, orienta
     np.testing.assert_array_equal(rows[0]["mask"], turned)
 
 
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_a_quarter_turn_of_a_tiff_is_refused(tmp_path, kind):
+    write(tmp_path, Image.fromarray(GREY).transpose(Image.Transpose.ROTATE_90))
+    pixels = {"images": GREY, "masks": LABELS}[kind]
+    (tmp_path / kind / "x.png").unlink()
+    stored = Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90)
+    stored.save(tmp_path / kind / "x.tif", exif=oriented(6))
+    what = "it" if kind == "images" else "its mask"
+    with pytest.raises(SystemExit, match=f"train image x: {what} is a TIFF with the EXIF orientation 6. Save it up"):
+        read(tmp_path)
+
+
 def test_files_that_are_none_and_others_are_not_passed_over_in_silence(tmp_path, caplog):
     write(tmp_path)
     (tmp_path / "images" / "notes.txt").write_text("x")

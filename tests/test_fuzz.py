@@ -3,7 +3,7 @@
 Mutated files are read in processes of their own, each under a limit of 2 GB and every case under one of time. Allowed
 is an error of ours with the name of the file in it, or a result that is *correct*:
 
-- scans and masks: voxels, orientation and affines equal those of nibabel (scaled values to 2e-6 of the largest); grey
+- scans and masks: voxels, orientation and affines equal those of nibabel (scaled integers to 1/32 of a step); grey
   values equal their definition, computed in 80 bits, to half a step and what the scan's type can tell apart;
 - pictures: values equal those that Pillow's own conversion gives to 1e-5, label ids exactly;
 - a data set built from a cohort with one such file: the case is named, or left out and listed, or read; the rows of
