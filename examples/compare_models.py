@@ -64,13 +64,14 @@ SHOWN = {
 }
 QUICK = {"steps": 60, "image_size": 96, "batch_size": 8, "learning_rate": ["5e-4"], "evaluations": 3, "warmup": 10}
 # What may be other in a comparison that goes on.
-MAY_CHANGE = ("systems", "seeds", "output_dir", "measure")
+MAY_CHANGE = ("systems", "seeds", "output_dir", "measure", "allow_leaks")
 SAM2UNET_ONLY = ("sam2_checkpoint", "preset", "freeze_encoder")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of the builder, or Hub id; default: a phantom")
+    parser.add_argument("--allow_leaks", action="store_true", help="go on where splits share a patient or an image")
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each system is trained once per seed")
     length = parser.add_mutually_exclusive_group()
@@ -140,7 +141,9 @@ class Slices:
 
     def __init__(self, args: argparse.Namespace):
         # Of a phantom, the slices that show enough tumour.
-        data_args = DataArguments(dataset_name=args.data, slices=["tumor"], min_tumor_pixels=20)
+        data_args = DataArguments(
+            dataset_name=args.data, slices=["tumor"], min_tumor_pixels=20, allow_leaks=args.allow_leaks
+        )
         self.splits = load_data(data_args)
         if "test" not in self.splits:
             raise SystemExit("The data set has no split named test, which the systems are scored on.")

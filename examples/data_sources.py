@@ -1,18 +1,23 @@
 """Where the examples get images and masks from: BraTS scans, a phantom, folders, or the Hub."""
 
+import hashlib
+import io
 import logging
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import datasets
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from dataset_scripts.brats_slices import BratsSlices, split_patients
 from dataset_scripts.phantom import VERSION, write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
-from sam2unet_hf.nifti import MODALITIES, PLANES
+from sam2unet_hf.nifti import MODALITIES, PLANES, patient_of
 from sam2unet_hf.training import SegmentationTransform
 
 
@@ -61,10 +66,20 @@ class DataArguments:
     num_proc: int | None = field(default=None, metadata={"help": "For scans: processes that read them."})
     skip_bad_cases: bool = field(default=False, metadata={"help": "For scans: leave out and list unusable cases."})
     split_seed: int = field(default=0, metadata={"help": "Seed of the split by patient, where the data has none."})
+    allow_leaks: bool = field(
+        default=False,
+        metadata={"help": "Go on where a patient or an image is in two splits, which makes the scores too good."},
+    )
 
 
 def load_data(args: DataArguments) -> datasets.DatasetDict:
-    """Load or build the data set, with the splits train, validation and, if there is enough, test."""
+    """Load or build the data set, with the splits train, validation and, if there is enough, test.
+
+    Raises:
+        SystemExit: If there is no such data, a split is empty, or, without `allow_leaks`, two splits share a patient
+            (by `case_id`, unless that is the name of a file of yours) or an image.
+    """
+    pairs: dict[str, tuple[Path, Path]] = {}
     if args.dataset_name is None:
         brats_dir = args.brats_dir or phantom_dir()
         words = " ".join(args.slices).split()
@@ -89,7 +104,67 @@ def load_data(args: DataArguments) -> datasets.DatasetDict:
             data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
         except (OSError, ValueError) as err:  # no such folder or repository, no data in it, no connection
             raise SystemExit(f"--dataset_name {args.dataset_name}: {err}") from err
-    return with_all_splits(data, args.split_seed)
+    data = with_all_splits(data, args.split_seed)
+    image_column, _ = find_columns(data, args)
+    leak = None if pairs else shared_patient(data)  # files of different patients may have the same name
+    if leak := leak or shared_image(data, image_column):
+        leak = f"{leak} A model is not to be scored on what it was trained on or chosen by."
+        if not args.allow_leaks:
+            raise SystemExit(f"{leak} Keep it in one split, or go on all the same with --allow_leaks.")
+        logger.warning("%s --allow_leaks goes on all the same.", leak)
+    return data
+
+
+def shared_patient(data: datasets.DatasetDict) -> str | None:
+    """Say which patient two splits share, if any."""
+    first: dict[str, tuple[str, str]] = {}
+    for split, rows in data.items():
+        for case in sorted(set(case_ids(split, rows))):
+            other, other_case = first.setdefault(patient_of(case), (split, case))
+            if other != split:
+                return (
+                    f"Patient {patient_of(case)} is in the splits {other} (case {other_case}) and {split} "
+                    f"(case {case})."
+                )
+    return None
+
+
+def shared_image(data: datasets.DatasetDict, image_column: str) -> str | None:
+    """Say which image is byte by byte in two splits, if any; images of one colour do not count."""
+    first: dict[bytes, tuple[str, str]] = {}
+    for split, rows in data.items():
+        names = iter(case_names(rows))
+        files = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        with tqdm(total=len(rows), desc=f"Comparing {split} images", unit="image") as bar:
+            for batch in files.iter(batch_size=100):
+                for file, name in zip(batch[image_column], names, strict=False):
+                    bar.update()
+                    data_of_file = file_bytes(file, f"{split} image {name}")
+                    digest = hashlib.blake2b(data_of_file, digest_size=16).digest()
+                    other, other_name = first.setdefault(digest, (split, name))
+                    if other != split and not is_of_one_colour(data_of_file):
+                        return f"{split} image {name} is the same file as {other} image {other_name}."
+    return None
+
+
+def file_bytes(file: dict[str, Any] | None, name: str) -> bytes:
+    """Return the bytes of an image as `datasets` holds it."""
+    try:
+        if file is not None and (file["bytes"] is not None or file["path"] is not None):
+            return file["bytes"] if file["bytes"] is not None else Path(file["path"]).read_bytes()
+    except OSError as err:
+        raise SystemExit(f"{name}: it cannot be read ({err}). Check its path and permissions.") from err
+    raise SystemExit(f"{name}: the row holds no image. Fill it, or remove the row.")
+
+
+def is_of_one_colour(data: bytes) -> bool:
+    """Whether there is nothing in an image, as in the first slices of a scan, or nothing to be read."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            extrema = image.getextrema()
+    except Exception:  # Pillow raises nearly anything for broken files, which are named where they are checked
+        return True
+    return all(low == high for low, high in (extrema if isinstance(extrema[0], tuple) else [extrema]))
 
 
 def phantom_dir() -> Path:
@@ -108,6 +183,8 @@ def image_mask_folders(folder: Path) -> dict[str, tuple[Path, Path]]:
         for name in names:
             for images in (folder / name / "images", folder / "images" / name):
                 if images.is_dir():
+                    if split in found:
+                        raise SystemExit(f"{found[split][0]} and {images} are both of the split {split}. Remove one.")
                     masks = folder / name / "masks" if images.name == "images" else folder / "masks" / name
                     found[split] = (images, masks)
     if not found and (folder / "images").is_dir():
@@ -122,13 +199,19 @@ def pair_images_and_masks(image_dir: Path, mask_dir: Path) -> datasets.Dataset:
     files: list[dict[str, Path]] = []
     for folder in (image_dir, mask_dir):
         by_stem: dict[str, Path] = {}
+        others = []
         for path in sorted(folder.rglob("*")):
             if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+                others += [path] if path.is_file() and not path.name.startswith(".") else []
                 continue
+            if not path.is_file():  # a pipe would be waited for without end
+                raise SystemExit(f"{path} is not a file, or a link to none. Remove it.")
             stem = str(path.relative_to(folder).with_suffix(""))
             if stem in by_stem:
                 raise SystemExit(f"{by_stem[stem]} and {path} have the same name. Remove one.")
             by_stem[stem] = path
+        if others:
+            logger.warning("%d files in %s are no images, such as %s: not read.", len(others), folder, others[0])
         files.append(by_stem)
     images, masks = files
     if not images:
@@ -154,12 +237,20 @@ def with_all_splits(data: datasets.DatasetDict, seed: int) -> datasets.DatasetDi
     """Name the splits as we do; cut off validation, and test if nothing else is there, by patient where known."""
     if not isinstance(data, datasets.DatasetDict):
         raise SystemExit(f"Expected a data set with splits, got {type(data).__name__}.")
-    named = {split: data[name] for split, names in SPLITS.items() for name in names if name in data}
+    named = {}
+    for split, names in SPLITS.items():
+        there = [name for name in names if name in data]
+        if len(there) > 1:
+            raise SystemExit(f"The splits {' and '.join(there)} of the data set are both {split}. Remove one.")
+        if there:
+            named[split] = data[there[0]]
+    if unused := sorted(set(data) - {name for names in SPLITS.values() for name in names}):
+        logger.warning("Not used, for their names say neither train, validation nor test: %s.", ", ".join(unused))
     if "train" not in named:
         raise SystemExit(f"The data set has no split named train, only {', '.join(data)}.")
     if "validation" not in named:
         train = named["train"]
-        groups = train["case_id"] if "case_id" in train.column_names else list(map(str, range(len(train))))
+        groups = [patient_of(case) for case in case_ids("train", train)] or list(map(str, range(len(train))))
         split_of = {group: split for split, names in split_patients(groups, seed).items() for group in names}
         if "test" in named:  # the data has its own: what would be test is for training
             split_of = {group: "train" if split == "test" else split for group, split in split_of.items()}
@@ -192,14 +283,28 @@ def find_columns(data: datasets.DatasetDict, args: DataArguments) -> tuple[str, 
     return image_column, mask_column
 
 
+def case_ids(split: str, rows: datasets.Dataset) -> list[str]:
+    """Return the case of each row, or nothing if the data set does not tell."""
+    cases = list(rows["case_id"]) if "case_id" in rows.column_names else []
+    if None in cases:
+        raise SystemExit(
+            f"Row {cases.index(None)} of the split {split} has no `case_id`, so its patient could be in another split "
+            "too. Fill in the column, or remove it."
+        )
+    return list(map(str, cases))
+
+
 def case_names(rows: datasets.Dataset) -> list[str]:
     """Name each row after its case and slice, or its number, such that the name can be that of a file."""
     cases = rows["case_id"] if "case_id" in rows.column_names else [f"{index:05d}" for index in range(len(rows))]
     if "slice_index" in rows.column_names:
-        cases = [f"{case}_{index:03d}" for case, index in zip(cases, rows["slice_index"], strict=True)]
-    names = [re.sub(r"[^\w.-]+", "_", case).lstrip(".") for case in cases]
+        cases = [f"{case}_{index or 0:03d}" for case, index in zip(cases, rows["slice_index"], strict=True)]
+    names = [re.sub(r"[^\w.-]+", "_", str(case)).lstrip(".")[:100] for case in cases]
     counts = Counter(names)
-    return [name if counts[name] == 1 else f"{name}_row{index:05d}" for index, name in enumerate(names)]
+    unique = [name if counts[name] == 1 and name else f"{name}_row{i:05d}" for i, name in enumerate(names)]
+    if len(set(unique)) < len(unique):  # one of them had such a name to begin with
+        unique = [f"{name}_row{i:05d}" for i, name in enumerate(names)]
+    return unique
 
 
 def find_regions(
@@ -235,28 +340,80 @@ def find_regions(
     return regions, mapping
 
 
+class Picture(NamedTuple):
+    """An image as `datasets` decodes it, upright, and what the file said of it."""
+
+    image: Image.Image
+    format: str | None
+    orientation: int
+
+
+def read_picture(file: dict[str, Any] | None, name: str, what: str) -> Picture:
+    """Decode an image, and refuse what would be read in part or fill the memory."""
+    data = file_bytes(file, name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as opened:
+                pages = getattr(opened, "n_frames", 1) if opened.format != "MPO" else 1  # whose others are previews
+                form, orientation = opened.format, opened.getexif().get(ExifTags.Base.Orientation, 1)
+            picture = Picture(datasets.Image().decode_example(file), form, orientation)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
+        raise SystemExit(
+            f"{name}: {what} has more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit. Cut image and mask into "
+            "tiles, or make them smaller."
+        ) from err
+    except Exception as err:  # Pillow raises nearly anything for broken files
+        where = f"; {file['path']}" if file is not None and file["path"] else ""
+        reason = f"{str(err) or type(err).__name__}{where}"
+        raise SystemExit(f"{name}: {what} cannot be read ({reason}). Save it anew, or remove the pair.") from err
+    if form == "TIFF" and orientation in (5, 6, 7, 8):  # Pillow 12 reads rows of the wrong length, if from a path
+        raise SystemExit(f"{name}: {what} is a TIFF with the EXIF orientation {orientation}. Save it upright, as PNG.")
+    if pages > 1:
+        raise SystemExit(f"{name}: {what} has {pages} pages, of which one would be read. Save them as files.")
+    return picture
+
+
 def check_images_and_masks(split: str, rows: datasets.Dataset, image_column: str, mask_column: str) -> set[int]:
     """Read every image and mask once, before hours of training, and return the ids in the masks."""
-    read_mask = SegmentationTransform(Sam2UNetImageProcessor()).read_mask
+    processor = Sam2UNetImageProcessor()
+    read_mask = SegmentationTransform(processor).read_mask
+    files = rows.select_columns(list({image_column: None, mask_column: None}))
+    for column in files.column_names:
+        files = files.cast_column(column, datasets.Image(decode=False))
     found: set[int] = set()
-    for index, name in enumerate(tqdm(case_names(rows), desc=f"Checking {split} images and masks", unit="image")):
+    for index, case in enumerate(tqdm(case_names(rows), desc=f"Checking {split} images and masks", unit="image")):
+        row, name = files[index], f"{split} image {case}"
+        image = read_picture(row[image_column], name, "it")
+        mask = read_picture(row[mask_column], name, "its mask")
+        if mask.format in ("JPEG", "MPO"):
+            raise SystemExit(f"{name}: its mask is a JPEG, which blurs label ids. Save masks as PNG.")
         try:
-            row = rows[index]
-            label_map = read_mask(row[mask_column])
-        except (OSError, SyntaxError, ValueError) as err:  # what Pillow and we raise for broken files
-            raise SystemExit(f"{split} image {name}: {err}") from err
-        if row[mask_column].format == "JPEG":
-            raise SystemExit(f"{split} image {name}: its mask is a JPEG, which blurs label ids. Save masks as PNG.")
+            processor.process_image(image.image, do_convert_rgb=True, do_rescale=True)
+            label_map = read_mask(mask.image)
+        except ValueError as err:
+            raise SystemExit(f"{name}: {err}") from err
+        turned = image.orientation != mask.orientation
         height, width = label_map.shape
-        if row[image_column].size != (width, height):
+        if image.image.size != (width, height):
+            hint = " One of them is turned by its EXIF orientation, the other is not." if turned else ""
             raise SystemExit(
-                f"{split} image {name} is {row[image_column].height}x{row[image_column].width} pixels, its mask "
-                f"{height}x{width}. Resize one to the other, masks by nearest neighbour."
+                f"{name} is {image.image.height}x{image.image.width} pixels, its mask {height}x{width}.{hint} Resize "
+                "one to the other, masks by nearest neighbour."
             )
-        found.update(label_map.unique().tolist())
+        # A quarter turn shows in the size, and the mask is upright as the image is.
+        if turned and (height == width or not {image.orientation, mask.orientation} & {5, 6, 7, 8}):
+            raise SystemExit(
+                f"{name} has the EXIF orientation {image.orientation}, its mask {mask.orientation}: whether they lie "
+                "on each other cannot be told. Save both upright (`PIL.ImageOps.exif_transpose`)."
+            )
+        for part in label_map.split(1024):  # a sorted copy of the whole would take as much memory again
+            found.update(part.unique().tolist())
+        if beyond := sorted(label_id for label_id in found if not 0 <= label_id < 2**16):
+            raise SystemExit(f"{name}: its mask holds the label {beyond[0]}. Label ids are 0 (background) to 65535.")
         if len(found) > 64:
             raise SystemExit(
-                f"The masks up to {split} image {name} hold more than 64 different values, such as "
-                f"{sorted(found)[:8]}. Are they photographs, or saved as JPEG, which blurs ids? Save label ids as PNG."
+                f"The masks up to {name} hold more than 64 different values, such as {sorted(found)[:8]}. Are they "
+                "photographs, or saved as JPEG, which blurs ids? Save label ids as PNG."
             )
     return found

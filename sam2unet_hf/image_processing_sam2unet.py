@@ -113,7 +113,8 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
                 fourth channel, alpha, is dropped); a 4-D array is a list of images. 8-bit images are taken as
                 0..255, unsigned 16-bit ones as 0..65535, other integers as 0..255 if no value is larger, else as
                 0..65535; floats as 0..1 if no value is larger, else as 0..255. With `do_rescale=False` values are
-                taken as they are.
+                taken as they are. An EXIF orientation is not heeded, as it is by `datasets` and by pipelines:
+                turn photographs upright first (`PIL.ImageOps.exif_transpose`).
             segmentation_maps: One map of label ids per image, of the image's size: `(height, width)`, or with a
                 single channel, or with three equal ones. For several images also one array `(batch_size, height,
                 width)`. Palette images give their indices, booleans 0 and 1.
@@ -143,7 +144,10 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
         if isinstance(image, Image.Image):
             # 16-bit and float images lose their range in `convert("RGB")`.
             if do_convert_rgb and image.mode not in ("L", "RGB") and not image.mode.startswith(("I", "F")):
-                image = image.convert("RGB")
+                try:
+                    image = image.convert("RGB")
+                except ValueError as err:
+                    raise ValueError(f"`images` of mode {image.mode} have no RGB values. Save them as RGB.") from err
             image, input_data_format = np.array(image), ChannelDimension.LAST
         image = to_channels_first(image, input_data_format)
         if do_rescale:
@@ -345,17 +349,26 @@ def to_label_map(segmentation_map: Any) -> torch.Tensor:
     """Turn a mask of any kind into an int64 tensor of shape `(height, width)`."""
     layout = None
     if isinstance(segmentation_map, Image.Image):
+        mode = segmentation_map.mode
+        if mode in ("CMYK", "HSV", "LAB", "YCbCr"):
+            raise ValueError(
+                f"A segmentation map must have one channel of label ids, got a picture of mode {mode}. Save it as L."
+            )
         segmentation_map, layout = np.array(segmentation_map), ChannelDimension.LAST
+        if mode in ("LA", "La", "PA"):
+            segmentation_map = segmentation_map[..., 0]
     label_map = to_channels_first(segmentation_map, layout)
     # Colours, whatever the alpha.
     if not bool((label_map[1:3] == label_map[:1]).all()):
         raise ValueError(
             "A segmentation map must have one channel of label ids, got colours. Map colours to ids first."
         )
-    if label_map.is_floating_point() and not bool((label_map.isfinite() & (label_map == label_map.round())).all()):
+    # A comparison with NaN is false.
+    whole = (label_map == label_map.round()) & (label_map.abs() < 2**31) if label_map.is_floating_point() else None
+    if whole is not None and not bool(whole.all()):
         raise ValueError(
-            "A segmentation map must hold whole label ids, got fractions or non-finite values. Was it resized or "
-            "normalised?"
+            "A segmentation map must hold whole label ids, got fractions, values beyond 2**31 or non-finite ones. Was "
+            "it resized or normalised?"
         )
     return label_map[0].long()
 

@@ -4,19 +4,22 @@ Everything here works on arrays with the axes (left, posterior, superior): indic
 back and head. That is how BraTS itself stores its scans, so its files are read without a copy.
 """
 
+import contextlib
 import csv
-import io
 import logging
+import math
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import nibabel as nib
 import numpy as np
-from isal import igzip, igzip_lib
+from isal import igzip, igzip_lib, isal_zlib
 from nibabel import orientations
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
@@ -27,9 +30,13 @@ logger = logging.getLogger(__name__)
 MODALITIES = ("t1", "t1ce", "t2", "flair")
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the axis that a slice index counts along
 GRID_TOLERANCE_MM = 0.1
+# The largest file that is read, its voxels counted with at least 4 bytes each: 512 x 512 x 512 of them, or four
+# volumes of 256 x 256 x 256 in double precision. Reading, scaling and windowing one takes less than 2 GB.
+MAX_VOLUME_BYTES = 2**29
+MAX_TRAILING_BYTES = 4096  # behind the voxels, where some writers pad; more means that the header lies
 
 _FILE_NAME = re.compile(
-    r"(?P<prefix>[^.].*)(?P<ending>_(?:t1|t1ce|t2|flair|seg)|-(?:t1n|t1c|t2w|t2f|seg))\.nii(?:\.gz)?"
+    r"(?P<prefix>[^.].*)(?P<ending>_(?:t1|t1ce|t2|flair|seg)|-(?:t1n|t1c|t2w|t2f|seg))\.nii(?:\.gz)?", re.DOTALL
 )
 _ENDINGS = {
     "_t1": "t1", "_t1ce": "t1ce", "_t2": "t2", "_flair": "flair", "_seg": "seg",  # 2017-2021
@@ -37,6 +44,7 @@ _ENDINGS = {
 }  # fmt: skip
 _MISNAMED_MASK = re.compile(r"W39_1998\.09\.19_Segm\.nii(?:\.gz)?")  # case 355 of BraTS 2020, as released
 _TIMEPOINT = re.compile(r"(BraTS-.+-\d+)-\d{3}")
+_VOXEL_SIZES_MM = (1e-6, 1e6)  # beyond them an affine is damaged
 _DECATHLON_NAME = re.compile(r"(BRATS_\d+)\.nii(?:\.gz)?")
 _DECATHLON_ORDER = ("flair", "t1", "t1ce", "t2")  # along the fourth axis of its files
 _TO_LPS = orientations.axcodes2ornt("LPS")
@@ -63,7 +71,7 @@ class Volume:
         voxels: Array of shape `(left, posterior, superior)`, usually a read-only view of the bytes of the file.
         affine: The file's own affine, from its voxel indices to RAS+ world coordinates in mm.
         lps_affine: The affine that belongs to `voxels`, to RAS+ world coordinates in mm.
-        header: The header of the file.
+        header: The header of the file, without its extensions.
     """
 
     name: str
@@ -112,8 +120,7 @@ class BratsCase:
     @property
     def patient_id(self) -> str:
         """The case id less the timepoint that names have from 2023 on."""
-        match = _TIMEPOINT.fullmatch(self.case_id)
-        return match[1] if match else self.case_id
+        return patient_of(self.case_id)
 
     def path(self, name: str) -> Path:
         """Return the file of a modality, or of the mask (`"seg"`).
@@ -202,14 +209,28 @@ class IntensityWindow:
     def apply(self, voxels: np.ndarray) -> np.ndarray:
         """Return `voxels`, of any shape, as `uint8`. A scan of one foreground value becomes 255 there."""
         if self.high > self.low:
-            grey = voxels.astype(np.result_type(voxels, np.float32))
-            grey -= self.low
-            grey *= 255 / (self.high - self.low)
-            grey = np.rint(np.clip(grey, 0, 255)).astype(np.uint8)
+            low, high = self.low, self.high
+            exponent = math.frexp(max(abs(low), abs(high)))[1]
+            with np.errstate(over="ignore"):  # far above or below the window, where it is cut
+                if abs(exponent) < 60:
+                    grey = voxels.astype(np.result_type(voxels, np.float32))
+                else:  # the differences or their inverse could be beyond the type
+                    grey = np.ldexp(voxels.astype(np.float64), -exponent)
+                    low, high = math.ldexp(low, -exponent), math.ldexp(high, -exponent)
+                grey -= low
+                grey *= 255 / (high - low)
+            np.clip(grey, 0, 255, out=grey)
+            grey = np.rint(grey, out=grey).astype(np.uint8)
         else:
             grey = np.full(voxels.shape, 255, np.uint8)
         grey[voxels == self.background] = 0
         return grey
+
+
+def patient_of(case_id: str) -> str:
+    """Return the case id less the timepoint that names have from 2023 on: `"BraTS-GLI-00001-001"` is a second scan."""
+    match = _TIMEPOINT.fullmatch(case_id)
+    return match[1] if match else case_id
 
 
 def find_cases(root: str | os.PathLike) -> list[BratsCase]:
@@ -273,7 +294,8 @@ def read_volume(path: str | os.PathLike, case_id: str | None = None) -> Volume:
         The volume, in the type of the file; in floating point if the file scales its values.
 
     Raises:
-        BratsCaseError: If the file cannot be read, is damaged or cut off, or holds something else.
+        BratsCaseError: If the file cannot be read, is damaged or cut off, is larger than `MAX_VOLUME_BYTES` or than
+            its header says, or holds something else.
     """
     return _read_volumes(path, case_id)[0]
 
@@ -412,11 +434,28 @@ def _grades_from_tables(folders: set[Path]) -> dict[str, str]:
     for folder in sorted(folders):
         path = folder / "name_mapping.csv"
         if path.is_file():
-            with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-                for row in csv.DictReader(file):
-                    if row.get("Grade") in ("HGG", "LGG"):
-                        grades.update({row[column]: row["Grade"] for column in row if str(column).startswith("BraTS")})
+            try:
+                with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+                    rows = list(csv.DictReader(file))
+            except (OSError, csv.Error) as err:
+                logger.warning("Cannot read grades from `%s` (%s).", path, err)
+                continue
+            for row in rows:
+                if row.get("Grade") in ("HGG", "LGG"):
+                    grades.update({row[column]: row["Grade"] for column in row if str(column).startswith("BraTS")})
     return grades
+
+
+class _Header(NamedTuple):
+    """What a NIfTI header says of the voxels."""
+
+    header: nib.Nifti1Header
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int
+    slope: float
+    intercept: float
+    affine: np.ndarray
 
 
 def _read_volumes(
@@ -424,85 +463,146 @@ def _read_volumes(
 ) -> list[Volume]:
     """Read a file of one volume, or these modalities of a file of the Decathlon."""
     name = f"case {case_id}: `{path}`" if case_id else f"`{path}`"
-    data = _read_bytes(path, name)
-    header, offset, (slope, intercept), affine = _read_header(data, name)
-    shape, dtype = header.get_data_shape(), header.get_data_dtype()
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if modalities is None and (len(shape) != 3 or min(shape) < 1):
-        raise BratsCaseError(
-            f"{name} has the shape {shape}, expected one 3-D volume. Split it into one file each. One of the Medical "
-            "Segmentation Decathlon is read as it is by way of `find_cases`."
-        )
-    if modalities is not None and (len(shape) != 4 or shape[3] != len(_DECATHLON_ORDER) or min(shape) < 1):
-        raise BratsCaseError(
-            f"{name} has the shape {shape}, expected four 3-D volumes, {', '.join(_DECATHLON_ORDER)}. "
-            "Download it again, or cut it down to these."
-        )
-    if dtype.kind not in "iuf":
-        raise BratsCaseError(f"{name} holds voxels of type {dtype}, expected integers or floats.")
-    n_bytes = int(np.prod(shape, dtype=object)) * dtype.itemsize  # Python's integers do not overflow
-    if offset < 0 or offset + n_bytes > len(data):
-        raise BratsCaseError(
-            f"{name} is cut off: its header promises {n_bytes} bytes of voxels from byte {offset} "
-            f"on, the file has {len(data)} bytes in all. Copy or download it again."
-        )
-    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
-        raise BratsCaseError(f"{name} has no usable affine: {affine.tolist()}. Repair its header.")
-
-    transform = orientations.ornt_transform(orientations.io_orientation(affine), _TO_LPS)
+    with _open(path, name) as file:
+        header, shape, dtype, offset, slope, intercept, affine = _read_header(file, name)
+        if modalities is None and (len(shape) != 3 or min(shape) < 1):
+            raise BratsCaseError(
+                f"{name} has the shape {shape}, expected one 3-D volume. Split it into one file each. One of the "
+                "Medical Segmentation Decathlon is read as it is by way of `find_cases`."
+            )
+        if modalities is not None and (len(shape) != 4 or shape[3] != len(_DECATHLON_ORDER) or min(shape) < 1):
+            raise BratsCaseError(
+                f"{name} has the shape {shape}, expected four 3-D volumes, {', '.join(_DECATHLON_ORDER)}. "
+                "Download it again, or cut it down to these."
+            )
+        if dtype.kind not in "iuf":
+            raise BratsCaseError(f"{name} holds voxels of type {dtype}, expected integers or floats.")
+        scaled = _scaled_type(dtype, slope, intercept)
+        n_voxels = math.prod(shape)
+        if offset + n_voxels * max(scaled.itemsize, dtype.itemsize, 4) > MAX_VOLUME_BYTES:
+            raise BratsCaseError(
+                f"{name} is too large: its header promises {n_voxels * dtype.itemsize} bytes of voxels of the shape "
+                f"{shape} from byte {offset} on, and {MAX_VOLUME_BYTES} are allowed, at 4 or more per voxel. Download "
+                "it again if that is not its size, else resample it."
+            )
+        data = _read_voxels(file, n_voxels * dtype.itemsize, offset, name)
+    transform = _orientation(affine, name)
     lps_affine = affine @ orientations.inv_ornt_aff(transform, shape[:3])
-    n_voxels = int(np.prod(shape[:3], dtype=object))
+    n_voxels = math.prod(shape[:3])
     parts = {name: 0}
     if modalities is not None:
         parts = {f"{name} ({modality})": _DECATHLON_ORDER.index(modality) for modality in modalities}
     volumes = []
     for part, index in parts.items():
-        voxels = np.frombuffer(data, dtype, n_voxels, offset + index * n_voxels * dtype.itemsize)
+        voxels = np.frombuffer(data, dtype, n_voxels, index * n_voxels * dtype.itemsize)
         # Of several volumes a copy, so that those nobody asked for do not stay in memory.
         voxels = voxels.astype(dtype.newbyteorder("="), copy=modalities is not None)
-        if slope is not None and (slope, intercept) != (1, 0):
-            voxels = voxels.astype(np.result_type(voxels, np.float32))
-            voxels *= slope
-            voxels += intercept
+        if (slope, intercept) != (1, 0):
+            voxels = voxels.astype(scaled)
+            with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is refused below
+                voxels *= slope
+                voxels += intercept
         if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
             raise BratsCaseError(
                 f"{part} holds {np.count_nonzero(~np.isfinite(voxels))} voxels that are NaN or infinite. "
                 "Repair it or download it again."
             )
+        if voxels.dtype.itemsize == 8 and voxels.dtype.kind in "iu" and _exceeds(voxels, 2**53):
+            raise BratsCaseError(f"{part} holds integers beyond 2**53, which no scan does. Download it again.")
         voxels = orientations.apply_orientation(voxels.reshape(shape[:3], order="F"), transform)  # a view
         volumes.append(Volume(part, voxels, affine, lps_affine, header))
     return volumes
 
 
-def _read_bytes(path: str | os.PathLike, name: str) -> bytes:
-    """Read a file and gunzip it if its first bytes say so, whatever its name says."""
+@contextlib.contextmanager
+def _open(path: str | os.PathLike, name: str) -> Iterator[BinaryIO]:
+    """Open a file, gunzipped if its first bytes say so, whatever its name says; name it in the errors of reading."""
     try:
-        data = Path(path).read_bytes()
-    except OSError as err:
-        raise BratsCaseError(f"{name} cannot be read ({err.strerror}). Check the path and its permissions.") from err
-    if not data.startswith(b"\x1f\x8b"):
-        return data
-    try:
-        return igzip.decompress(data)
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe would be waited for without end
+            raise BratsCaseError(f"{name} cannot be read (it is no regular file). Check the path.")
+        with open(path, "rb") as file:
+            if file.peek(2)[:2] != b"\x1f\x8b":
+                yield file
+            else:
+                with igzip.open(file) as stream:
+                    yield stream
     except EOFError as err:
         raise BratsCaseError(f"{name} is cut off: its gzip stream ends early. Copy or download it again.") from err
-    except (OSError, igzip_lib.IsalError) as err:  # type: ignore[misc]  # isal declares a class as an instance
+    except (igzip.BadGzipFile, igzip_lib.IsalError, isal_zlib.IsalError) as err:  # type: ignore[misc]
         raise BratsCaseError(f"{name} is damaged ({err}). Copy or download it again.") from err
+    except OSError as err:
+        raise BratsCaseError(f"{name} cannot be read ({err.strerror}). Check the path and its permissions.") from err
 
 
-def _read_header(
-    data: bytes, name: str
-) -> tuple[nib.Nifti1Header, int, tuple[float | None, float | None], np.ndarray]:
-    """Return the header, the position of the first voxel, slope and intercept of the values, and the affine."""
-    for header_class in (nib.Nifti1Header, nib.Nifti2Header):
-        if header_class.may_contain_header(data[: header_class.sizeof_hdr]):
-            try:
-                header = header_class.from_fileobj(io.BytesIO(data))
-                return header, int(header.get_data_offset()), header.get_slope_inter(), header.get_best_affine()
-            except (HeaderDataError, WrapStructError, ValueError, OverflowError) as err:
-                raise BratsCaseError(f"{name} has a broken NIfTI header ({err}). Download it again.") from err
-    raise BratsCaseError(f"{name} is not a NIfTI file. Download it again, or convert it.")
+def _read_header(file: BinaryIO, name: str) -> _Header:
+    """Read and check the header."""
+    data = file.read(nib.Nifti1Header.sizeof_hdr)
+    header_class = nib.Nifti1Header
+    if not header_class.may_contain_header(data):
+        header_class = nib.Nifti2Header
+        data += file.read(header_class.sizeof_hdr - len(data))
+        if not header_class.may_contain_header(data):
+            raise BratsCaseError(f"{name} is not a NIfTI file. Download it again, or convert it.")
+    try:
+        header = header_class(data)
+        if header["magic"].item() != header.single_magic:
+            raise HeaderDataError("it is that of a pair of files, .hdr and .img")
+        shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
+        slope, intercept = header.get_slope_inter()
+        affine = header.get_best_affine()
+        sizes_mm = header_class(data, check=False)["pixdim"][1:4]  # as they are, where nibabel puts 1 for 0
+        if header["sform_code"] == 0 and not (sizes_mm > 0).all():
+            raise HeaderDataError(f"voxels of {' x '.join(map(str, sizes_mm))} mm")
+        if offset < len(data):
+            raise HeaderDataError(f"its voxels would begin at byte {offset}, within it")
+    except (HeaderDataError, WrapStructError, ValueError, OverflowError) as err:
+        raise BratsCaseError(f"{name} has a broken NIfTI header ({err}). Download it again.") from err
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    return _Header(header, shape, dtype, offset, 1.0 if slope is None else slope, intercept or 0.0, affine)
+
+
+def _read_voxels(file: BinaryIO, n_bytes: int, offset: int, name: str) -> bytes:
+    """Read this many bytes from an offset on, and to the end, where the checksum of a gzipped file is."""
+    for begin in range(file.tell(), offset, 2**20):
+        file.read(min(2**20, offset - begin))
+    data = file.read(n_bytes)
+    if len(data) < n_bytes:
+        raise BratsCaseError(
+            f"{name} is cut off: its header promises {n_bytes} bytes of voxels from byte {offset} on, the file has "
+            f"{file.tell()} bytes in all. Copy or download it again."
+        )
+    if len(file.read(MAX_TRAILING_BYTES + 1)) > MAX_TRAILING_BYTES:
+        raise BratsCaseError(
+            f"{name} goes on for more than {MAX_TRAILING_BYTES} bytes behind the {n_bytes} bytes of voxels that its "
+            "header promises. Download it again, or repair its header."
+        )
+    return data
+
+
+def _scaled_type(dtype: np.dtype, slope: float, intercept: float) -> np.dtype:
+    """Choose the type of scaled voxels: single precision where it tells small integers apart, as 1/128 of a step."""
+    if (slope, intercept) == (1, 0):
+        return dtype
+    single = dtype.kind in "iu" and dtype.itemsize <= 2 and 1e-30 < abs(slope) < 1e30
+    return np.dtype(np.float32 if single and abs(intercept) <= 2**16 * abs(slope) else np.float64)
+
+
+def _exceeds(integers: np.ndarray, limit: int) -> bool:
+    return int(integers.max()) > limit or int(integers.min()) < -limit
+
+
+def _orientation(affine: np.ndarray, name: str) -> np.ndarray:
+    """Return how to turn the axes of a file to (left, posterior, superior)."""
+    smallest, largest = _VOXEL_SIZES_MM
+    with np.errstate(over="ignore", invalid="ignore"):
+        sizes = nib.affines.voxel_sizes(affine)
+        usable = np.isfinite(affine).all() and ((smallest < sizes) & (sizes < largest)).all()
+        orientation = orientations.io_orientation(affine) if usable else np.full((3, 2), np.nan)
+    if np.isnan(orientation).any():
+        raise BratsCaseError(f"{name} has no usable affine: {affine.tolist()}. Repair its header.")
+    return orientations.ornt_transform(orientation, _TO_LPS)
 
 
 def _label_ids(volume: Volume, since_2023: bool, decathlon: bool) -> np.ndarray:
@@ -554,15 +654,25 @@ def _in_memory_order(voxels: np.ndarray) -> np.ndarray:
 
 
 def _percentiles(values: np.ndarray, percents: tuple[float, ...]) -> list[float]:
-    """`np.percentile` on a 1-D array, from a histogram where that is faster: 16-bit integers, as BraTS has them."""
-    if values.dtype.kind == "f" or values.dtype.itemsize > 2:
-        return [float(value) for value in np.percentile(values, percents)]
-    lowest = int(values.min())
-    cumulative = np.cumsum(np.bincount(np.subtract(values, lowest, dtype=np.intp)))
-    result = []
-    for percent in percents:
-        position = percent / 100 * (values.size - 1)
-        # The sorted values on either side of the position, then linear interpolation between them.
-        below, above = np.searchsorted(cumulative, [np.floor(position), np.ceil(position)], side="right") + lowest
-        result.append(float(below + (above - below) * (position % 1)))
-    return result
+    """`np.percentile` on a 1-D array, which is reordered, without its overflows.
+
+    Of 16-bit integers, as BraTS has them, from a histogram, which is faster.
+    """
+    if values.dtype.kind == "f":
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = np.percentile(values, percents, overwrite_input=True)
+            if not np.isfinite(found).all():  # neighbours lie further apart than the type reaches
+                found = 4 * np.percentile(values / 4, percents)
+        return [float(value) for value in found]
+    positions = [percent / 100 * (values.size - 1) for percent in percents]
+    # The sorted values on either side of each position, then linear interpolation between them.
+    ranks = [rank for position in positions for rank in (math.floor(position), math.ceil(position))]
+    if values.dtype.itemsize > 2:
+        values.partition(sorted(set(ranks)))
+        neighbours = values[ranks].tolist()
+    else:
+        lowest = int(values.min())
+        cumulative = np.cumsum(np.bincount(np.subtract(values, lowest, dtype=np.intp)))
+        neighbours = (np.searchsorted(cumulative, ranks, side="right") + lowest).tolist()
+    pairs = zip(neighbours[::2], neighbours[1::2], positions, strict=True)
+    return [float(below + (above - below) * (position % 1)) for below, above, position in pairs]

@@ -8,6 +8,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -318,10 +319,12 @@ def main(argv: list[str] | None = None) -> None:
     cases: dict[str, str | BratsCase] = {}
     try:
         for path in args.case:
+            named: dict[str, str | BratsCase] = {Path(path).name.removesuffix(".gz").removesuffix(".nii"): path}
             if Path(path).is_dir():
-                cases.update({case.case_id: case for case in find_cases(path)})
-            else:
-                cases[Path(path).name.removesuffix(".gz").removesuffix(".nii")] = path
+                named = {case.case_id: case for case in find_cases(path)}
+            if twice := sorted(named.keys() & cases.keys()):
+                raise SystemExit(f"{path}: {twice[0]} was named before, and would be written to the same file.")
+            cases |= named
     except OSError as err:
         raise SystemExit(str(err)) from err
     try:
@@ -345,7 +348,8 @@ def main(argv: list[str] | None = None) -> None:
         found.save(path, args.et_label)
         if args.probabilities:
             for region in found.regions:
-                found.save_probabilities(args.output_dir / f"{name}_{region}_probability.nii.gz", region)
+                region_name = re.sub(r"[^\w.-]+", "_", region)  # a checkpoint may name it as it likes
+                found.save_probabilities(args.output_dir / f"{name}_{region_name}_probability.nii.gz", region)
         volumes = {region: round(value, 3) for region, value in found.volumes_ml.items()}
         line = {"case": name, "segmentation": str(path), "volumes_ml": volumes, "largest_slice": found.largest_slice}
         sys.stdout.write(json.dumps(line) + "\n")

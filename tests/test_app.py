@@ -51,6 +51,15 @@ def view(cohort, segment):
     return app.look_at(find_cases(cohort)[0], segment)
 
 
+def test_uploads_are_linked_by_their_last_name_alone(tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "x.nii").write_bytes(b"")
+    case = app.gather_case([f"{tmp_path}/links/../x.nii"], ["flair"], tmp_path / "links")
+    assert case.files["flair"] == tmp_path / "links" / "x.nii"
+    with pytest.raises(BratsCaseError, match=r"x.nii` is not a NIfTI file"):
+        case.read_image("flair")
+
+
 def test_a_picture_shows_the_scan_its_regions_and_its_sides(view, monkeypatch):
     monkeypatch.setattr(app, "write_edges", lambda picture, letters: None)
     index = int((view.label_maps["expert"] == 3).sum(axis=(0, 1)).argmax())

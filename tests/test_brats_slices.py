@@ -1,3 +1,4 @@
+import glob
 import io
 import logging
 import os
@@ -355,6 +356,16 @@ def test_empty_scan_names_case_and_file(brats_dir):
         BratsCaseError, match=r"case Brats18_2_1: `.*Brats18_2_1_flair\.nii\.gz` is empty: all voxels are 0"
     ):
         build(brats_dir)
+
+
+def test_strange_case_names_stay_in_the_cache_and_leave_nothing_out(brats_dir):
+    names = ["...", "a b*[x]#%", "~", "\n", "x" * 230]
+    for name in names:
+        make_case(brats_dir, f"1{name}")
+        next(brats_dir.glob(f"1{glob.escape(name)}/*_seg.nii.gz")).write_bytes(b"no scan")
+    builder = build(brats_dir, skip_bad_cases=True)
+    assert sorted(builder.skipped_cases) == sorted(f"1{name}" for name in names)
+    assert len(rows(builder)) == 5
 
 
 def test_dangling_link_names_the_case(brats_dir):

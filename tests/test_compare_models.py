@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -70,6 +71,16 @@ def test_baseline_gives_one_channel_per_region_at_the_size_of_the_input(system):
         assert logits.shape == (2, 2, 72, 100)
         assert logits.isfinite().all()
     assert output.loss.isfinite()
+
+
+def test_patients_in_two_splits_are_refused_unless_allowed(slices, tmp_path):
+    rows = datasets.load_dataset(slices)["train"]
+    for split in ("train", "validation", "test"):
+        rows.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    with pytest.raises(SystemExit, match=r"Patient Phantom_\d+ is in the splits train .* --allow_leaks"):
+        compare_models.Slices(compare_models.parse_args(arguments(str(tmp_path))))
+    data = compare_models.Slices(compare_models.parse_args(arguments(str(tmp_path), "--allow_leaks")))
+    assert len(data.splits["test"]) == len(rows)
 
 
 @pytest.mark.parametrize("system", list(compare_models.SYSTEMS))

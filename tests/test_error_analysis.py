@@ -330,6 +330,9 @@ def pictures_with_grades(folder, grades, mask_column="mask"):
 def test_grades_millimetres_and_formats_with_text_escaped(checkpoint, tmp_path):
     data = pictures_with_grades(tmp_path / "<data>", ["HGG", "LGG", "HGG", "LGG"])
     arguments = ["--model", str(checkpoint), "--dataset_name", str(data), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=r"Patient <b>a & b</b> is in the splits train .* go on .* --allow_leaks"):
+        error_analysis.main(arguments)
+    arguments.append("--allow_leaks")
     error_analysis.main([*arguments, "--spacing_mm", "2", "0.5", "--format", "pdf", "--max_images", "3"])
     records = read_csv(tmp_path / "out" / "images.csv")
     assert [record["grade"] for record in records[::2]] == ["HGG", "HGG", "LGG"]
@@ -365,7 +368,7 @@ def test_arguments_that_cannot_be(arguments, match, slices, checkpoint, tmp_path
 
 
 def test_data_without_masks_or_with_other_labels_is_named(checkpoint, tmp_path):
-    options = ["--model", str(checkpoint), "--output_dir", str(tmp_path / "out"), "--dataset_name"]
+    options = ["--model", str(checkpoint), "--output_dir", str(tmp_path / "out"), "--allow_leaks", "--dataset_name"]
     data = pictures_with_grades(tmp_path / "unnamed", ["no"] * 3, mask_column="what")
     with pytest.raises(SystemExit, match="--mask_column: no column found. The data set's columns of images are"):
         error_analysis.main([*options, str(data)])
@@ -389,6 +392,25 @@ def test_without_arguments_it_is_the_phantom_of_the_first_run(tmp_path, monkeypa
     assert (data_args.slices, data_args.min_tumor_pixels) == (["tumor"], 20)
     _, data_args = error_analysis.parse_arguments(["--brats_dir", "BraTS2020"])
     assert data_args.slices == ["95"]
+
+
+def test_figures_lie_in_their_folder_whatever_case_and_regions_are_named(tmp_path):
+    shape = (4, 5, 6)
+    ball = np.ones(shape, bool)
+    view = error_analysis.CaseView(
+        name="../../up",
+        grey={"flair": np.arange(120, dtype=np.uint8).reshape(shape)},
+        shown="flair",
+        spacing_mm=(1.0, 1.0, 1.0),
+        truth={"/../WT": ball},
+        prediction={"/../WT": ball},
+        probabilities={"/../WT": ball.astype(np.float32)},
+    )
+    error_analysis.draw_case(view, tmp_path / "a" / "b" / "out", ["svg"])
+    kinds = ("contrasts", "probabilities", "errors_.._WT", "montage_.._WT", "planes_.._WT")
+    names = {path.name for path in (tmp_path / "a" / "b" / "out").iterdir()}
+    assert names == {f".._.._up_{kind.replace('_..', '__..')}.svg" for kind in kinds}
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_figures_of_a_case(cohort, checkpoint, tmp_path):

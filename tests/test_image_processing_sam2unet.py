@@ -330,7 +330,8 @@ COLOURS[3, 4] = 255, 0, 0
 @pytest.mark.parametrize(
     ("maps", "match"),
     [
-        (LABELS / 255, "must hold whole label ids, got fractions or non-finite values. Was it resized"),
+        (LABELS / 255, "must hold whole label ids, got fractions, .* or non-finite ones. Was it resized"),
+        (np.where(LABELS == 1, 1e30, 0), r"must hold whole label ids, got .* values beyond 2\*\*31"),
         (np.where(LABELS == 1, np.nan, 0), "must hold whole label ids"),
         (np.where(LABELS == 1, np.inf, 0), "must hold whole label ids"),
         (COLOURS, "must have one channel of label ids, got colours"),

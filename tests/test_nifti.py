@@ -371,8 +371,8 @@ def test_read_images_equals_reading_one_by_one(request, layout):
 
 def test_read_images_opens_a_decathlon_file_once_and_keeps_what_was_asked_for(decathlon, monkeypatch):
     opened = []
-    read_bytes = nifti._read_bytes
-    monkeypatch.setattr(nifti, "_read_bytes", lambda path, name: opened.append(path) or read_bytes(path, name))
+    open_file = nifti._open
+    monkeypatch.setattr(nifti, "_open", lambda path, name: opened.append(path) or open_file(path, name))
     case = find_cases(decathlon)[0]
     for volume in case.read_images(["t1ce", "t2", "flair"]):
         memory = volume.voxels
@@ -389,6 +389,54 @@ def test_decathlon_big_endian_scaled_volumes_follow_the_header(decathlon):
     image.header.set_slope_inter(0.5, -3)
     nib.save(image, path)
     np.testing.assert_array_equal(find_cases(decathlon)[0].read_image("t1ce").voxels, make_scan(2) * 0.5 - 3)
+
+
+def test_read_volume_checks_the_sum_of_a_gzipped_file(tmp_path):
+    voxels = np.random.default_rng(0).integers(0, 900, (120, 120, 80)).astype(np.int16)
+    data = bytearray(gzip.compress(nib.Nifti1Image(voxels, LPS).to_bytes(), 1))
+    data[-8] ^= 1
+    (tmp_path / "x.nii.gz").write_bytes(data)
+    with pytest.raises(BratsCaseError, match=r"x\.nii\.gz` is damaged \(CRC check failed.*Copy or download it again"):
+        read_volume(tmp_path / "x.nii.gz")
+
+
+def test_read_volume_many_gzip_members_and_padding(tmp_path):
+    data = nib.Nifti1Image(make_scan(), LPS).to_bytes() + bytes(4096)
+    members = b"".join(gzip.compress(data[at : at + 7]) for at in range(0, len(data), 7))
+    (tmp_path / "x.nii.gz").write_bytes(members + gzip.compress(b"") * 1000)
+    np.testing.assert_array_equal(read_volume(tmp_path / "x.nii.gz").voxels, make_scan())
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(1e-3, 1e6), (1e-38, 0), (3e38, 3e37), (1e20, -1e25)])
+def test_read_volume_unusual_scaling_keeps_small_differences(tmp_path, slope, intercept):
+    image = nib.Nifti1Image(make_scan(), LPS)
+    image.header.set_slope_inter(slope, intercept)
+    nib.save(image, tmp_path / "x.nii")
+    volume, expected = read_volume(tmp_path / "x.nii"), nib.load(tmp_path / "x.nii").get_fdata()
+    np.testing.assert_allclose(volume.voxels, expected, rtol=1e-12)
+    assert len(np.unique(intensity_window(volume).apply(volume.voxels))) > 150
+
+
+def test_read_volume_integers_beyond_double_precision_are_an_error(tmp_path):
+    voxels = make_scan().astype(np.int64)
+    voxels[2, 2, 2] = 2**53
+    image = nib.Nifti1Image(voxels, LPS, dtype=np.int64)
+    nib.save(image, tmp_path / "x.nii")
+    assert read_volume(tmp_path / "x.nii").voxels.max() == 2**53
+    voxels[2, 2, 2] = -(2**53) - 1
+    nib.save(nib.Nifti1Image(voxels, LPS, dtype=np.int64), tmp_path / "x.nii")
+    with pytest.raises(BratsCaseError, match=r"x\.nii` holds integers beyond 2\*\*53, which no scan does"):
+        read_volume(tmp_path / "x.nii")
+
+
+def test_read_volume_extensions_are_passed_over(tmp_path):
+    image = nib.Nifti1Image(make_scan(), LPS)
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"patient" * 99))
+    data = bytearray(image.to_bytes())
+    for broken in (bytes(8), b"\xff" * 8):
+        data[352:360] = broken
+        (tmp_path / "x.nii").write_bytes(data)
+        np.testing.assert_array_equal(read_volume(tmp_path / "x.nii").voxels, make_scan())
 
 
 # Labels
@@ -493,7 +541,7 @@ def write_nan(path):
 
 def write_flat_affine(path):
     image = nib.Nifti1Image(make_scan(), LPS)
-    image.header["srow_x"] = 0
+    image.header["srow_x"], image.header["vox_offset"] = 0, 352
     path.write_bytes(image.header.binaryblock + bytes(4) + make_scan().tobytes())
 
 
@@ -512,13 +560,59 @@ def write_impossible_rotation(path):
 
 def write_huge_claim(path):
     header = nib.Nifti1Header()
-    header.set_data_shape((30000, 30000, 30000))
+    header.set_data_shape((32767, 32767, 32767))
+    header["vox_offset"] = 352
     path.write_bytes(header.binaryblock + bytes(100))
+
+
+def header_bytes(**fields):
+    image = nib.Nifti1Image(make_scan(), LPS)
+    for field, value in {"vox_offset": 352, **fields}.items():
+        image.header[field] = value
+    return image.header.binaryblock + bytes(4)
+
+
+def write_header(**fields):
+    return lambda path: path.write_bytes(header_bytes(**fields) + make_scan().tobytes(order="F"))
+
+
+def write_bomb(path):
+    """A sound volume, and behind it 8 GB of zeros in 8 MB."""
+    zeros = gzip.compress(bytes(2**27), 1, mtime=0)
+    path.write_bytes(gzip.compress(nib.Nifti1Image(make_scan(), LPS).to_bytes()) + zeros * 64)
+
+
+def write_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
 
 
 @pytest.mark.parametrize(
     ("write", "message"),
     [
+        (write_bomb, "goes on for more than 4096 bytes behind the 720 bytes of voxels that its header promises. Down"),
+        (write_pipe, r"cannot be read \(it is no regular file\). Check the path"),
+        (lambda path: path.write_bytes(b""), "is not a NIfTI file"),
+        (write_header(vox_offset=8), "has a broken NIfTI header .*offset 8.*Download it again"),
+        (write_header(vox_offset=-352), "has a broken NIfTI header .*Download it again"),
+        (write_header(vox_offset=np.nan), "has a broken NIfTI header .*NaN.*Download it again"),
+        (write_header(vox_offset=1e15), "is too large: .* from byte 999999986991104 on, and 536870912 are allowed"),
+        (write_header(magic=b"ni1"), "has a broken NIfTI header .*a pair of files, .hdr and .img"),
+        (write_header(sizeof_hdr=7, vox_offset=4000), "is cut off: .* from byte 4000 on, the file has 1072 bytes"),
+        (write_header(dim=[3, 8, 0, 5, 1, 1, 1, 1]), r"has the shape \(8, 0, 5\), expected one 3-D volume"),
+        (write_header(dim=[3, 8, -9, 5, 1, 1, 1, 1]), r"has the shape \(8, -9, 5\), expected one 3-D volume"),
+        (
+            write_header(dim=[3, 512, 512, 513, 1, 1, 1, 1]),
+            "is too large: .* 268959744 bytes of voxels .* at 4 or more",
+        ),
+        (write_header(dim=[3, -1, 1, 1, 1, 1, 1, 1]), "has a broken NIfTI header .*-1 in dim.*Download"),
+        (
+            write_header(sform_code=0, pixdim=[1, 0, 2, np.nan, 0, 0, 0, 0]),
+            r"has a broken NIfTI header .voxels of 0\.0 x 2\.0 x nan mm",
+        ),
+        (write_header(srow_x=[np.nan, 0, 0, 0]), "has no usable affine: .*nan.* Repair its header"),
+        (write_header(datatype=32, bitpix=64), "holds voxels of type complex64, expected integers or floats"),
+        (write_header(datatype=1536, bitpix=128), "has a broken NIfTI header .data code 1536|holds voxels of type"),
         (write_truncated_gzip, "is cut off: its gzip stream ends early. Copy or download it again"),
         (write_corrupt_gzip, "is damaged .*Copy or download it again"),
         (
@@ -533,7 +627,11 @@ def write_huge_claim(path):
         (write_flat_affine, "has no usable affine: .*Repair its header"),
         (write_infinite_intercept, "has a broken NIfTI header .*intercept.*Download it again"),
         (write_impossible_rotation, "has a broken NIfTI header .*Download it again"),
-        (write_huge_claim, "is cut off: its header promises 108000000000000 bytes"),
+        (
+            write_huge_claim,
+            r"is too large: its header promises 140724603846652 bytes .* \(32767, 32767, 32767\) from byte 352 on, "
+            "and 536870912 are allowed, at 4 or more per voxel. Download it again if that is not its size, else res",
+        ),
         (lambda path: (path.unlink(), path.mkdir()), r"cannot be read \(Is a directory\). Check the path"),
     ],
 )
@@ -688,6 +786,58 @@ def test_intensity_window_apply_literal_values():
     assert window.apply(values).tolist() == [[0, 0, 0, 51], [128, 255, 255, 0]]
     flat = IntensityWindow(low=7, high=7, background=0)
     assert flat.apply(np.array([0, 7])).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 9, 5), (8, 1, 5), (8, 9, 1)])
+def test_volumes_one_voxel_thick(tmp_path, shape):
+    voxels = np.random.default_rng(0).integers(1, 900, shape).astype(np.int16)
+    volume = read_volume(save(tmp_path / "x.nii.gz", voxels))
+    np.testing.assert_array_equal(volume.voxels, voxels)
+    if shape == (1, 1, 1):
+        with pytest.raises(
+            BratsCaseError, match=r"x\.nii\.gz` is empty: all voxels are \d+, there is nothing to scale"
+        ):
+            intensity_window(volume)
+    else:
+        assert intensity_window(volume).apply(voxels).max() == 255
+
+
+def test_one_foreground_voxel_becomes_255(tmp_path):
+    voxels = np.zeros(SHAPE, np.float32)
+    voxels[3, 3, 3] = 1e-40
+    volume = read_volume(save(tmp_path / "x.nii", voxels))
+    grey = intensity_window(volume).apply(volume.voxels)
+    assert grey[3, 3, 3] == 255
+    assert np.count_nonzero(grey) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"),
+    [
+        (np.float32, -3e38, 3e38),
+        (np.float32, 0, 1e-42),
+        (np.float32, -2e-40, 1e-39),
+        (np.float64, -1.7e308, 1.7e308),
+        (np.float64, 1e-320, 1e-318),
+        (np.int32, -(2**31), 2**31 - 1),
+        (np.int64, -(2**53), 2**53),
+        (np.uint32, 1, 2**32 - 1),
+        (np.uint16, 1, 65535),
+        (np.int16, -32768, 32767),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_extremes_of_every_type_become_the_right_grey(tmp_path, dtype, low, high):
+    voxels = np.zeros((12, 12, 12), dtype)
+    steps = np.linspace(0, 1, 1000, dtype=np.longdouble)
+    voxels[1:-1, 1:-1, 1:-1] = (low * (1 - steps) + high * steps).astype(dtype).reshape(10, 10, 10)
+    nib.save(nib.Nifti1Image(voxels, LPS, dtype=dtype), tmp_path / "x.nii")
+    volume = read_volume(tmp_path / "x.nii")
+    grey = intensity_window(volume).apply(volume.voxels)[1:-1, 1:-1, 1:-1].ravel()
+    values = voxels[1:-1, 1:-1, 1:-1].ravel().astype(np.longdouble)
+    bottom, top = np.percentile(values[values != 0], [0.5, 99.5])
+    expected = np.where(values == 0, 0, np.clip((values - bottom) / (top - bottom) * 255, 0, 255))
+    np.testing.assert_allclose(grey, expected.astype(float), atol=0.501)
 
 
 @pytest.mark.parametrize("value", [0, 5])

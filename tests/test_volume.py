@@ -226,6 +226,21 @@ def test_command_writes_segmentations_and_leaves_out_bad_cases(cohort, segment, 
     assert len(list((tmp_path / "out").iterdir())) == 8
 
 
+def test_command_writes_into_its_folder_whatever_a_checkpoint_names_its_regions(cohort, tmp_path, capsys):
+    regions = {"../../../WT": [1, 2, 3], "/ET": [3]}
+    small_model(regions=regions).save_pretrained(tmp_path / "model")
+    processor = Sam2UNetImageProcessor(regions=regions, size={"height": 64, "width": 64}, modalities=["flair"])
+    processor.save_pretrained(tmp_path / "model")
+    folder = find_cases(cohort)[0].folder
+    out = tmp_path / "a" / "b" / "out"
+    main([str(tmp_path / "model"), str(folder), "-o", str(out), "--probabilities", "--device", "cpu"])
+    endings = ("_.._.._.._WT_probability", "__ET_probability", "_seg")
+    assert {path.name for path in out.iterdir()} == {f"{folder.name}{ending}.nii.gz" for ending in endings}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "model"]
+    with pytest.raises(SystemExit, match=f"{folder.name} was named before, and would be written to the same file"):
+        main([str(tmp_path / "model"), str(folder), str(folder), "-o", str(out)])
+
+
 def test_wrong_use_says_what_to_do(cohort, segment, tmp_path):
     case = find_cases(cohort)[0]
     with pytest.raises(ValueError, match="holds 2 cases"):
