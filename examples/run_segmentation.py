@@ -8,10 +8,10 @@ python examples/run_segmentation.py --dataset_name my_folder --sam2_checkpoint f
 
 import dataclasses
 import functools
-import json
 import logging
 import re
 import shutil
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,14 +27,17 @@ from hp_search import RESULTS, STUDY, search
 from PIL import Image
 from plots import plot_predictions, plot_training_curve
 from processes import from_main_process, is_main_process, one_error, silence
+from provenance import RECORD, changes, describe, read_record, write_json
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from dataset_scripts.brats_slices.brats_slices import CITATION
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
 from sam2unet_hf.augmentation import AUGMENTATIONS, augmentation
+from sam2unet_hf.checkpoints import last_whole_checkpoint
 from sam2unet_hf.configuration_sam2unet import PRESETS, parse_regions
-from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform
+from sam2unet_hf.training import RECIPE, Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform, StopOnSigterm
 
 
 logger = logging.getLogger("run_segmentation")
@@ -50,13 +53,14 @@ PHANTOM_RECIPE = {
     "learning_rate": 5e-4,
     "warmup_steps": 20,
 }
-ARGUMENTS_FILE = "run_arguments.json"
+RESULTS_FILE = "all_results.json"  # written last: a folder that has it holds a finished run
+TIMINGS = ("_runtime", "_per_second")  # ends of names of figures that no other run repeats
 # What a run leaves in its folder besides the final checkpoint.
 RUN_FILES = (
     "checkpoint-*",
     "*_results.json",
     "trainer_state.json",
-    "run_arguments.json",
+    RECORD,
     "predictions*",
     "training_*.png",
     "training_info.json",
@@ -205,16 +209,6 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Seg
         parser.error(str(err))
 
 
-def last_whole_checkpoint(output_dir: Path) -> str | None:
-    """Return the newest checkpoint that was written to its end; the Trainer writes its state last."""
-    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
-    for path in sorted(numbered, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
-        if (path / "trainer_state.json").exists():
-            return str(path)
-        logger.warning("%s is incomplete, passing it over.", path)
-    return None
-
-
 def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArguments) -> str | None:
     """Return the checkpoint to resume from, if any; refuse to overwrite or mix runs unasked."""
     output_dir = Path(args.output_dir)
@@ -227,32 +221,47 @@ def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArgumen
         return last_checkpoint
     if args.overwrite_output_dir:
         return None
-    if (output_dir / "all_results.json").exists():
+    if (output_dir / RESULTS_FILE).exists():
         raise SystemExit(
             f"{output_dir} holds a finished run. Pass --overwrite_output_dir to replace it, another --output_dir to "
             "keep it, or --resume_from_checkpoint true to train it further."
         )
     if last_checkpoint is not None:
-        record = output_dir / ARGUMENTS_FILE
-        before = json.loads(record.read_text()) if record.exists() else arguments
-        if changed := sorted(name for name in arguments if before.get(name) != arguments[name]):
+        before = read_record(output_dir)
+        if changed := changes(before["arguments"] if before else arguments, arguments):
             raise SystemExit(
                 f"{output_dir} holds an unfinished run with other values of {', '.join(changed)}. Start again with "
-                f"{', '.join(f'{name}={before.get(name)}' for name in changed)} to go on with it, or pass "
+                f"{', '.join(f'{name}={value}' for name, value in changed.items())} to go on with it, or pass "
                 "--overwrite_output_dir or another --output_dir."
             )
         logger.warning("Going on with the unfinished run in %s from %s.", output_dir, Path(last_checkpoint).name)
     return last_checkpoint
 
 
-def start_run(arguments: dict[str, Any], args: SegmentationTrainingArguments) -> None:
-    """Make the output folder, empty it of an older run if asked to, and note the arguments of this one."""
+def lasting(args: SegmentationTrainingArguments) -> dict[str, Any]:
+    """Return the arguments of training that a run must keep when it goes on, or it would be another one."""
+    names = (*RECIPE, "augmentation", "batch_norm_images", "sync_batch_norm", "trainable_only", "eval_strategy")
+    values = {name: getattr(args, name) for name in names}
+    return {name: getattr(value, "value", value) for name, value in values.items()}
+
+
+def start_run(record: dict[str, Any], args: SegmentationTrainingArguments) -> None:
+    """Make the output folder, empty it of an older run if asked to, and note how this one was started."""
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     if args.overwrite_output_dir and not args.resume_from_checkpoint:
         for path in [path for pattern in RUN_FILES for path in output_dir.glob(pattern)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (output_dir / ARGUMENTS_FILE).write_text(json.dumps(arguments, indent=2) + "\n")
+    (output_dir / RESULTS_FILE).unlink(missing_ok=True)  # of a run that is trained further
+    before = read_record(output_dir)
+    for part in ("data", "versions", "git") if before else ():
+        if changed := changes(before[part], record[part]):
+            logger.warning(
+                "Other %s than when this run began, so it may end otherwise: %s.",
+                part,
+                ", ".join(f"{name} {record[part].get(name)} (was {value})" for name, value in changed.items()),
+            )
+    write_json(output_dir / RECORD, record)
 
 
 def load_model(
@@ -406,7 +415,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         except OSError as err:
             raise SystemExit(f"--model_name_or_path: {err}") from err
     output_dir = Path(training_args.output_dir)
-    arguments = {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args)}
+    arguments = {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args), **lasting(training_args)}
     checkpoint = from_main_process(training_args, lambda: find_checkpoint(arguments, training_args))
     with training_args.main_process_first(desc="preparing the data"):
         data = load_data(data_args)
@@ -420,7 +429,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processor.modalities = data_args.modalities
     # Not before data and model are there, so that a mistyped path costs nobody an older run.
     if training_args.process_index == 0:
-        start_run(arguments, training_args)
+        start_run(describe(arguments, training_args, data), training_args)
 
     def transform(**kwargs: Any) -> SegmentationTransform:
         return SegmentationTransform(processor, image_column, mask_column, label_mapping=label_mapping, **kwargs)
@@ -463,22 +472,37 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model.num_parameters(only_trainable=True) / 1e6,
     )
 
+    results: dict[str, float] = {}
+
+    def keep(split: str, metrics: dict[str, float]) -> None:
+        """Log the scores of a split, write them to a file of its own, and keep those that another run would repeat."""
+        trainer.log_metrics(split, metrics)
+        trainer.save_metrics(split, metrics, combined=False)
+        results.update({name: value for name, value in metrics.items() if not name.endswith(TIMINGS)})
+
     if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model(_internal_call=True)  # pushed at the end, with results and pictures
+        stop = StopOnSigterm(trainer.accelerator)
+        trainer.add_callback(stop)
+        try:
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+            if stop.stopped:
+                logger.warning(
+                    "Stopped by SIGTERM after step %d of %d, and saved. Start again with the same command to go on.",
+                    trainer.state.global_step,
+                    trainer.state.max_steps,
+                )
+                raise SystemExit(128 + signal.SIGTERM)
+            trainer.save_model(_internal_call=True)  # pushed at the end, with results and pictures
+        except (OSError, SafetensorError) as err:  # a full disk, a checkpoint of another encoder
+            raise SystemExit(str(err)) from err
         trainer.save_state()
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
+        keep("train", result.metrics)
     # Without the evaluation of the best checkpoint that follows, which belongs to no epoch of its own.
     history = list(trainer.state.log_history)
-    metrics = trainer.evaluate()
-    trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
+    keep("eval", trainer.evaluate())
     shown = "test" if "test" in evaluation else "validation"
     if shown == "test":
-        metrics = trainer.evaluate(evaluation["test"], metric_key_prefix="test")
-        trainer.log_metrics("test", metrics)
-        trainer.save_metrics("test", metrics)
+        keep("test", trainer.evaluate(evaluation["test"], metric_key_prefix="test"))
 
     if trainer.is_world_process_zero():
         if trainer.is_fsdp_enabled:  # a process has only a part of the weights
@@ -498,10 +522,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             trainer.create_model_card(**card)
     if not trainer.is_world_process_zero():
         return {}
+    write_json(output_dir / RESULTS_FILE, results)
     logger.info(
         "The results are in %s: %s.", output_dir, ", ".join(sorted(path.name for path in output_dir.iterdir()))
     )
-    return json.loads((output_dir / "all_results.json").read_text())
+    return results
 
 
 if __name__ == "__main__":

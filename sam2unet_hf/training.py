@@ -295,33 +295,47 @@ class StopOnSigterm(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Listen for the signal."""
         self.stopped = self._asked = False
         # Python lets no other thread handle signals.
         if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGTERM, self._ask)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save and stop, unless the training ends here anyway."""
         if state.global_step < state.max_steps and self._stop():
             control.should_training_stop = True
             # After the last step of an epoch that is done by what follows it.
-            control.should_save = control.should_save or cast("float", state.epoch) % 1 > 0
+            control.should_save = control.should_save or is_within_epoch(state)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.stopped and cast("float", state.epoch) % 1 > 0:
+        """Do nothing that belongs to the end of an epoch after a stop within it."""
+        if self.stopped and is_within_epoch(state):
             control.should_log = control.should_evaluate = control.should_save = False
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop after the checkpoint that belongs to this evaluation, if there is one."""
         if self._stop():
             control.should_training_stop = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Leave the signal to whoever had it before."""
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
             self._handler = None
+
+
+def is_within_epoch(state: TrainerState) -> bool:
+    """Whether there are steps of the epoch left to do."""
+    return cast("float", state.epoch) % 1 > 0
 
 
 class _GoOn(TrainerCallback):
@@ -339,7 +353,7 @@ class _GoOn(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._first_step = state.global_step
-        if (losses := state.stateful_callbacks.get(LOSSES)) is not None:
+        if (losses := cast("Any", state.stateful_callbacks).get(LOSSES)) is not None:
             self.trainer.restore_losses(**losses["attributes"])
         best = Path(cast("str", args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
         # Lost where the run was started from another folder, or moved.
@@ -524,10 +538,10 @@ class Sam2UNetTrainer(Trainer):
         folder = Path(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         losses = {
             "sum_logged": self._total_loss_scalar,
-            "sum_since": self._nested_gather(self._tr_loss).mean().item(),
+            "sum_since": self.accelerator.reduce(self._tr_loss, "mean").item(),
             "last_logged_step": self._globalstep_last_logged,
         }
-        self.state.stateful_callbacks[LOSSES] = {"args": {}, "attributes": losses}
+        cast("Any", self.state.stateful_callbacks)[LOSSES] = {"args": {}, "attributes": losses}
         try:
             if self.args.should_save and folder.exists():
                 shutil.rmtree(folder)  # of a run that was killed while it wrote this one
@@ -540,8 +554,8 @@ class Sam2UNetTrainer(Trainer):
             whole = last_whole_checkpoint(run_folder)
             advice = f"`{whole}` is whole: resume from it" if whole else "Start again"
             raise OSError(
-                f"`{folder}` could not be written ({err}), with {free_gb:.3g} GB free on its disk. {advice} once there "
-                "is room, or write fewer or smaller checkpoints (`save_total_limit`, `trainable_only`)."
+                f"`{folder}` could not be written ({err}), with {free_gb:.3g} GB free on its disk. {advice} once "
+                "there is room, or write fewer or smaller checkpoints (`save_total_limit`, `trainable_only`)."
             ) from err
 
     def evaluate(

@@ -12,6 +12,7 @@ import torch
 from common import small_model
 from datasets import Dataset, DatasetDict
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from dataset_scripts.brats_slices.__main__ import main as write_brats_slices
@@ -192,8 +193,9 @@ def test_going_on_from_a_checkpoint_keeps_its_regions_and_size(checkpoint, argum
 
 def find_checkpoint(*arguments):
     model_args, data_args, args = run_segmentation.parse_arguments(["--use_cpu", *arguments])
-    values = {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args)}
-    return run_segmentation.find_checkpoint(values, args), values, args
+    values = {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args), **run_segmentation.lasting(args)}
+    record = {"arguments": values, "data": {}, "versions": {}, "git": {}}
+    return run_segmentation.find_checkpoint(values, args), record, args
 
 
 def test_a_finished_run_is_not_overwritten_unasked(tmp_path):
@@ -204,10 +206,10 @@ def test_a_finished_run_is_not_overwritten_unasked(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(SystemExit, match="holds a finished run. Pass --overwrite_output_dir"):
         find_checkpoint("--output_dir", str(tmp_path))
-    checkpoint, values, args = find_checkpoint("--output_dir", str(tmp_path), "--overwrite_output_dir")
+    checkpoint, record, args = find_checkpoint("--output_dir", str(tmp_path), "--overwrite_output_dir")
     assert checkpoint is None
-    run_segmentation.start_run(values, args)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "run_arguments.json"]
+    run_segmentation.start_run(record, args)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "run.json"]
 
 
 def test_bad_data_costs_no_older_run(tmp_path):
@@ -221,13 +223,18 @@ def test_bad_data_costs_no_older_run(tmp_path):
 
 def test_an_unfinished_run_goes_on_with_the_same_arguments_alone(tmp_path):
     arguments = ["--output_dir", str(tmp_path), "--slices", "20", "21"]
-    checkpoint, values, args = find_checkpoint(*arguments)
+    checkpoint, record, args = find_checkpoint(*arguments)
     assert checkpoint is None
-    run_segmentation.start_run(values, args)
+    run_segmentation.start_run(record, args)
     for step in (7, 14):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-7" / "trainer_state.json").touch()  # the other was cut off while it was written
-    assert find_checkpoint(*arguments)[0] == str(tmp_path / "checkpoint-7")
+        for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            writer = save_file if name.endswith("safetensors") else torch.save
+            writer({"a": torch.zeros(3)}, tmp_path / f"checkpoint-{step}" / name)
+    (tmp_path / "checkpoint-7" / "trainer_state.json").write_text('{"global_step": 7}')
+    assert find_checkpoint(*arguments)[0] == str(tmp_path / "checkpoint-7")  # the other one is not at its end
+    with pytest.raises(SystemExit, match="other values of learning_rate.*learning_rate=0.0005"):
+        find_checkpoint(*arguments, "--learning_rate", "0.1")
     with pytest.raises(SystemExit, match=r"unfinished run with other values of slices.*slices=\['20', '21'\]"):
         find_checkpoint("--output_dir", str(tmp_path))
 

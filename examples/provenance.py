@@ -1,0 +1,96 @@
+"""What a run was made of: arguments, versions, commit and data, kept beside its checkpoints."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import TrainingArguments
+
+
+RECORD = "run.json"
+
+
+def describe(arguments: dict[str, Any], args: TrainingArguments, data: datasets.DatasetDict) -> dict[str, Any]:
+    """Return what repeats a run.
+
+    Args:
+        arguments: Those that a run must keep when it goes on.
+        args: All arguments of the training; tokens are left out.
+        data: Splits of the data set.
+    """
+    return {
+        "command": ["<token>" if args.hub_token and args.hub_token in word else word for word in sys.argv],
+        "arguments": arguments,
+        "training_arguments": {
+            name: value for name, value in args.to_dict().items() if not name.endswith("_token") and value is not None
+        },
+        "processes": args.world_size,
+        "data": {split: fingerprint(rows) for split, rows in data.items()},
+        "versions": {"python": platform.python_version(), **versions()},
+        "git": commit(),
+        "platform": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the version of every installed package, as `pip freeze` lists them."""
+    found = {dist.metadata["Name"]: dist.version for dist in metadata.distributions() if dist.metadata["Name"]}
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def commit() -> dict[str, str | bool]:
+    """Return the commit of the checkout that this script is in, and whether files of it were changed since."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+
+    try:
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return {}  # installed without git, or copied
+
+
+def fingerprint(rows: datasets.Dataset) -> str:
+    """Return the SHA-256 of what the rows hold, images as the bytes of their files; the same on every machine."""
+    digest = hashlib.sha256(repr(sorted(rows.column_names)).encode())
+    images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    for name in images:
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+    for row in rows:
+        for name in sorted(row):
+            value = row[name]
+            if name in images and value is not None:
+                value = hashlib.sha256(value["bytes"] or Path(value["path"]).read_bytes()).hexdigest()
+            digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that `before` has and `now` has not, by name."""
+    # As JSON has them, where tuples are lists.
+    now = json.loads(json.dumps(now))
+    return {name: before.get(name) for name in sorted({*before, *now}) if before.get(name) != now.get(name)}
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Return the record of a run, if there is one."""
+    path = folder / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, path)
