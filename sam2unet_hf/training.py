@@ -304,10 +304,9 @@ class StopOnSigterm(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save and stop, unless the training ends here anyway."""
+        """Save and stop, unless the training ends here anyway; at the end of an epoch after its evaluation."""
         if state.global_step < state.max_steps and self._stop():
             control.should_training_stop = True
-            # After the last step of an epoch that is done by what follows it.
             control.should_save = control.should_save or is_within_epoch(state)
 
     def on_epoch_end(
@@ -316,13 +315,15 @@ class StopOnSigterm(TrainerCallback):
         """Do nothing that belongs to the end of an epoch after a stop within it."""
         if self.stopped and is_within_epoch(state):
             control.should_log = control.should_evaluate = control.should_save = False
+        elif self.stopped:
+            control.should_save = True
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop after the checkpoint that belongs to this evaluation, if there is one."""
+        """Stop after the checkpoint that belongs to this evaluation."""
         if self._stop():
-            control.should_training_stop = True
+            control.should_training_stop = control.should_save = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

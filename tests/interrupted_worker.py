@@ -1,0 +1,165 @@
+"""Runs `run_segmentation.py` again and again in forks of one process, and ends them where it is told.
+
+Reads one JSON object a line: `argv`, `log`, and how to end the run, if at all:
+
+- `seconds`: SIGKILL after this time;
+- `change`: SIGKILL before this change, counted from 1, of a file or folder in the output folder;
+- `file`: SIGKILL after this file of a checkpoint, counted from 1, was cut to `fraction` of its length;
+- `terminate`: SIGTERM when this phase begins for the `count`-th time.
+
+Answers with a line of JSON: how the run ended, what it was doing then, and how much there was to count.
+"""
+
+import json
+import mmap
+import os
+import signal
+import struct
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "examples")]
+import run_segmentation  # noqa: E402
+import torch  # noqa: E402
+import transformers.modeling_utils  # noqa: E402
+from transformers.trainer_callback import TrainerState  # noqa: E402
+
+from sam2unet_hf.training import Sam2UNetTrainer  # noqa: E402
+
+
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
+# Shared with the forks: changes, files of checkpoints, length of the name of the phase, and the name.
+COUNTERS = struct.Struct("iii")
+shared = mmap.mmap(-1, 4096)
+
+
+def counters() -> tuple[int, ...]:
+    return COUNTERS.unpack_from(shared)
+
+
+def count(index: int) -> int:
+    values = list(counters())
+    values[index] += 1
+    COUNTERS.pack_into(shared, 0, *values)
+    return values[index]
+
+
+def phase() -> str:
+    return shared[COUNTERS.size : COUNTERS.size + counters()[2]].decode()
+
+
+def enter(name: str) -> None:
+    shared[COUNTERS.size : COUNTERS.size + len(name)] = name.encode()
+    COUNTERS.pack_into(shared, 0, *counters()[:2], len(name))
+
+
+def during(owner: object, function: str, name: str, order: dict, after: str | None = None) -> None:
+    """Note what is being done while a function runs."""
+    original = getattr(owner, function)
+    calls = []
+
+    def wrapped(*args, **kwargs):
+        before = phase()
+        enter(name)
+        calls.append(name)
+        if order.get("terminate") == name and len(calls) == order["count"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            enter(after or before)
+
+    setattr(owner, function, wrapped)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def watch_files(output_dir: str, last: int | None) -> None:
+    def hook(event: str, args: tuple) -> None:
+        changed = event in CHANGES or (event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"))
+        if changed and str(args[0]).startswith(output_dir) and count(0) == last:
+            die()
+
+    sys.addaudithook(hook)
+
+
+def cut_files(last: int | None, fraction: float) -> None:
+    def cut(owner: object, function: str, position: int) -> None:
+        original = getattr(owner, function)
+
+        def wrapped(*args, **kwargs):
+            result = original(*args, **kwargs)
+            if count(1) == last:
+                path = args[position] if len(args) > position else kwargs["filename"]
+                os.truncate(path, int(fraction * os.path.getsize(path)))
+                die()
+            return result
+
+        setattr(owner, function, wrapped)
+
+    cut(torch, "save", 1)
+    cut(transformers.modeling_utils, "safe_save_file", 1)
+    cut(TrainerState, "save_to_json", 1)
+
+
+def run(order: dict) -> None:
+    """Be the run."""
+    torch.set_num_threads(1)
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    enter("preparing")
+    for owner, function, name, after in (
+        (Sam2UNetTrainer, "train", "training", "after training"),
+        (Sam2UNetTrainer, "training_step", "stepping", None),
+        (Sam2UNetTrainer, "evaluate", "evaluating", None),
+        (Sam2UNetTrainer, "_save_checkpoint", "writing a checkpoint", None),
+    ):
+        during(owner, function, name, order, after)
+    output_dir = order["argv"][order["argv"].index("--output_dir") + 1]
+    watch_files(output_dir, order.get("change"))
+    cut_files(order.get("file"), order.get("fraction", 0.5))
+    try:
+        run_segmentation.main(order["argv"])
+    except SystemExit as err:
+        if isinstance(err.code, str):
+            os.write(2, f"{err.code}\n".encode())
+            os._exit(1)
+        os._exit(err.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(2)
+    os._exit(0)
+
+
+def main() -> None:
+    for line in sys.stdin:
+        order = json.loads(line)
+        COUNTERS.pack_into(shared, 0, 0, 0, 0)
+        start = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            run(order)
+        if "seconds" in order:
+            end = threading.Timer(order["seconds"], os.kill, (child, signal.SIGKILL))
+            end.start()
+        _, status = os.waitpid(child, 0)
+        if "seconds" in order:
+            end.cancel()
+        seconds = time.monotonic() - start
+        changes, files, _ = counters()
+        code = os.waitstatus_to_exitcode(status)
+        answer = {"code": code, "phase": phase(), "seconds": seconds, "changes": changes, "files": files}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Runs of `run_segmentation.py` that are killed, stopped or run out of disk, and started again."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from common import small_model
+
+from dataset_scripts.phantom import write_phantom_cohort
+from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.checkpoints import find_fault
+
+
+# By epoch with a trained encoder, whose batch norm is estimated anew; and by step, ending within an epoch.
+RECIPES = {
+    "epochs": ["--freeze_encoder", "false", "--batch_norm_images", "4", "--num_train_epochs", "3"],
+    "steps": ["--save_strategy", "steps", "--eval_strategy", "steps", "--save_steps", "2", "--eval_steps", "2"]
+    + ["--max_steps", "7", "--gradient_accumulation_steps", "2", "--augmentation", "flips", "gamma"],
+}
+
+
+class Runner:
+    """Starts runs with the same data and model, in forks of a process that has imported everything."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        brats_dir = write_phantom_cohort(folder / "brats", num_patients=13, shape=(40, 40, 26))
+        model = small_model()
+        model.save_pretrained(folder / "start")
+        processor = Sam2UNetImageProcessor(regions=model.config.regions, size={"height": 64, "width": 64})
+        processor.save_pretrained(folder / "start")
+        self.arguments = ["--brats_dir", str(brats_dir), "--slices", "12", "--model_name_or_path"]
+        self.arguments += [str(folder / "start"), "--use_cpu", "--disable_tqdm", "true", "--logging_steps", "3"]
+        self.arguments += ["--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "4"]
+        environment = os.environ | {
+            "HF_HOME": str(folder / "hf"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+        }
+        self.worker = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("interrupted_worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=folder,
+        )
+        self.expected = {}
+        self.whole = {}
+        for recipe in RECIPES:
+            self.whole[recipe] = self.run(recipe, f"whole-{recipe}")
+            assert self.whole[recipe]["code"] == 0, self.log(f"whole-{recipe}")
+            self.expected[recipe] = self.outcome(f"whole-{recipe}")
+
+    def run(self, recipe: str, name: str, **end) -> dict:
+        argv = [*self.arguments, *RECIPES[recipe], "--output_dir", str(self.folder / name)]
+        order = {"argv": argv, "log": str(self.folder / f"{name}.log"), **end}
+        self.worker.stdin.write(json.dumps(order) + "\n")
+        self.worker.stdin.flush()
+        return json.loads(self.worker.stdout.readline())
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def outcome(self, name: str) -> tuple[str, str]:
+        """Weights and results of a finished run."""
+        weights = (self.folder / name / "model.safetensors").read_bytes()
+        return hashlib.sha256(weights).hexdigest(), (self.folder / name / "all_results.json").read_text()
+
+    def finish(self, recipe: str, name: str) -> dict:
+        """Start a run again with the same command until it ends by itself, or is found to have ended."""
+        answer = self.run(recipe, name)
+        finished = answer["code"] == 0 or "holds a finished run" in self.log(name)
+        assert finished, f"{name}: {answer}\n{self.log(name)[-3000:]}"
+        assert self.outcome(name) == self.expected[recipe], name
+        return answer
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    runner = Runner(tmp_path_factory.mktemp("interrupted"))
+    yield runner
+    runner.worker.stdin.close()
+    runner.worker.wait(60)
+
+
+def kill_point(seed: int, whole: dict) -> dict:
+    """Choose where to kill: at any time, before a change of a file, or while a file of a checkpoint is written."""
+    choose = random.Random(seed)
+    if seed % 3 == 0:
+        return {"seconds": choose.uniform(0.1, 1.0) * whole["seconds"]}
+    if seed % 3 == 1:
+        return {"change": choose.randint(1, whole["changes"])}
+    return {"file": choose.randint(1, whole["files"]), "fraction": choose.random()}
+
+
+def kill_and_finish(runner: Runner, seeds: range) -> Counter:
+    phases = Counter()
+    for seed in seeds:
+        recipe = list(RECIPES)[seed // 3 % 2]
+        name = f"killed-{seed}"
+        for kill in range(1 + (seed % 4 == 3)):  # some twice
+            point = kill_point(seed + 1000 * kill, runner.whole[recipe])
+            answer = runner.run(recipe, name, **point)
+            phases[answer["phase"] if answer["code"] == -9 else "ended before"] += 1
+            sys.stdout.write(f"seed {seed}, {recipe}: {point} -> {answer['code']} while {answer['phase']}\n")
+            assert answer["code"] in (-9, 0, 1), runner.log(name)
+        runner.finish(recipe, name)
+        shutil.rmtree(runner.folder / name)
+    sys.stdout.write(f"{dict(phases)}\n")
+    return phases
+
+
+def test_killed_runs_end_as_uninterrupted_ones(runner):
+    phases = kill_and_finish(runner, range(12))
+    assert phases["writing a checkpoint"] >= 4
+    assert phases.total() - phases["ended before"] >= 11
+
+
+@pytest.mark.slow
+def test_runs_killed_anywhere_end_as_uninterrupted_ones(runner):
+    phases = kill_and_finish(runner, range(12, 60))
+    assert set(phases) >= {"stepping", "evaluating", "writing a checkpoint", "after training"}
+    assert phases.total() - phases["ended before"] >= 45
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_same_command_gives_the_same_results(runner, recipe):
+    runner.finish(recipe, f"again-{recipe}")
+    results = json.loads(runner.expected[recipe][1])
+    assert {"train_loss", "eval_loss", "eval_dice", "test_dice_WT"} <= set(results)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "phase", "count", "step"),
+    [
+        ("epochs", "stepping", 7, 7),  # of 5 steps an epoch
+        ("epochs", "stepping", 10, 10),
+        ("epochs", "evaluating", 1, 5),
+        ("epochs", "writing a checkpoint", 1, 6),
+        ("steps", "stepping", 5, 3),  # within the third step
+    ],
+)
+def test_sigterm_saves_and_ends_the_run_which_goes_on(runner, recipe, phase, count, step):
+    name = f"terminated-{phase.replace(' ', '-')}-{count}"
+    answer = runner.run(recipe, name, terminate=phase, count=count)
+    log = runner.log(name)
+    assert answer["code"] == 128 + 15, log
+    assert f"Stopped by SIGTERM after step {step} of " in log
+    assert find_fault(runner.folder / name / f"checkpoint-{step}") is None
+    assert not (runner.folder / name / "model.safetensors").exists()
+    runner.finish(recipe, name)
+    assert f"Going on with the unfinished run in {runner.folder / name} from checkpoint-{step}." in runner.log(name)
+
+
+@pytest.fixture
+def small_disk(runner):
+    """A file system with room for two checkpoints, and the function that makes room for more."""
+    folder = runner.folder / "disk"
+    folder.mkdir()
+    checkpoint = next((runner.folder / "whole-epochs").glob("checkpoint-*"))
+    size = sum(path.stat().st_size for path in checkpoint.iterdir())
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(2.6 * size)}", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a small file system")
+    yield lambda: subprocess.run(["mount", "-o", f"remount,size={20 * size}", str(folder)], check=True)
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named_and_costs_no_older_checkpoint(runner, small_disk):
+    name = "disk/run"
+    answer = runner.run("epochs", name)
+    log = runner.log(name)
+    assert answer["code"] == 1, log
+    assert "checkpoint-15` could not be written (" in log
+    assert "GB free on its disk. `" in log
+    assert "checkpoint-10` is whole: resume from it once there is room" in log
+    assert "Traceback" not in log
+    left = sorted(path.name for path in (runner.folder / name).glob("checkpoint-*"))
+    assert left == ["checkpoint-10", "checkpoint-5"]
+    small_disk()
+    runner.finish("epochs", name)
