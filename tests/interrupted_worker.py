@@ -1,9 +1,9 @@
-"""Runs `run_segmentation.py` again and again in forks of one process, and ends them where it is told.
+"""Runs `run_segmentation.py` or the builder again and again in forks of one process, and ends them where it is told.
 
-Reads one JSON object a line: `argv`, `log`, and how to end the run, if at all:
+Reads one JSON object a line: `program`, `argv`, `log`, the folder to `watch`, and how to end the run, if at all:
 
 - `seconds`: SIGKILL after this time;
-- `change`: SIGKILL before this change, counted from 1, of a file or folder in the output folder;
+- `change`: SIGKILL before this change, counted from 1, of a file or folder in the watched folder;
 - `file`: SIGKILL after this file of a checkpoint, counted from 1, was cut to `fraction` of its length;
 - `terminate`: SIGTERM when this phase begins for the `count`-th time.
 
@@ -29,6 +29,7 @@ import torch  # noqa: E402
 import transformers.modeling_utils  # noqa: E402
 from transformers.trainer_callback import TrainerState  # noqa: E402
 
+import dataset_scripts.brats_slices.__main__ as build  # noqa: E402
 from sam2unet_hf.training import Sam2UNetTrainer  # noqa: E402
 
 
@@ -81,10 +82,10 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def watch_files(output_dir: str, last: int | None) -> None:
+def watch_files(folder: str, last: int | None) -> None:
     def hook(event: str, args: tuple) -> None:
         changed = event in CHANGES or (event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"))
-        if changed and str(args[0]).startswith(output_dir) and count(0) == last:
+        if changed and str(args[0]).startswith(folder) and count(0) == last:
             die()
 
     sys.addaudithook(hook)
@@ -123,11 +124,10 @@ def run(order: dict) -> None:
         (Sam2UNetTrainer, "_save_checkpoint", "writing a checkpoint", None),
     ):
         during(owner, function, name, order, after)
-    output_dir = order["argv"][order["argv"].index("--output_dir") + 1]
-    watch_files(output_dir, order.get("change"))
+    watch_files(order["watch"], order.get("change"))
     cut_files(order.get("file"), order.get("fraction", 0.5))
     try:
-        run_segmentation.main(order["argv"])
+        {"train": run_segmentation.main, "build": build.main}[order["program"]](order["argv"])
     except SystemExit as err:
         if isinstance(err.code, str):
             os.write(2, f"{err.code}\n".encode())

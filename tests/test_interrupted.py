@@ -1,4 +1,4 @@
-"""Runs of `run_segmentation.py` that are killed, stopped or run out of disk, and started again."""
+"""Training and building that is killed, stopped or runs out of disk, and is started again."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from common import small_model
+from filelock import FileLock
 
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
@@ -62,7 +63,14 @@ class Runner:
 
     def run(self, recipe: str, name: str, **end) -> dict:
         argv = [*self.arguments, *RECIPES[recipe], "--output_dir", str(self.folder / name)]
-        order = {"argv": argv, "log": str(self.folder / f"{name}.log"), **end}
+        return self.start("train", argv, str(self.folder / f"{name}.log"), str(self.folder / name), **end)
+
+    def build(self, name: str, **end) -> dict:
+        argv = ["--brats_dir", self.arguments[1], "--slices", "tumor", "--output_dir", f"{self.folder / name}/slices"]
+        return self.start("build", argv, str(self.folder / f"{name}.log"), str(self.folder / name), **end)
+
+    def start(self, program: str, argv: list[str], log: str, watch: str, **end) -> dict:
+        order = {"program": program, "argv": argv, "log": log, "watch": watch, **end}
         self.worker.stdin.write(json.dumps(order) + "\n")
         self.worker.stdin.flush()
         return json.loads(self.worker.stdout.readline())
@@ -188,3 +196,37 @@ def test_a_full_disk_is_named_and_costs_no_older_checkpoint(runner, small_disk):
     assert left == ["checkpoint-10", "checkpoint-5"]
     small_disk()
     runner.finish("epochs", name)
+
+
+def test_a_killed_build_leaves_nothing_that_looks_finished(runner):
+    def files(name: str) -> dict[str, bytes]:
+        folder = runner.folder / name / "slices"
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    whole = runner.build("build-whole")
+    assert whole["code"] == 0, runner.log("build-whole")
+    expected = files("build-whole")
+    assert sum(name.endswith(".parquet") for name in expected) == 3
+    choose = random.Random(0)
+    for change in sorted(choose.sample(range(1, whole["changes"] + 1), 8)):
+        name = f"build-{change}"
+        assert runner.build(name, change=change)["code"] == -9
+        assert files(name) in ({}, expected)
+        if not files(name):
+            assert runner.build(name)["code"] == 0, runner.log(name)
+        assert files(name) == expected
+        # What is left over of a folder that had no lock yet, or whose data set was moved already, is empty.
+        left = [path for path in (runner.folder / name).rglob("*.parquet") if path.parent.parent.name != "slices"]
+        assert not left
+
+
+def test_a_build_that_is_running_is_left_alone(runner):
+    staging = runner.folder / "two" / ".slices-other"
+    staging.mkdir(parents=True)
+    with FileLock(staging / "building.lock"):
+        assert runner.build("two")["code"] == 0
+        assert staging.exists()
+    shutil.rmtree(runner.folder / "two" / "slices")
+    assert runner.build("two")["code"] == 0
+    assert not staging.exists()
+    assert f"Removing what a build that was killed left: {staging}" in runner.log("two")

@@ -1,9 +1,11 @@
 """Write BraTS slices as Parquet files with a data set card, and push them to the Hub if asked to."""
 
 import argparse
+import glob
 import logging
 import os
 import shlex
+import shutil
 import string
 import sys
 import tempfile
@@ -12,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 import datasets
+import filelock
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
@@ -45,6 +48,7 @@ DECATHLON_TERMS = {
     "terms": "The Decathlon gives its scans under CC BY-SA 4.0: name their authors, and pass on what you make of them "
     "under the\nsame licence.",
 }
+LOCK = "building.lock"  # in the folder that becomes the data set
 SIZE_CATEGORIES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (float("inf"), "100K<n<1M"))  # the Hub's
 
 
@@ -113,7 +117,12 @@ def write_dataset(
             advice += f" Or, to upload what an earlier run wrote there: {upload_command(output_dir, repo_id, public)}"
         raise FileExistsError(f"`{output_dir}` is not empty. {advice}")
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as staging:
+    prefix = f".{output_dir.name}-"
+    _remove_leftovers(output_dir.parent, prefix)
+    with (
+        tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=prefix) as staging,
+        filelock.FileLock(Path(staging, LOCK)),
+    ):
         build, whole = Path(staging, "build"), Path(staging, "whole")
         builder.download_and_prepare(str(build), file_format="parquet", num_proc=num_proc)
         (whole / "data").mkdir(parents=True)
@@ -127,6 +136,18 @@ def write_dataset(
             output_dir.rmdir()
         whole.rename(output_dir)
     return skipped
+
+
+def _remove_leftovers(folder: Path, prefix: str) -> None:
+    """Remove what builds of the same data set left that were killed; the lock of one that is running is held."""
+    for lock in folder.glob(f"{glob.escape(prefix)}*/{LOCK}"):
+        try:
+            with filelock.FileLock(lock, timeout=0):
+                pass
+        except (filelock.Timeout, OSError):
+            continue
+        logger.info("Removing what a build that was killed left: %s", lock.parent)
+        shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def _is_written_for(folder: Path, repo_id: str) -> bool:
