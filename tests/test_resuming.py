@@ -1,0 +1,69 @@
+"""Which checkpoints of a run count as whole."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sam2unet_hf.checkpoints import find_fault, last_whole_checkpoint
+
+
+@pytest.fixture
+def output_dir(tmp_path):
+    """A run with the checkpoints of the steps 9 and 10."""
+    for step in (9, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({"a": torch.arange(6.0), "b": torch.zeros(2, 3)}, folder / "model.safetensors", {"format": "pt"})
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+            torch.save({"a": torch.zeros(3)}, folder / name)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": []}))
+    return tmp_path
+
+
+def truncate(path, length):
+    os.truncate(path, length if length >= 0 else path.stat().st_size + length)
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "fault"),
+    [
+        ("model.safetensors", -1, "model.safetensors is cut off"),
+        ("model.safetensors", 20, "model.safetensors is cut off"),
+        ("model.safetensors", 0, "model.safetensors is cut off"),
+        ("optimizer.pt", -1, "optimizer.pt is cut off"),
+        ("scheduler.pt", 0, "scheduler.pt is cut off"),
+        ("rng_state.pth", 100, "rng_state.pth is cut off"),
+        ("training_args.bin", 100, "training_args.bin is cut off"),
+        ("trainer_state.json", -1, "trainer_state.json is cut off"),
+        ("trainer_state.json", 0, "trainer_state.json is cut off"),
+        ("model.safetensors", None, "no model*.safetensors"),
+        ("optimizer.pt", None, "no optimizer*"),
+        ("scheduler.pt", None, "no scheduler.pt"),
+        ("rng_state.pth", None, "no rng_state*.pth"),
+        ("trainer_state.json", None, "no trainer_state.json"),
+    ],
+)
+def test_a_checkpoint_that_misses_something_is_passed_over(output_dir, name, length, fault, caplog):
+    path = output_dir / "checkpoint-10" / name
+    path.unlink() if length is None else truncate(path, length)
+    assert find_fault(path.parent) == fault
+    assert last_whole_checkpoint(output_dir) == str(output_dir / "checkpoint-9")
+    assert f"checkpoint-10 is incomplete ({fault}), passing it over." in caplog.text
+
+
+def test_the_newest_whole_checkpoint_is_that_of_the_highest_step(output_dir):
+    (output_dir / "checkpoint-best").mkdir()
+    assert last_whole_checkpoint(output_dir) == str(output_dir / "checkpoint-10")
+    shutil.rmtree(output_dir / "checkpoint-10")
+    shutil.rmtree(output_dir / "checkpoint-9")
+    assert last_whole_checkpoint(output_dir) is None
+    assert last_whole_checkpoint(output_dir / "nowhere") is None
+
+
+def test_a_state_without_a_step_is_none(output_dir):
+    (output_dir / "checkpoint-9" / "trainer_state.json").write_text("[]")
+    assert find_fault(output_dir / "checkpoint-9") == "trainer_state.json holds no state"
