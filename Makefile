@@ -1,4 +1,4 @@
-.PHONY: style quality test test-slow
+.PHONY: style quality test test-slow audit
 
 style:
 	ruff check --fix .
@@ -8,9 +8,14 @@ quality:
 	ruff check .
 	ruff format --check .
 	mypy
+	bandit -q -c pyproject.toml -r sam2unet_hf dataset_scripts examples
 
 test:
 	HF_HUB_OFFLINE=1 pytest
 
 test-slow:
 	HF_HUB_OFFLINE=1 pytest -m "not gpu"
+
+# Asks PyPI which installed packages have known vulnerabilities.
+audit:
+	pip-audit --skip-editable
