@@ -14,7 +14,7 @@ test:
 	HF_HUB_OFFLINE=1 pytest
 
 test-slow:
-	HF_HUB_OFFLINE=1 pytest -m "not gpu"
+	HF_HUB_OFFLINE=1 pytest -n 0 -m "not gpu"
 
 # Asks PyPI which installed packages have known vulnerabilities.
 audit:
