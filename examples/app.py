@@ -40,6 +40,7 @@ EDGES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, right,
 COLOURS = ("#F0E442", "#D55E00", "#56B4E9", "#009E73", "#CC79A7")  # Okabe and Ito's, for colour-blind eyes too
 PICTURE_PIXELS = 480  # longest side of the head
 LIFETIME_S = 3600
+EVERYWHERE = "0.0.0.0"  # nosec B104 # not the default
 # Turning the wheel over a picture moves its slider.
 WHEEL = """
 <script>
@@ -262,7 +263,9 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str]) -> gr.Bl
         models: Names to choose from.
         planes: Planes that the model looks at, unless the user chooses others.
     """
-    with gr.Blocks(title=TITLE, delete_cache=(LIFETIME_S // 6, LIFETIME_S), fill_width=True) as page:
+    # Without usage statistics, which are sent to Gradio.
+    options: dict[str, Any] = {"analytics_enabled": False, "delete_cache": (LIFETIME_S // 6, LIFETIME_S)}
+    with gr.Blocks(title=TITLE, fill_width=True, **options) as page:
         view = gr.State(None, time_to_live=LIFETIME_S)
         gr.Markdown(f"# {TITLE}")
         gr.Markdown(WARNING, elem_classes="warning")
@@ -387,7 +390,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--modalities", nargs="+", choices=MODALITIES, help="default: those the checkpoint names")
     parser.add_argument("--planes", nargs="+", default=["axial"], choices=SHOWN, help="planes to average over")
     parser.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
-    parser.add_argument("--server_name", help="0.0.0.0 for others in the network; default: this machine alone")
+    parser.add_argument(
+        "--server_name",
+        # Not what GRADIO_SERVER_NAME says, unseen. A Space is reached from outside only.
+        default=EVERYWHERE if "SPACE_ID" in os.environ else "127.0.0.1",
+        help=f"{EVERYWHERE} for others in the network; default: this machine alone",
+    )
     parser.add_argument("--server_port", type=int, help="default: the first free one from 7860 on")
     parser.add_argument("--share", action="store_true", help="through Gradio's public link: never with real patients")
     return parser.parse_args(argv)
@@ -396,6 +404,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the page until it is stopped."""
     args = parse_arguments(argv)
+    # Gradio would keep scans and results in the browser, for good.
+    os.environ["GRADIO_RUN_HISTORY"] = "False"
 
     @functools.lru_cache(maxsize=2)
     def load(model: str) -> Sam2UNetVolumePipeline:

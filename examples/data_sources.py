@@ -3,6 +3,7 @@
 import hashlib
 import io
 import logging
+import os
 import re
 import warnings
 from collections import Counter
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import pyarrow.compute as pc
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
@@ -101,8 +104,9 @@ def load_data(args: DataArguments) -> datasets.DatasetDict:
         data = datasets.DatasetDict({split: pair_images_and_masks(*pair) for split, pair in pairs.items()})
     else:
         try:
-            data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
-        except (OSError, ValueError) as err:  # no such folder or repository, no data in it, no connection
+            data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)  # nosec B615 # rows, no code
+            check_paths(data, args.dataset_name)
+        except (OSError, RuntimeError, ValueError) as err:  # no such folder or repository, no data in it, a script
             raise SystemExit(f"--dataset_name {args.dataset_name}: {err}") from err
     data = with_all_splits(data, args.split_seed)
     image_column, _ = find_columns(data, args)
@@ -165,6 +169,28 @@ def is_of_one_colour(data: bytes) -> bool:
     except Exception:  # Pillow raises nearly anything for broken files, which are named where they are checked
         return True
     return all(low == high for low, high in (extrema if isinstance(extrema[0], tuple) else [extrema]))
+
+
+def check_paths(data: datasets.DatasetDict, name: str) -> None:
+    """Raise a `ValueError` if a row takes its image from elsewhere than the data set: `datasets` opens any path."""
+    caches = [datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE]
+    folders = [Path(os.path.abspath(folder)) for folder in (*caches, *([name] if Path(name).is_dir() else []))]
+    for split, rows in data.items():
+        for column, feature in rows.features.items():
+            if not isinstance(feature, datasets.Image):
+                continue
+            for chunk in rows.data.column(column).chunks:
+                for path in pc.unique(chunk.field("path").filter(chunk.field("bytes").is_null())).to_pylist():
+                    if path is None:  # an image that is missing
+                        continue
+                    # In an archive of a data set it is `zip://<image>::<archive>`.
+                    file = re.fullmatch(r"(?:(?:zip|tar)://.*?::)?(.*)", path, re.DOTALL)[1]
+                    place = Path(os.path.abspath(file))
+                    if "::" in file or "://" in file or not any(map(place.is_relative_to, folders)):
+                        raise ValueError(
+                            f"column {column!r} of split {split!r} names the file {path}, which is no part of the "
+                            "data set. Put the files into its folder, or the images into its rows."
+                        )
 
 
 def phantom_dir() -> Path:

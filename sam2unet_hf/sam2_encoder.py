@@ -164,7 +164,7 @@ def load_sam2_encoder(
         revision = extract_commit_hash(cached_file(name, "config.json", **download_kwargs), None)
         # Weights of the same commit, though the branch may move.
         download_kwargs["revision"] = revision
-    sam2_config = AutoConfig.from_pretrained(name, trust_remote_code=False, **download_kwargs)
+    sam2_config = AutoConfig.from_pretrained(name, trust_remote_code=False, **download_kwargs)  # nosec B615 # pinned
     found = getattr(getattr(sam2_config, "vision_config", None), "backbone_config", None)
     if not isinstance(found, Sam2HieraDetConfig):
         raise ValueError(
@@ -186,7 +186,7 @@ def weight_files(source: str | os.PathLike, variant: str | None = None, **downlo
         **download_kwargs: `revision`, `subfolder`, `token`, `cache_dir` and the like, as in `from_pretrained`.
 
     Raises:
-        ValueError: If the index of the shards names anything but safetensors files.
+        ValueError: If the index of the shards names anything but safetensors files beside it.
     """
     middle = "" if variant is None else f".{variant}"
     whole = f"model{middle}.safetensors"
@@ -201,6 +201,8 @@ def weight_files(source: str | os.PathLike, variant: str | None = None, **downlo
     for name in names:
         if not name.endswith(".safetensors"):
             raise ValueError(f"{index} names {name}, which is no safetensors file. Nothing else is loaded.")
+        if re.search(r"[/\\]", name):
+            raise ValueError(f"{index} names {name}, which does not lie beside it. Put all shards into one folder.")
     return names
 
 

@@ -1,10 +1,13 @@
 """The page of examples/app.py: what it draws, and in a browser what a user does."""
 
+import os
+import re
 import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import nibabel as nib
 import numpy as np
@@ -19,6 +22,7 @@ from sam2unet_hf.volume import Sam2UNetVolumePipeline
 
 
 gr = pytest.importorskip("gradio")
+httpx = pytest.importorskip("httpx")
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import app  # noqa: E402 - the scripts are no package
 
@@ -168,6 +172,95 @@ def test_files_are_gathered_as_cases(cohort, tmp_path):
         case.read_images(THREE)
 
 
+# -------------------------------------------------------------------------------------------------------- as a server
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """Names of the models that the page loaded."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def address(segment, loaded, tmp_path_factory):
+    def load(model):
+        loaded.append(model)
+        return segment
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+        page = app.build_page(load, ["tiny"], ["axial"])
+        _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
+        yield url
+        page.close()
+
+
+def test_main_listens_on_this_machine_alone(segment, monkeypatch):
+    """Whatever Gradio's variables say."""
+    monkeypatch.setattr("gradio.http_server.LOCALHOST_NAME", "0.0.0.0")  # what GRADIO_SERVER_NAME says when imported
+    for name, value in {"GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SHARE": "True", "GRADIO_RUN_HISTORY": "True"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SPACE_ID", raising=False)
+    monkeypatch.setattr(app.Sam2UNetVolumePipeline, "from_pretrained", lambda *args: segment)
+    launch, pages = gr.Blocks.launch, []
+
+    def launch_and_return(page, **kwargs):
+        pages.append(page)
+        return launch(page, prevent_thread_lock=True, quiet=True, **kwargs)
+
+    monkeypatch.setattr(gr.Blocks, "launch", launch_and_return)
+    app.main(["--model", "tiny"])
+    (page,) = pages
+    try:
+        sockets = [socket for server in page.server.servers for socket in server.sockets]
+        assert [socket.getsockname()[0] for socket in sockets] == ["127.0.0.1"]
+        assert page.share_url is None
+        assert not page.analytics_enabled
+        assert not getattr(page, "run_history", False)
+    finally:
+        page.close()
+    monkeypatch.setenv("SPACE_ID", "tester/page")
+    assert app.parse_arguments([]).server_name == "0.0.0.0"
+
+
+def upload(address, name, content):
+    """Return where the page keeps a file that is sent to it."""
+    answer = httpx.post(f"{address}gradio_api/upload", files={"files": (name, content)})
+    assert answer.status_code == 200
+    return Path(answer.json()[0])
+
+
+def test_the_page_gives_out_what_was_sent_to_it_and_no_other_file(address, cohort):
+    kept = upload(address, "../../../escaped_flair.nii.gz", b"scan")
+    root = kept.parents[1]
+    assert str(root) == gr.utils.get_upload_folder()
+    assert kept.name == "escaped_flair.nii.gz"
+    assert httpx.get(f"{address}gradio_api/file={kept}").content == b"scan"
+    scan = next((cohort / "Phantom_001").iterdir())
+    roundabout = f"{kept.parent}/{os.path.relpath(scan, kept.parent)}"
+    for path in (scan, roundabout, app.__file__, os.path.relpath(app.__file__), "/etc/hostname"):
+        assert httpx.get(f"{address}gradio_api/file={quote(str(path), safe='')}").status_code in (403, 404), path
+
+
+def segment_by_request(address, scan, model="tiny"):
+    """Press the button as a program does, and return the last event."""
+    data = [[{"path": str(scan), "meta": {"_type": "gradio.FileData"}}], model, ["axial"], False, 3]
+    call = f"{address}gradio_api/call/segment_files"
+    event = httpx.post(call, json={"data": data}).json()["event_id"]
+    return re.findall(r"event: (\w+)", httpx.get(f"{call}/{event}", timeout=60).text)[-1]
+
+
+def test_a_request_names_uploaded_files_and_offered_models_only(address, loaded, cohort):
+    scan = cohort / "Phantom_001" / "Phantom_001_flair.nii.gz"
+    kept = upload(address, scan.name, scan.read_bytes())
+    loaded.clear()
+    assert segment_by_request(address, scan) == "error"
+    assert segment_by_request(address, kept, "someone/else") == "error"
+    assert loaded == []
+    segment_by_request(address, kept)
+    assert loaded == ["tiny"]
+
+
 # ------------------------------------------------------------------------------------------------------- in a browser
 
 
@@ -191,17 +284,6 @@ def browser(tmp_path_factory):
     driver.downloads = downloads
     yield driver
     driver.quit()
-
-
-@pytest.fixture(scope="module")
-def address(segment, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-        page = app.build_page(lambda model: segment, ["tiny"], ["axial"])
-        _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
-        yield url
-        page.close()
 
 
 def wait(condition, seconds=30):

@@ -157,21 +157,22 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, pipeline
 
-repo, subfolder, revision, output = sys.argv[1:]
-options = {"subfolder": subfolder, "revision": revision}
+repo, subfolder, output, *revisions = sys.argv[1:]
 image = Image.open("slice.png")
-processor = AutoImageProcessor.from_pretrained(repo, **options)
-pixel_values = processor(image, return_tensors="pt")["pixel_values"]
 tensors = {}
-for auto_class in (AutoModel, AutoModelForSemanticSegmentation):
-    for more in ({}, {"device_map": "auto"}, {"low_cpu_mem_usage": True}, {"dtype": torch.float32}):
-        model = auto_class.from_pretrained(repo, **options, **more)
-        assert type(model) is sam2unet_hf.Sam2UNetForSemanticSegmentation
-        with torch.inference_mode():
-            tensors[f"{auto_class.__name__} {more}"] = model(pixel_values).logits
-if not subfolder:
-    segments = pipeline("image-segmentation", model=repo, revision=revision)(image)
-    assert {segment["label"] for segment in segments} <= set(AutoConfig.from_pretrained(repo).id2label.values())
+for revision in revisions:
+    options = {"subfolder": subfolder, "revision": revision}
+    processor = AutoImageProcessor.from_pretrained(repo, **options)
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"]
+    for auto_class in (AutoModel, AutoModelForSemanticSegmentation):
+        for more in ({}, {"device_map": "auto"}, {"low_cpu_mem_usage": True}, {"dtype": torch.float32}):
+            model = auto_class.from_pretrained(repo, **options, **more)
+            assert type(model) is sam2unet_hf.Sam2UNetForSemanticSegmentation
+            with torch.inference_mode():
+                tensors[f"{revision} {auto_class.__name__} {more}"] = model(pixel_values).logits
+    if not subfolder:
+        segments = pipeline("image-segmentation", model=repo, revision=revision)(image)
+        assert {segment["label"] for segment in segments} <= set(AutoConfig.from_pretrained(repo).id2label.values())
 torch.save(tensors, output)
 """
 
@@ -190,13 +191,12 @@ def test_with_the_package_it_loads_the_same_without_trust(hub, model, processor,
     image.save(tmp_path / "slice.png")
     with torch.inference_mode():
         expected = model(**processor(image, return_tensors="pt")).logits
-    for revision in ("main", commit):
-        result = run(hub, tmp_path, LOAD_WITH_PACKAGE, repo, subfolder, revision, tmp_path / "out.pt", token=None)
-        assert result.returncode == 0, result.stderr
-        tensors = torch.load(tmp_path / "out.pt", weights_only=True)
-        assert len(tensors) == 8
-        for name, logits in tensors.items():
-            assert torch.equal(logits, expected), name
+    result = run(hub, tmp_path, LOAD_WITH_PACKAGE, repo, subfolder, tmp_path / "out.pt", "main", commit, token=None)
+    assert result.returncode == 0, result.stderr
+    tensors = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert len(tensors) == 16
+    for name, logits in tensors.items():
+        assert torch.equal(logits, expected), name
 
 
 @pytest.mark.parametrize(

@@ -385,7 +385,9 @@ def test_it_compiles_to_one_graph(backend):
     pixel_values = torch.randn(2, 3, 96, 64)
     labels = (torch.rand(2, 1, 96, 64) > 0.8).float()
     torch.compiler.reset()
-    model, compiled_model = small_model(), small_model()
+    # Every kind of block, and no more of them.
+    backbone_config = small_backbone_config(blocks_per_stage=[1, 1, 3, 1], global_attention_blocks=[3])
+    model, compiled_model = small_model(backbone_config=backbone_config), small_model(backbone_config=backbone_config)
     compiled = torch.compile(compiled_model, fullgraph=True, backend=backend)
     with torch.no_grad():
         torch.testing.assert_close(compiled(pixel_values).logits, model(pixel_values).logits, atol=1e-5, rtol=1e-4)

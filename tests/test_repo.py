@@ -9,9 +9,11 @@ import inspect
 import pkgutil
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 
 ROOT = Path(__file__).parent.parent
@@ -178,6 +180,39 @@ def test_code_that_travels_is_what_the_model_imports():
     for name in sorted(needed):
         needed |= {Path(file).name for file in get_relative_import_files(package / name)}
     assert sorted(needed) == FLAT_FILES
+
+
+def unsound_requirements(pyproject):
+    """Dependencies without a lower bound, and those with an upper one and no comment beside it that says why."""
+    project = tomllib.loads(pyproject)["project"]
+    requirements = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    unsound = []
+    for text in requirements:
+        requirement = Requirement(text)
+        operators = {specifier.operator for specifier in requirement.specifier}
+        explained = any(f'"{text}"' in line and "#" in line for line in pyproject.splitlines())
+        capped = operators - {">=", "!="} and not explained
+        if requirement.name != project["name"] and (">=" not in operators or capped):
+            unsound.append(text)
+    return unsound
+
+
+def test_unsound_requirements_are_found():
+    pyproject = """
+    [project]
+    name = "x"
+    dependencies = ["a>=1", "b", "c<2", "d>=1,<2",
+        "e>=1,<2", # why
+    ]
+    [project.optional-dependencies]
+    more = ["x[less]", "f==1", "g~=1.0"]
+    """
+    assert unsound_requirements(pyproject) == ["b", "c<2", "d>=1,<2", "f==1", "g~=1.0"]
+
+
+def test_requirements_have_a_lower_bound_and_no_upper_one_without_a_reason():
+    """`.ci/minimum` runs the tests with the lower bounds."""
+    assert unsound_requirements((ROOT / "pyproject.toml").read_text()) == []
 
 
 def test_version_is_that_of_pyproject():

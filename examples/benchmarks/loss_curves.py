@@ -76,9 +76,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         parser.error(f"--steps must be at least --window ({args.window}), got {args.steps}")
     regions = {"WT": [1, 2, 3]}
     processor = Sam2UNetImageProcessor(regions=regions, size={"height": args.image_size, "width": args.image_size})
-    rows = datasets.load_dataset(args.dataset, split="train").with_transform(
-        SegmentationTransform(processor, augment=augmentation("flips"))
-    )
+    rows = datasets.load_dataset(args.dataset, split="train")  # nosec B615 # rows, no code
+    rows = rows.with_transform(SegmentationTransform(processor, augment=augmentation("flips")))
     loader = DataLoader(
         rows, args.batch_size, shuffle=True, drop_last=True, collate_fn=collate, num_workers=args.num_workers
     )
