@@ -1,0 +1,205 @@
+"""Training on Parquet files that are read while it runs."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from common import BRATS_REGIONS, small_model
+from datasets import Dataset, DatasetDict, load_dataset
+from loopback_hub import LoopbackHub
+from test_training import make_rows, make_trainer
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSemanticSegmentation
+
+from dataset_scripts.brats_slices.__main__ import main as write_brats_slices
+from dataset_scripts.phantom import write_phantom_cohort
+from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.streaming import ParquetRows, RowGroupSampler, open_parquet
+from sam2unet_hf.training import Sam2UNetTrainer
+
+
+TESTS = Path(__file__).parent
+SCRIPT = TESTS.parent / "examples" / "run_segmentation.py"
+sys.path.insert(0, str(SCRIPT.parent))
+import run_segmentation  # noqa: E402 - the scripts are no package
+from data_sources import case_names  # noqa: E402
+
+
+QUICK = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "2"]
+QUICK += ["--per_device_eval_batch_size", "1", "--num_train_epochs", "2"]
+ONLY_HERE = ("runtime", "per_second", "model_preparation_time")
+
+
+def write_parquet(folder, split, rows, row_groups):
+    """Write rows in files of the given sizes of row groups."""
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    first = 0
+    for number, sizes in enumerate(row_groups):
+        part = rows.select(range(first, first + sum(sizes)))
+        first += sum(sizes)
+        path = folder / "data" / f"{split}-{number:05d}-of-{len(row_groups):05d}.parquet"
+        part.to_parquet(path, batch_size=sizes[0])
+    assert first == len(rows)
+
+
+def numbered(count):
+    """Images of 64 pixels whose first pixel, and `case_id`, tell their number."""
+    rows = make_rows([(64, 64)] * count)
+    images = []
+    for index, image in enumerate(rows["image"]):
+        image.putpixel((0, 0), index)
+        images.append(image)
+    columns = {"image": images, "mask": list(rows["mask"]), "case_id": [f"case {index}" for index in range(count)]}
+    return Dataset.from_dict(columns).cast_column("image", rows.features["image"])
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return numbered(37)
+
+
+@pytest.fixture(scope="module")
+def folder(rows, tmp_path_factory):
+    """37 rows in row groups of 5, 5, 1, then 5, 5, 5, 1, then 10 rows, and five to validate."""
+    folder = tmp_path_factory.mktemp("streaming") / "parquet"
+    write_parquet(folder, "train", rows, [(5, 5, 1), (5, 5, 5, 1), (10,)])
+    write_parquet(folder, "validation", rows.select([3, 1, 4, 0, 5]), [(2, 2, 1)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory):
+    """Slices as the builder writes them, and a model to start from."""
+    folder = tmp_path_factory.mktemp("slices")
+    cohort = write_phantom_cohort(folder / "brats", num_patients=13, shape=(40, 40, 26))
+    options = ["--slices", "12", "13", "--output_dir", str(folder / "slices")]
+    write_brats_slices(["--brats_dir", str(cohort), *options])
+    model = small_model(regions={"WT": [1, 2, 3]})
+    model.save_pretrained(folder / "start")
+    processor = Sam2UNetImageProcessor(regions=model.config.regions, size={"height": 64, "width": 64})
+    processor.save_pretrained(folder / "start")
+    return folder
+
+
+def scores_of(folder):
+    results = json.loads((folder / "all_results.json").read_text())
+    return {
+        key: value for key, value in results.items() if not key.startswith("train") and not key.endswith(ONLY_HERE)
+    }
+
+
+def test_rows_are_those_of_load_dataset(folder, rows):
+    streamed = open_parquet(str(folder))["train"]
+    assert len(streamed) == len(rows)
+    assert streamed.features == rows.features
+    assert streamed.column_names == rows.column_names
+    assert streamed["case_id"] == list(rows["case_id"])
+    assert [np.asarray(image).tobytes() for image in streamed[3:36:4]["image"]] == [
+        np.asarray(image).tobytes() for image in rows[3:36:4]["image"]
+    ]
+    assert streamed[-1]["case_id"] == "case 36"
+    with pytest.raises(IndexError, match="no row 37, there are 37"):
+        streamed[37]
+    with pytest.raises(KeyError, match="no column grade, only image, mask, case_id"):
+        streamed["grade"]
+    assert streamed.head(3)[:]["case_id"] == ["case 0", "case 1", "case 2"]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3, 40])
+def test_each_row_comes_once_for_any_number_of_readers(folder, batch_size, shuffle):
+    rows = open_parquet(str(folder), shuffle_buffer=8)["train"]
+    for num_processes in (1, 2, 3, 8):
+        for num_workers in (0, 1, 5):
+            order = RowGroupSampler(rows, batch_size, num_processes, num_workers, shuffle).order()
+            assert sorted(order) == list(range(37))
+
+
+def test_a_row_group_is_read_once_but_where_two_readers_share_it(folder, monkeypatch):
+    rows = open_parquet(str(folder), shuffle_buffer=8)["train"]
+    reads = Counter()
+    read_group = ParquetRows._read_group
+
+    def count(rows, group):
+        reads[group] += 1
+        return read_group(rows, group)
+
+    monkeypatch.setattr(ParquetRows, "_read_group", count)
+    for index in RowGroupSampler(rows, 2, shuffle=True).order():
+        rows[index]
+    assert set(reads.values()) == {1}
+    assert len(reads) == 8
+    reads.clear()
+    # What accelerate gives to the two processes: every other batch; the last odd row of each goes anywhere.
+    order = RowGroupSampler(rows, 2, num_processes=2, shuffle=True).order()
+    for process in range(2):
+        reader = rows.with_transform(None)
+        for start in range(2 * process, 36, 4):
+            for index in order[start : start + 2]:
+                reader[index]
+    assert reads.total() <= 9
+    held = sum(len(table) for table in rows._held.values())
+    assert held <= 8 + 10
+
+
+def test_shuffling_depends_on_seed_and_epoch_alone(folder):
+    rows = open_parquet(str(folder), shuffle_buffer=12)["train"]
+    sampler = RowGroupSampler(rows, 2, shuffle=True)
+    orders = {}
+    for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        rows.set_epoch(epoch, seed)
+        torch.rand(1)
+        order = sampler.order().tolist()
+        assert orders.setdefault((seed, epoch), order) == order
+    assert len({tuple(order) for order in orders.values()}) == 3
+    # Within 12 rows from as many as three places, not in the order of the files.
+    assert max(orders[0, 0][:12]) - min(orders[0, 0][:12]) > 12
+
+
+def test_workers_and_batches_bring_the_same_rows(folder):
+    rows = open_parquet(str(folder), shuffle_buffer=8)["train"]
+    sampler = RowGroupSampler(rows, 4, num_workers=2, shuffle=True)
+    loader = DataLoader(rows, 4, sampler=sampler, num_workers=2, collate_fn=lambda examples: examples)
+    seen = [int(example["case_id"].split()[1]) for batch in loader for example in batch]
+    assert seen == sampler.order().tolist()
+
+
+def test_errors_name_file_and_remedy(folder, rows, tmp_path, monkeypatch):
+    (tmp_path / "none.parquet").write_bytes(b"PAR1 is missing at the end")
+    with pytest.raises(ValueError, match=r"none\.parquet` is no Parquet file"):
+        ParquetRows([str(tmp_path / "none.parquet")])
+    with pytest.raises(ValueError, match="`shuffle_buffer` must be a number of rows from 0 on, got -1"):
+        ParquetRows([], shuffle_buffer=-1)
+    monkeypatch.setattr("sam2unet_hf.streaming.MAX_ROW_GROUP_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"Row group 0 of `.*train-00000.* MiB.*to_parquet\(path, batch_size=100\)"):
+        open_parquet(str(folder))
+    monkeypatch.undo()
+    raw = rows.cast_column("image", rows.features["image"].__class__(decode=False)).with_format("arrow")[:]
+    images = raw["image"].to_pylist()
+    images[7] = {"bytes": images[7]["bytes"][:40], "path": None}
+    broken = Dataset.from_dict({"image": images, "mask": list(rows["mask"])}).cast_column(
+        "image", rows.features["image"]
+    )
+    write_parquet(tmp_path / "broken", "train", broken, [(37,)])
+    streamed = open_parquet(str(tmp_path / "broken"))["train"]
+    with pytest.raises(ValueError, match=r"7 \(row 7 of `.*train-00000-of-00001.parquet`\)"):
+        streamed[7]
+
+
+def test_streamed_scores_and_predictions_are_those_of_the_data_set(slices, tmp_path):
+    model = ["--model_name_or_path", str(slices / "start"), "--do_train", "false", "--do_predict"]
+    arguments = ["--dataset_name", str(slices / "slices"), *QUICK, *model]
+    run_segmentation.main([*arguments, "--output_dir", str(tmp_path / "whole")])
+    run_segmentation.main([*arguments, "--streaming", "--output_dir", str(tmp_path / "streamed")])
+    assert scores_of(tmp_path / "streamed") == scores_of(tmp_path / "whole")
+    pictures = sorted((tmp_path / "whole").glob("predictions/*.png")) + [tmp_path / "whole" / "predictions.png"]
+    assert len(pictures) > 3
+    for picture in pictures:
+        other = tmp_path / "streamed" / picture.relative_to(tmp_path / "whole")
+        assert other.read_bytes() == picture.read_bytes()
