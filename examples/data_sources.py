@@ -50,7 +50,7 @@ class DataArguments:
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "Read the Parquet files of --dataset_name while training, and keep nothing of them on disk."
+            "help": "Read the Parquet files of --dataset_name while training, keep nothing of them on disk."
         },
     )
     shuffle_buffer: int = field(
@@ -135,9 +135,9 @@ def stream_data(args: DataArguments) -> dict[str, ParquetRows]:
     """Open the splits of a data set of Parquet files, which must have train and validation."""
     if args.dataset_name is None or image_mask_folders(Path(args.dataset_name)):
         raise SystemExit(
-            "--streaming reads a data set of Parquet files, a folder or a Hub id, given by --dataset_name. "
-            "`python -m dataset_scripts.brats_slices` writes one of BraTS scans. Images in folders are read one by one "
-            "without --streaming."
+            "--streaming reads a data set of Parquet files, a folder or a Hub id, given by --dataset_name. `python -m "
+            "dataset_scripts.brats_slices` writes one of BraTS scans. Images in folders are read one by one without "
+            "--streaming."
         )
     try:
         data = open_parquet(args.dataset_name, args.dataset_config_name, args.shuffle_buffer)
@@ -407,7 +407,7 @@ def check_first_rows(
         found = check_images_and_masks(split, rows.head(100), image_column, mask_column)
         if 255 in found and not found & ids:
             raise SystemExit(
-                f"The first masks of {split} hold {sorted(found)}, of which 255 is ignored, and no region has another: "
+                f"The first masks of {split} hold {sorted(found)}, of which 255 is ignored, and none is of a region: "
                 f"{regions}. With --streaming masks must hold label ids, such as 1 for the foreground."
             )
 

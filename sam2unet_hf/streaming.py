@@ -64,8 +64,8 @@ class ParquetRows(Dataset):
         for (file, index), size in zip(self._groups, sizes, strict=True):
             if size > MAX_ROW_GROUP_BYTES:
                 raise ValueError(
-                    f"Row group {index} of `{file.path}` has {size / 2**20:.1f} MiB, which each process would hold; at "
-                    f"most {MAX_ROW_GROUP_BYTES / 2**20:.3g} can be streamed. Write smaller ones, such as by "
+                    f"Row group {index} of `{file.path}` has {size / 2**20:.1f} MiB, which each process would hold. "
+                    f"At most {MAX_ROW_GROUP_BYTES / 2**20:.3g} can be streamed. Write smaller ones, such as by "
                     "`dataset.to_parquet(path, batch_size=100)`."
                 )
         # The number of the first row of each row group, and at the end that of all rows.
@@ -96,7 +96,7 @@ class ParquetRows(Dataset):
         return datasets.Dataset(table.cast(self.features.arrow_schema), datasets.DatasetInfo(features=self.features))
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of names, sizes and footers of the files; footers tell sizes and extremes of row groups."""
+        """Return the SHA-256 of the files' names, sizes and footers, which tell sizes of row groups and columns."""
         digest = hashlib.sha256()
         for file in self._files:
             digest.update(f"{file.path.rsplit('/', 1)[-1]} {file.size} {file.footer.to_dict()}".encode())

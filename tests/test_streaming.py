@@ -19,9 +19,9 @@ from transformers import AutoModelForSemanticSegmentation
 
 from dataset_scripts.brats_slices.__main__ import main as write_brats_slices
 from dataset_scripts.phantom import write_phantom_cohort
-from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf import Sam2UNetImageProcessor, Sam2UNetOutput
 from sam2unet_hf.streaming import ParquetRows, RowGroupSampler, open_parquet
-from sam2unet_hf.training import Sam2UNetTrainer
+from sam2unet_hf.training import SegmentationTransform, collate
 
 
 TESTS = Path(__file__).parent
@@ -33,7 +33,7 @@ from data_sources import case_names  # noqa: E402
 
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "2"]
 QUICK += ["--per_device_eval_batch_size", "1", "--num_train_epochs", "2"]
-ONLY_HERE = ("runtime", "per_second", "model_preparation_time")
+ONLY_HERE = ("runtime", "per_second", "model_preparation_time", "epoch")
 
 
 def write_parquet(folder, split, rows, row_groups):
@@ -203,3 +203,155 @@ def test_streamed_scores_and_predictions_are_those_of_the_data_set(slices, tmp_p
     for picture in pictures:
         other = tmp_path / "streamed" / picture.relative_to(tmp_path / "whole")
         assert other.read_bytes() == picture.read_bytes()
+
+
+def run(folder, *arguments, processes=1, hub=None, returncode=0):
+    """Run the script in processes of their own and return what it said."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
+    environment |= {"HF_HOME": str(folder / "hf"), "HF_DATASETS_CACHE": str(folder / "hf" / "datasets")}
+    environment |= hub.environment(folder / "home", None) if hub else {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, *map(str, arguments)],
+        env=environment,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == returncode, done.stdout
+    return done.stdout
+
+
+def train(folder, parquet, **kwargs):
+    """Train on streamed rows by a loss that costs nothing; return the trainer, and the rows of each batch."""
+    streamed = open_parquet(str(parquet), shuffle_buffer=8)
+    model = small_model(regions=BRATS_REGIONS)
+    forward = model.forward
+    seen = []
+
+    def forward_fast(pixel_values, labels=None, **kwargs):
+        if labels is None:
+            return forward(pixel_values, **kwargs)
+        weights = torch.stack([weight.mean() for weight in model.parameters() if weight.requires_grad])
+        return Sam2UNetOutput(loss=(weights.sum() - pixel_values.mean()) ** 2, logits=pixel_values)
+
+    class Numbered(SegmentationTransform):
+        def __call__(self, rows):
+            return super().__call__(rows) | {"number": [int(case.split()[1]) for case in rows["case_id"]]}
+
+    def note(examples):
+        if "number" in examples[0]:
+            seen.append([example["number"] for example in examples])
+        return collate(examples)
+
+    model.forward = forward_fast
+    options = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01, "save_steps": 500}
+    options |= kwargs.pop("options", {})
+    trainer = make_trainer(model, streamed["train"], folder, **options)
+    trainer.train_dataset.transform.__class__ = Numbered
+    trainer.eval_dataset = streamed["validation"].with_transform(trainer.eval_dataset.transform)
+    trainer.data_collator = note
+    trainer.train(**kwargs)
+    return trainer, seen
+
+
+def test_an_epoch_is_each_row_once_and_a_resumed_run_ends_alike(folder, tmp_path):
+    trainer, seen = train(tmp_path / "run", folder, options={"save_steps": 5})
+    assert trainer.state.max_steps == 20
+    assert trainer.state.epoch == 2
+    assert seen[:10] != seen[10:]
+    assert all(sorted(sum(epoch, [])) == list(range(37)) for epoch in (seen[:10], seen[10:]))
+    weights = trainer.model.state_dict()
+    start = small_model(regions=BRATS_REGIONS).state_dict()
+    assert not torch.equal(weights["decode_head.classifier.weight"], start["decode_head.classifier.weight"])
+    for step in (10, 15):  # between the epochs, and within the second
+        checkpoint = str(tmp_path / "run" / f"checkpoint-{step}")
+        options = {"save_strategy": "no"}
+        again, seen_again = train(tmp_path / "again", folder, options=options, resume_from_checkpoint=checkpoint)
+        assert seen_again == seen[step:]
+        assert all(torch.equal(value, weights[name]) for name, value in again.model.state_dict().items())
+
+
+def test_streamed_batch_norm_is_estimated_on_rows_of_several_places(folder, tmp_path):
+    trainer, seen = train(tmp_path, folder, options={"max_steps": 1, "save_strategy": "no"})
+    seen.clear()
+    trainer.batch_norm_images = 8
+    for _ in range(2):
+        trainer.estimate_batch_norm()
+    assert seen[0] == seen[1]
+    assert len(seen) == 2
+    assert len(set(seen[0])) == 8
+    assert max(seen[0]) - min(seen[0]) > 8
+    assert trainer.recipe()["augmentation"] == "RandomHorizontalFlip, RandomVerticalFlip"
+
+
+def test_streaming_says_what_it_needs(folder, slices, tmp_path):
+    def fails(match, *arguments, name=folder):
+        with pytest.raises(SystemExit, match=match):
+            run_segmentation.main(["--dataset_name", str(name), "--streaming", *QUICK, *arguments])
+
+    fails(r"does not read all masks beforehand .* --regions foreground=1", "--allow_leaks")
+    fails(r"Patient case . is in the splits train .* and validation", "--regions", "a=1")
+    with pytest.raises(SystemExit, match="needs --dataset_name|given by --dataset_name"):
+        run_segmentation.main(["--streaming", *QUICK])
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    fails("Images in folders are read one by one without --streaming", name=tmp_path)
+    alone = tmp_path / "alone"
+    write_parquet(alone, "train", numbered(4), [(4,)])
+    fails("cuts off no splits, and .* has none named validation, only train", name=alone)
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "train.csv").write_text("image,mask\n1,2\n")
+    fails(r"Only Parquet files can be streamed, got `.*train.csv`", name=text)
+    full = tmp_path / "full"
+    white = numbered(4).map(lambda row: {"mask": row["mask"].point(lambda label: 255 * (label > 0))})
+    for split in ("train", "validation"):
+        write_parquet(full, split, white, [(4,)])
+    fails(r"hold \[0, 255\], of which 255 is ignored", "--regions", "a=1", "--allow_leaks", name=full)
+
+
+def found_by_two_processes(parquet, folder, num_workers):
+    """Train in two processes; return what each found."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run(folder, TESTS / "streaming_worker.py", parquet, folder, num_workers, processes=2)
+    return torch.load(folder / "found.pt", weights_only=False)
+
+
+def evaluate_on_one_thread(trainer):
+    """Return the scores; other numbers of threads round otherwise."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    metrics = trainer.evaluate()
+    torch.set_num_threads(num_threads)
+    return {name: value for name, value in metrics.items() if not name.endswith(ONLY_HERE)}
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_two_processes_share_the_rows_and_score_as_one(folder, tmp_path, num_workers):
+    trainer, _ = train(tmp_path / "one", folder, options={"max_steps": 1, "per_device_eval_batch_size": 1})
+    trainer.model.load_state_dict(small_model(regions=BRATS_REGIONS).state_dict())
+    expected = evaluate_on_one_thread(trainer)
+    found = found_by_two_processes(folder, tmp_path / "two", num_workers)
+    for process in found:
+        metrics = {name: value for name, value in process["metrics"].items() if not name.endswith(ONLY_HERE)}
+        assert metrics == expected
+        assert np.array_equal(process["image_dice"], trainer.compute_metrics.image_dice)
+        assert process["steps"] == 10  # two epochs of ten batches by two processes
+    if num_workers:
+        return  # whose rows are noted in the workers
+    for epoch in range(2):
+        batches = [process["seen"][5 * epoch : 5 * epoch + 5] for process in found]
+        rows = Counter(sum(sum(batches, []), []))
+        assert set(rows) == set(range(37))
+        # Filled up to full batches with rows from the start of the epoch.
+        assert rows.total() == 40
+        assert {row for row, count in rows.items() if count > 1} <= set(batches[0][0] + batches[1][0])
+    # Eight row groups an epoch, one of them cut in two, and the start again for filling up.
+    assert all(process["reads"] <= 2 * 7 for process in found)
+    assert sum(process["reads"] for process in found) <= 2 * 12
