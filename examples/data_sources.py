@@ -49,9 +49,7 @@ class DataArguments:
     brats_dir: str | None = field(default=None, metadata={"help": "Folder of BraTS cases, in NIfTI."})
     streaming: bool = field(
         default=False,
-        metadata={
-            "help": "Read the Parquet files of --dataset_name while training, keep nothing of them on disk."
-        },
+        metadata={"help": "Read the Parquet files of --dataset_name while training, keep nothing of them on disk."},
     )
     shuffle_buffer: int = field(
         default=1000, metadata={"help": "With --streaming: rows that are shuffled together, and held by each reader."}

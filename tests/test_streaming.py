@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from common import BRATS_REGIONS, small_model
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset
 from loopback_hub import LoopbackHub
+from PIL import Image as PILImage
 from test_training import make_rows, make_trainer
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSemanticSegmentation
 
 from dataset_scripts.brats_slices.__main__ import main as write_brats_slices
 from dataset_scripts.phantom import write_phantom_cohort
@@ -28,7 +28,6 @@ TESTS = Path(__file__).parent
 SCRIPT = TESTS.parent / "examples" / "run_segmentation.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import run_segmentation  # noqa: E402 - the scripts are no package
-from data_sources import case_names  # noqa: E402
 
 
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "2"]
@@ -205,31 +204,30 @@ def test_streamed_scores_and_predictions_are_those_of_the_data_set(slices, tmp_p
         assert other.read_bytes() == picture.read_bytes()
 
 
-def run(folder, *arguments, processes=1, hub=None, returncode=0):
-    """Run the script in processes of their own and return what it said."""
+def run(folder, *arguments, processes=1, **environment):
+    """Run Python, perhaps in several processes, in a folder that is its home."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
-    environment |= {"HF_HOME": str(folder / "hf"), "HF_DATASETS_CACHE": str(folder / "hf" / "datasets")}
-    environment |= hub.environment(folder / "home", None) if hub else {"HF_HUB_OFFLINE": "1"}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "HF_HUB_OFFLINE": "1"}
+    own |= {"HF_HOME": str(folder / "hf"), "TMPDIR": str(folder), **environment}
     done = subprocess.run(
         [*command, *map(str, arguments)],
-        env=environment,
+        env=os.environ | own,
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=500,
         check=False,
     )
-    assert done.returncode == returncode, done.stdout
+    assert done.returncode == 0, done.stdout
     return done.stdout
 
 
 def train(folder, parquet, **kwargs):
     """Train on streamed rows by a loss that costs nothing; return the trainer, and the rows of each batch."""
-    streamed = open_parquet(str(parquet), shuffle_buffer=8)
+    streamed = open_parquet(str(parquet), shuffle_buffer=kwargs.pop("shuffle_buffer", 8))
     model = small_model(regions=BRATS_REGIONS)
     forward = model.forward
     seen = []
@@ -242,7 +240,8 @@ def train(folder, parquet, **kwargs):
 
     class Numbered(SegmentationTransform):
         def __call__(self, rows):
-            return super().__call__(rows) | {"number": [int(case.split()[1]) for case in rows["case_id"]]}
+            numbers = {"number": [int(case.split()[1]) for case in rows["case_id"]]} if "case_id" in rows else {}
+            return super().__call__(rows) | numbers
 
     def note(examples):
         if "number" in examples[0]:
@@ -250,6 +249,8 @@ def train(folder, parquet, **kwargs):
         return collate(examples)
 
     model.forward = forward_fast
+    model.requires_grad_(False)
+    model.decode_head.classifier.requires_grad_(True)
     options = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01, "save_steps": 500}
     options |= kwargs.pop("options", {})
     trainer = make_trainer(model, streamed["train"], folder, **options)
@@ -355,3 +356,74 @@ def test_two_processes_share_the_rows_and_score_as_one(folder, tmp_path, num_wor
     # Eight row groups an epoch, one of them cut in two, and the start again for filling up.
     assert all(process["reads"] <= 2 * 7 for process in found)
     assert sum(process["reads"] for process in found) <= 2 * 12
+
+
+UPLOAD = (
+    "import sys; from huggingface_hub import HfApi; api = HfApi(); api.create_repo(sys.argv[1], repo_type='dataset')"
+)
+UPLOAD += "; api.upload_folder(repo_id=sys.argv[1], repo_type='dataset', folder_path=sys.argv[2])"
+
+
+def files_of(folder):
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_data_set_of_the_hub_is_streamed_with_nothing_of_it_on_disk(slices, tmp_path):
+    arguments = [*QUICK, "--model_name_or_path", slices / "start", "--streaming", "--dataloader_num_workers", "1"]
+    run(tmp_path, SCRIPT, "--dataset_name", slices / "slices", *arguments, "--output_dir", tmp_path / "disk")
+    with LoopbackHub() as hub:
+        online = {name: value for name, value in hub.environment(tmp_path / "hf", "hf_write").items() if "HF_" in name}
+        run(tmp_path, "-c", UPLOAD, "tester/slices", slices / "slices", **online)
+        before = files_of(tmp_path)
+        asked = len(hub.requests)
+        arguments += ["--dataset_name", "tester/slices"]
+        run(tmp_path, SCRIPT, *arguments, "--output_dir", tmp_path / "hub", **online)
+        reads = [status for method, path, status in hub.requests[asked:] if method == "GET" and "parquet" in path]
+        assert hub.unknown_requests == []
+    new = {path for path in files_of(tmp_path) - before if tmp_path / "hub" not in path.parents}
+    assert not [path for path in new if path.suffix in (".parquet", ".arrow") or path.read_bytes()[:4] == b"PAR1"]
+    assert sum(path.stat().st_size for path in new) < 100_000  # card and locks; the images take more
+    assert reads
+    assert set(reads) <= {200, 206, 302}
+    assert scores_of(tmp_path / "hub") == scores_of(tmp_path / "disk")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("hub", "disk")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_memory_and_disk_are_bounded_by_the_shuffle_buffer(tmp_path):
+    """300 MB of images, of which a reader holds 200 rows of 0.3 MB and one row group of 100."""
+    generator = np.random.default_rng(0)
+    mask = PILImage.fromarray(np.pad(np.ones((100, 100), np.uint8), 110))
+
+    def rows(count):
+        for _ in range(count):
+            yield {
+                "image": PILImage.fromarray(generator.integers(0, 256, (320, 320, 3), dtype=np.uint8)),
+                "mask": mask,
+            }
+
+    parquet = tmp_path / "parquet"
+    features = make_rows([(64, 64)]).features
+    for split, count in (("train", 1000), ("validation", 10)):
+        part = Dataset.from_generator(
+            rows, features=features, gen_kwargs={"count": count}, cache_dir=tmp_path / "build"
+        )
+        write_parquet(parquet, split, part, [(100,) * (count // 100) or (count,)])
+    size = sum(path.stat().st_size for path in files_of(parquet))
+    assert size > 300e6
+    before = files_of(tmp_path)
+    peaks = {}
+    for steps in (2, 250):
+        options = {"max_steps": steps, "eval_strategy": "no", "save_strategy": "no"}
+        code = (
+            "import resource, sys; from test_streaming import train; "
+            f"train(sys.argv[1], sys.argv[2], options={options!r}, shuffle_buffer=200); "
+            "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        said = run(tmp_path, "-c", code, tmp_path / "run", parquet)
+        peaks[steps] = int(said.split("peak")[1].split()[0]) * 1024
+    assert peaks[250] - peaks[2] < 0.5 * size
+    new = {path for path in files_of(tmp_path) - before if tmp_path / "run" not in path.parents}
+    assert sum(path.stat().st_size for path in new) < 1e6
