@@ -358,10 +358,13 @@ def test_two_processes_share_the_rows_and_score_as_one(folder, tmp_path, num_wor
     assert sum(process["reads"] for process in found) <= 2 * 12
 
 
-UPLOAD = (
-    "import sys; from huggingface_hub import HfApi; api = HfApi(); api.create_repo(sys.argv[1], repo_type='dataset')"
-)
-UPLOAD += "; api.upload_folder(repo_id=sys.argv[1], repo_type='dataset', folder_path=sys.argv[2])"
+UPLOAD = """
+import sys
+from huggingface_hub import HfApi
+
+HfApi().create_repo(sys.argv[1], repo_type="dataset")
+HfApi().upload_folder(repo_id=sys.argv[1], repo_type="dataset", folder_path=sys.argv[2])
+"""
 
 
 def files_of(folder):
