@@ -29,8 +29,9 @@ class ParquetFile(NamedTuple):
 class ParquetRows(Dataset):
     """Rows of Parquet files, read from a disk or the Hub when they are asked for, and never written to a disk.
 
-    It has what training needs of a `datasets.Dataset`: `len(rows)`, `rows[3]`, `rows[3:7]`, `rows["case_id"]`,
-    `features`, `column_names` and `with_transform`. The numbers of rows come from the footers of the files.
+    It has what training needs of a `datasets.Dataset`: `len(rows)`, `rows[3]`, `rows[3:7]`, `rows[[3, 7]]`,
+    `rows["case_id"]`, `features`, `column_names` and `with_transform`. The numbers of rows come from the footers of
+    the files.
 
     A row group is read as a whole, and kept, encoded, until about `shuffle_buffer` other rows were read. So rows
     should be asked for in the order of a [`RowGroupSampler`], as [`~training.Sam2UNetTrainer`] does.
@@ -110,12 +111,16 @@ class ParquetRows(Dataset):
     def __len__(self) -> int:
         return int(self.group_starts[-1])
 
-    def __getitem__(self, key: int | slice | str) -> Any:
+    def __getitem__(self, key: int | slice | Sequence[int] | str) -> Any:
+        if isinstance(key, np.integer):
+            key = int(key)
         if isinstance(key, str):
             return self._read_column(key)
         if isinstance(key, slice):
             return self._batch(range(*key.indices(len(self))))
-        return {name: values[0] for name, values in self._batch([key]).items()}
+        if isinstance(key, int):
+            return {name: values[0] for name, values in self._batch([key]).items()}
+        return self._batch(key)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Return the rows of a batch, for PyTorch."""
@@ -191,7 +196,7 @@ class ParquetRows(Dataset):
             with self._open(file.path, file.size) as opened:
                 parquet = pq.ParquetFile(opened, metadata=file.footer)
                 values += parquet.read(columns=[name], use_threads=False)[name].to_pylist()
-        return values
+        return self.features.decode_column(values, name)
 
 
 class RowGroupSampler(Sampler[int]):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -103,6 +104,9 @@ def test_rows_are_those_of_load_dataset(folder, rows):
         np.asarray(image).tobytes() for image in rows[3:36:4]["image"]
     ]
     assert streamed[-1]["case_id"] == "case 36"
+    assert streamed[[7, 3]]["case_id"] == ["case 7", "case 3"]
+    assert np.array_equal(streamed["mask"][5], rows["mask"][5])
+    assert pickle.loads(pickle.dumps(streamed))[5]["case_id"] == "case 5"  # for workers that are not forked
     with pytest.raises(IndexError, match="no row 37, there are 37"):
         streamed[37]
     with pytest.raises(KeyError, match="no column grade, only image, mask, case_id"):
