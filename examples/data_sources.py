@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from dataset_scripts.brats_slices import BratsSlices, split_patients
 from dataset_scripts.phantom import VERSION, write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.nifti import MODALITIES, PLANES, patient_of
+from sam2unet_hf.streaming import ParquetRows, open_parquet
 from sam2unet_hf.training import SegmentationTransform
 
 
@@ -48,6 +50,13 @@ class DataArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     brats_dir: str | None = field(default=None, metadata={"help": "Folder of BraTS cases, in NIfTI."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the Parquet files of --dataset_name while training, keep nothing of them on disk."},
+    )
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "With --streaming: rows that are shuffled together, and held by each reader."}
+    )
     image_column: str | None = field(default=None, metadata={"help": "Column of the images. Default: found by type."})
     mask_column: str | None = field(default=None, metadata={"help": "Column of the masks. Default: found by name."})
     regions: list[str] | None = field(
@@ -75,7 +84,7 @@ class DataArguments:
     )
 
 
-def load_data(args: DataArguments) -> datasets.DatasetDict:
+def load_data(args: DataArguments) -> datasets.DatasetDict | dict[str, ParquetRows]:
     """Load or build the data set, with the splits train, validation and, if there is enough, test.
 
     Raises:
@@ -83,7 +92,9 @@ def load_data(args: DataArguments) -> datasets.DatasetDict:
             (by `case_id`, unless that is the name of a file of yours) or an image.
     """
     pairs: dict[str, tuple[Path, Path]] = {}
-    if args.dataset_name is None:
+    if args.streaming:
+        data = stream_data(args)
+    elif args.dataset_name is None:
         brats_dir = args.brats_dir or phantom_dir()
         words = " ".join(args.slices).split()
         try:
@@ -108,10 +119,13 @@ def load_data(args: DataArguments) -> datasets.DatasetDict:
             check_paths(data, args.dataset_name)
         except (OSError, RuntimeError, ValueError) as err:  # no such folder or repository, no data in it, a script
             raise SystemExit(f"--dataset_name {args.dataset_name}: {err}") from err
-    data = with_all_splits(data, args.split_seed)
+    if not args.streaming:
+        data = with_all_splits(data, args.split_seed)
     image_column, _ = find_columns(data, args)
     leak = None if pairs else shared_patient(data)  # files of different patients may have the same name
-    if leak := leak or shared_image(data, image_column):
+    if not args.streaming:  # which reads no image beforehand
+        leak = leak or shared_image(data, image_column)
+    if leak:
         leak = f"{leak} A model is not to be scored on what it was trained on or chosen by."
         if not args.allow_leaks:
             raise SystemExit(f"{leak} Keep it in one split, or go on all the same with --allow_leaks.")
@@ -119,7 +133,34 @@ def load_data(args: DataArguments) -> datasets.DatasetDict:
     return data
 
 
-def shared_patient(data: datasets.DatasetDict) -> str | None:
+def stream_data(args: DataArguments) -> dict[str, ParquetRows]:
+    """Open the splits of a data set of Parquet files, which must have train and validation."""
+    if args.dataset_name is None or image_mask_folders(Path(args.dataset_name)):
+        raise SystemExit(
+            "--streaming reads a data set of Parquet files, a folder or a Hub id, given by --dataset_name. `python -m "
+            "dataset_scripts.brats_slices` writes one of BraTS scans. Images in folders are read one by one without "
+            "--streaming."
+        )
+    try:
+        data = open_parquet(args.dataset_name, args.dataset_config_name, args.shuffle_buffer)
+    except (OSError, ValueError) as err:
+        raise SystemExit(f"--streaming --dataset_name {args.dataset_name}: {err}") from err
+    named = named_splits(data)
+    if missing := [split for split in ("train", "validation") if split not in named]:
+        raise SystemExit(
+            f"--streaming cuts off no splits, and {args.dataset_name} has none named {missing[0]}, only "
+            f"{', '.join(data)}. Write it with one, or leave out --streaming."
+        )
+    for split, rows in named.items():
+        if split != "train":
+            rows.shuffle_buffer = 0  # nothing is to be held for shuffling
+    train = named["train"]
+    held = train.num_bytes / len(train) * min(args.shuffle_buffer, len(train))
+    logger.info("Streaming %d training rows; each reader holds about %.0f MB of them.", len(train), held / 1e6)
+    return named
+
+
+def shared_patient(data: datasets.DatasetDict | dict[str, ParquetRows]) -> str | None:
     """Say which patient two splits share, if any."""
     first: dict[str, tuple[str, str]] = {}
     for split, rows in data.items():
@@ -259,10 +300,8 @@ def pair_images_and_masks(image_dir: Path, mask_dir: Path) -> datasets.Dataset:
     return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
 
 
-def with_all_splits(data: datasets.DatasetDict, seed: int) -> datasets.DatasetDict:
-    """Name the splits as we do; cut off validation, and test if nothing else is there, by patient where known."""
-    if not isinstance(data, datasets.DatasetDict):
-        raise SystemExit(f"Expected a data set with splits, got {type(data).__name__}.")
+def named_splits(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the splits as we do; leave out those of other names."""
     named = {}
     for split, names in SPLITS.items():
         there = [name for name in names if name in data]
@@ -272,6 +311,14 @@ def with_all_splits(data: datasets.DatasetDict, seed: int) -> datasets.DatasetDi
             named[split] = data[there[0]]
     if unused := sorted(set(data) - {name for names in SPLITS.values() for name in names}):
         logger.warning("Not used, for their names say neither train, validation nor test: %s.", ", ".join(unused))
+    return named
+
+
+def with_all_splits(data: datasets.DatasetDict, seed: int) -> datasets.DatasetDict:
+    """Name the splits as we do; cut off validation, and test if nothing else is there, by patient where known."""
+    if not isinstance(data, datasets.DatasetDict):
+        raise SystemExit(f"Expected a data set with splits, got {type(data).__name__}.")
+    named = named_splits(data)
     if "train" not in named:
         raise SystemExit(f"The data set has no split named train, only {', '.join(data)}.")
     if "validation" not in named:
@@ -342,6 +389,10 @@ def find_regions(
         ids = [1, 2, 3]
         regions = regions or {"WT": ids}
         hint = " (BraTS' label 4 is 3 here)"
+    elif isinstance(data["train"], ParquetRows):
+        check_first_rows(data, image_column, mask_column, regions)
+        ids = sorted(label_id for label_ids in regions.values() for label_id in label_ids)
+        hint = ""
     else:
         found: set[int] = set()
         for split, rows in data.items():
@@ -364,6 +415,25 @@ def find_regions(
             logger.warning("No mask holds the label ids %s of region %s, only %s%s.", missing, name, ids, hint)
     logger.info("Regions: %s.", regions)
     return regions, mapping
+
+
+def check_first_rows(
+    data: dict[str, ParquetRows], image_column: str, mask_column: str, regions: dict[str, list[int]] | None
+) -> None:
+    """Check the first rows of each split, and that it is said what to segment, for not all masks are read."""
+    if regions is None:
+        raise SystemExit(
+            "--streaming does not read all masks beforehand to find the ids in them. Say what to segment, such as by "
+            "--regions foreground=1."
+        )
+    ids = {label_id for label_ids in regions.values() for label_id in label_ids}
+    for split, rows in data.items():
+        found = check_images_and_masks(split, rows.head(100), image_column, mask_column)
+        if 255 in found and not found & ids:
+            raise SystemExit(
+                f"The first masks of {split} hold {sorted(found)}, of which 255 is ignored, and none is of a region: "
+                f"{regions}. With --streaming masks must hold label ids, such as 1 for the foreground."
+            )
 
 
 class Picture(NamedTuple):

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ from typing import Any
 import datasets
 from transformers import TrainingArguments
 
+from sam2unet_hf.streaming import ParquetRows
+
 
 RECORD = "run.json"
 
 
-def describe(arguments: dict[str, Any], args: TrainingArguments, data: datasets.DatasetDict) -> dict[str, Any]:
+def describe(
+    arguments: dict[str, Any], args: TrainingArguments, data: Mapping[str, datasets.Dataset | ParquetRows]
+) -> dict[str, Any]:
     """Return what repeats a run.
 
     Args:
@@ -63,8 +68,13 @@ def commit() -> dict[str, str | bool]:
         return {}  # installed without git, or copied
 
 
-def fingerprint(rows: datasets.Dataset) -> str:
-    """Return the SHA-256 of what the rows hold, images as the bytes of their files; the same on every machine."""
+def fingerprint(rows: datasets.Dataset | ParquetRows) -> str:
+    """Return the SHA-256 of what the rows hold, images as the bytes of their files; the same on every machine.
+
+    Of rows that are streamed it is that of the footers of their files.
+    """
+    if isinstance(rows, ParquetRows):
+        return rows.fingerprint()
     digest = hashlib.sha256(repr(sorted(rows.column_names)).encode())
     images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     for name in images:

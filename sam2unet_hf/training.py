@@ -25,7 +25,7 @@ from huggingface_hub import HfApi
 from PIL import Image
 from safetensors import SafetensorError
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -38,6 +38,7 @@ from .image_processing_sam2unet import Sam2UNetImageProcessor, to_label_map
 from .metrics.functional import MEASURES, Accumulator, columns_of, score
 from .modeling_sam2unet import Sam2UNetForSemanticSegmentation, is_sam2_weight
 from .sam2_encoder import is_local
+from .streaming import ParquetRows, RowGroupSampler
 
 
 if TYPE_CHECKING:
@@ -181,18 +182,19 @@ class SegmentationMetrics:
     The result also holds `loss`, the mean over images of the loss of each alone.
 
     Attributes:
-        image_dice: Dice at probability > 0.5 of the last evaluation, of shape `(images, regions)`.
+        image_dice: Dice at probability > 0.5 of the last evaluation, of shape `(images, regions)`, in the order of the
+            data set.
     """
 
     def __init__(self, regions: Sequence[str], zero_division: float = 1.0, normalize: Literal["minmax"] | None = None):
         self.regions = list(regions)
         self.zero_division = zero_division
         self.normalize = normalize
-        self.image_dice = np.zeros((0, len(self.regions)))
         self.reset()
 
     def reset(self) -> None:
         """Forget the images of an evaluation, which may not have come to its end."""
+        self.image_dice = np.zeros((0, len(self.regions)))
         self._accumulator = Accumulator()
         self._image_dice: list[np.ndarray] = []
         self._losses: list[float] = []
@@ -239,10 +241,11 @@ class SegmentationMetrics:
         self._losses.extend(np.asarray(prediction.label_ids).tolist())
         if not compute_result:
             return {}
-        self.image_dice = np.stack(self._image_dice)
+        image_dice = np.stack(self._image_dice)
         # The exact sum, which does not depend on the order either.
         result = {"loss": math.fsum(self._losses) / len(self._losses), **self._accumulator.result(self.regions)}
         self.reset()
+        self.image_dice = image_dice
         return result
 
 
@@ -370,19 +373,24 @@ class _GoOn(TrainerCallback):
 
 
 class _SetEpoch(TrainerCallback):
-    """Tells the transform of the training images the epoch."""
+    """Tells the training images and their transform the epoch."""
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        transform = transform_of(kwargs["train_dataloader"].dataset)
+        dataset, epoch = kwargs["train_dataloader"].dataset, int(state.epoch or 0)
+        if isinstance(dataset, ParquetRows):
+            dataset.set_epoch(epoch, args.seed)
+        transform = transform_of(dataset)
         # Processes that outlive an epoch do not hear of the next one.
         if isinstance(transform, SegmentationTransform) and not args.dataloader_persistent_workers:
-            transform.set_epoch(int(state.epoch or 0), args.seed)
+            transform.set_epoch(epoch, args.seed)
 
 
 def transform_of(dataset: Any) -> Any:
     """Return the function given to `dataset.with_transform`, if there is one."""
+    if isinstance(dataset, ParquetRows):
+        return dataset.transform
     return getattr(dataset, "format", {}).get("format_kwargs", {}).get("transform")
 
 
@@ -409,6 +417,8 @@ class Sam2UNetTrainer(Trainer):
         trainable_only: Save and push checkpoints without the encoder, which must be frozen and come from
             `from_sam2`; see [`Sam2UNetForSemanticSegmentation.save_pretrained`].
         kwargs: Arguments of [`~transformers.Trainer`]. `data_collator` and `compute_metrics` have the right defaults.
+
+    Data sets may be [`~streaming.ParquetRows`], too, read while training, of which each process reads its share.
 
     With FSDP, which shards the weights, checkpoints still hold the whole model, for `from_pretrained`. It needs GPUs.
 
@@ -511,6 +521,22 @@ class Sam2UNetTrainer(Trainer):
             self.estimate_batch_norm()
         return result._replace(training_loss=result.metrics["train_loss"])
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """Return the order of training images as [`~transformers.Trainer`] does, or for reading row groups once."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(rows, ParquetRows):
+            return self._row_group_sampler(rows, self.args.train_batch_size, shuffle=True)
+        return super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        """Return the order of images to evaluate as [`~transformers.Trainer`] does, or for reading row groups once."""
+        if isinstance(eval_dataset, ParquetRows):
+            return self._row_group_sampler(eval_dataset, self.args.eval_batch_size)
+        return super()._get_eval_sampler(eval_dataset)
+
+    def _row_group_sampler(self, rows: ParquetRows, batch_size: int, shuffle: bool = False) -> RowGroupSampler:
+        return RowGroupSampler(rows, batch_size, self.args.world_size, self.args.dataloader_num_workers, shuffle)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as [`~transformers.Trainer`] does; the loss at the end is that of all steps, those before a stop too."""
         if "train_loss" in logs:
@@ -590,12 +616,16 @@ class Sam2UNetTrainer(Trainer):
         model.train()
         batch_size = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
         # The same images at each call, other ones in each process.
-        generator = torch.Generator().manual_seed(self.args.seed + self.args.process_index)
+        seed = self.args.seed + self.args.process_index
+        sampler = None
+        if isinstance(self.train_dataset, ParquetRows):
+            sampler = RowGroupSampler(self.train_dataset, batch_size, shuffle=True, seed=seed)
         loader = DataLoader(
             cast("Dataset", self.train_dataset),
             batch_size,
-            shuffle=not isinstance(self.train_dataset, IterableDataset),
-            generator=generator,
+            shuffle=sampler is None and not isinstance(self.train_dataset, IterableDataset),
+            sampler=sampler,
+            generator=torch.Generator().manual_seed(seed),
             collate_fn=self.data_collator,
         )
         sizes = [norm.num_features for norm in norms]
@@ -907,14 +937,23 @@ class Sam2UNetTrainer(Trainer):
             jobs.append(job)
         self.push_in_progress = PushInProgress([*before, *jobs])  # type: ignore[assignment, arg-type]
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as [`~transformers.Trainer`] does, with the batch norm statistics of process 0, which are saved."""
         if isinstance(self.compute_metrics, SegmentationMetrics):
             self.compute_metrics.reset()
         if self.accelerator.num_processes > 1 and self.state.global_step:
             for buffer in self.accelerator.unwrap_model(self.model).buffers():
                 torch.distributed.broadcast(buffer, src=0)
-        return super().evaluation_loop(*args, **kwargs)
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        if not isinstance(dataloader.dataset, ParquetRows):
+            return output
+        places = np.argsort(cast("RowGroupSampler", self._get_eval_sampler(dataloader.dataset)).order())
+        metrics = self.compute_metrics
+        if isinstance(metrics, SegmentationMetrics) and len(metrics.image_dice):
+            metrics.image_dice = metrics.image_dice[places]
+        if isinstance(output.predictions, np.ndarray) and isinstance(output.label_ids, np.ndarray):
+            output = output._replace(predictions=output.predictions[places], label_ids=output.label_ids[places])
+        return output
 
 
 __all__ = ["Sam2UNetTrainer", "SegmentationMetrics", "SegmentationTransform", "StopOnSigterm", "collate"]

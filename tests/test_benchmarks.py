@@ -133,6 +133,18 @@ def test_loss_curves_and_throughput(slices, tmp_path):
     assert exact["images_per_second"] == pytest.approx(found["images"] / sum(exact["seconds"].values()))
 
 
+def test_reading_is_timed_cached_and_streamed(slices, tmp_path):
+    options = ["--dataset", slices, "--split", "train", "--reading", "--image_size", "64", "--rounds", "1"]
+    found = throughput.main([*options, "--num_workers", "0", "--output", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text()) == found
+    assert [case["reader"] for case in found["cases"]] == ["datasets", "streamed"]
+    files = sum(path.stat().st_size for path in Path(slices, "data").glob("train-*"))
+    assert 0.5 * files < found["bytes_per_image"] * found["images"] < 1.5 * files
+    for case in found["cases"]:
+        rate = case["images_per_second"] * found["bytes_per_image"] / 1e6
+        assert case["megabytes_per_second"] == pytest.approx(rate)
+
+
 def test_mask_iou_is_over_all_images():
     masks = [np.array([[1, 1, 0]]), np.array([[0, 0]])]
     others = [np.array([[0, 3, 0]]), np.array([[0, 1]])]

@@ -3,13 +3,17 @@
 
 python examples/benchmarks/throughput.py --dataset my_slices --model runs/BRATS
 python examples/benchmarks/throughput.py --dataset my_slices --preset large --batch_size 32 --num_workers 8
+python examples/benchmarks/throughput.py --dataset my_slices --split train --reading
 
 The data set is a folder written by `python -m dataset_scripts.brats_slices`, or any other with a column `image`. Idle
-is the share of the time in which the model waits for images.
+is the share of the time in which the model waits for images. With `--reading` the time is that of reading alone: from
+Parquet to shuffled, flipped inputs of a training step, from the cache of `datasets` and streamed.
 """
 
 import argparse
 import copy
+import functools
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -20,11 +24,14 @@ import datasets
 import numpy as np
 import torch
 from model import DTYPES
-from timing import machine, median, report, synchronize
+from timing import machine, median, report, synchronize, time_in_turn
 from torch.utils.data import DataLoader
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
+from sam2unet_hf.augmentation import augmentation
 from sam2unet_hf.configuration_sam2unet import PRESETS
+from sam2unet_hf.streaming import RowGroupSampler, open_parquet
+from sam2unet_hf.training import SegmentationTransform, collate
 
 
 class Batcher:
@@ -68,10 +75,56 @@ def mask_iou(masks: list[np.ndarray], others: list[np.ndarray]) -> float:
     return intersection / union if union else 1.0
 
 
+def time_reading(args: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Return how many images per second are read for training, from the cache of `datasets` and streamed."""
+    size = args.image_size or 352
+    processor = Sam2UNetImageProcessor(size={"height": size, "width": size})
+    transform = SegmentationTransform(processor, augment=augmentation("flips"))
+    streamed = open_parquet(args.dataset)[args.split].with_transform(transform)
+    sampler = RowGroupSampler(streamed, args.batch_size, num_workers=args.num_workers, shuffle=True)
+    cached = datasets.load_dataset(args.dataset, split=args.split).with_transform(transform)
+    options = {"batch_size": args.batch_size, "num_workers": args.num_workers, "collate_fn": collate}
+    loaders = {
+        "datasets": DataLoader(cached, shuffle=True, **options),
+        "streamed": DataLoader(streamed, sampler=sampler, **options),
+    }
+    num_batches = -(-min(args.max_images or len(streamed), len(streamed)) // args.batch_size)
+    count = min(num_batches * args.batch_size, len(streamed))
+
+    def read(loader: DataLoader) -> None:
+        for _ in itertools.islice(loader, num_batches):
+            pass
+
+    rounds = time_in_turn({name: functools.partial(read, loader) for name, loader in loaders.items()}, args.rounds)
+    bytes_per_image = streamed.num_bytes / len(streamed)
+    cases = []
+    for name, seconds in rounds.items():
+        rate = count / median(seconds)
+        cases.append({"reader": name, "images_per_second": rate, "megabytes_per_second": rate * bytes_per_image / 1e6})
+    results = {
+        "command": command,
+        "machine": machine(),
+        "images": count,
+        "bytes_per_image": bytes_per_image,
+        "cases": cases,
+    }
+    table = [
+        {
+            "reader": case["reader"],
+            "images/s": f"{case['images_per_second']:.1f}",
+            "MB/s": f"{case['megabytes_per_second']:.2f}",
+        }
+        for case in cases
+    ]
+    report(results, table, args.output)
+    return results
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="folder or Hub id, with a column `image`")
     parser.add_argument("--split", default="test")
+    parser.add_argument("--reading", action="store_true", help="time reading for training, without a model")
     parser.add_argument("--model", help="checkpoint of SAM2-UNet; without one the weights are random")
     parser.add_argument("--preset", default="large", choices=list(PRESETS), help="without --model")
     parser.add_argument("--image_size", type=int, help="default: the checkpoint's, or else 352")
@@ -83,6 +136,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="write the results to this JSON file, and a table beside it")
     args = parser.parse_args(argv)
+    command = "python examples/benchmarks/throughput.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    if args.reading:
+        return time_reading(args, command)
     rows = datasets.load_dataset(args.dataset, split=args.split)  # nosec B615 # rows, no code
     rows = rows.select_columns("image")
     if args.max_images is not None:
@@ -127,7 +183,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "mask_iou": mask_iou(found[dtype], found[args.dtypes[0]]),
         }
         cases.append(case)
-    command = "python examples/benchmarks/throughput.py " + " ".join(sys.argv[1:] if argv is None else argv)
     results = {"command": command, "machine": machine(args.device), "images": len(rows), "cases": cases}
     table = [
         {

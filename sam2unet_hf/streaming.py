@@ -1,0 +1,300 @@
+"""Rows of Parquet files, for training on more than fits into memory or onto the disk."""
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch.utils.data import Dataset, Sampler
+
+
+# Uncompressed. A row group is read as a whole, and a process holds several.
+MAX_ROW_GROUP_BYTES = 512 * 2**20
+
+
+class ParquetFile(NamedTuple):
+    """A file and its footer, which says where its row groups lie and how many rows they have."""
+
+    path: str
+    size: int
+    footer: pq.FileMetaData
+
+
+class ParquetRows(Dataset):
+    """Rows of Parquet files, read from a disk or the Hub when they are asked for, and never written to a disk.
+
+    It has what training needs of a `datasets.Dataset`: `len(rows)`, `rows[3]`, `rows[3:7]`, `rows[[3, 7]]`,
+    `rows["case_id"]`, `features`, `column_names` and `with_transform`. The numbers of rows come from the footers of
+    the files.
+
+    A row group is read as a whole, and kept, encoded, until about `shuffle_buffer` other rows were read. So rows
+    should be asked for in the order of a [`RowGroupSampler`], as [`~training.Sam2UNetTrainer`] does.
+
+    Args:
+        paths: Files, on a disk or at any address that `fsspec` knows, such as `hf://datasets/...`.
+        features: Types of the columns; from the first file by default.
+        shuffle_buffer: Rows among which a [`RowGroupSampler`] shuffles.
+        storage_options: For `fsspec`.
+
+    Raises:
+        OSError: If a file cannot be read.
+        ValueError: If a file is no Parquet, a row group is larger than 512 MiB, or there are no rows.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        features: datasets.Features | None = None,
+        shuffle_buffer: int = 1000,
+        storage_options: Mapping[str, Any] | None = None,
+    ):
+        if shuffle_buffer < 0:
+            raise ValueError(f"`shuffle_buffer` must be a number of rows from 0 on, got {shuffle_buffer}.")
+        self._storage_options = dict(storage_options or {})
+        with ThreadPoolExecutor(16) as pool:
+            files = list(pool.map(self._read_footer, paths))
+        self._files = files
+        self._groups = [(file, index) for file in files for index in range(file.footer.num_row_groups)]
+        sizes = [file.footer.row_group(index).total_byte_size for file, index in self._groups]
+        for (file, index), size in zip(self._groups, sizes, strict=True):
+            if size > MAX_ROW_GROUP_BYTES:
+                raise ValueError(
+                    f"Row group {index} of `{file.path}` has {size / 2**20:.1f} MiB, which each process would hold. "
+                    f"At most {MAX_ROW_GROUP_BYTES / 2**20:.3g} can be streamed. Write smaller ones, such as by "
+                    "`dataset.to_parquet(path, batch_size=100)`."
+                )
+        # The number of the first row of each row group, and at the end that of all rows.
+        self.group_starts = np.cumsum([0, *(file.footer.row_group(index).num_rows for file, index in self._groups)])
+        if not len(self):
+            raise ValueError(f"There are no rows in {', '.join(f'`{path}`' for path in paths[:3])}.")
+        self.features = features or datasets.Features.from_arrow_schema(files[0].footer.schema.to_arrow_schema())
+        self.shuffle_buffer = shuffle_buffer
+        self.num_bytes = sum(sizes)
+        self.transform: Callable[[Any], Mapping[str, Sequence[Any]]] | None = None
+        self.seeds = (0, 0)
+        self._held: dict[int, pa.Table] = {}
+
+    def set_epoch(self, epoch: int, seed: int | None = None) -> None:
+        """Let a [`RowGroupSampler`] that has no seed of its own shuffle by seed and epoch, from now on."""
+        self.seeds = (self.seeds[0] if seed is None else seed, epoch)
+
+    def with_transform(self, transform: Callable[[Any], Mapping[str, Sequence[Any]]] | None) -> "ParquetRows":
+        """Return the same rows, changed by a function of batches (a list per column) when they are read."""
+        rows = copy.copy(self)
+        rows.transform = transform
+        rows._held = {}
+        return rows
+
+    def head(self, count: int) -> datasets.Dataset:
+        """Return the first rows in memory, at most those of the first row group."""
+        table = self._read_group(0).slice(0, count)
+        return datasets.Dataset(table.cast(self.features.arrow_schema), datasets.DatasetInfo(features=self.features))
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the files' names, sizes and footers, which tell sizes of row groups and columns."""
+        digest = hashlib.sha256()
+        for file in self._files:
+            digest.update(f"{file.path.rsplit('/', 1)[-1]} {file.size} {file.footer.to_dict()}".encode())
+        return digest.hexdigest()
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the columns."""
+        return list(self.features)
+
+    def __len__(self) -> int:
+        return int(self.group_starts[-1])
+
+    def __getitem__(self, key: int | slice | Sequence[int] | str) -> Any:
+        if isinstance(key, np.integer):
+            key = int(key)
+        if isinstance(key, str):
+            return self._read_column(key)
+        if isinstance(key, slice):
+            return self._batch(range(*key.indices(len(self))))
+        if isinstance(key, int):
+            return {name: values[0] for name, values in self._batch([key]).items()}
+        return self._batch(key)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the rows of a batch, for PyTorch."""
+        batch = self._batch(indices)
+        return [{name: values[row] for name, values in batch.items()} for row in range(len(indices))]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": {}}
+
+    def _batch(self, indices: Sequence[int]) -> Mapping[str, Sequence[Any]]:
+        examples = [self._row(index) for index in indices]
+        batch = {name: [example[name] for example in examples] for name in self.features}
+        if self.transform is None:
+            return batch
+        try:
+            return self.transform(batch)
+        except (OSError, SyntaxError, ValueError) as err:
+            raise ValueError(f"One of the rows {', '.join(map(self._place, indices))}: {err}") from err
+
+    def _row(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"There is no row {index}, there are {len(self)}.")
+        index %= len(self)
+        group = self._group_of(index)
+        (example,) = self._hold(group).slice(index - self.group_starts[group], 1).to_pylist()
+        try:
+            return self.features.decode_example(example)
+        except (OSError, SyntaxError, ValueError) as err:  # what Pillow raises
+            raise ValueError(f"Row {self._place(index)} cannot be decoded: {err}") from err
+
+    def _group_of(self, index: int) -> int:
+        return int(np.searchsorted(self.group_starts, index, side="right")) - 1
+
+    def _place(self, index: int) -> str:
+        """Say where a row is to be found."""
+        group = self._group_of(index)
+        file, number = self._groups[group]
+        return f"{index} (row {index - self.group_starts[group - number]} of `{file.path}`)"
+
+    def _hold(self, group: int) -> pa.Table:
+        """Return a row group, read if it is not among those used last."""
+        table = self._held.pop(group, None)
+        self._held[group] = table = self._read_group(group) if table is None else table
+        limit = self.shuffle_buffer + int(np.diff(self.group_starts).max())
+        while len(self._held) > 1 and sum(map(len, self._held.values())) > limit:
+            del self._held[next(iter(self._held))]
+        return table
+
+    def _open(self, path: str, size: int | None = None) -> Any:
+        file_system, path = fsspec.core.url_to_fs(path, **self._storage_options)
+        # Each read asks for all that it needs; what `fsspec` reads ahead would be read twice.
+        return file_system.open(path, "rb", cache_type="none", **({} if size is None else {"size": size}))
+
+    def _read_footer(self, path: str) -> ParquetFile:
+        with self._open(path) as file:
+            size = file.seek(0, 2)
+            try:
+                return ParquetFile(path, size, pq.read_metadata(file))
+            except pa.ArrowInvalid as err:
+                raise ValueError(f"`{path}` is no Parquet file: {err}") from err
+
+    def _read_group(self, group: int) -> pa.Table:
+        file, index = self._groups[group]
+        with self._open(file.path, file.size) as opened:
+            parquet = pq.ParquetFile(opened, metadata=file.footer, pre_buffer=True)
+            return parquet.read_row_group(index, columns=self.column_names, use_threads=False)
+
+    def _read_column(self, name: str) -> list[Any]:
+        if name not in self.features:
+            raise KeyError(f"There is no column {name}, only {', '.join(self.features)}.")
+        values: list[Any] = []
+        for file in self._files:
+            with self._open(file.path, file.size) as opened:
+                parquet = pq.ParquetFile(opened, metadata=file.footer)
+                values += parquet.read(columns=[name], use_threads=False)[name].to_pylist()
+        return self.features.decode_column(values, name)
+
+
+class RowGroupSampler(Sampler[int]):
+    """Orders rows so that each row group is read once, by one process and one worker of its `DataLoader`.
+
+    Rows are laid out row group after row group, in random order with `shuffle`, and cut into as many equal shares as
+    there are readers; a row group is read by two of them only where a cut goes through it. Within a share, whole row
+    groups of together at least `shuffle_buffer` rows are then shuffled. Batches are taken from the shares in turn,
+    because accelerate deals batches out to processes in turn, and PyTorch to workers. Whoever deals otherwise gets
+    each row once, too, but reads more.
+
+    Args:
+        rows: The rows.
+        batch_size: Rows in a batch.
+        num_processes: Processes that train.
+        num_workers: Workers of each process's `DataLoader`.
+        shuffle: Shuffle.
+        seed: For the order. By default it depends on `rows.set_epoch`.
+    """
+
+    def __init__(
+        self,
+        rows: ParquetRows,
+        batch_size: int,
+        num_processes: int = 1,
+        num_workers: int = 0,
+        shuffle: bool = False,
+        seed: int | None = None,
+    ):
+        self.rows = rows
+        self.batch_size = batch_size
+        self.num_shares = num_processes * max(num_workers, 1)
+        self.shuffle = shuffle
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order().tolist())
+
+    def order(self) -> np.ndarray:
+        """Return the numbers of all rows, of shape `(rows,)`."""
+        starts = self.rows.group_starts
+        groups = np.arange(len(starts) - 1)
+        generator = np.random.default_rng(self.rows.seeds if self.seed is None else self.seed)
+        if self.shuffle:
+            generator.shuffle(groups)
+        order = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in groups])
+        shares = np.array_split(order, self.num_shares)
+        if self.shuffle:
+            ends = np.cumsum(np.diff(starts)[groups])
+            first = 0
+            for share in shares:
+                self._shuffle_blocks(share, ends - first, generator)
+                first += len(share)
+        num_rounds = min(map(len, shares)) // self.batch_size
+        count = num_rounds * self.batch_size
+        whole = np.stack([share[:count].reshape(num_rounds, self.batch_size) for share in shares], axis=1)
+        return np.concatenate([whole.ravel(), *(share[count:] for share in shares)])
+
+    def _shuffle_blocks(self, share: np.ndarray, group_ends: np.ndarray, generator: np.random.Generator) -> None:
+        """Shuffle whole row groups of together at least `shuffle_buffer` rows, in place."""
+        start = 0
+        for end in [*group_ends[(group_ends > 0) & (group_ends < len(share))], len(share)]:
+            if end - start >= self.rows.shuffle_buffer or end == len(share):
+                generator.shuffle(share[start:end])
+                start = end
+
+
+def open_parquet(name: str, config_name: str | None = None, shuffle_buffer: int = 1000) -> dict[str, ParquetRows]:
+    """Open the splits of a data set of Parquet files, without downloading it.
+
+    Args:
+        name: Hub id, or folder.
+        config_name: Configuration of the data set.
+        shuffle_buffer: Rows among which a [`RowGroupSampler`] shuffles.
+
+    Returns:
+        Rows by split.
+
+    Raises:
+        OSError: If there is no such data set, or it cannot be reached.
+        ValueError: If it is not made of Parquet files, or they cannot be streamed.
+    """
+    builder = datasets.load_dataset_builder(name, config_name)
+    splits = {}
+    for split, files in (builder.config.data_files or {}).items():
+        paths = [str(path) for path in files]
+        if other := [path for path in paths if not path.endswith(".parquet")]:
+            raise ValueError(
+                f"Only Parquet files can be streamed, got `{other[0]}`. Write each split by `to_parquet`, or the data "
+                "set to the Hub by `push_to_hub`."
+            )
+        protocol = paths[0].split("://")[0] if "://" in paths[0] else "file"
+        options = (builder.storage_options or {}).get(protocol)
+        splits[str(split)] = ParquetRows(paths, builder.info.features, shuffle_buffer, options)
+    return splits
+
+
+__all__ = ["ParquetRows", "RowGroupSampler", "open_parquet"]
