@@ -146,6 +146,13 @@ class ParquetRows(Dataset):
         index %= len(self)
         group = self._group_of(index)
         (example,) = self._hold(group).slice(index - self.group_starts[group], 1).to_pylist()
+        for name, feature in self.features.items():
+            image = example[name] if isinstance(feature, datasets.Image) else None
+            if image is not None and image["bytes"] is None:  # `datasets` would open any path
+                raise ValueError(
+                    f"Row {self._place(index)} names the file {image['path']} in column {name!r} and does not hold it. "
+                    "Write the images into the rows, as `to_parquet` does."
+                )
         try:
             return self.features.decode_example(example)
         except (OSError, SyntaxError, ValueError) as err:  # what Pillow raises

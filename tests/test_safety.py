@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForSemanticSegmentation, TrainingA
 
 from sam2unet_hf import Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
 from sam2unet_hf.sam2_encoder import weight_files
+from sam2unet_hf.streaming import open_parquet
 from sam2unet_hf.training import Sam2UNetTrainer, SegmentationTransform
 from sam2unet_hf.volume import Sam2UNetVolumePipeline
 
@@ -224,6 +225,13 @@ def test_rows_name_no_file_outside_their_data_set(tmp_path, secret, form):
     write_rows(folder, {"bytes": None, "path": path})
     with pytest.raises(SystemExit, match=rf"column 'image' of split 'train' names the file {re.escape(path)}, which"):
         load_data(DataArguments(dataset_name=str(folder)))
+
+
+def test_streamed_rows_name_no_file_at_all(tmp_path, secret):
+    write_rows(tmp_path / "data", {"bytes": None, "path": str(secret)})
+    rows = open_parquet(str(tmp_path / "data"))["train"]
+    with pytest.raises(ValueError, match=rf"Row 3 .*names the file {re.escape(str(secret))} in column 'image'"):
+        rows[3]
 
 
 def test_rows_may_name_a_file_of_their_data_set(tmp_path):
