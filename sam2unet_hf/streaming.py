@@ -150,7 +150,7 @@ class ParquetRows(Dataset):
             image = example[name] if isinstance(feature, datasets.Image) else None
             if image is not None and image["bytes"] is None:  # `datasets` would open any path
                 raise ValueError(
-                    f"Row {self._place(index)} names the file {image['path']} in column {name!r} and does not hold it. "
+                    f"Row {self._place(index)} names the file {image['path']} in column {name!r}, not an image. "
                     "Write the images into the rows, as `to_parquet` does."
                 )
         try:
