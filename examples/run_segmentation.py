@@ -35,9 +35,9 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from dataset_scripts.brats_slices.brats_slices import CITATION
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
 from sam2unet_hf.augmentation import AUGMENTATIONS, augmentation
-from sam2unet_hf.checkpoints import last_whole_checkpoint
+from sam2unet_hf.checkpoints import StopOnSigterm, last_whole_checkpoint
 from sam2unet_hf.configuration_sam2unet import PRESETS, parse_regions
-from sam2unet_hf.training import RECIPE, Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform, StopOnSigterm
+from sam2unet_hf.training import RECIPE, Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform
 
 
 logger = logging.getLogger("run_segmentation")

@@ -1,15 +1,28 @@
-"""Which checkpoints of a training run are whole: a run that was killed may have left half of one."""
+"""Runs that stop and go on: which checkpoints are whole, how SIGTERM ends a run, and what a run takes over."""
 
 import json
 import logging
 import os
+import signal
+import threading
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from .training import Sam2UNetTrainer
 
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"  # the Trainer writes it last
+LOSSES = "losses"  # under this name in that state
 # Weights, optimizer, schedule and random numbers, by one process or several, in one piece or by FSDP.
 PARTS = (("model*.safetensors", "pytorch_model*"), ("optimizer*",), ("scheduler.pt",), ("rng_state*.pth",))
 
@@ -81,4 +94,112 @@ def _is_whole_safetensors(path: Path) -> bool:
     return 8 + length + max(ends, default=0) == size
 
 
-__all__ = ["find_fault", "last_whole_checkpoint"]
+class StopOnSigterm(TrainerCallback):
+    """Saves a checkpoint and ends the training when SIGTERM comes, as schedulers send it before they kill.
+
+    The step that is under way is finished first, and so is an evaluation with the checkpoint that belongs to it. A run
+    that goes on from the checkpoint ends as one that was never stopped.
+
+    Args:
+        accelerator: Of the Trainer. Its processes stop after the same step, whichever of them get the signal.
+
+    Attributes:
+        stopped: The training was ended.
+    """
+
+    def __init__(self, accelerator: "Accelerator"):
+        self.accelerator = accelerator
+        self.stopped = False
+        self._asked = False
+        self._handler: Any = None
+
+    def _ask(self, signum: int, frame: Any) -> None:
+        self._asked = True
+
+    def _stop(self) -> bool:
+        if self.accelerator.num_processes > 1:
+            if self._asked:
+                self.accelerator.set_trigger()
+            self._asked = self.accelerator.check_trigger()
+        self.stopped = self.stopped or self._asked
+        return self._asked
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Listen for the signal."""
+        self.stopped = self._asked = False
+        # Python lets no other thread handle signals.
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, self._ask)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save and stop, unless the training ends here anyway; at the end of an epoch after its evaluation."""
+        if state.global_step < state.max_steps and self._stop():
+            control.should_training_stop = True
+            control.should_save = control.should_save or is_within_epoch(state)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Do nothing that belongs to the end of an epoch after a stop within it."""
+        if self.stopped and is_within_epoch(state):
+            control.should_log = control.should_evaluate = control.should_save = False
+        elif self.stopped:
+            control.should_save = True
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop after the checkpoint that belongs to this evaluation."""
+        if self._stop():
+            control.should_training_stop = control.should_save = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the signal to whoever had it before."""
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
+            self._handler = None
+
+
+def is_within_epoch(state: TrainerState) -> bool:
+    """Whether there are steps of the epoch left to do."""
+    return cast("float", state.epoch) % 1 > 0
+
+
+class GoOn(TrainerCallback):
+    """Lets a run that goes on from a checkpoint end as if it had never stopped.
+
+    Args:
+        trainer: The Trainer, whose `_save_checkpoint` notes the losses that no log entry holds yet.
+    """
+
+    def __init__(self, trainer: "Sam2UNetTrainer"):
+        self.trainer = trainer
+        self._first_step: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take over losses, and find the best checkpoint again."""
+        self._first_step = state.global_step
+        if (losses := cast("Any", state.stateful_callbacks).get(LOSSES)) is not None:
+            self.trainer.restore_losses(**losses["attributes"])
+        best = Path(cast("str", args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+        # Lost where the run was started from another folder, or moved.
+        if state.best_model_checkpoint is None and best.is_dir():
+            state.best_model_checkpoint = str(best)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Repeat nothing at the end of an epoch whose steps were all done before."""
+        if state.global_step == self._first_step:
+            control.should_log = control.should_evaluate = control.should_save = False
+
+
+__all__ = ["GoOn", "StopOnSigterm", "find_fault", "last_whole_checkpoint"]

@@ -10,12 +10,10 @@ import math
 import os
 import platform
 import shutil
-import signal
-import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -32,7 +30,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerContro
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
-from .checkpoints import last_whole_checkpoint
+from .checkpoints import LOSSES, GoOn, last_whole_checkpoint
 from .hub import CHECKPOINT_FILES, PICTURES, TRAINING_INFO, shared_files, write_model_card
 from .image_processing_sam2unet import Sam2UNetImageProcessor, to_label_map
 from .metrics.functional import MEASURES, Accumulator, columns_of, score
@@ -41,13 +39,7 @@ from .sam2_encoder import is_local
 from .streaming import ParquetRows, RowGroupSampler
 
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-
 logger = logging.getLogger(__name__)
-
-LOSSES = "losses"  # under this name in the state of a checkpoint
 
 # The arguments of training that say how a run can be repeated.
 RECIPE = (
@@ -265,113 +257,6 @@ def check_best_metric(args: TrainingArguments, names: list[str], eval_dataset: A
         raise ValueError(f"`greater_is_better` must be False for `metric_for_best_model` {best}, got True.")
 
 
-class StopOnSigterm(TrainerCallback):
-    """Saves a checkpoint and ends the training when SIGTERM comes, as schedulers send it before they kill.
-
-    The step that is under way is finished first, and so is an evaluation with the checkpoint that belongs to it. A run
-    that goes on from the checkpoint ends as one that was never stopped.
-
-    Args:
-        accelerator: Of the Trainer. Its processes stop after the same step, whichever of them get the signal.
-
-    Attributes:
-        stopped: The training was ended.
-    """
-
-    def __init__(self, accelerator: "Accelerator"):
-        self.accelerator = accelerator
-        self.stopped = False
-        self._asked = False
-        self._handler: Any = None
-
-    def _ask(self, signum: int, frame: Any) -> None:
-        self._asked = True
-
-    def _stop(self) -> bool:
-        if self.accelerator.num_processes > 1:
-            if self._asked:
-                self.accelerator.set_trigger()
-            self._asked = self.accelerator.check_trigger()
-        self.stopped = self.stopped or self._asked
-        return self._asked
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Listen for the signal."""
-        self.stopped = self._asked = False
-        # Python lets no other thread handle signals.
-        if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGTERM, self._ask)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Save and stop, unless the training ends here anyway; at the end of an epoch after its evaluation."""
-        if state.global_step < state.max_steps and self._stop():
-            control.should_training_stop = True
-            control.should_save = control.should_save or is_within_epoch(state)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Do nothing that belongs to the end of an epoch after a stop within it."""
-        if self.stopped and is_within_epoch(state):
-            control.should_log = control.should_evaluate = control.should_save = False
-        elif self.stopped:
-            control.should_save = True
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Stop after the checkpoint that belongs to this evaluation."""
-        if self._stop():
-            control.should_training_stop = control.should_save = True
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leave the signal to whoever had it before."""
-        if self._handler is not None:
-            signal.signal(signal.SIGTERM, self._handler)
-            self._handler = None
-
-
-def is_within_epoch(state: TrainerState) -> bool:
-    """Whether there are steps of the epoch left to do."""
-    return cast("float", state.epoch) % 1 > 0
-
-
-class _GoOn(TrainerCallback):
-    """Lets a run that goes on from a checkpoint end as if it had never stopped.
-
-    Args:
-        trainer: The Trainer, whose `_save_checkpoint` notes the losses that no log entry holds yet.
-    """
-
-    def __init__(self, trainer: "Sam2UNetTrainer"):
-        self.trainer = trainer
-        self._first_step: int | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._first_step = state.global_step
-        if (losses := cast("Any", state.stateful_callbacks).get(LOSSES)) is not None:
-            self.trainer.restore_losses(**losses["attributes"])
-        best = Path(cast("str", args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
-        # Lost where the run was started from another folder, or moved.
-        if state.best_model_checkpoint is None and best.is_dir():
-            state.best_model_checkpoint = str(best)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # Of an epoch whose steps were all done before, see `get_batch_samples`; this was done, too.
-        if state.global_step == self._first_step:
-            control.should_log = control.should_evaluate = control.should_save = False
-
-
 class _SetEpoch(TrainerCallback):
     """Tells the training images and their transform the epoch."""
 
@@ -479,7 +364,7 @@ class Sam2UNetTrainer(Trainer):
         if trainable_only and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("`trainable_only` must be False with FSDP and DeepSpeed, which split the weights.")
         self.add_callback(_SetEpoch())
-        self.add_callback(_GoOn(self))
+        self.add_callback(GoOn(self))
         self.has_own_optimizer = kwargs.get("optimizers", (None, None)) != (None, None)
         self.batch_norm_images = batch_norm_images
         self.trainable_only = trainable_only
@@ -956,4 +841,4 @@ class Sam2UNetTrainer(Trainer):
         return output
 
 
-__all__ = ["Sam2UNetTrainer", "SegmentationMetrics", "SegmentationTransform", "StopOnSigterm", "collate"]
+__all__ = ["Sam2UNetTrainer", "SegmentationMetrics", "SegmentationTransform", "collate"]
