@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from .image_processing_sam2unet import Sam2UNetImageProcessor
+from .metrics.volume_functional import score_volume
 from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
 from .nifti import (
     MODALITIES,
@@ -296,8 +297,15 @@ def write_nifti(path: str | os.PathLike, array: np.ndarray, like: Volume) -> Non
         partial.unlink(missing_ok=True)
 
 
+def _read_expert(case: str | BratsCase) -> Volume:
+    """Read the expert's mask of a case before there is any work that it could cost."""
+    if isinstance(case, BratsCase):
+        return case.read_mask()
+    raise BratsCaseError(f"`{case}` is a scan alone, without a mask to score it by. Give the folder of the case.")
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Segment the cases of a folder; print the volumes of each as a line of JSON."""
+    """Segment the cases of a folder; print the volumes of each, and its scores if asked to, as a line of JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m sam2unet_hf.volume",
         description="Segment the BraTS cases of a folder, and print the volume of each region in ml.",
@@ -311,6 +319,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threshold", type=float, default=0.5, help="probability above which a voxel is tumour")
     parser.add_argument("--et_label", type=int, default=3, choices=[3, 4], help="3: BraTS from 2023 on, 4: before")
     parser.add_argument("--probabilities", action="store_true", help="write CASE_REGION_probability.nii.gz too")
+    parser.add_argument("--score", action="store_true", help="print Dice and the like against the expert's mask too")
     parser.add_argument("--batch_size", type=int, default=8, help="slices at once")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
@@ -336,9 +345,12 @@ def main(argv: list[str] | None = None) -> None:
     failed = 0
     for name, case in cases.items():
         try:
+            expert = _read_expert(case) if args.score else None
             found = segment(
                 case, args.planes, args.flips, args.batch_size, args.threshold, return_probabilities=args.probabilities
             )
+            if expert is not None:
+                check_same_grid(expert, found.scan)
         except BratsCaseError as err:
             # The other cases are worth having.
             logger.error("Left out: %s", err)
@@ -352,6 +364,9 @@ def main(argv: list[str] | None = None) -> None:
                 found.save_probabilities(args.output_dir / f"{name}_{region_name}_probability.nii.gz", region)
         volumes = {region: round(value, 3) for region, value in found.volumes_ml.items()}
         line = {"case": name, "segmentation": str(path), "volumes_ml": volumes, "largest_slice": found.largest_slice}
+        if expert is not None:
+            label_map = found.scan.from_file_grid(found.label_map)
+            line |= score_volume(label_map, expert.voxels, regions=found.regions, spacing=found.scan.spacing_mm)
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
     if failed:

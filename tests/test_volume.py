@@ -16,6 +16,7 @@ from nibabel import orientations
 from dataset_scripts.brats_slices import BratsSlices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.metrics import VolumeReport
 from sam2unet_hf.nifti import BratsCaseError, find_cases, intensity_window, take_slice
 from sam2unet_hf.training import SegmentationTransform
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, main, write_nifti
@@ -224,6 +225,30 @@ def test_command_writes_segmentations_and_leaves_out_bad_cases(cohort, segment, 
     name = f"{lines[0]['case']}_TC_probability.nii.gz"
     np.testing.assert_allclose(nib.load(tmp_path / "out" / name).get_fdata(), expected.probabilities[1], atol=1e-6)
     assert len(list((tmp_path / "out").iterdir())) == 8
+
+
+def test_command_scores_by_the_experts_masks(cohort, segment, tmp_path, capsys):
+    segment.model.save_pretrained(tmp_path / "model")
+    segment.processor.save_pretrained(tmp_path / "model")
+    case = find_cases(cohort)[0]
+    options = ["-o", str(tmp_path / "out"), "--device", "cpu", "--score", "--modalities", *THREE]
+    main([str(tmp_path / "model"), str(case.folder), *options])
+    line = json.loads(capsys.readouterr().out)
+    metric = VolumeReport()
+    mask = case.read_mask()
+    predicted = nib.load(line["segmentation"]).get_fdata().astype(np.uint8)
+    metric.add(prediction=mask.from_file_grid(predicted), reference=mask.voxels, spacing=mask.spacing_mm)
+    expected = metric.compute()
+    assert 0 < expected["volume_dice_WT"] < 1
+    for region in ("WT", "TC", "ET"):
+        for measure, value in line[region].items():
+            assert value == pytest.approx(expected[f"{measure}_{region}"])
+    case.files["seg"].rename(tmp_path / "seg.nii.gz")
+    try:
+        with pytest.raises(SystemExit, match="1 of 1 cases could not be segmented"):
+            main([str(tmp_path / "model"), str(case.folder), *options])
+    finally:
+        (tmp_path / "seg.nii.gz").rename(case.files["seg"])
 
 
 def test_command_writes_into_its_folder_whatever_a_checkpoint_names_its_regions(cohort, tmp_path, capsys):
