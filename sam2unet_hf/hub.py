@@ -59,7 +59,7 @@ MEASURES = {
 }
 
 _METRICS = Path(__file__).parent / "metrics"
-_REQUIREMENTS = "datasets>=5.1\nevaluate>=0.4.6\nnumpy>=1.26\nscipy>=1.11.1\n"
+_REQUIREMENTS = "datasets>=5.1\nevaluate>=0.4.6\nnumpy>=2.0\nscipy>=1.13\n"
 _APP = '''"""Try the metric in a browser."""
 
 from pathlib import Path
