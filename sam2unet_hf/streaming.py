@@ -33,8 +33,8 @@ class ParquetRows(Dataset):
     `rows["case_id"]`, `features`, `column_names` and `with_transform`. The numbers of rows come from the footers of
     the files.
 
-    A row group is read as a whole, and kept, encoded, until `shuffle_buffer` rows of others and two row groups were read. So rows
-    should be asked for in the order of a [`RowGroupSampler`], as [`~training.Sam2UNetTrainer`] does.
+    A row group is read as a whole, and kept, encoded, until `shuffle_buffer` rows and two row groups more were read.
+    So rows should be asked for in the order of a [`RowGroupSampler`], as [`~training.Sam2UNetTrainer`] does.
 
     Args:
         paths: Files, on a disk or at any address that `fsspec` knows, such as `hf://datasets/...`.
