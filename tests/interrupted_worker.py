@@ -5,7 +5,7 @@ Reads one JSON object a line: `program`, `argv`, `log`, the folder to `watch`, a
 - `seconds`: SIGKILL after this time;
 - `change`: SIGKILL before this change, counted from 1, of a file or folder in the watched folder;
 - `file`: SIGKILL after this file of a checkpoint, counted from 1, was cut to `fraction` of its length;
-- `terminate`: SIGTERM when this phase begins for the `count`-th time.
+- `phase`: `signal`, by its name, when this begins for the `count`-th time.
 
 Answers with a line of JSON: how the run ended, what it was doing then, and how much there was to count.
 """
@@ -68,8 +68,8 @@ def during(owner: object, function: str, name: str, order: dict, after: str | No
         before = phase()
         enter(name)
         calls.append(name)
-        if order.get("terminate") == name and len(calls) == order["count"]:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if order.get("phase") == name and len(calls) == order["count"]:
+            os.kill(os.getpid(), signal.Signals[order["signal"]])
         try:
             return original(*args, **kwargs)
         finally:
