@@ -33,8 +33,8 @@ class ParquetRows(Dataset):
     `rows["case_id"]`, `features`, `column_names` and `with_transform`. The numbers of rows come from the footers of
     the files.
 
-    A row group is read as a whole, and kept, encoded, until `shuffle_buffer` rows and two row groups more were read.
-    So rows should be asked for in the order of a [`RowGroupSampler`], as [`~training.Sam2UNetTrainer`] does.
+    A row group is read as a whole, and kept, encoded, until about `shuffle_buffer` other rows were read. So rows
+    should be asked for in the order of a [`RowGroupSampler`], as [`~training.Sam2UNetTrainer`] does.
 
     Args:
         paths: Files, on a disk or at any address that `fsspec` knows, such as `hf://datasets/...`.
@@ -171,7 +171,7 @@ class ParquetRows(Dataset):
         """Return a row group, read if it is not among those used last."""
         table = self._held.pop(group, None)
         self._held[group] = table = self._read_group(group) if table is None else table
-        limit = self.shuffle_buffer + 2 * int(np.diff(self.group_starts).max())
+        limit = self.shuffle_buffer + int(np.diff(self.group_starts).max())
         while len(self._held) > 1 and sum(map(len, self._held.values())) > limit:
             del self._held[next(iter(self._held))]
         return table
