@@ -37,14 +37,14 @@ def one_error() -> Iterator[None]:
         yield
     except (Exception, SystemExit) as err:
         is_exit = isinstance(err, SystemExit)
-        if is_exit and not err.code:
-            raise
+        if is_exit and not isinstance(err.code, str):
+            raise  # there is nothing to tell: all is well, or SIGTERM ended the run
         if not is_main_process():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(PATIENCE)
         if not is_exit:
             get_error_handler().record_exception(err)
-        elif isinstance(err.code, str):
+        else:
             err.__cause__ = None  # it says all there is to say
             get_error_handler().record_exception(err.with_traceback(None))
         raise
