@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import datasets
 import pyarrow.compute as pc
+from datasets.utils import tqdm
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import ExifTags, Image
-from tqdm import tqdm
 
 from dataset_scripts.brats_slices import BratsSlices, split_patients
 from dataset_scripts.phantom import VERSION, write_phantom_cohort

@@ -491,6 +491,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                     trainer.state.global_step,
                     trainer.state.max_steps,
                 )
+                trainer.accelerator.wait_for_everyone()  # a launcher ends all processes once one of them has ended
                 raise SystemExit(128 + signal.SIGTERM)
             trainer.save_model(_internal_call=True)  # pushed at the end, with results and pictures
         except (OSError, SafetensorError) as err:  # a full disk, a checkpoint of another encoder

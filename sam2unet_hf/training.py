@@ -30,7 +30,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerContro
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
-from .checkpoints import LOSSES, GoOn, last_whole_checkpoint
+from .checkpoints import LOSSES, GoOn, last_whole_checkpoint, outlive_sigterm
 from .hub import CHECKPOINT_FILES, PICTURES, TRAINING_INFO, shared_files, write_model_card
 from .image_processing_sam2unet import Sam2UNetImageProcessor, to_label_map
 from .metrics.functional import MEASURES, Accumulator, columns_of, score
@@ -421,6 +421,13 @@ class Sam2UNetTrainer(Trainer):
 
     def _row_group_sampler(self, rows: ParquetRows, batch_size: int, shuffle: bool = False) -> RowGroupSampler:
         return RowGroupSampler(rows, batch_size, self.args.world_size, self.args.dataloader_num_workers, shuffle)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Return the DataLoader of [`~transformers.Trainer`], whose workers go on when a scheduler sends SIGTERM."""
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+        inner.worker_init_fn = functools.partial(outlive_sigterm, inner.worker_init_fn)
+        return loader
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as [`~transformers.Trainer`] does; the loss at the end is that of all steps, those before a stop too."""

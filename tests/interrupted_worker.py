@@ -1,11 +1,14 @@
 """Runs `run_segmentation.py` or the builder again and again in forks of one process, and ends them where it is told.
 
-Reads one JSON object a line: `program`, `argv`, `log`, the folder to `watch`, and how to end the run, if at all:
+Reads one JSON object a line, or is one run with the object that its argument holds, as launchers start it: `program`,
+`argv`, the folder to `watch`, a `log` for what it says, and how to end the run, if at all:
 
 - `seconds`: SIGKILL after this time;
 - `change`: SIGKILL before this change, counted from 1, of a file or folder in the watched folder;
 - `file`: SIGKILL after this file of a checkpoint, counted from 1, was cut to `fraction` of its length;
-- `phase`: `signal`, by its name, when this begins for the `count`-th time.
+- `phase`: `signal`, by its name, when this begins for the `count`-th time, to whom `to` says: "me" (this process, the
+  default), "group" (with its children, from another process, as schedulers do) or "launcher" (its parent); of several
+  processes the one of this `rank` sends it, 0 by default.
 
 Answers with a line of JSON: how the run ended, what it was doing then, and how much there was to count.
 """
@@ -15,6 +18,7 @@ import mmap
 import os
 import signal
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -69,13 +73,24 @@ def during(owner: object, function: str, name: str, order: dict, after: str | No
         enter(name)
         calls.append(name)
         if order.get("phase") == name and len(calls) == order["count"]:
-            os.kill(os.getpid(), signal.Signals[order["signal"]])
+            send(order)
         try:
             return original(*args, **kwargs)
         finally:
             enter(after or before)
 
     setattr(owner, function, wrapped)
+
+
+def send(order: dict) -> None:
+    number = signal.Signals[order["signal"]]
+    to = order.get("to", "me")
+    if os.environ.get("RANK", "0") != str(order.get("rank", 0)):
+        return
+    if to == "group":
+        subprocess.run(["bash", "-c", f"kill -{int(number)} -{os.getpgrp()}"], check=False)
+    else:
+        os.kill(os.getppid() if to == "launcher" else os.getpid(), number)
 
 
 def die() -> None:
@@ -113,9 +128,10 @@ def cut_files(last: int | None, fraction: float) -> None:
 def run(order: dict) -> None:
     """Be the run."""
     torch.set_num_threads(1)
-    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    if "log" in order:
+        log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
     enter("preparing")
     for owner, function, name, after in (
         (Sam2UNetTrainer, "train", "training", "after training"),
@@ -140,12 +156,15 @@ def run(order: dict) -> None:
 
 
 def main() -> None:
+    if len(sys.argv) > 1:
+        run(json.loads(sys.argv[1]))
     for line in sys.stdin:
         order = json.loads(line)
         COUNTERS.pack_into(shared, 0, 0, 0, 0)
         start = time.monotonic()
         child = os.fork()
         if child == 0:
+            os.setpgrp()
             run(order)
         if "seconds" in order:
             end = threading.Timer(order["seconds"], os.kill, (child, signal.SIGKILL))

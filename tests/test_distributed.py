@@ -20,6 +20,7 @@ from transformers import AutoModelForSemanticSegmentation, TrainingArguments
 
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
+from sam2unet_hf.checkpoints import find_fault
 from sam2unet_hf.training import Sam2UNetTrainer
 
 
@@ -37,6 +38,7 @@ ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processe
 ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 # One image at a time in evaluation: convolutions differ in the last bit with the size of the batch.
 SIZES = ["--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "1", "--num_train_epochs", "2"]
+PREDICT = ["--do_predict", "--save_total_limit", "3"]
 ONLY_HERE = ("runtime", "per_second", "model_preparation_time", "epoch")
 
 
@@ -108,7 +110,7 @@ def start(folder, arguments):
 @pytest.fixture(scope="module")
 def torchrun(folder, arguments, start):
     """The folder of a run of two processes, and what they said."""
-    command = [SCRIPT, *arguments, *start, "--do_predict", "--save_total_limit", "3", "--output_dir", folder / "run"]
+    command = [SCRIPT, *arguments, *start, *PREDICT, "--output_dir", folder / "run"]
     return folder / "run", launch(folder, *TORCHRUN, *command)
 
 
@@ -123,6 +125,7 @@ def test_two_processes_say_and_write_everything_once(torchrun):
     output_dir, said = torchrun
     for words in (
         "Regions: {'WT'",
+        "Comparing test images: 100%",
         "9 train, 1 validation, 3 test",
         "eval metrics",
         "The results are in",
@@ -147,7 +150,6 @@ def test_two_processes_score_as_one_does_to_the_last_bit(torchrun, arguments, tm
     assert scores == scores_of(tmp_path)
 
 
-@pytest.mark.slow
 def test_accelerate_launch_resumes_and_ends_as_torchrun(torchrun, folder, arguments, start):
     output_dir, _ = torchrun
     checkpoint = ["--resume_from_checkpoint", output_dir / "checkpoint-3"]
@@ -158,6 +160,29 @@ def test_accelerate_launch_resumes_and_ends_as_torchrun(torchrun, folder, argume
     resumed = weights_of(folder / "accelerated" / "checkpoint-6")
     for name, weight in weights.items():
         assert torch.equal(weight, resumed[name]), name
+
+
+@pytest.mark.parametrize(
+    ("end", "step"),
+    [
+        ({"phase": "stepping", "count": 2, "to": "me", "rank": 1}, 2),
+        # It passes the signal on to the workers of the DataLoaders too.
+        ({"phase": "evaluating", "count": 1, "to": "launcher"}, 3),
+    ],
+)
+def test_sigterm_to_one_process_or_to_the_launcher_stops_both_at_the_same_step(
+    torchrun, folder, arguments, start, end, step
+):
+    output_dir, _ = torchrun
+    run = folder / f"terminated-by-{end['to']}"
+    argv = [*arguments, *start, *PREDICT, "--dataloader_num_workers", "1", "--output_dir", str(run)]
+    order = {"program": "train", "argv": argv, "watch": str(run), "signal": "SIGTERM", **end}
+    said = launch(folder, *TORCHRUN, TESTS / "interrupted_worker.py", json.dumps(order), returncode=1)
+    assert said.count(f"Stopped by SIGTERM after step {step} of 6, and saved.") == 1, said
+    assert find_fault(run / f"checkpoint-{step}") is None
+    launch(folder, *TORCHRUN, SCRIPT, *argv)
+    assert scores_of(run) == scores_of(output_dir)
+    assert (run / "model.safetensors").read_bytes() == (output_dir / "model.safetensors").read_bytes()
 
 
 def test_one_process_resumes_what_two_began(torchrun, arguments, start, tmp_path):
@@ -347,14 +372,14 @@ def test_an_error_of_all_processes_is_told_once(folder, arguments, tmp_path):
     for index in range(12):
         mask = np.zeros((64, 80), dtype=np.uint8)
         mask[10:30, 15:50] = 1
-        for kind, pixels in (("images", 99 * mask), ("masks", mask)):
+        for kind, pixels in (("images", (99 + index) * mask), ("masks", mask)):
             Image.fromarray(pixels).save(tmp_path / kind / f"photo_{index}.png")
     path = tmp_path / "images" / "photo_5.png"
     path.write_bytes(path.read_bytes()[:60])
     options = ["--dataset_name", tmp_path, "--use_cpu", "--output_dir", tmp_path / "run"]
     said = launch(folder, *TORCHRUN, SCRIPT, *options, returncode=1)
     # Once by the process, and once in the launcher's summary.
-    assert said.count("photo_5: image file is truncated") == 2
+    assert said.count("photo_5: it cannot be read") == 2
     assert said.count("traceback : SystemExit: train image photo_5") == 1
     assert "OSError" not in said
 

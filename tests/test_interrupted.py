@@ -61,8 +61,8 @@ class Runner:
             assert self.whole[recipe]["code"] == 0, self.log(f"whole-{recipe}")
             self.expected[recipe] = self.outcome(f"whole-{recipe}")
 
-    def run(self, recipe: str, name: str, **end) -> dict:
-        argv = [*self.arguments, *RECIPES[recipe], "--output_dir", str(self.folder / name)]
+    def run(self, recipe: str, name: str, *options: str, **end) -> dict:
+        argv = [*self.arguments, *RECIPES[recipe], *options, "--output_dir", str(self.folder / name)]
         return self.start("train", argv, str(self.folder / f"{name}.log"), str(self.folder / name), **end)
 
     def build(self, name: str, **end) -> dict:
@@ -171,6 +171,18 @@ def test_sigterm_saves_and_ends_the_run_which_goes_on(runner, recipe, phase, cou
     assert not (runner.folder / name / "model.safetensors").exists()
     runner.finish(recipe, name)
     assert f"Going on with the unfinished run in {runner.folder / name} from checkpoint-{step}." in runner.log(name)
+
+
+def test_sigterm_to_all_processes_of_a_job_leaves_the_workers_at_work(runner):
+    name = "terminated-group"
+    for phase, step in (("stepping", 2), ("evaluating", 10)):
+        end = {"phase": phase, "count": 2, "signal": "SIGTERM", "to": "group"}
+        answer = runner.run("epochs", name, "--dataloader_num_workers", "2", **end)
+        log = runner.log(name)
+        assert answer["code"] == 128 + 15, log
+        assert f"Stopped by SIGTERM after step {step} of " in log
+    assert runner.run("epochs", name, "--dataloader_num_workers", "2")["code"] == 0, runner.log(name)
+    assert runner.outcome(name) == runner.expected["epochs"]
 
 
 @pytest.fixture
