@@ -228,4 +228,4 @@ class GoOn(TrainerCallback):
             control.should_log = control.should_evaluate = control.should_save = False
 
 
-__all__ = ["GoOn", "StopOnSigterm", "find_fault", "last_whole_checkpoint"]
+__all__ = ["GoOn", "StopOnSigterm", "find_fault", "last_whole_checkpoint", "outlive_sigterm"]

@@ -210,10 +210,11 @@ class RowGroupSampler(Sampler[int]):
     """Orders rows so that each row group is read once, by one process and one worker of its `DataLoader`.
 
     Rows are laid out row group after row group, in random order with `shuffle`, and cut into as many equal shares as
-    there are readers; a row group is read by two of them only where a cut goes through it. Within a share, whole row
-    groups of together at least `shuffle_buffer` rows are then shuffled. Batches are taken from the shares in turn,
-    because accelerate deals batches out to processes in turn, and PyTorch to workers. Whoever deals otherwise gets
-    each row once, too, but reads more.
+    there are readers; a row group is read by two of them only where a cut goes through it. Within a share, row groups
+    of together at least `shuffle_buffer` rows are then shuffled. Batches are taken from the shares in turn, because
+    accelerate deals batches out to processes in turn, and PyTorch to workers. The last rows, too few for a batch of
+    each reader, are dealt out as they lie, and their row groups read once more. Whoever deals otherwise gets each row
+    once, too, but reads more.
 
     Args:
         rows: The rows.
@@ -253,25 +254,36 @@ class RowGroupSampler(Sampler[int]):
         if self.shuffle:
             generator.shuffle(groups)
         order = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in groups])
-        shares = np.array_split(order, self.num_shares)
+        bounds = np.cumsum([0, *np.diff(starts)[groups]])
+        # What is too little for a batch of each reader; a single one reads it anyway.
+        rest = len(order) % (self.num_shares * self.batch_size) if self.num_shares > 1 else 0
+        dealt = len(order) - rest
+        shares = order[:dealt].reshape(self.num_shares, -1)
         if self.shuffle:
-            ends = np.cumsum(np.diff(starts)[groups])
-            first = 0
-            for share in shares:
-                self._shuffle_blocks(share, ends - first, generator)
-                first += len(share)
-        num_rounds = min(map(len, shares)) // self.batch_size
-        count = num_rounds * self.batch_size
-        whole = np.stack([share[:count].reshape(num_rounds, self.batch_size) for share in shares], axis=1)
-        return np.concatenate([whole.ravel(), *(share[count:] for share in shares)])
+            for number, share in enumerate(shares):
+                self._shuffle_blocks(share, bounds - number * len(share), self.rows.shuffle_buffer, generator)
+            self._shuffle_blocks(order[dealt:], bounds - dealt, 0, generator)
+        if self.num_shares > 1:
+            batches = shares.reshape(self.num_shares, -1, self.batch_size)
+            order[:dealt] = batches.swapaxes(0, 1).flatten()
+        return order
 
-    def _shuffle_blocks(self, share: np.ndarray, group_ends: np.ndarray, generator: np.random.Generator) -> None:
-        """Shuffle whole row groups of together at least `shuffle_buffer` rows, in place."""
+    @staticmethod
+    def _shuffle_blocks(rows: np.ndarray, bounds: np.ndarray, size: int, generator: np.random.Generator) -> None:
+        """Shuffle row groups of together at least this many rows, in place.
+
+        Args:
+            rows: Part of the order.
+            bounds: Where row groups begin and end, counted from the first of these rows, which may lie within one.
+            size: Rows of a block.
+            generator: Of random numbers.
+        """
         start = 0
-        for end in [*group_ends[(group_ends > 0) & (group_ends < len(share))], len(share)]:
-            if end - start >= self.rows.shuffle_buffer or end == len(share):
-                generator.shuffle(share[start:end])
-                start = end
+        held_from = bounds[bounds <= 0].max()  # a row group is held as a whole
+        for end in [*bounds[(bounds > 0) & (bounds < len(rows))], len(rows)]:
+            if end - held_from >= size or end == len(rows):
+                generator.shuffle(rows[start:end])
+                start = held_from = end
 
 
 def open_parquet(name: str, config_name: str | None = None, shuffle_buffer: int = 1000) -> dict[str, ParquetRows]:

@@ -124,9 +124,10 @@ def test_each_row_comes_once_for_any_number_of_readers(folder, batch_size, shuff
             assert sorted(order) == list(range(37))
 
 
-def test_a_row_group_is_read_once_but_where_two_readers_share_it(folder, monkeypatch):
+@pytest.mark.parametrize(("batch_size", "num_readers"), [(2, 1), (2, 2), (1, 5), (3, 4)])
+def test_a_row_group_is_read_once_but_where_two_readers_share_it(folder, monkeypatch, batch_size, num_readers):
     rows = open_parquet(str(folder), shuffle_buffer=8)["train"]
-    reads = Counter()
+    reads, held = Counter(), []
     read_group = ParquetRows._read_group
 
     def count(rows, group):
@@ -134,21 +135,29 @@ def test_a_row_group_is_read_once_but_where_two_readers_share_it(folder, monkeyp
         return read_group(rows, group)
 
     monkeypatch.setattr(ParquetRows, "_read_group", count)
-    for index in RowGroupSampler(rows, 2, shuffle=True).order():
-        rows[index]
-    assert set(reads.values()) == {1}
-    assert len(reads) == 8
-    reads.clear()
-    # What accelerate gives to the two processes: every other batch; the last odd row of each goes anywhere.
-    order = RowGroupSampler(rows, 2, num_processes=2, shuffle=True).order()
-    for process in range(2):
-        reader = rows.with_transform(None)
-        for start in range(2 * process, 36, 4):
-            for index in order[start : start + 2]:
-                reader[index]
-    assert reads.total() <= 9
-    held = sum(len(table) for table in rows._held.values())
-    assert held <= 8 + 10
+    num_cut = 0
+    for epoch in range(6):
+        rows.set_epoch(epoch)
+        order = RowGroupSampler(rows, batch_size, num_processes=num_readers, shuffle=True).order()
+        reads.clear()
+        # What accelerate gives to each process.
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        rest = len(batches) % num_readers
+        for process in range(num_readers):
+            reader = rows.with_transform(None)
+            for batch in batches[process : len(batches) - rest : num_readers]:
+                for index in batch:
+                    reader[index]
+                    held.append(sum(len(table) for table in reader._held.values()))
+        assert reads.total() <= 8 + num_readers - 1
+        for batch in batches[len(batches) - rest :]:
+            rows.with_transform(None)[batch]
+        assert len(reads) == 8
+        # A row group has five rows, or is one of two single ones.
+        assert reads.total() <= 8 + num_readers - 1 + rest * 3
+        num_cut += reads.total() > 8
+    assert (num_cut == 0) == (num_readers == 1)
+    assert max(held) <= 8 + 10
 
 
 def test_shuffling_depends_on_seed_and_epoch_alone(folder):
