@@ -29,10 +29,10 @@ def plot_training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
             scores.plot(*zip(*points, strict=True), label=label, marker="o")
     losses.set(xlabel="epoch", ylabel="loss (three outputs)", title="Loss", ylim=(0, None))
     scores.set(xlabel="epoch", ylabel="score", title="Validation scores", ylim=(0, 1))
-    for axes in (losses, scores):
+    for axes, corner in ((losses, "upper right"), (scores, "lower right")):
         axes.grid(alpha=0.3)
         if axes.has_data():
-            axes.legend()
+            axes.legend(loc=corner)  # where curves that get better leave room
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
