@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import fsspec
 import pyarrow.compute as pc
 from datasets.utils import tqdm
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -123,12 +125,13 @@ def load_data(args: DataArguments) -> datasets.DatasetDict | dict[str, ParquetRo
         data = with_all_splits(data, args.split_seed)
     image_column, _ = find_columns(data, args)
     leak = None if pairs else shared_patient(data)  # files of different patients may have the same name
-    if not args.streaming:  # which reads no image beforehand
-        leak = leak or shared_image(data, image_column)
+    remedy = "Keep it in one split"
+    if leak is None and not args.streaming:  # which reads no image beforehand
+        leak, remedy = shared_image(data, image_column), "Remove one of the two"
     if leak:
         leak = f"{leak} A model is not to be scored on what it was trained on or chosen by."
         if not args.allow_leaks:
-            raise SystemExit(f"{leak} Keep it in one split, or go on all the same with --allow_leaks.")
+            raise SystemExit(f"{leak} {remedy}, or go on all the same with --allow_leaks.")
         logger.warning("%s --allow_leaks goes on all the same.", leak)
     return data
 
@@ -196,8 +199,13 @@ def file_bytes(file: dict[str, Any] | None, name: str) -> bytes:
     """Return the bytes of an image as `datasets` holds it."""
     try:
         if file is not None and (file["bytes"] is not None or file["path"] is not None):
-            return file["bytes"] if file["bytes"] is not None else Path(file["path"]).read_bytes()
-    except OSError as err:
+            if file["bytes"] is not None:
+                return file["bytes"]
+            if "::" not in file["path"]:
+                return Path(file["path"]).read_bytes()
+            with fsspec.open(file["path"]) as opened:  # in an archive
+                return opened.read()
+    except (OSError, zipfile.BadZipFile) as err:
         raise SystemExit(f"{name}: it cannot be read ({err}). Check its path and permissions.") from err
     raise SystemExit(f"{name}: the row holds no image. Fill it, or remove the row.")
 

@@ -38,14 +38,9 @@ def search(
         training_args: Arguments that all trials share. Batches are of 1, 2 or 4 times
             `per_device_train_batch_size` images, learning rates from 1e-5 to 3e-3.
         num_trials: Number of trials, those of an earlier search in the same folder among them.
-
-    Raises:
-        SystemExit: If Optuna is missing.
     """
-    try:
-        import optuna
-    except ImportError as err:
-        raise SystemExit('--hp_search needs optuna. Install it with `pip install "sam2unet-hf[search]"`.') from err
+    import optuna
+
     args = copy.deepcopy(training_args)
     args.save_strategy, args.load_best_model_at_end, args.push_to_hub = SaveStrategy.NO, False, False
     trainer = make_trainer(args)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from data_sources import file_bytes
 from transformers import TrainingArguments
 
 from sam2unet_hf.streaming import ParquetRows
@@ -83,7 +84,7 @@ def fingerprint(rows: datasets.Dataset | ParquetRows) -> str:
         for name in sorted(row):
             value = row[name]
             if name in images and value is not None:
-                value = hashlib.sha256(value["bytes"] or Path(value["path"]).read_bytes()).hexdigest()
+                value = hashlib.sha256(file_bytes(value, name)).hexdigest()
             digest.update(repr(value).encode())
     return digest.hexdigest()
 

@@ -8,6 +8,7 @@ python examples/run_segmentation.py --dataset_name my_folder --sam2_checkpoint f
 
 import dataclasses
 import functools
+import importlib.util
 import logging
 import re
 import shutil
@@ -35,7 +36,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from dataset_scripts.brats_slices.brats_slices import CITATION
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
 from sam2unet_hf.augmentation import AUGMENTATIONS, augmentation
-from sam2unet_hf.checkpoints import StopOnSigterm, last_whole_checkpoint
+from sam2unet_hf.checkpoints import StopOnSigterm, find_fault, last_whole_checkpoint
 from sam2unet_hf.configuration_sam2unet import PRESETS, parse_regions
 from sam2unet_hf.training import RECIPE, Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform
 
@@ -171,6 +172,13 @@ class SegmentationTrainingArguments(TrainingArguments):
             raise ValueError(f"--augmentation takes none alone, got {' '.join(self.augmentation)}.")
         if self.hp_search and not self.do_train:
             raise ValueError("--hp_search searches for the best training; it cannot go with --do_train false.")
+        if self.hp_search and importlib.util.find_spec("optuna") is None:
+            raise ValueError('--hp_search needs optuna. Install it with `pip install "sam2unet-hf[search]"`.')
+        if self.save_only_model:
+            raise ValueError(
+                "--save_only_model leaves nothing that a run could go on from. To keep less, pass --save_total_limit "
+                "1 or --trainable_only."
+            )
         if self.fsdp and not self.do_train:
             raise ValueError("--fsdp shards the training; it cannot go with --do_train false.")
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
@@ -215,6 +223,10 @@ def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArgumen
     last_checkpoint = last_whole_checkpoint(output_dir)
     if args.resume_from_checkpoint:
         if args.resume_from_checkpoint.lower() not in ("true", "last"):
+            if fault := find_fault(args.resume_from_checkpoint):
+                raise SystemExit(
+                    f"--resume_from_checkpoint: {args.resume_from_checkpoint} is not whole ({fault}). Name another."
+                )
             return args.resume_from_checkpoint
         if last_checkpoint is None:
             raise SystemExit(f"--resume_from_checkpoint: there is no checkpoint in {output_dir} to resume from.")
@@ -226,7 +238,7 @@ def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArgumen
             f"{output_dir} holds a finished run. Pass --overwrite_output_dir to replace it, another --output_dir to "
             "keep it, or --resume_from_checkpoint true to train it further."
         )
-    if last_checkpoint is not None:
+    if last_checkpoint is not None or (output_dir / STUDY).exists():
         before = read_record(output_dir)
         if changed := changes(before["arguments"] if before else arguments, arguments):
             raise SystemExit(
@@ -234,6 +246,7 @@ def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArgumen
                 f"{', '.join(f'{name}={value}' for name, value in changed.items())} to go on with it, or pass "
                 "--overwrite_output_dir or another --output_dir."
             )
+    if last_checkpoint is not None:
         logger.warning("Going on with the unfinished run in %s from %s.", output_dir, Path(last_checkpoint).name)
     return last_checkpoint
 
@@ -427,9 +440,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model, processor = load_model(model_args, regions)
     if data_args.dataset_name is None:
         processor.modalities = data_args.modalities
-    # Not before data and model are there, so that a mistyped path costs nobody an older run.
-    if training_args.process_index == 0:
-        start_run(describe(arguments, training_args, data), training_args)
 
     def transform(**kwargs: Any) -> SegmentationTransform:
         return SegmentationTransform(processor, image_column, mask_column, label_mapping=label_mapping, **kwargs)
@@ -456,15 +466,19 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         )
 
     try:
-        if training_args.hp_search:
-            start = functools.partial(load_model, model_args, regions)
-            best = search(make_trainer, lambda: start()[0], training_args, training_args.hp_search)
-            for name, value in best.items():
-                setattr(training_args, name, type(getattr(training_args, name))(value))
-            model, _ = start()
         trainer = make_trainer(training_args)
     except (OSError, ValueError) as err:  # no right to push, no encoder to leave out, no such score
         raise SystemExit(str(err)) from err
+    # Not before data, model and Trainer are there, so that a mistyped option costs nobody an older run.
+    if training_args.process_index == 0:
+        start_run(describe(arguments, training_args, data), training_args)
+    if training_args.hp_search:
+        start = functools.partial(load_model, model_args, regions)
+        best = search(make_trainer, lambda: start()[0], training_args, training_args.hp_search)
+        for name, value in best.items():
+            setattr(training_args, name, type(getattr(training_args, name))(value))
+        model, _ = start()
+        trainer = make_trainer(training_args)
     logger.info(
         "Images: %s. Parameters: %.2f M, %.2f M of them trained.",
         ", ".join(f"{len(rows)} {split}" for split, rows in data.items()),
@@ -487,9 +501,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             result = trainer.train(resume_from_checkpoint=checkpoint)
             if stop.stopped:
                 logger.warning(
-                    "Stopped by SIGTERM after step %d of %d, and saved. Start again with the same command to go on.",
+                    "Stopped by SIGTERM after step %d of %d. The same command%s goes on from %s.",
                     trainer.state.global_step,
                     trainer.state.max_steps,
+                    ", without --overwrite_output_dir," if training_args.overwrite_output_dir else "",
+                    last_whole_checkpoint(output_dir),
                 )
                 trainer.accelerator.wait_for_everyone()  # a launcher ends all processes once one of them has ended
                 raise SystemExit(128 + signal.SIGTERM)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
 
 if TYPE_CHECKING:
@@ -99,8 +99,9 @@ def _is_whole_safetensors(path: Path) -> bool:
 class StopOnSigterm(TrainerCallback):
     """Saves a checkpoint and ends the training when SIGTERM comes, as schedulers send it before they kill.
 
-    The step that is under way is finished first, and so is an evaluation with the checkpoint that belongs to it. A run
-    that goes on from the checkpoint ends as one that was never stopped.
+    The step that is under way is finished first, and so is an evaluation with the checkpoint that belongs to it. After
+    an evaluation without one another step is taken: a checkpoint made there could become the best one, which a run
+    that was never stopped would not have. A run that goes on from the checkpoint ends as one that was never stopped.
 
     Args:
         accelerator: Of the Trainer. Its processes stop after the same step, whichever of them get the signal.
@@ -118,30 +119,45 @@ class StopOnSigterm(TrainerCallback):
     def _ask(self, signum: int, frame: Any) -> None:
         self._asked = True
 
-    def _stop(self) -> bool:
+    def _is_asked(self) -> bool:
+        """Whether any process got the signal; all of them have to ask at once."""
         if self.accelerator.num_processes > 1:
             if self._asked:
                 self.accelerator.set_trigger()
             self._asked = self.accelerator.check_trigger()
-        self.stopped = self.stopped or self._asked
         return self._asked
+
+    def _stop(self, args: TrainingArguments, control: TrainerControl) -> None:
+        self.stopped = control.should_training_stop = True
+        # At its end the Trainer would delete all checkpoints but the best one.
+        if args.save_total_limit == 1:
+            args.save_total_limit = 2
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Listen for the signal."""
         self.stopped = self._asked = False
-        # Python lets no other thread handle signals.
-        if threading.current_thread() is threading.main_thread():
+        # Python lets no other thread handle signals. A training that failed, and is tried again, has left its handler.
+        if threading.current_thread() is threading.main_thread() and self._handler is None:
             self._handler = signal.signal(signal.SIGTERM, self._ask)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save and stop, unless the training ends here anyway; at the end of an epoch after its evaluation."""
-        if state.global_step < state.max_steps and self._stop():
-            control.should_training_stop = True
-            control.should_save = control.should_save or is_within_epoch(state)
+        if state.global_step < state.max_steps and not self._is_only_evaluated(args, state, control):
+            if self._is_asked():
+                self._stop(args, control)
+                control.should_save = control.should_save or is_within_epoch(state)
+
+    @staticmethod
+    def _is_only_evaluated(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
+        """Whether this step is evaluated and no checkpoint is due whatever the scores."""
+        at_end = not is_within_epoch(state)
+        is_evaluated = control.should_evaluate or (at_end and args.eval_strategy == IntervalStrategy.EPOCH)
+        is_saved = control.should_save or (at_end and args.save_strategy == SaveStrategy.EPOCH)
+        return is_evaluated and not is_saved
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -156,8 +172,8 @@ class StopOnSigterm(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop after the checkpoint that belongs to this evaluation."""
-        if self._stop():
-            control.should_training_stop = control.should_save = True
+        if control.should_save and args.save_strategy != SaveStrategy.BEST and self._is_asked():
+            self._stop(args, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -177,7 +193,9 @@ def outlive_sigterm(worker_init_fn: Callable[[int], Any] | None, worker_id: int)
     """Let a worker of a `DataLoader` go on when SIGTERM comes from anyone but the process that it works for.
 
     Schedulers send the signal to every process of a job. Without its workers the one that trains could not finish the
-    step that is under way. Where the system does not tell who sent a signal, as on macOS, nothing is changed.
+    step that is under way. This holds for workers that are forked, Linux' default up to Python 3.13. Threads that
+    libraries started before in workers that are not still end these; where the system does not tell who sent a signal,
+    as on macOS, nothing is changed.
 
     Args:
         worker_init_fn: Called first, with `worker_id`, if there is one.

@@ -212,9 +212,10 @@ class RowGroupSampler(Sampler[int]):
     Rows are laid out row group after row group, in random order with `shuffle`, and cut into as many equal shares as
     there are readers; a row group is read by two of them only where a cut goes through it. Within a share, row groups
     of together at least `shuffle_buffer` rows are then shuffled. Batches are taken from the shares in turn, because
-    accelerate deals batches out to processes in turn, and PyTorch to workers. The last rows, too few for a batch of
-    each reader, are dealt out as they lie, and their row groups read once more. Whoever deals otherwise gets each row
-    once, too, but reads more.
+    accelerate deals batches out to processes in turn, and PyTorch to workers. The workers of a process have shares
+    side by side, so those of the processes, which make a step, lie apart. The last rows, too few for a batch of each
+    reader, are dealt out as they lie, and their row groups read by each who gets some. Whoever deals otherwise gets
+    each row once, too, but reads more.
 
     Args:
         rows: The rows.
@@ -236,7 +237,9 @@ class RowGroupSampler(Sampler[int]):
     ):
         self.rows = rows
         self.batch_size = batch_size
-        self.num_shares = num_processes * max(num_workers, 1)
+        self.num_processes = num_processes
+        self.num_workers = max(num_workers, 1)
+        self.num_shares = self.num_processes * self.num_workers
         self.shuffle = shuffle
         self.seed = seed
 
@@ -264,8 +267,9 @@ class RowGroupSampler(Sampler[int]):
                 self._shuffle_blocks(share, bounds - number * len(share), self.rows.shuffle_buffer, generator)
             self._shuffle_blocks(order[dealt:], bounds - dealt, 0, generator)
         if self.num_shares > 1:
-            batches = shares.reshape(self.num_shares, -1, self.batch_size)
-            order[:dealt] = batches.swapaxes(0, 1).flatten()
+            # Each process takes a batch for its first worker, then each one for its second.
+            batches = shares.reshape(self.num_processes, self.num_workers, -1, self.batch_size)
+            order[:dealt] = batches.transpose(2, 1, 0, 3).flatten()
         return order
 
     @staticmethod

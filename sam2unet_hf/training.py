@@ -30,7 +30,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerContro
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
-from .checkpoints import LOSSES, GoOn, last_whole_checkpoint, outlive_sigterm
+from .checkpoints import LOSSES, GoOn, find_fault, last_whole_checkpoint, outlive_sigterm
 from .hub import CHECKPOINT_FILES, PICTURES, TRAINING_INFO, shared_files, write_model_card
 from .image_processing_sam2unet import Sam2UNetImageProcessor, to_label_map
 from .metrics.functional import MEASURES, Accumulator, columns_of, score
@@ -267,8 +267,7 @@ class _SetEpoch(TrainerCallback):
         if isinstance(dataset, ParquetRows):
             dataset.set_epoch(epoch, args.seed)
         transform = transform_of(dataset)
-        # Processes that outlive an epoch do not hear of the next one.
-        if isinstance(transform, SegmentationTransform) and not args.dataloader_persistent_workers:
+        if isinstance(transform, SegmentationTransform):
             transform.set_epoch(epoch, args.seed)
 
 
@@ -325,7 +324,12 @@ class Sam2UNetTrainer(Trainer):
         trainable_only: bool = False,
         **kwargs: Any,
     ):
-        unusable = {"remove_unused_columns": "it drops the images", "prediction_loss_only": "there would be no scores"}
+        unusable = {
+            "remove_unused_columns": "it drops the images",
+            "prediction_loss_only": "there would be no scores",
+            "dataloader_persistent_workers": "transformers would score one data set by the images of another, and "
+            "workers that outlive an epoch do not hear of the next one",
+        }
         for name, reason in unusable.items():
             if getattr(args, name):
                 raise ValueError(f"`{name}` must be False for SAM2-UNet: {reason}.")
@@ -392,7 +396,7 @@ class Sam2UNetTrainer(Trainer):
 
         Raises:
             OSError: If a checkpoint cannot be written, as on a full disk. Those before it are whole.
-            ValueError: If there is no whole checkpoint, or it was trained on another encoder.
+            ValueError: If there is no whole checkpoint, the one named is not, or it was trained on another encoder.
         """
         self._final_scores = {}
         if resume_from_checkpoint is True:
@@ -400,6 +404,8 @@ class Sam2UNetTrainer(Trainer):
             resume_from_checkpoint = last_whole_checkpoint(output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no whole checkpoint in `{output_dir}` to resume from.")
+        if resume_from_checkpoint and (fault := find_fault(resume_from_checkpoint)):
+            raise ValueError(f"`{resume_from_checkpoint}` is not whole, so it cannot be resumed from: {fault}.")
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         # The best checkpoint has them since its evaluation.
         if self.batch_norm_images and not self.args.load_best_model_at_end:
@@ -423,8 +429,16 @@ class Sam2UNetTrainer(Trainer):
         return RowGroupSampler(rows, batch_size, self.args.world_size, self.args.dataloader_num_workers, shuffle)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """Return the DataLoader of [`~transformers.Trainer`], whose workers go on when a scheduler sends SIGTERM."""
-        loader = super()._get_dataloader(*args, **kwargs)
+        """Return the DataLoader of [`~transformers.Trainer`], whose workers go on when a scheduler sends SIGTERM.
+
+        `dataloader_drop_last` is for training: every image is scored.
+        """
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and kwargs.get("is_training", False)
+        try:
+            loader = super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
         inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
         inner.worker_init_fn = functools.partial(outlive_sigterm, inner.worker_init_fn)
         return loader

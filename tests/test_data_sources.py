@@ -5,6 +5,7 @@ import logging
 import os
 import struct
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -24,10 +25,12 @@ from data_sources import (  # noqa: E402 - the scripts are no package
     DataArguments,
     case_names,
     check_images_and_masks,
+    find_regions,
     load_data,
     pair_images_and_masks,
     with_all_splits,
 )
+from provenance import fingerprint  # noqa: E402
 
 
 GREY = np.random.default_rng(0).integers(0, 256, (24, 30)).astype(np.uint8)
@@ -326,7 +329,7 @@ def image_splits(folder, **numbers):
 
 def test_the_same_image_in_two_splits_is_refused(tmp_path, caplog):
     args = image_splits(tmp_path / "data", train=[1, 2, 3], val=[4], test=[5, 2])
-    match = "test image test_2 is the same file as train image train_2.* Keep it in one split.* --allow_leaks"
+    match = "test image test_2 is the same file as train image train_2.* Remove one of the two, or .* --allow_leaks"
     with pytest.raises(SystemExit, match=match):
         load_data(args)
     args.allow_leaks = True
@@ -337,6 +340,34 @@ def test_the_same_image_in_two_splits_is_refused(tmp_path, caplog):
             "test": 2,
         }
     assert "test image test_2 is the same file" in caplog.text
+
+
+def test_images_in_archives_are_compared_and_named_when_broken(tmp_path):
+    def pack(split, indices, broken=False):
+        with zipfile.ZipFile(tmp_path / f"{split}.zip", "w") as archive:
+            table = ["file_name,mask_file_name"]
+            for index in indices:
+                pixels = np.random.default_rng(index).integers(0, 256, (8, 9)).astype(np.uint8)
+                for name, content in ((f"{index}.png", pixels), (f"{index}_mask.png", pixels // 128)):
+                    file = io.BytesIO()
+                    Image.fromarray(content).save(file, "PNG")
+                    archive.writestr(name, file.getvalue()[: 40 if broken else None])
+                table.append(f"{index}.png,{index}_mask.png")
+            archive.writestr("metadata.csv", "\n".join(table) + "\n")
+
+    pack("train", [1, 2, 3])
+    pack("validation", [4, 5])
+    args = DataArguments(dataset_name=str(tmp_path))
+    data = load_data(args)
+    assert np.array_equal(data["train"][1]["image"], np.random.default_rng(2).integers(0, 256, (8, 9)))
+    assert find_regions(data, "image", "mask", None)[0] == {"foreground": [1]}
+    assert fingerprint(data["train"]) != fingerprint(data["validation"])
+    pack("test", [3])
+    with pytest.raises(SystemExit, match="test image .* is the same file as train image"):
+        load_data(args)
+    pack("test", [6], broken=True)
+    with pytest.raises(SystemExit, match="test image .* cannot be read"):
+        find_regions(load_data(args), "image", "mask", None)
 
 
 def test_black_images_and_equal_names_are_no_leak(tmp_path):

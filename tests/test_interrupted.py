@@ -173,6 +173,27 @@ def test_sigterm_saves_and_ends_the_run_which_goes_on(runner, recipe, phase, cou
     assert f"Going on with the unfinished run in {runner.folder / name} from checkpoint-{step}." in runner.log(name)
 
 
+@pytest.mark.parametrize(
+    ("options", "phase", "count", "step"),
+    [
+        (["--save_total_limit", "1"], "stepping", 5, 3),  # at the end the best checkpoint is kept alone
+        (["--save_strategy", "best"], "evaluating", 2, 5),  # which alone decides on a checkpoint of the fourth step
+        (["--eval_steps", "1"], "stepping", 5, 4),  # a checkpoint of the third would count among the best
+    ],
+)
+def test_sigterm_leaves_a_checkpoint_that_changes_nothing(runner, options, phase, count, step):
+    names = [f"{kind}-{'-'.join(options)}" for kind in ("whole", "terminated")]
+    options = [*options, "--greater_is_better", "false"]
+    assert runner.run("steps", names[0], *options)["code"] == 0, runner.log(names[0])
+    answer = runner.run("steps", names[1], *options, phase=phase, count=count, signal="SIGTERM")
+    assert answer["code"] == 128 + 15, runner.log(names[1])
+    checkpoint = runner.folder / names[1] / f"checkpoint-{step}"
+    assert f"after step {step} of 7. The same command goes on from {checkpoint}." in runner.log(names[1])
+    assert find_fault(checkpoint) is None
+    assert runner.run("steps", names[1], *options)["code"] == 0, runner.log(names[1])
+    assert runner.outcome(names[1]) == runner.outcome(names[0])
+
+
 def test_sigterm_to_all_processes_of_a_job_leaves_the_workers_at_work(runner):
     name = "terminated-group"
     for phase, step in (("stepping", 2), ("evaluating", 10)):

@@ -1,14 +1,16 @@
-"""Which checkpoints of a run count as whole."""
+"""Which checkpoints of a run count as whole, and what SIGTERM is handled by."""
 
 import json
 import os
 import shutil
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from sam2unet_hf.checkpoints import find_fault, last_whole_checkpoint
+from sam2unet_hf.checkpoints import StopOnSigterm, find_fault, last_whole_checkpoint
 
 
 @pytest.fixture
@@ -67,3 +69,13 @@ def test_the_newest_whole_checkpoint_is_that_of_the_highest_step(output_dir):
 def test_a_state_without_a_step_is_none(output_dir):
     (output_dir / "checkpoint-9" / "trainer_state.json").write_text("[]")
     assert find_fault(output_dir / "checkpoint-9") == "trainer_state.json holds no state"
+
+
+def test_sigterm_is_left_to_whoever_had_it_though_training_began_twice():
+    before = signal.getsignal(signal.SIGTERM)
+    stop = StopOnSigterm(SimpleNamespace(num_processes=1))
+    for _ in range(2):  # as after an error that is met by a smaller batch
+        stop.on_train_begin(None, None, None)
+    assert signal.getsignal(signal.SIGTERM) == stop._ask
+    stop.on_train_end(None, None, None)
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -221,6 +221,42 @@ def test_bad_data_costs_no_older_run(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["all_results.json"]
 
 
+def test_bad_options_cost_no_older_run(pictures, checkpoint, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "all_results.json").write_text("{}")
+    arguments = ["--dataset_name", str(pictures), "--model_name_or_path", checkpoint(regions={"mask": [1]}), *QUICK]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--overwrite_output_dir"]
+    with pytest.raises(SystemExit, match="dicee"):
+        run_segmentation.main([*arguments, "--metric_for_best_model", "dicee"])
+    with pytest.raises(SystemExit, match="`dataloader_persistent_workers` must be False"):
+        run_segmentation.main([*arguments, "--dataloader_num_workers", "1", "--dataloader_persistent_workers", "true"])
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["all_results.json"]
+
+
+def test_a_search_goes_on_with_the_same_arguments_alone(tmp_path):
+    pytest.importorskip("optuna")
+    arguments = ["--output_dir", str(tmp_path), "--hp_search", "3"]
+    _, record, args = find_checkpoint(*arguments)
+    run_segmentation.start_run(record, args)
+    assert find_checkpoint(*arguments, "--learning_rate", "0.1")[0] is None  # there is no trial yet
+    (tmp_path / run_segmentation.STUDY).touch()
+    assert find_checkpoint(*arguments)[0] is None
+    with pytest.raises(SystemExit, match="unfinished run with other values of image_size.*image_size=96"):
+        find_checkpoint(*arguments, "--image_size", "64")
+
+
+def test_a_checkpoint_that_is_named_must_be_whole(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(SystemExit, match=r"checkpoint-3 is not whole \(no trainer_state.json\)"):
+        find_checkpoint("--resume_from_checkpoint", str(tmp_path / "checkpoint-3"), "--output_dir", str(tmp_path))
+
+
+def test_checkpoints_must_hold_what_resuming_needs(capsys):
+    with pytest.raises(SystemExit):
+        run_segmentation.parse_arguments(["--save_only_model"])
+    assert "--save_only_model leaves nothing that a run could go on from" in capsys.readouterr().err
+
+
 def test_an_unfinished_run_goes_on_with_the_same_arguments_alone(tmp_path):
     arguments = ["--output_dir", str(tmp_path), "--slices", "20", "21"]
     checkpoint, record, args = find_checkpoint(*arguments)

@@ -160,6 +160,14 @@ def test_a_row_group_is_read_once_but_where_two_readers_share_it(folder, monkeyp
     assert max(held) <= 8 + 10
 
 
+def test_a_step_takes_batches_from_places_far_apart(tmp_path):
+    write_parquet(tmp_path, "train", numbered(18), [(18,)])
+    rows = open_parquet(str(tmp_path))["train"]
+    order = RowGroupSampler(rows, 1, num_processes=2, num_workers=2).order().tolist()
+    # Four shares of four rows: the first workers of both processes have the first and the third.
+    assert order == [0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15, 16, 17]
+
+
 def test_shuffling_depends_on_seed_and_epoch_alone(folder):
     rows = open_parquet(str(folder), shuffle_buffer=12)["train"]
     sampler = RowGroupSampler(rows, 2, shuffle=True)

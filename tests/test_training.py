@@ -273,11 +273,29 @@ def test_two_steps_move_the_trainable_weights_alone(rows, tmp_path):
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
-@pytest.mark.parametrize("name", ["remove_unused_columns", "prediction_loss_only"])
+@pytest.mark.parametrize("name", ["remove_unused_columns", "prediction_loss_only", "dataloader_persistent_workers"])
 def test_arguments_that_would_drop_images_or_scores_raise(rows, tmp_path, name):
     arguments = TrainingArguments(tmp_path, use_cpu=True, **{"remove_unused_columns": False, name: True})
     with pytest.raises(ValueError, match=f"`{name}` must be False"):
         Sam2UNetTrainer(small_model(), arguments, train_dataset=rows)
+
+
+def test_last_batches_are_dropped_in_training_alone(rows, tmp_path):
+    options = {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 3, "dataloader_drop_last": True}
+    trainer = make_trainer(small_model(), rows, tmp_path, **options)
+    assert len(rows) % 3
+    assert len(trainer.get_train_dataloader()) == len(rows) // 3
+    trainer.evaluate()
+    assert len(trainer.compute_metrics.image_dice) == len(rows)
+
+
+def test_an_incomplete_checkpoint_is_not_resumed_from(rows, tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(small_model(), rows, tmp_path, **options).train()
+    (tmp_path / "checkpoint-1" / "optimizer.pt").unlink()
+    trainer = make_trainer(small_model(), rows, tmp_path, **options)
+    with pytest.raises(ValueError, match=r"checkpoint-1` is not whole, .*: no optimizer\*"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_batch_norm_is_estimated_on_training_images_before_each_evaluation(rows, tmp_path):
