@@ -255,13 +255,13 @@ def legend(regions: Sequence[str]) -> str:
     return f'<div class="legend">{squares}</div>'
 
 
-def build_page(load: Any, models: Sequence[str], planes: Sequence[str]) -> gr.Blocks:
+def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> gr.Blocks:
     """Lay out the page.
 
     Args:
         load: Returns the pipeline of a model's name.
         models: Names to choose from.
-        planes: Planes that the model looks at, unless the user chooses others.
+        planes: Planes that the model looks at, unless the user chooses others; without any that of its training.
     """
     # Without usage statistics, which are sent to Gradio.
     options: dict[str, Any] = {"analytics_enabled": False, "delete_cache": (LIFETIME_S // 6, LIFETIME_S)}
@@ -284,7 +284,9 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str]) -> gr.Bl
             with gr.Column(min_width=300):
                 model = gr.Dropdown(list(models), value=models[0], label="Model", visible=len(models) > 1)
                 with gr.Accordion("Options", open=False):
-                    chosen_planes = gr.CheckboxGroup(list(SHOWN), value=list(planes), label="Average over planes")
+                    chosen_planes = gr.CheckboxGroup(
+                        list(SHOWN), value=list(planes), label="Average over planes; none: the one of the training"
+                    )
                     flips = gr.Checkbox(False, label="Average over mirror images (four times the time)")
                     et_label = gr.Radio(
                         [("3, BraTS from 2023 on", 3), ("4, before", 4)], value=3, label="Label of enhancing tumour"
@@ -317,14 +319,12 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str]) -> gr.Bl
         def segment_files(paths, model, planes, flips, et_label, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
             if not paths:
                 raise gr.Error("No scans. Upload the files of one patient, or take the phantom example.")
-            if not planes:
-                raise gr.Error("No plane is chosen. Choose at least one under Options.")
             progress(0, "Loading the model")
             with tempfile.TemporaryDirectory() as links:
                 try:
                     segment = load(model)
                     case = gather_case(paths, segment.modalities, Path(links))
-                    seen = look_at(case, segment, planes=planes, flips=flips)
+                    seen = look_at(case, segment, planes=planes or None, flips=flips)
                 except (OSError, ValueError) as err:
                     raise gr.Error(
                         str(err).replace(f"{links}/", "").replace(links, "the upload"), duration=None
@@ -388,7 +388,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     models = os.environ.get("SAM2UNET_MODEL", "runs/phantom").split()
     parser.add_argument("--model", nargs="+", default=models, help="Hub ids or folders of SAM2-UNet to choose from")
     parser.add_argument("--modalities", nargs="+", choices=MODALITIES, help="default: those the checkpoint names")
-    parser.add_argument("--planes", nargs="+", default=["axial"], choices=SHOWN, help="planes to average over")
+    parser.add_argument(
+        "--planes", nargs="+", default=[], choices=SHOWN, help="planes to average over; default: that of the training"
+    )
     parser.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
     parser.add_argument(
         "--server_name",

@@ -439,7 +439,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     model, processor = load_model(model_args, regions)
     if data_args.dataset_name is None:
-        processor.modalities = data_args.modalities
+        for name in ("modalities", "plane"):
+            before, now = getattr(processor, name), getattr(data_args, name)
+            if before not in (None, now):
+                logger.warning("The model is one of %s %s, and sees %s now (--%s).", name, before, now, name)
+            setattr(processor, name, now)
 
     def transform(**kwargs: Any) -> SegmentationTransform:
         return SegmentationTransform(processor, image_column, mask_column, label_mapping=label_mapping, **kwargs)

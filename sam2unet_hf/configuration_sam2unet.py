@@ -247,14 +247,22 @@ class Sam2UNetConfig(PreTrainedConfig):
         """Build a configuration from a dict, with `kwargs` over it, checked together."""
         # transformers would set our fields one by one on the finished, checked configuration.
         own = set(Sam2UNetConfig.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
-        overrides = {name: kwargs.pop(name) for name in own & kwargs.keys()}
+        names = {"id2label", "label2id"}
+        overrides = {name: kwargs.pop(name) for name in (own | names) & kwargs.keys()}
+        if overrides.keys() & {"regions", "id2label"}:
+            # The names of other regions.
+            config_dict = {name: config_dict[name] for name in config_dict if name not in names}
         config_dict = {**config_dict, **overrides}
         if "encoder_source" in overrides:
             # The commit is one of the other source.
             config_dict["encoder_revision"] = overrides.get("encoder_revision")
-        if "regions" in overrides and "id2label" not in kwargs:
-            # The names of other regions.
-            config_dict = {name: config_dict[name] for name in config_dict if name not in ("id2label", "label2id")}
+        regions = config_dict.get("regions") or {"WT": [1, 2, 3]}
+        count = len(label_names(regions_from_pairs(regions)))
+        if (num_labels := kwargs.pop("num_labels", None)) not in (None, count):
+            raise ValueError(
+                f"`num_labels` {num_labels} does not fit `regions` {regions}, which write {count} label ids, "
+                "background among them. Say what to segment by `regions`, such as {'liver': [1], 'spleen': [2]}."
+            )
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):
@@ -266,8 +274,10 @@ class Sam2UNetConfig(PreTrainedConfig):
             self.auxiliary_loss_weights = [1.0, 1.0]
         if self.id2label is None:
             self.id2label = dict(label_names(self.regions))
-            self.label2id = {name: label_id for label_id, name in self.id2label.items()}
+            self.label2id = None
         super().__post_init__(**kwargs)
+        if self.label2id is None:
+            self.label2id = {str(name): int(label_id) for label_id, name in self.id2label.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for JSON, with `regions` as pairs to keep their order."""
@@ -334,6 +344,13 @@ class Sam2UNetConfig(PreTrainedConfig):
             raise ValueError(
                 f"`id2label` {self.id2label} does not name the label ids {unnamed} that `regions` {self.regions} "
                 "write."
+            )
+        # As `num_labels` and `id2label` alone would.
+        if unknown := [label_id for label_id in self.id2label if label_id not in named]:
+            raise ValueError(
+                f"`id2label` {self.id2label} names the label ids {unknown}, which `regions` {self.regions} do not "
+                "write. Say what to segment by `regions`, such as {'liver': [1], 'spleen': [2]}, instead of "
+                "`num_labels` or `id2label`."
             )
 
 

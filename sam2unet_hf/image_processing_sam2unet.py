@@ -45,6 +45,7 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
             later, as in `processor.regions = model.config.regions`.
         modalities: The contrasts of the scans that the images are slices of, such as `["flair"]`, or three for the
             channels in their order. Volume inference alone reads them; `None` where they are not known.
+        plane: The plane of these slices, `"axial"`, `"coronal"` or `"sagittal"`; as `modalities`.
         kwargs: `do_resize`, `size`, `resample`, `do_rescale`, `rescale_factor`, `do_normalize`, `image_mean`,
             `image_std` and `do_convert_rgb`, as in any image processor.
 
@@ -76,10 +77,12 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
         self,
         regions: dict[str, list[int]] | list[list[Any]] | None = None,
         modalities: list[str] | None = None,
+        plane: str | None = None,
         **kwargs: Any,
     ):
         super().__init__(regions=regions, **kwargs)  # type: ignore[call-arg]
         self.modalities = modalities
+        self.plane = plane
 
     @property
     def regions(self) -> dict[str, list[int]]:
@@ -171,6 +174,11 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
         device: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
+        if kwargs["do_center_crop"] or kwargs["do_pad"]:
+            raise ValueError(
+                "`do_center_crop` and `do_pad` must be False: masks that come out would not lie on the images. Crop "
+                "or pad images and masks together first."
+            )
         prepared = [self.process_image(image, **kwargs) for image in self._prepare_images_structure(images)]
         if not prepared:
             raise ValueError("`images` must hold at least one image, got none.")
@@ -179,11 +187,6 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
         # `_preprocess` returns a `BatchFeature` with `pixel_values`.
         features = dict(self._preprocess(prepared, return_tensors=None, **kwargs))
         if segmentation_maps is not None:
-            if kwargs["do_center_crop"] or kwargs["do_pad"]:
-                raise ValueError(
-                    "`do_center_crop` and `do_pad` do not apply to `segmentation_maps`. Crop or pad images and masks "
-                    "together first."
-                )
             maps = self._prepare_images_structure(segmentation_maps)
             if len(maps) == 1 and len(prepared) > 1 and isinstance(maps[0], (np.ndarray, torch.Tensor)):
                 maps = list(maps[0]) if maps[0].ndim == 3 else maps
@@ -333,6 +336,12 @@ def to_byte_range(image: torch.Tensor) -> torch.Tensor:
             "scans first (`sam2unet_hf.nifti` does it for BraTS), or pass `do_rescale=False` if they are normalised."
         )
     if image.is_floating_point():
+        if 1 < high < 2:
+            warnings.warn(
+                f"A float image has values up to {high:g}, which are taken as parts of 255: it will be nearly black. "
+                "Clip it to 1, or scale it to 0..255.",
+                stacklevel=2,
+            )
         return values * 255 if high <= 1 else values
     if image.dtype != torch.uint16 and high <= 255:
         return values

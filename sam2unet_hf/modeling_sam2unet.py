@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -903,9 +904,10 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
     ) -> str:
         """Upload weights, configuration, image processor, code and model card.
 
-        The image processor is the one beside the checkpoint that this model was loaded from. The card tells of the run
-        in that folder, as long as the weights are those of the run; else it claims no results. A card that somebody
-        edited is kept, in the folder or else on the Hub.
+        The image processor is the one beside the checkpoint that this model was loaded from, with the regions of the
+        model; where the model was trained since, one that lies on the Hub is kept. The card tells of the run in that
+        folder, as long as the weights are those of the run; else it claims no results. A card that somebody edited is
+        kept, in the folder or else on the Hub.
 
         Args:
             repo_id: Repository `user/name`, made if need be.
@@ -934,19 +936,22 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, trainable_only=trainable_only, max_shard_size=max_shard_size)
             Sam2UNetImageProcessor.register_for_auto_class()
-            try:
-                processor = Sam2UNetImageProcessor.from_pretrained(self.name_or_path, token=token, **self.placed)
-                processor.save_pretrained(folder)
-            except OSError:  # a new model, or a folder without one
-                if not api.file_exists(repo_id, "preprocessor_config.json", revision=revision):
-                    Sam2UNetImageProcessor(regions=self.config.regions).save_pretrained(folder)
+            is_source = False
             try:
                 # Where this file came with the weights, the package and its template may be missing.
-                from sam2unet_hf.hub import add_model_card
+                from sam2unet_hf.hub import add_model_card, is_same_model
             except ImportError:
                 logger.warning("No model card is written: that takes the package sam2unet-hf.")
             else:
+                is_source = bool(self.name_or_path) and is_same_model(Path(folder), Path(self.name_or_path))
                 outdated += add_model_card(folder, self.name_or_path, repo_id, revision, token, tags)
+            if is_source or not api.file_exists(repo_id, "preprocessor_config.json", revision=revision):
+                try:
+                    processor = Sam2UNetImageProcessor.from_pretrained(self.name_or_path, token=token, **self.placed)
+                except OSError:  # a new model, or a folder without one
+                    processor = Sam2UNetImageProcessor()
+                processor.regions = self.config.regions
+                processor.save_pretrained(folder)
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .metrics.volume_functional import score_volume
-from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
+from .modeling_sam2unet import DOWNLOAD_ARGUMENTS, Sam2UNetForSemanticSegmentation
 from .nifti import (
     MODALITIES,
     PLANES,
@@ -81,10 +82,9 @@ class VolumeSegmentation:
             et_label: Label of enhancing tumour, our id 3: 3 as in BraTS from 2023 on, 4 as before.
 
         Raises:
-            ValueError: If the path has another ending or the label is another.
+            ValueError: If the path has another ending, the label is another, or 4 is a label of its own.
         """
-        if et_label not in (3, 4):
-            raise ValueError(f"`et_label` must be 3 (BraTS from 2023 on) or 4 (before), got {et_label}.")
+        check_et_label(et_label, self.regions)
         label_map = np.where(self.label_map == 3, np.uint8(et_label), self.label_map)
         write_nifti(path, label_map, self.scan)
 
@@ -161,11 +161,13 @@ class Sam2UNetVolumePipeline:
             model: Hub id or folder.
             modalities: As in the constructor.
             device: Where to run. Default: a GPU if there is one.
-            **kwargs: Arguments of the model's `from_pretrained`, such as `dtype=torch.bfloat16` and `revision`.
+            **kwargs: Arguments of the model's `from_pretrained`, such as `dtype=torch.bfloat16` and `revision`; those
+                of downloads are the processor's too.
         """
-        kwargs.setdefault("dtype", torch.float32)
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", torch.float32)
         loaded = Sam2UNetForSemanticSegmentation.from_pretrained(model, **kwargs)
-        shared = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
+        shared = {name: kwargs[name] for name in (*DOWNLOAD_ARGUMENTS, "revision", "subfolder") if name in kwargs}
         processor = Sam2UNetImageProcessor.from_pretrained(model, **shared)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(loaded.to(device), processor, modalities)
@@ -174,7 +176,7 @@ class Sam2UNetVolumePipeline:
     def __call__(
         self,
         case: str | os.PathLike | BratsCase | Mapping[str, str | os.PathLike],
-        planes: Sequence[str] = ("axial",),
+        planes: Sequence[str] | None = None,
         flips: bool = False,
         batch_size: int = 8,
         threshold: float = 0.5,
@@ -186,7 +188,8 @@ class Sam2UNetVolumePipeline:
         Args:
             case: Folder of a BraTS case, a case of [`~nifti.find_cases`], the path of a scan if the model takes one
                 contrast, or a path for each contrast.
-            planes: Planes to cut, of axial, coronal and sagittal; probabilities are averaged over them.
+            planes: Planes to cut, of axial, coronal and sagittal; probabilities are averaged over them. Default: the
+                one that the processor names, or axial.
             flips: Average over the slices and their mirror images (horizontal, vertical, both) too.
             batch_size: Slices at once, mirror images not counted.
             threshold: A voxel belongs to a region if its probability is above this.
@@ -198,10 +201,13 @@ class Sam2UNetVolumePipeline:
             FileNotFoundError: If there is no case in a folder.
             ValueError: If an argument is off, or there is more than one case in a folder.
         """
+        planes = [self.processor.plane or "axial"] if planes is None else planes
         if not planes or any(plane not in PLANES for plane in planes) or len(set(planes)) < len(planes):
             raise ValueError(f"`planes` must name each of {', '.join(PLANES)} at most once, got {list(planes)}.")
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"`threshold` must be a probability in [0, 1], got {threshold}.")
         scans = self._read(case)
         windows = [intensity_window(scan) for scan in scans]
         grey = [window.apply(scan.voxels) for window, scan in zip(windows, scans, strict=True)]
@@ -272,6 +278,14 @@ def occupied_slices(grey: Sequence[np.ndarray], plane: str) -> list[int]:
     return np.flatnonzero(occupied).tolist()
 
 
+def check_et_label(et_label: int, regions: Mapping[str, Sequence[int]]) -> None:
+    """Raise a `ValueError` if enhancing tumour cannot be written with this label."""
+    if et_label not in (3, 4):
+        raise ValueError(f"`et_label` must be 3 (BraTS from 2023 on) or 4 (before), got {et_label}.")
+    if et_label == 4 and any(4 in label_ids for label_ids in regions.values()):
+        raise ValueError(f"`et_label` must be 3 where regions have a label 4 of their own, got {dict(regions)}.")
+
+
 def write_nifti(path: str | os.PathLike, array: np.ndarray, like: Volume) -> None:
     """Write an array with the affine and the header of a volume, in the type of the array, whole or not at all.
 
@@ -314,7 +328,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("case", nargs="+", help="folder of one BraTS case or of many, or scan of a single contrast")
     parser.add_argument("-o", "--output_dir", type=Path, required=True, help="folder for CASE_seg.nii.gz")
     parser.add_argument("--modalities", nargs="+", choices=MODALITIES, help="default: those the checkpoint names")
-    parser.add_argument("--planes", nargs="+", default=["axial"], choices=sorted(PLANES), help="averaged")
+    parser.add_argument(
+        "--planes", nargs="+", choices=sorted(PLANES), help="averaged; default: that of the checkpoint, or axial"
+    )
     parser.add_argument("--flips", action="store_true", help="average over mirror images, four times the work")
     parser.add_argument("--threshold", type=float, default=0.5, help="probability above which a voxel is tumour")
     parser.add_argument("--et_label", type=int, default=3, choices=[3, 4], help="3: BraTS from 2023 on, 4: before")
@@ -324,6 +340,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
     args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        parser.error(f"--batch_size must be at least 1, got {args.batch_size}")
+    if not 0 <= args.threshold <= 1:
+        parser.error(f"--threshold must be a probability in [0, 1], got {args.threshold}")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     cases: dict[str, str | BratsCase] = {}
     try:
@@ -334,12 +354,23 @@ def main(argv: list[str] | None = None) -> None:
             if twice := sorted(named.keys() & cases.keys()):
                 raise SystemExit(f"{path}: {twice[0]} was named before, and would be written to the same file.")
             cases |= named
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.output_dir):  # better known before the work than after it
+            pass
     except OSError as err:
         raise SystemExit(str(err)) from err
+    for name, case in cases.items():
+        folders = {file.parent.resolve() for file in case.files.values()} if isinstance(case, BratsCase) else set()
+        if args.output_dir.resolve() in folders:
+            raise SystemExit(
+                f"--output_dir {args.output_dir} holds the scans of {name}: the result would replace the expert's "
+                "mask there, or be taken for it. Name another folder."
+            )
     try:
         segment = Sam2UNetVolumePipeline.from_pretrained(
             args.model, args.modalities, args.device, dtype=getattr(torch, args.dtype)
         )
+        check_et_label(args.et_label, segment.model.config.regions)
     except (OSError, ValueError) as err:
         raise SystemExit(f"{args.model}: {err}") from err
     failed = 0
@@ -349,28 +380,36 @@ def main(argv: list[str] | None = None) -> None:
             found = segment(
                 case, args.planes, args.flips, args.batch_size, args.threshold, return_probabilities=args.probabilities
             )
-            if expert is not None:
-                check_same_grid(expert, found.scan)
         except BratsCaseError as err:
             # The other cases are worth having.
             logger.error("Left out: %s", err)
             failed += 1
             continue
         path = args.output_dir / f"{name}_seg.nii.gz"
-        found.save(path, args.et_label)
-        if args.probabilities:
-            for region in found.regions:
-                region_name = re.sub(r"[^\w.-]+", "_", region)  # a checkpoint may name it as it likes
-                found.save_probabilities(args.output_dir / f"{name}_{region_name}_probability.nii.gz", region)
+        try:
+            found.save(path, args.et_label)
+            if args.probabilities:
+                for region in found.regions:
+                    region_name = re.sub(r"[^\w.-]+", "_", region)  # a checkpoint may name it as it likes
+                    found.save_probabilities(args.output_dir / f"{name}_{region_name}_probability.nii.gz", region)
+        except OSError as err:  # a full disk
+            raise SystemExit(f"{path} could not be written: {err}") from err
         volumes = {region: round(value, 3) for region, value in found.volumes_ml.items()}
         line = {"case": name, "segmentation": str(path), "volumes_ml": volumes, "largest_slice": found.largest_slice}
+        try:
+            if expert is not None:
+                check_same_grid(expert, found.scan)
+        except BratsCaseError as err:  # the segmentation is worth having
+            logger.error("Not scored: %s", err)
+            failed += 1
+            expert = None
         if expert is not None:
             label_map = found.scan.from_file_grid(found.label_map)
             line |= score_volume(label_map, expert.voxels, regions=found.regions, spacing=found.scan.spacing_mm)
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
     if failed:
-        raise SystemExit(f"{failed} of {len(cases)} cases could not be segmented, see above.")
+        raise SystemExit(f"{failed} of {len(cases)} cases could not be segmented or scored, see above.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import ast
+import functools
 import inspect
 from pathlib import Path
 
@@ -103,8 +104,21 @@ def test_other_regions_at_loading_get_names_of_their_own(tmp_path):
     assert config.ignore_index == 254
     named = Sam2UNetConfig.from_pretrained(tmp_path, regions={"a": [1]}, id2label={0: "none", 1: "lesion"})
     assert named.id2label == {0: "none", 1: "lesion"}
+    assert named.label2id == {"none": 0, "lesion": 1}
     with pytest.raises(StrictDataclassError, match="`decoder_channels` must be >= 1, got 0"):
         Sam2UNetConfig.from_pretrained(tmp_path, decoder_channels=0)
+
+
+def test_labels_that_no_region_writes_raise(tmp_path):
+    Sam2UNetConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"`num_labels` 4 does not fit .* write 2 label ids.* by `regions`"):
+        Sam2UNetConfig.from_pretrained(tmp_path, num_labels=4)
+    assert Sam2UNetConfig.from_pretrained(tmp_path, num_labels=2).id2label == {0: "background", 1: "WT"}
+    organs = {0: "background", 1: "liver", 2: "spleen"}
+    for make in (Sam2UNetConfig, functools.partial(Sam2UNetConfig.from_pretrained, tmp_path)):
+        with pytest.raises(StrictDataclassError, match=r"names the label ids \[2\], which .* `regions`, such as"):
+            make(id2label=organs)
+        assert make(id2label=organs, regions={"liver": [1], "spleen": [2]}).num_labels == 3
 
 
 def test_region_levels_write_as_nnunet_does():

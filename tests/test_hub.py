@@ -120,6 +120,37 @@ def test_a_push_uploads_weights_configuration_processor_and_code_and_no_token(hu
         assert b"hf_write" not in hub.file("models", REPO, name), name
 
 
+PUSH_TRAINED = """
+import sys
+import sam2unet_hf
+import torch
+
+folder, repo, new_repo = sys.argv[1:]
+regions = {"a": [1, 2, 3, 4], "b": [1, 2], "c": [1]}
+model = sam2unet_hf.Sam2UNetForSemanticSegmentation.from_pretrained(folder, regions=regions)
+with torch.no_grad():
+    next(model.parameters()).add_(1)
+sam2unet_hf.Sam2UNetImageProcessor(regions=regions, size={"height": 128, "width": 160}).push_to_hub(repo)
+model.push_to_hub(repo)
+model.push_to_hub(new_repo)
+sam2unet_hf.Sam2UNetForSemanticSegmentation.from_pretrained(folder).push_to_hub(repo)
+"""
+
+
+def test_a_push_keeps_the_processor_that_somebody_pushed_for_a_model_trained_since(folder, tmp_path):
+    with LoopbackHub() as hub:
+        result = run(hub, tmp_path, PUSH_TRAINED, folder, "tester/trained", "tester/new")
+        assert result.returncode == 0, result.stderr
+        commits = [commit.sha for commit in hub.commits("models", "tester/trained")]
+        configs = [
+            json.loads(hub.file("models", "tester/trained", "preprocessor_config.json", sha)) for sha in commits[:2]
+        ]
+        configs.append(json.loads(hub.file("models", "tester/new", "preprocessor_config.json")))
+    # Newest first: the model of the folder as it is, then the trained one, and that in a new repository.
+    assert [config["size"]["height"] for config in configs] == [96, 128, 96]
+    assert [config["regions"][0][0] for config in configs] == ["WT", "a", "a"]
+
+
 def test_a_pushed_model_loads_without_the_package_and_can_be_pushed_again(hub, model, processor, pushed, tmp_path):
     first = hub.commits("models", REPO)[0].sha
     torch.manual_seed(0)

@@ -357,9 +357,16 @@ def test_one_mask_for_two_images_raises(processor):
 
 
 @pytest.mark.parametrize("option", [{"do_center_crop": True, "crop_size": 8}, {"do_pad": True}], ids=str)
-def test_cropping_images_but_not_masks_raises(processor, option):
-    with pytest.raises(ValueError, match="`do_center_crop` and `do_pad` do not apply to `segmentation_maps`"):
-        processor(GREY, segmentation_maps=LABELS, **option)
+def test_cropping_raises_as_its_masks_would_not_fit(processor, option):
+    with pytest.raises(ValueError, match="`do_center_crop` and `do_pad` must be False"):
+        processor(GREY, **option)
+
+
+@pytest.mark.parametrize(("highest", "warns"), [(1.0, False), (1.002, True), (1.99, True), (2.0, False)])
+def test_floats_beyond_1_warn_that_they_are_taken_for_bytes(processor, highest, warns, recwarn):
+    image = np.linspace(0, highest, 72, dtype=np.float32).reshape(8, 9)
+    processor(image)
+    assert ["will be nearly black" in str(warning.message) for warning in recwarn] == [True] * warns
 
 
 @pytest.mark.parametrize("image", [with_value(4095, np.uint16), with_value(300, np.int32), with_value(9, np.uint16)])

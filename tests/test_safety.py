@@ -99,7 +99,9 @@ def test_resuming_from_a_checkpoint_runs_no_code_in_it(run, tmp_path, file, form
         torch.save({"state": Payload(ran)}, checkpoint / file)
     else:
         (checkpoint / file).write_bytes(pickle.dumps(Payload(ran), protocol=2))
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+    # What is no archive, as `torch.save` writes, is not even opened.
+    refused = {"archive": (pickle.UnpicklingError, "Weights only load"), "pickle": (ValueError, f"{file} is cut off")}
+    with pytest.raises(refused[form][0], match=refused[form][1]):
         trainer_in(tmp_path, 2).train(resume_from_checkpoint=str(checkpoint))
     assert not ran.exists()
     torch.load(checkpoint / file, weights_only=False) if form == "archive" else pickle.loads(

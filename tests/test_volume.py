@@ -19,7 +19,7 @@ from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.metrics import VolumeReport
 from sam2unet_hf.nifti import BratsCaseError, find_cases, intensity_window, take_slice
 from sam2unet_hf.training import SegmentationTransform
-from sam2unet_hf.volume import Sam2UNetVolumePipeline, main, write_nifti
+from sam2unet_hf.volume import Sam2UNetVolumePipeline, check_et_label, main, write_nifti
 
 
 BRATS_DIR = Path(os.environ.get("BRATS_DIR", Path(__file__).parents[2] / "shared" / "brats"))
@@ -243,12 +243,58 @@ def test_command_scores_by_the_experts_masks(cohort, segment, tmp_path, capsys):
     for region in ("WT", "TC", "ET"):
         for measure, value in line[region].items():
             assert value == pytest.approx(expected[f"{measure}_{region}"])
+    (tmp_path / "out" / f"{case.case_id}_seg.nii.gz").unlink()
     case.files["seg"].rename(tmp_path / "seg.nii.gz")
     try:
         with pytest.raises(SystemExit, match="1 of 1 cases could not be segmented"):
             main([str(tmp_path / "model"), str(case.folder), *options])
+        assert not list((tmp_path / "out").iterdir())
+        nib.save(nib.Nifti1Image(np.ones((40, 40, 25), np.uint8), mask.affine), case.files["seg"])
+        with pytest.raises(SystemExit, match="1 of 1 cases could not be segmented or scored"):
+            main([str(tmp_path / "model"), str(case.folder), *options])
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{case.case_id}_seg.nii.gz"]
     finally:
         (tmp_path / "seg.nii.gz").rename(case.files["seg"])
+
+
+def test_the_plane_of_the_training_is_the_default(cohort, segment, tmp_path):
+    case = find_cases(cohort)[0]
+    segment.processor.save_pretrained(tmp_path)
+    segment.model.save_pretrained(tmp_path)
+    axial, coronal = (segment(case, planes=[plane], progress=False).label_map for plane in ("axial", "coronal"))
+    assert not np.array_equal(axial, coronal)
+    assert np.array_equal(segment(case, progress=False).label_map, axial)
+    processor = Sam2UNetImageProcessor.from_pretrained(tmp_path)
+    processor.plane = "coronal"
+    processor.save_pretrained(tmp_path)
+    trained = Sam2UNetVolumePipeline.from_pretrained(tmp_path, THREE, device="cpu")
+    assert np.array_equal(trained(case, progress=False).label_map, coronal)
+
+
+def test_model_and_processor_come_from_the_same_place(segment, tmp_path):
+    segment.processor.save_pretrained(tmp_path / "sub")
+    segment.model.save_pretrained(tmp_path / "sub")
+    Sam2UNetImageProcessor(size={"height": 96, "width": 96}).save_pretrained(tmp_path)
+    options = {"modalities": THREE, "device": "cpu", "subfolder": "sub"}
+    found = Sam2UNetVolumePipeline.from_pretrained(tmp_path, **options, torch_dtype=torch.bfloat16)
+    assert found.processor.size == segment.processor.size
+    assert found.model.dtype == torch.bfloat16
+    assert Sam2UNetVolumePipeline.from_pretrained(tmp_path, **options).model.dtype == torch.float32
+
+
+def test_command_spares_the_masks_of_the_case(cohort, segment, tmp_path, capsys):
+    case = find_cases(cohort)[0]
+    before = case.files["seg"].read_bytes()
+    with pytest.raises(SystemExit, match=f"holds the scans of {case.case_id}: .* Name another folder"):
+        main(["nowhere", str(cohort), "-o", str(case.folder / ".." / case.folder.name)])
+    assert case.files["seg"].read_bytes() == before
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="file"):
+        main(["nowhere", str(cohort), "-o", str(tmp_path / "file")])
+    for option, value in (("--threshold", "1.5"), ("--batch_size", "0")):
+        with pytest.raises(SystemExit):
+            main(["nowhere", str(cohort), "-o", str(tmp_path / "out"), option, value])
+        assert f"{option} must be" in capsys.readouterr().err
 
 
 def test_command_writes_into_its_folder_whatever_a_checkpoint_names_its_regions(cohort, tmp_path, capsys):
@@ -276,6 +322,10 @@ def test_wrong_use_says_what_to_do(cohort, segment, tmp_path):
         segment({name: case.path(name) for name in THREE[:2]})
     with pytest.raises(ValueError, match=r"at most once, got \['axial', 'oblique'\]"):
         segment(case, planes=["axial", "oblique"])
+    with pytest.raises(ValueError, match=r"`threshold` must be a probability in \[0, 1\], got 1.5"):
+        segment(case, threshold=1.5)
+    with pytest.raises(ValueError, match="`et_label` must be 3 where regions have a label 4 of their own"):
+        check_et_label(4, {"c3": [3], "c4": [4]})
     with pytest.raises(ValueError, match="does not say which contrasts"):
         Sam2UNetVolumePipeline(segment.model, segment.processor)
     with pytest.raises(ValueError, match="one contrast or three, got flair, t2"):
