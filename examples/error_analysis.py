@@ -2,10 +2,14 @@
 """Show where a model errs: a report over a test split, or the figures of one patient.
 
 python examples/error_analysis.py --model runs/phantom
-python examples/error_analysis.py --model runs/slices --dataset_name slices --spacing_mm 1
+python examples/error_analysis.py --model runs/slices --spacing_mm 1
+python examples/error_analysis.py --model runs/slices --dataset_name others
 python examples/error_analysis.py --model runs/slices --case BraTS20_Training_001 --output_dir figures
+
+Data options that are left out are those of the run that trained the model, if `run.json` is in its folder.
 """
 
+import argparse
 import base64
 import csv
 import html
@@ -13,8 +17,9 @@ import logging
 import math
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +47,7 @@ from error_plots import (
 )
 from matplotlib.figure import Figure
 from PIL import Image
+from provenance import RECORD, read_record
 from run_segmentation import PHANTOM_RECIPE
 from scipy import ndimage
 from tqdm import tqdm
@@ -61,13 +67,23 @@ EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 LESIONS_SHOWN = 15  # in the report; `lesions.csv` has all of them
 LESION_COLUMNS = ("kind", "pixels", "centre_row", "centre_column")
 BIN_COLUMNS = ("pixels", "mean_probability", "share_of_tumour")
+# Taken from the run where they are not given. Those of scans mean nothing to a run on a data set.
+SCAN_OPTIONS = ("slices", "plane", "min_tumor_pixels", "modalities", "skip_bad_cases")
+DATA_OPTIONS = ("dataset_name", "dataset_config_name", "brats_dir", "image_column", "mask_column", "split_seed")
+SPLIT_OPTIONS = ("split_seed", "slices", "plane", "min_tumor_pixels", "modalities")  # other values, another test split
 
 
 @dataclass
 class AnalysisArguments:
     """Which model to look at, on which images, and what to write."""
 
-    model: str = field(default="runs/phantom", metadata={"help": "SAM2-UNet: Hub id or folder."})
+    model: str = field(
+        default="runs/phantom",
+        metadata={
+            "help": "SAM2-UNet: Hub id or folder. Data options that are left out are those in the run.json of its "
+            "folder; without one it is the phantom."
+        },
+    )
     split: str = field(default="test", metadata={"help": "Split to look at: train, validation or test."})
     case: str | None = field(
         default=None, metadata={"help": "Folder of one patient's scans: draw the figures of this case instead."}
@@ -627,15 +643,85 @@ def draw_case(view: CaseView, folder: Path, formats: Sequence[str]) -> None:
         save_figure(plot_planes(view, region), folder, f"{start}_planes_{end}", formats)
 
 
+def prepare_folder(folder: Path) -> None:
+    """Make the folder of the results, and try to write to it, while that costs nobody an analysis."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as err:
+        raise SystemExit(f"{folder} cannot be written to ({err}). Pass another folder by --output_dir.") from err
+
+
+def read_run(model: str) -> tuple[Path, dict[str, Any] | None]:
+    """Return the record of the run that a model is of, and its arguments; a checkpoint lies in the run's folder."""
+    folder = Path(model)
+    if folder.resolve().name.startswith("checkpoint-") and not (folder / RECORD).exists():
+        folder = folder.resolve().parent
+    path = folder / RECORD
+    try:
+        record = read_record(folder)
+        return path, None if record is None else dict(record["arguments"])
+    except (OSError, KeyError, TypeError, ValueError) as err:
+        raise SystemExit(
+            f"{path} cannot be read as the record of a run ({err!r}). Put back what the run wrote, or remove it and "
+            "name the data by --dataset_name or --brats_dir."
+        ) from err
+
+
+def as_option(name: str, value: Any) -> str:
+    """Return an option as it is given on the command line."""
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+def complete_options(model: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return values for data options that are not given: those of the run, or the phantom's if there is nothing else.
+
+    Args:
+        model: Folder of the model, or its Hub id.
+        given: Data options of the command line.
+    """
+    path, run = read_run(model)
+    names_data = "dataset_name" in given or "brats_dir" in given
+    if run is None:
+        if names_data:
+            return {}
+        logger.warning("There is no %s to tell what the model was trained on: taking the phantom.", path)
+        return {name: PHANTOM_RECIPE[name] for name in ("slices", "min_tumor_pixels")}
+    names = [*DATA_OPTIONS, *(SCAN_OPTIONS if run.get("dataset_name") is None else ())]
+    run = {name: run[name] for name in names if run.get(name) is not None}
+    for name in SPLIT_OPTIONS:
+        if name in given and name in run and as_option(name, given[name]) != as_option(name, run[name]):
+            logger.warning(
+                "%s is given, but %s has %s: this is not the split of that run, and may hold what the model was "
+                "trained on.",
+                as_option(name, given[name]),
+                path,
+                as_option(name, run[name]),
+            )
+    left = set(given)
+    if names_data:
+        left |= {"dataset_name", "brats_dir"}
+        if given.get("dataset_name") != run.get("dataset_name"):
+            left.add("dataset_config_name")
+    taken = {name: value for name, value in run.items() if name not in left}
+    logger.info("As in %s: %s.", path, " ".join(as_option(*item) for item in taken.items()) or "nothing")
+    return taken
+
+
 def parse_arguments(argv: list[str]) -> tuple[AnalysisArguments, DataArguments]:
-    """Read the command line; what it leaves open on the phantom is as in `run_segmentation.py`."""
+    """Read the command line; data options that it leaves open are those of the run that trained the model."""
     parser = HfArgumentParser((AnalysisArguments, DataArguments), description=__doc__.split("\n")[0])
     parser.set_defaults(modalities=None)  # those of the model
-    given, _ = parser.parse_known_args(argv)
-    if sum(value is not None for value in (given.case, given.dataset_name, given.brats_dir)) > 1:
+    # Where a namespace has a value already, the parser sets no default: what is still open then was not given.
+    is_open = object()
+    names = [option.name for option in fields(DataArguments)]
+    found, _ = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(names, is_open)))
+    given = {name: getattr(found, name) for name in names if getattr(found, name) is not is_open}
+    if (found.case is not None) + ("dataset_name" in given) + ("brats_dir" in given) > 1:
         parser.error("pass one of --case, --dataset_name and --brats_dir")
-    if given.dataset_name is None and given.brats_dir is None:
-        parser.set_defaults(**{name: PHANTOM_RECIPE[name] for name in ("slices", "min_tumor_pixels")})
+    if found.case is None:
+        parser.set_defaults(**complete_options(found.model, given))
     args, data_args = parser.parse_args_into_dataclasses(argv)
     for name in ("max_images", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
@@ -668,10 +754,10 @@ def load_model(args: AnalysisArguments) -> tuple[Sam2UNetForSemanticSegmentation
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    args, data_args = parse_arguments(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     transformers.utils.logging.disable_default_handler()
     transformers.utils.logging.enable_propagation()
+    args, data_args = parse_arguments(sys.argv[1:] if argv is None else argv)
     model, processor = load_model(args)
     regions = model.config.regions
     try:
@@ -686,7 +772,9 @@ def main(argv: list[str] | None = None) -> None:
         except ValueError as err:
             raise SystemExit(f"--modalities: {err}") from err
         try:
-            view = segment_case(segment, load_case(args.case), args.batch_size)
+            case = load_case(args.case)
+            prepare_folder(folder)
+            view = segment_case(segment, case, args.batch_size)
         except (OSError, ValueError) as err:  # no case, or one that cannot be read
             raise SystemExit(f"--case: {err}") from err
         draw_case(view, folder, args.format)
@@ -694,6 +782,7 @@ def main(argv: list[str] | None = None) -> None:
         data_args.modalities = data_args.modalities or processor.modalities or ["flair"]
         rows, image_column, mask_column, mapping = load_rows(args, data_args, regions)
         transform = SegmentationTransform(processor, image_column, mask_column, label_mapping=mapping)
+        prepare_folder(folder)
         analysis = Analysis(model, processor, rows, transform, args.spacing_mm, args.batch_size, args.max_images)
         images = f"{len(analysis.records) // len(regions)} of {len(rows)} {args.split} images"
         title = (

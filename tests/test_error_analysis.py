@@ -1,6 +1,9 @@
 """The error analysis: measures on masks drawn by hand, the report of a data set, the figures of a case."""
 
 import csv
+import dataclasses
+import json
+import logging
 import math
 import re
 import shutil
@@ -25,6 +28,7 @@ from sam2unet_hf.volume import Sam2UNetVolumePipeline
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import error_analysis  # noqa: E402 - the scripts are no package
+import run_segmentation  # noqa: E402
 from error_analysis import (  # noqa: E402
     Calibration,
     boundary_distances,
@@ -392,6 +396,161 @@ def test_without_arguments_it_is_the_phantom_of_the_first_run(tmp_path, monkeypa
     assert (data_args.slices, data_args.min_tumor_pixels) == (["tumor"], 20)
     _, data_args = error_analysis.parse_arguments(["--brats_dir", "BraTS2020"])
     assert data_args.slices == ["95"]
+
+
+def write_run(folder, **options):
+    """Write the record of a run with these data options."""
+    arguments = dataclasses.asdict(error_analysis.DataArguments(**options)) | {"learning_rate": 1e-4}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps({"arguments": arguments, "data": {}}))
+    return folder
+
+
+SCANS = {
+    "brats_dir": "BraTS2020",
+    "slices": ["20", "24"],
+    "plane": "coronal",
+    "min_tumor_pixels": 7,
+    "modalities": ["t1ce", "t2", "flair"],
+    "skip_bad_cases": True,
+    "split_seed": 3,
+}
+
+
+def test_without_data_options_it_scores_the_test_split_of_the_run(cohort, checkpoint, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    run = tmp_path / "run"
+    data = ["--brats_dir", str(cohort), "--slices", "12", "14", "--split_seed", "3"]
+    quick = ["--max_steps", "1", "--use_cpu", "--disable_tqdm", "true", "--model_name_or_path", str(checkpoint)]
+    run_segmentation.main([*data, *quick, "--output_dir", str(run)])
+    caplog.clear()
+    error_analysis.main(["--model", str(run), "--device", "cpu"])
+    found = {row["case_id"] for row in read_csv(run / "errors" / "images.csv")}
+    splits = {
+        seed: error_analysis.load_data(
+            error_analysis.DataArguments(brats_dir=str(cohort), slices=["12", "14"], split_seed=seed)
+        )
+        for seed in (0, 3)
+    }
+    assert found == set(splits[3]["test"]["case_id"]) != set(splits[0]["test"]["case_id"])
+    assert f"images of {cohort}" in (run / "errors" / "report.html").read_text(encoding="utf-8")
+    (line,) = [record.getMessage() for record in caplog.records if "run.json" in record.getMessage()]
+    assert line.startswith(f"As in {run / 'run.json'}: --brats_dir {cohort} --split_seed 3 --slices 12 14 --plane ")
+
+
+@pytest.mark.parametrize(
+    ("run", "argv", "expected"),
+    [
+        (SCANS, [], SCANS),
+        (SCANS, ["--split_seed", "0"], SCANS | {"split_seed": 0}),
+        (SCANS, ["--slices=95"], SCANS | {"slices": ["95"]}),
+        (SCANS, ["--brats_dir", "other", "--plane", "axial"], SCANS | {"brats_dir": "other", "plane": "axial"}),
+        (SCANS, ["--dataset_name", "slices"], SCANS | {"brats_dir": None, "dataset_name": "slices"}),
+        (
+            {"dataset_name": "pictures", "dataset_config_name": "a", "image_column": "x", "mask_column": "y"},
+            ["--mask_column", "z"],
+            {"dataset_name": "pictures", "dataset_config_name": "a", "image_column": "x", "mask_column": "z"},
+        ),
+        (
+            {"dataset_name": "pictures", "dataset_config_name": "a", "split_seed": 5},
+            ["--dataset_name", "pictures"],
+            {"dataset_name": "pictures", "dataset_config_name": "a", "split_seed": 5},
+        ),
+        (  # a configuration is one of its data set
+            {"dataset_name": "pictures", "dataset_config_name": "a", "split_seed": 5},
+            ["--dataset_name", "others"],
+            {"dataset_name": "others", "dataset_config_name": None, "split_seed": 5},
+        ),
+        (  # a run on a data set used none of the options of scans, such as the contrasts that the model knows
+            {"dataset_name": "pictures", "min_tumor_pixels": 9},
+            ["--brats_dir", "BraTS2020"],
+            {"dataset_name": None, "brats_dir": "BraTS2020", "min_tumor_pixels": 1, "modalities": None},
+        ),
+        (
+            {"dataset_name": "pictures", "streaming": True, "allow_leaks": True, "regions": ["WT=1"]},
+            [],
+            {"dataset_name": "pictures", "streaming": False, "allow_leaks": False, "regions": None},
+        ),
+        (  # the phantom, as the run had it
+            {"slices": ["tumor"], "min_tumor_pixels": 30},
+            ["--num_proc", "2"],
+            {"dataset_name": None, "brats_dir": None, "slices": ["tumor"], "min_tumor_pixels": 30, "num_proc": 2},
+        ),
+    ],
+)
+def test_data_options_that_are_left_out_are_those_of_the_run(run, argv, expected, tmp_path, caplog):
+    folder = write_run(tmp_path / "run", num_proc=8, **run)
+    (folder / "checkpoint-20").mkdir()
+    for model in (folder, folder / "checkpoint-20"):
+        _, data_args = error_analysis.parse_arguments(["--model", str(model), *argv])
+        assert {name: getattr(data_args, name) for name in expected} == expected
+        assert data_args.num_proc == expected.get("num_proc")
+
+
+def test_options_that_make_another_split_than_the_runs_are_warned_of(tmp_path, caplog):
+    run = write_run(tmp_path / "run", **SCANS)
+    same = ["--split_seed", "3", "--slices", "20", "24", "--modalities", "t1ce", "t2", "flair", "--plane", "coronal"]
+    error_analysis.parse_arguments(["--model", str(run), *same, "--min_tumor_pixels", "7"])
+    assert not caplog.records
+    others = ["--split_seed", "4", "--slices", "tumor", "--modalities", "t2", "--plane", "axial"]
+    error_analysis.parse_arguments(["--model", str(run), *others, "--min_tumor_pixels", "1"])
+    texts = [record.getMessage() for record in caplog.records]
+    for text, ours, theirs in zip(
+        texts,
+        ("split_seed 4", "slices tumor", "plane axial", "min_tumor_pixels 1", "modalities t2"),
+        ("split_seed 3", "slices 20 24", "plane coronal", "min_tumor_pixels 7", "modalities t1ce t2 flair"),
+        strict=True,
+    ):
+        assert f"--{ours} is given, but {run / 'run.json'} has --{theirs}:" in text
+    caplog.clear()
+    write_run(run, dataset_name="pictures")
+    error_analysis.parse_arguments(["--model", str(run), "--brats_dir", "BraTS2020", "--slices", "tumor"])
+    assert not caplog.records  # that run cut no scans
+
+
+def test_the_phantom_is_taken_with_a_word_where_no_record_tells_of_data(checkpoint, slices, caplog):
+    error_analysis.parse_arguments(["--model", str(checkpoint), "--dataset_name", str(slices)])
+    error_analysis.parse_arguments(["--model", str(checkpoint), "--case", "case"])
+    assert not caplog.records
+    _, data_args = error_analysis.parse_arguments(["--model", str(checkpoint)])
+    assert (data_args.brats_dir, data_args.slices) == (None, ["tumor"])
+    assert re.search(r"no .*run\.json to tell .*: taking the phantom", caplog.text)
+
+
+@pytest.mark.parametrize("option", ["brats_dir", "dataset_name"])
+def test_data_of_the_run_that_are_gone_are_named(option, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(checkpoint, **{option: "gone/data"})
+    with pytest.raises(SystemExit, match="gone/data"):
+        error_analysis.main(["--model", str(checkpoint)])
+    assert not (checkpoint / "errors").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"command": []}', '{"arguments": 3}'])
+def test_a_record_that_is_none_is_named(text, checkpoint):
+    (checkpoint / "run.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"run\.json cannot be read as the record of a run .* name the data by"):
+        error_analysis.parse_arguments(["--model", str(checkpoint)])
+
+
+@pytest.mark.parametrize("what", ["data set", "case"])
+def test_a_folder_that_cannot_be_written_to_is_named_before_the_work(
+    what, cohort, slices, checkpoint, tmp_path, monkeypatch
+):
+    for name in ("Analysis", "segment_case"):
+        monkeypatch.setattr(error_analysis, name, lambda *_: pytest.fail("the work was done before"))
+    case = sorted(path for path in cohort.iterdir() if path.is_dir())[0]
+    data = ["--dataset_name", str(slices)] if what == "data set" else ["--case", str(case)]
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"file/errors cannot be written to \(.*Pass another folder by --output_dir"):
+        error_analysis.main(["--model", str(checkpoint), *data, "--output_dir", str(tmp_path / "file" / "errors")])
+
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(error_analysis.tempfile, "TemporaryFile", refuse)  # root may write anywhere
+    with pytest.raises(SystemExit, match=r"model/errors cannot be written to \(.*denied.*Pass another folder by"):
+        error_analysis.main(["--model", str(checkpoint), *data])
 
 
 def test_figures_lie_in_their_folder_whatever_case_and_regions_are_named(tmp_path):
