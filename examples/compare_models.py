@@ -6,7 +6,7 @@ python examples/compare_models.py --data my_slices --minutes 12
 python examples/compare_models.py --data my_slices --seeds 0 1 2 --sam2_checkpoint facebook/sam2-hiera-large
 
 All systems get the same splits, transforms, optimiser and number of steps, or as many steps as fit into the same time.
-A comparison that was stopped goes on where it was when it is started again with the same command.
+A comparison that was stopped goes on where it was when it is started again with the same command on the same data.
 """
 
 import argparse
@@ -31,6 +31,7 @@ import transformers
 from baselines import build_baseline
 from data_sources import DataArguments, case_names, find_columns, find_regions, load_data
 from plots import plot_comparison, plot_learning_curves, plot_systems
+from provenance import changes, fingerprint
 from run_segmentation import last_whole_checkpoint
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -467,8 +468,9 @@ The same test images through all systems:
     print(text)
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Note the arguments of each system, or refuse to go on with one of other arguments."""
+def check_arguments(args: argparse.Namespace) -> dict[Path, dict[str, Any]]:
+    """Return what the file of each system is to note, or refuse to go on with one of other arguments."""
+    notes = {}
     for system in args.systems:
         path = args.output_dir / system / "arguments.json"
         skipped = MAY_CHANGE if system == "sam2unet" else (*MAY_CHANGE, *SAM2UNET_ONLY)
@@ -480,7 +482,24 @@ def check_arguments(args: argparse.Namespace) -> None:
                 f"{path.parent} holds a run with other values of {', '.join(changed)}: "
                 f"{', '.join(f'{key}={before.get(key)}' for key in changed)}. Choose another --output_dir."
             )
-        write_json(path, now)
+        notes[path] = now
+    return notes
+
+
+def check_data(slices: Slices, notes: dict[Path, dict[str, Any]]) -> None:
+    """Note arguments and data of each system, or refuse to go on with one of other data."""
+    now = {split: fingerprint(rows) for split, rows in slices.splits.items()}
+    for path in notes:
+        before = json.loads(path.read_text()).get("fingerprints") if path.exists() else now
+        if before is None:
+            logger.warning("%s does not tell which data its run began on. Taking it for the same as now.", path)
+        elif changed := changes(before, now):
+            raise SystemExit(
+                f"{path.parent} holds a run on other data: it differs in the split {', '.join(changed)}. Choose "
+                "another --output_dir."
+            )
+    for path, arguments in notes.items():
+        write_json(path, {**arguments, "fingerprints": now})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -491,8 +510,9 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(measure(args, args.measure)))
         return
     transformers.utils.logging.set_verbosity_error()
-    check_arguments(args)
+    notes = check_arguments(args)
     slices = Slices(args)
+    check_data(slices, notes)
     # First of all, so that a missing library is known before hours of training.
     costs = {system: costs_of(args, system, argv) for system in args.systems}
     for seed in args.seeds:

@@ -115,7 +115,8 @@ def convert_checkpoint(
             folder, or an original `.pt` file of SAM 2, to which adapters and decoder are new.
         output: Folder to write, with model, code and image processor. It appears once it is whole.
         revision: Branch, tag or commit on the Hub.
-        **config_kwargs: Fields of [`Sam2UNetConfig`], such as `regions`.
+        **config_kwargs: Fields of [`Sam2UNetConfig`], such as `regions`. The default is `{"foreground": [1]}` for a
+            reference SAM2-UNet and `{"WT": [1, 2, 3]}` for a SAM 2 encoder.
 
     Returns:
         The model as it loads from the folder, in eval mode.
@@ -166,7 +167,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("source", help="reference .pth file, or SAM 2: Hub id, folder or original .pt file")
     parser.add_argument("output", type=Path, help="new checkpoint folder")
-    parser.add_argument("--regions", nargs="+", metavar="NAME=ID,ID", help="what the model segments (default: 1)")
+    parser.add_argument(
+        "--regions",
+        nargs="+",
+        metavar="NAME=ID,ID",
+        help="what the model segments (default: foreground=1 for a reference .pth file, WT=1,2,3 for a SAM 2 encoder)",
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     args = parser.parse_args(argv)
     fields = {}

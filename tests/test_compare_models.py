@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 
 pytest.importorskip("segmentation_models_pytorch")
@@ -184,6 +185,73 @@ def test_minutes_become_steps_and_a_finished_system_is_not_run_again(slices, tmp
     compare_models.main(argv)
     assert (tmp_path / "out" / "comparison.md").read_text() == text
     with pytest.raises(SystemExit, match="other values of image_size: image_size=64"):
+        compare_models.main([*argv, "--image_size", "96"])
+
+
+@pytest.fixture
+def rebuilt(tmp_path, monkeypatch):
+    """Arguments of a comparison that does no work, and a function that changes a test image."""
+    folder = tmp_path / "slices"
+    for number, split in enumerate(("train", "validation", "test")):
+        for kind, value in (("images", 50 * number + 10), ("masks", 255)):
+            (folder / split / kind).mkdir(parents=True)
+            image = np.zeros((16, 16), dtype=np.uint8)
+            image[4:8] = value
+            Image.fromarray(image).save(folder / split / kind / "0.png")
+    monkeypatch.setattr(compare_models, "costs_of", lambda *args: {"steps": 1})
+    monkeypatch.setattr(compare_models, "run", lambda *args: None)
+    monkeypatch.setattr(compare_models, "write_report", lambda *args: None)
+
+    def rebuild():
+        path = folder / "test" / "images" / "0.png"
+        Image.open(path).rotate(90).save(path)
+
+    return arguments(str(folder), "--output_dir", str(tmp_path / "out")), rebuild
+
+
+def test_data_rebuilt_under_the_same_name_is_refused(rebuilt, tmp_path):
+    argv, rebuild = rebuilt
+    compare_models.main([*argv, "--systems", "unet"])
+    path = tmp_path / "out" / "unet" / "arguments.json"
+    noted = path.read_text()
+    assert list(json.loads(noted)["fingerprints"]) == ["train", "validation", "test"]
+    compare_models.main([*argv, "--systems", "unet"])
+    rebuild()
+    with pytest.raises(SystemExit, match="/unet holds a run on other data: .* the split test. .* --output_dir"):
+        compare_models.main([*argv, "--systems", "resunet", "unet"])
+    # Nothing is noted of a comparison that was refused.
+    assert path.read_text() == noted
+    assert not (tmp_path / "out" / "resunet").exists()
+
+
+def test_a_comparison_that_noted_no_data_goes_on(rebuilt, tmp_path, caplog):
+    argv, rebuild = rebuilt
+    argv += ["--systems", "unet"]
+    compare_models.main(argv)
+    path = tmp_path / "out" / "unet" / "arguments.json"
+    noted = json.loads(path.read_text())
+    del noted["fingerprints"]
+    path.write_text(json.dumps(noted))
+    compare_models.main(argv)
+    assert "does not tell which data" in caplog.text
+    rebuild()
+    with pytest.raises(SystemExit, match="other data"):
+        compare_models.main(argv)
+
+
+def test_arguments_are_checked_before_data_is_read_and_measuring_checks_none(rebuilt, monkeypatch):
+    argv, _ = rebuilt
+    argv += ["--systems", "unet"]
+    compare_models.main(argv)
+
+    def never(*args):
+        raise AssertionError("slow work")
+
+    monkeypatch.setattr(compare_models, "fingerprint", never)
+    monkeypatch.setattr(compare_models, "measure", lambda *args: {})
+    compare_models.main([*argv, "--measure", "unet"])
+    monkeypatch.setattr(compare_models, "Slices", never)
+    with pytest.raises(SystemExit, match="other values of image_size"):
         compare_models.main([*argv, "--image_size", "96"])
 
 

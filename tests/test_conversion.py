@@ -600,6 +600,16 @@ def test_command_line_converts_a_sam2_encoder(sam2, sam2_folder, tmp_path, capsy
     assert AutoImageProcessor.from_pretrained(output).regions == BRATS_REGIONS
 
 
+def test_help_tells_the_default_regions_of_each_kind_of_source(sam2_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    torch.save(preset_state_dict("tiny"), tmp_path / "reference.pth")
+    for source, kind in ((tmp_path / "reference.pth", "reference .pth file"), (sam2_folder, "SAM 2 encoder")):
+        ((name, label_ids),) = convert_checkpoint(source, tmp_path / kind).config.regions.items()
+        assert f"{name}={','.join(map(str, label_ids))} for a {kind}" in text
+
+
 def test_conversion_is_undone_if_it_does_not_load_as_written(sam2_folder, tmp_path, monkeypatch):
     save = Sam2UNetForSemanticSegmentation.save_pretrained
 

@@ -337,6 +337,15 @@ def test_command_line_takes_masks_of_0_and_1_and_soft_edges_and_hidden_files(fol
     assert (folders / "new" / "scores.json").exists()
 
 
+@pytest.mark.parametrize("largest", [1, 255])
+def test_command_line_takes_empty_masks_among_masks_of_either_kind(folders, largest):
+    write(folders / "ref", "1.bmp", np.zeros((33, 21), dtype=np.uint8))
+    expected = run(folders)
+    for path in (folders / "ref").iterdir():
+        PILImage.fromarray(np.asarray(PILImage.open(path)) // 255 * np.uint8(largest)).save(path)
+    assert run(folders) == expected
+
+
 def test_command_line_names_files_without_partner(folders, capsys):
     (folders / "pred" / "1.png").rename(folders / "pred" / "other.png")
     with pytest.raises(SystemExit):
@@ -376,6 +385,11 @@ def break_faint(folders):
         PILImage.fromarray(np.asarray(PILImage.open(path)) // 255 * 100).save(path)
 
 
+def break_mixed(folders):
+    mask = np.asarray(PILImage.open(folders / "ref" / "1.bmp"))
+    write(folders / "ref", "1.bmp", mask // 255)
+
+
 def break_names(folders):
     for path in (folders / "ref").iterdir():
         path.rename(path.with_stem(f"mask_{path.stem}"))
@@ -406,6 +420,7 @@ def break_empty(folders):
         (break_depth, r"pred/2.png must have 8 bits per channel and no alpha channel, got mode I;16"),
         (break_alpha, r"pred/2.png must have 8 bits per channel and no alpha channel, got mode RGBA"),
         (break_faint, r"ref holds nothing above 100\. Masks are of 0 and 255"),
+        (break_mixed, r"ref/1.bmp holds nothing but 0 and 1, and \S+ref/0.bmp values up to 255\..*multiply"),
         (break_names, r"No file in \S+pred has the name of one in \S+ref, such as 00\."),
         (break_twice, r"`ref_dir` holds 0.bmp and 0.png; remove one"),
         (break_folder, r"`ref_dir` must be a folder, got \S+ref"),

@@ -126,18 +126,28 @@ def score_folders(pairs: Sequence[tuple[Path, Path]], num_proc: int = 1, **optio
         **options: See [`~functional.score`].
 
     Raises:
-        ValueError: If a pair cannot be scored, or no file shows what its values mean; it names them.
+        ValueError: If a pair cannot be scored, some masks are of 0 and 1 and others of 0 and 255, or no file shows
+            what its values mean; it names them.
     """
     # Above half of 255, as the reference protocol has it; above 0 if all masks turn out to be of 0 and 1.
     for threshold in (128, 0):
-        accumulator, largest, largest_reference = Accumulator(), 0, 0
+        accumulator, largest = Accumulator(), 0
+        masks: dict[int, Path] = {}  # by their largest value, the first of each
         pool = ProcessPoolExecutor(num_proc) if num_proc > 1 else None
         with pool or nullcontext():
             task = partial(score_files, threshold=threshold, **options)
             results = pool.map(task, pairs, chunksize=8) if pool else map(task, pairs)
-            for scores, value, reference_value in tqdm(results, total=len(pairs), desc="Scoring", unit="image"):
+            results = tqdm(results, total=len(pairs), desc="Scoring", unit="image")
+            for (_, reference), (scores, value, reference_value) in zip(pairs, results, strict=True):
                 accumulator.add(scores)
-                largest, largest_reference = max(largest, value), max(largest_reference, reference_value)
+                largest = max(largest, value)
+                masks.setdefault(reference_value, reference)
+                if 1 in masks and (highest := max(masks)) > 128:
+                    raise ValueError(
+                        f"{masks[1]} holds nothing but 0 and 1, and {masks[highest]} values up to {highest}. Masks "
+                        "are all of 0 and 255 or all of 0 and 1: multiply those of 0 and 1 by 255."
+                    )
+        largest_reference = max(masks)
         if largest_reference != 1:
             break
     pred_dir, ref_dir = (path.parent for path in pairs[0])
