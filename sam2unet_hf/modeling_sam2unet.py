@@ -936,15 +936,12 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, trainable_only=trainable_only, max_shard_size=max_shard_size)
             Sam2UNetImageProcessor.register_for_auto_class()
-            is_source = False
             try:
                 # Where this file came with the weights, the package and its template may be missing.
-                from sam2unet_hf.hub import add_model_card, is_same_model
+                from sam2unet_hf import hub
             except ImportError:
-                logger.warning("No model card is written: that takes the package sam2unet-hf.")
-            else:
-                is_source = bool(self.name_or_path) and is_same_model(Path(folder), Path(self.name_or_path))
-                outdated += add_model_card(folder, self.name_or_path, repo_id, revision, token, tags)
+                hub = None  # type: ignore[assignment]
+            is_source = hub and self.name_or_path and hub.is_same_model(Path(folder), Path(self.name_or_path))
             if is_source or not api.file_exists(repo_id, "preprocessor_config.json", revision=revision):
                 try:
                     processor = Sam2UNetImageProcessor.from_pretrained(self.name_or_path, token=token, **self.placed)
@@ -952,6 +949,10 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
                     processor = Sam2UNetImageProcessor()
                 processor.regions = self.config.regions
                 processor.save_pretrained(folder)
+            if hub is None:
+                logger.warning("No model card is written: that takes the package sam2unet-hf.")
+            else:
+                outdated += hub.add_model_card(folder, self.name_or_path, repo_id, revision, token, tags)
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
