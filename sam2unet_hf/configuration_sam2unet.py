@@ -256,14 +256,16 @@ class Sam2UNetConfig(PreTrainedConfig):
         if "encoder_source" in overrides:
             # The commit is one of the other source.
             config_dict["encoder_revision"] = overrides.get("encoder_revision")
-        regions = config_dict.get("regions") or {"WT": [1, 2, 3]}
-        count = len(label_names(regions_from_pairs(regions)))
-        if (num_labels := kwargs.pop("num_labels", None)) not in (None, count):
+        num_labels = kwargs.pop("num_labels", None)
+        found = super().from_dict(config_dict, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found  # with `return_unused_kwargs`
+        if num_labels not in (None, config.num_labels):
             raise ValueError(
-                f"`num_labels` {num_labels} does not fit `regions` {regions}, which write {count} label ids, "
-                "background among them. Say what to segment by `regions`, such as {'liver': [1], 'spleen': [2]}."
+                f"`num_labels` {num_labels} does not fit `regions` {config.regions}, which write {config.num_labels} "
+                "label ids, background among them. Say what to segment by `regions`, such as {'liver': [1], 'spleen': "
+                "[2]}."
             )
-        return super().from_dict(config_dict, **kwargs)
+        return found
 
     def __post_init__(self, **kwargs):
         # A dict without `model_type` is meant as the only encoder there is.

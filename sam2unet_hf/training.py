@@ -405,7 +405,10 @@ class Sam2UNetTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no whole checkpoint in `{output_dir}` to resume from.")
         if resume_from_checkpoint and (fault := find_fault(resume_from_checkpoint)):
-            raise ValueError(f"`{resume_from_checkpoint}` is not whole, so it cannot be resumed from: {fault}.")
+            raise ValueError(
+                f"`{resume_from_checkpoint}` is not whole, so it cannot be resumed from: {fault}. Name another one, "
+                "or pass True for the newest whole one in the output folder."
+            )
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         # The best checkpoint has them since its evaluation.
         if self.batch_norm_images and not self.args.load_best_model_at_end:

@@ -396,16 +396,15 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(f"{path} could not be written: {err}") from err
         volumes = {region: round(value, 3) for region, value in found.volumes_ml.items()}
         line = {"case": name, "segmentation": str(path), "volumes_ml": volumes, "largest_slice": found.largest_slice}
-        try:
-            if expert is not None:
-                check_same_grid(expert, found.scan)
-        except BratsCaseError as err:  # the segmentation is worth having
-            logger.error("Not scored: %s", err)
-            failed += 1
-            expert = None
         if expert is not None:
-            label_map = found.scan.from_file_grid(found.label_map)
-            line |= score_volume(label_map, expert.voxels, regions=found.regions, spacing=found.scan.spacing_mm)
+            try:
+                check_same_grid(expert, found.scan)
+            except BratsCaseError as err:  # the segmentation is worth having
+                logger.error("Not scored: %s", err)
+                failed += 1
+            else:
+                label_map = found.scan.from_file_grid(found.label_map)
+                line |= score_volume(label_map, expert.voxels, regions=found.regions, spacing=found.scan.spacing_mm)
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
     if failed:

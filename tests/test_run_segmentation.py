@@ -233,6 +233,22 @@ def test_bad_options_cost_no_older_run(pictures, checkpoint, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["all_results.json"]
 
 
+def test_contrasts_and_plane_go_with_the_checkpoint(cohort, checkpoint, tmp_path, caplog):
+    arguments = ["--brats_dir", str(cohort), "--slices", "20", "--model_name_or_path"]
+    first = [checkpoint(regions={"WT": [1, 2, 3]}), *QUICK, "--max_steps", "1", "--load_best_model_at_end", "false"]
+    scans = ["--modalities", "t1", "--plane", "coronal"]
+    run_segmentation.main([*arguments, *first, *scans, "--output_dir", str(tmp_path / "t1")])
+    processor = Sam2UNetImageProcessor.from_pretrained(tmp_path / "t1")
+    assert (processor.modalities, processor.plane) == (["t1"], "coronal")
+    assert "The model is one of" not in caplog.text
+    again = [str(tmp_path / "t1"), *QUICK, "--do_train", "false"]
+    run_segmentation.main([*arguments, *again, *scans, "--output_dir", str(tmp_path / "same")])
+    assert "The model is one of" not in caplog.text
+    run_segmentation.main([*arguments, *again, "--output_dir", str(tmp_path / "other")])
+    assert "The model is one of modalities ['t1'], and sees ['flair'] now (--modalities)." in caplog.text
+    assert "The model is one of plane coronal, and sees axial now (--plane)." in caplog.text
+
+
 def test_a_search_goes_on_with_the_same_arguments_alone(tmp_path):
     pytest.importorskip("optuna")
     arguments = ["--output_dir", str(tmp_path), "--hp_search", "3"]
