@@ -25,8 +25,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dataset_scripts.phantom import write_phantom_cohort
+from sam2unet_hf.cases import BratsCase, find_cases
 from sam2unet_hf.metrics import score_volume
-from sam2unet_hf.nifti import MODALITIES, PLANES, BratsCase, find_cases, intensity_window, pixel_size_mm, take_slice
+from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES, intensity_window, pixel_size_mm, take_slice
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, VolumeSegmentation
 
 
@@ -150,7 +151,7 @@ class View:
         for number, region in enumerate(chosen, start=1):
             where = overlay.point([round(255 * opacity) * (value == number) for value in range(256)])
             picture.paste(colours[region], (0, 0), where)
-        write_edges(picture, EDGES[plane])
+        draw_orientation_labels(picture, EDGES[plane])
         return np.asarray(picture)
 
     def table(self) -> str:
@@ -175,7 +176,7 @@ class View:
         return str(path)
 
 
-def write_edges(picture: Image.Image, letters: str) -> None:
+def draw_orientation_labels(picture: Image.Image, letters: str) -> None:
     """Write which side of the patient lies left, right, at the top and at the bottom."""
     draw = ImageDraw.Draw(picture)
     middle = (picture.width // 2, picture.height // 2)

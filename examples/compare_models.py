@@ -31,16 +31,16 @@ import transformers
 from baselines import build_baseline
 from data_sources import DataArguments, case_names, find_columns, find_regions, load_data
 from plots import plot_comparison, plot_learning_curves, plot_systems
-from provenance import changes, fingerprint
-from run_segmentation import last_whole_checkpoint
+from provenance import changed_values, fingerprint
+from run_segmentation import last_complete_checkpoint
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
-from sam2unet_hf.augmentation import AUGMENTATIONS, augmentation
 from sam2unet_hf.configuration_sam2unet import PRESETS
 from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform, collate
+from sam2unet_hf.training.augmentation import AUGMENTATIONS, augmentation
 
 
 logger = logging.getLogger("compare_models")
@@ -65,7 +65,7 @@ SHOWN = {
 }
 QUICK = {"steps": 60, "image_size": 96, "batch_size": 8, "learning_rate": ["5e-4"], "evaluations": 3, "warmup": 10}
 # What may be other in a comparison that goes on.
-MAY_CHANGE = ("systems", "seeds", "output_dir", "measure", "allow_leaks")
+RESUMABLE_ARGUMENTS = ("systems", "seeds", "output_dir", "measure", "allow_leaks")
 SAM2UNET_ONLY = ("sam2_checkpoint", "preset", "freeze_encoder")
 
 
@@ -137,7 +137,7 @@ def build_model(args: argparse.Namespace, system: str, regions: dict[str, list[i
     return Sam2UNetForSemanticSegmentation(config)
 
 
-class Slices:
+class ComparisonData:
     """The data of all systems: splits, regions, transforms."""
 
     def __init__(self, args: argparse.Namespace):
@@ -172,7 +172,7 @@ class Slices:
         """Choose test images for the picture: of different cases, each the one with the most to find."""
         rows = self.splits["test"]
         cases = rows["case_id"] if "case_id" in rows.column_names else list(map(str, range(len(rows))))
-        read = self.transform().read_mask
+        read = self.transform().to_label_ids
         sizes = [int((read(mask) > 0).sum()) for mask in rows[self.mask_column]]
         best = {case: max(np.flatnonzero(np.array(cases) == case), key=lambda row: sizes[row]) for case in cases}
         chosen = list(best.values())
@@ -180,7 +180,7 @@ class Slices:
         return [int(chosen[index]) for index in np.unique(np.linspace(0, len(chosen) - 1, count).round().astype(int))]
 
 
-def training_batches(args: argparse.Namespace, slices: Slices) -> Iterator[dict[str, Any]]:
+def training_batches(args: argparse.Namespace, slices: ComparisonData) -> Iterator[dict[str, Any]]:
     """Yield batches without end, for timing."""
     loader = DataLoader(
         slices.train(), args.batch_size, shuffle=True, drop_last=True, collate_fn=collate, num_workers=args.num_workers
@@ -189,7 +189,7 @@ def training_batches(args: argparse.Namespace, slices: Slices) -> Iterator[dict[
         yield from loader
 
 
-def time_step(args: argparse.Namespace, slices: Slices, system: str, device: str, steps: int = 5) -> float:
+def time_step(args: argparse.Namespace, slices: ComparisonData, system: str, device: str, steps: int = 5) -> float:
     """Return the median seconds of a training step, loading included."""
     model = build_model(args, system, slices.regions).to(device).train()
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad])
@@ -211,7 +211,7 @@ def time_step(args: argparse.Namespace, slices: Slices, system: str, device: str
 
 def measure(args: argparse.Namespace, system: str) -> dict[str, float]:
     """Return what a system costs; run in a process of its own, since memory is that of the process."""
-    slices = Slices(args)
+    slices = ComparisonData(args)
     device = "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
     set_seed(0)
     model = build_model(args, system, slices.regions).to(device).eval()
@@ -254,7 +254,7 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
-def costs_of(args: argparse.Namespace, system: str, argv: Sequence[str]) -> dict[str, float]:
+def measure_costs(args: argparse.Namespace, system: str, argv: Sequence[str]) -> dict[str, float]:
     """Return what a system costs, measured once, and the number of its training steps."""
     path = args.output_dir / system / "costs.json"
     if not path.exists():
@@ -269,7 +269,7 @@ def costs_of(args: argparse.Namespace, system: str, argv: Sequence[str]) -> dict
     return json.loads(path.read_text())
 
 
-def run(args: argparse.Namespace, slices: Slices, system: str, seed: int, steps: int) -> None:
+def run(args: argparse.Namespace, slices: ComparisonData, system: str, seed: int, steps: int) -> None:
     """Train and score a system, or go on with it; the result is in `result.json` of its folder."""
     folder = args.output_dir / system / f"seed-{seed}"
     if (folder / "result.json").exists():
@@ -317,7 +317,7 @@ def run(args: argparse.Namespace, slices: Slices, system: str, seed: int, steps:
         processing_class=slices.processor,
     )
     logger.info("%s, seed %d: %d steps.", SYSTEMS[system][0], seed, steps)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     history = list(trainer.state.log_history)
     scores = {}
     # Drop-last is for batch norm in training; here it would drop images.
@@ -339,7 +339,7 @@ def run(args: argparse.Namespace, slices: Slices, system: str, seed: int, steps:
 
 
 @torch.inference_mode()
-def predict(trainer: Sam2UNetTrainer, slices: Slices) -> dict[str, np.ndarray]:
+def predict(trainer: Sam2UNetTrainer, slices: ComparisonData) -> dict[str, np.ndarray]:
     """Return the label maps of the example images by row."""
     model = trainer.model.eval()
     rows = slices.splits["test"]
@@ -362,7 +362,7 @@ def read_results(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def with_spread(values: Sequence[float]) -> str:
+def format_mean_std(values: Sequence[float]) -> str:
     """Format a mean and, of several seeds, the standard deviation."""
     mean = f"{statistics.mean(values):.3f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
@@ -374,7 +374,9 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:]])
 
 
-def write_report(args: argparse.Namespace, slices: Slices, costs: dict[str, dict[str, float]], command: str) -> None:
+def write_report(
+    args: argparse.Namespace, slices: ComparisonData, costs: dict[str, dict[str, float]], command: str
+) -> None:
     """Write tables and figures of all results."""
     results = read_results(args)
     titles = [f"{title} ({protocol})" for protocol, shown in SHOWN.items() for title in shown.values()]
@@ -383,7 +385,7 @@ def write_report(args: argparse.Namespace, slices: Slices, costs: dict[str, dict
     for system, runs in results.items():
         name, *published = SYSTEMS[system]
         cells = [
-            with_spread([found["scores"][protocol][key] for found in runs])
+            format_mean_std([found["scores"][protocol][key] for found in runs])
             for protocol, shown in SHOWN.items()
             for key in shown
         ]
@@ -455,7 +457,7 @@ The same test images through all systems:
     curves = {names[system]: [found["curve"] for found in runs] for system, runs in results.items()}
     plot_learning_curves(curves, args.output_dir / "learning_curves.png")
     rows = slices.splits["test"]
-    read = slices.transform().read_mask
+    read = slices.transform().to_label_ids
     chosen = slices.examples()
     titles = case_names(rows)
     truths = [
@@ -473,7 +475,7 @@ def check_arguments(args: argparse.Namespace) -> dict[Path, dict[str, Any]]:
     notes = {}
     for system in args.systems:
         path = args.output_dir / system / "arguments.json"
-        skipped = MAY_CHANGE if system == "sam2unet" else (*MAY_CHANGE, *SAM2UNET_ONLY)
+        skipped = RESUMABLE_ARGUMENTS if system == "sam2unet" else (*RESUMABLE_ARGUMENTS, *SAM2UNET_ONLY)
         now = {key: value for key, value in vars(args).items() if key not in skipped}
         now["learning_rate"] = learning_rate(args, system)
         before = json.loads(path.read_text()) if path.exists() else now
@@ -486,14 +488,14 @@ def check_arguments(args: argparse.Namespace) -> dict[Path, dict[str, Any]]:
     return notes
 
 
-def check_data(slices: Slices, notes: dict[Path, dict[str, Any]]) -> None:
+def check_data(slices: ComparisonData, notes: dict[Path, dict[str, Any]]) -> None:
     """Note arguments and data of each system, or refuse to go on with one of other data."""
     now = {split: fingerprint(rows) for split, rows in slices.splits.items()}
     for path in notes:
         before = json.loads(path.read_text()).get("fingerprints") if path.exists() else now
         if before is None:
             logger.warning("%s does not tell which data its run began on. Taking it for the same as now.", path)
-        elif changed := changes(before, now):
+        elif changed := changed_values(before, now):
             raise SystemExit(
                 f"{path.parent} holds a run on other data: it differs in the split {', '.join(changed)}. Choose "
                 "another --output_dir."
@@ -511,10 +513,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     transformers.utils.logging.set_verbosity_error()
     notes = check_arguments(args)
-    slices = Slices(args)
+    slices = ComparisonData(args)
     check_data(slices, notes)
     # First of all, so that a missing library is known before hours of training.
-    costs = {system: costs_of(args, system, argv) for system in args.systems}
+    costs = {system: measure_costs(args, system, argv) for system in args.systems}
     for seed in args.seeds:
         for system in args.systems:
             run(args, slices, system, seed, int(costs[system]["steps"]))

@@ -23,9 +23,10 @@ from PIL import ExifTags, Image
 from dataset_scripts.brats_slices import BratsSlices, split_patients
 from dataset_scripts.phantom import VERSION, write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
-from sam2unet_hf.nifti import MODALITIES, PLANES, patient_of
-from sam2unet_hf.streaming import ParquetRows, open_parquet
+from sam2unet_hf.cases import patient_of
+from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
 from sam2unet_hf.training import SegmentationTransform
+from sam2unet_hf.training.streaming import ParquetRows, open_parquet
 
 
 logger = logging.getLogger(__name__)
@@ -481,7 +482,7 @@ def read_picture(file: dict[str, Any] | None, name: str, what: str) -> Picture:
 def check_images_and_masks(split: str, rows: datasets.Dataset, image_column: str, mask_column: str) -> set[int]:
     """Read every image and mask once, before hours of training, and return the ids in the masks."""
     processor = Sam2UNetImageProcessor()
-    read_mask = SegmentationTransform(processor).read_mask
+    read_mask = SegmentationTransform(processor).to_label_ids
     files = rows.select_columns(list({image_column: None, mask_column: None}))
     for column in files.column_names:
         files = files.cast_column(column, datasets.Image(decode=False))

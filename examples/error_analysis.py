@@ -54,8 +54,9 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from sam2unet_hf import Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
-from sam2unet_hf.configuration_sam2unet import parse_regions
-from sam2unet_hf.nifti import MODALITIES, BratsCase, find_cases, intensity_window
+from sam2unet_hf.cases import BratsCase, find_cases
+from sam2unet_hf.regions_sam2unet import parse_regions
+from sam2unet_hf.scans_sam2unet import MODALITIES, intensity_window
 from sam2unet_hf.training import SegmentationTransform
 from sam2unet_hf.volume import Sam2UNetVolumePipeline
 
@@ -192,7 +193,7 @@ def boundary_distances(
     return float(np.concatenate(ways).mean()), float(max(np.percentile(way, 95) for way in ways))
 
 
-def untouched_components(mask: np.ndarray, other: np.ndarray) -> tuple[int, list[dict[str, float]]]:
+def unmatched_lesions(mask: np.ndarray, other: np.ndarray) -> tuple[int, list[dict[str, float]]]:
     """Find the connected components of a mask, corners included, that share no pixel with another mask.
 
     Of the truth and the prediction these are missed lesions, of the prediction and the truth false ones.
@@ -231,8 +232,8 @@ def score_region(
     own = Calibration()
     own.add(probability[head], truth[head])
     surface, hausdorff = boundary_distances(truth, prediction, spacing_mm or (1, 1))
-    lesions, missed = untouched_components(truth, prediction)
-    predicted_lesions, false = untouched_components(prediction, truth)
+    lesions, missed = unmatched_lesions(truth, prediction)
+    predicted_lesions, false = unmatched_lesions(prediction, truth)
     unit = "mm" if spacing_mm else "px"
     area = spacing_mm[0] * spacing_mm[1] if spacing_mm else None
     found = {(True, True): "both", (True, False): "truth only", (False, True): "prediction only"}
@@ -322,7 +323,7 @@ class Analysis:
         sizes = [(image.height, image.width) for image in images]
         probabilities = self.processor.post_process_regions(self.model(**inputs), target_sizes=sizes)
         for image, values, mask in zip(images, probabilities, batch[self.transform.mask_column], strict=True):
-            masks, valid = self.model.region_masks(self.transform.read_mask(mask)[None])
+            masks, valid = self.model.region_masks(self.transform.to_label_ids(mask)[None])
             yield grey_values(image), values.cpu().numpy(), masks[0].bool().numpy(), valid[0, 0].numpy()
 
     def _add(
@@ -669,12 +670,12 @@ def read_run(model: str) -> tuple[Path, dict[str, Any] | None]:
         ) from err
 
 
-def as_option(name: str, value: Any) -> str:
+def format_option(name: str, value: Any) -> str:
     """Return an option as it is given on the command line."""
     return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
-def complete_options(model: str, given: dict[str, Any]) -> dict[str, Any]:
+def fill_from_run(model: str, given: dict[str, Any]) -> dict[str, Any]:
     """Return values for data options that are not given: those of the run, or the phantom's if there is nothing else.
 
     Args:
@@ -691,13 +692,13 @@ def complete_options(model: str, given: dict[str, Any]) -> dict[str, Any]:
     names = [*DATA_OPTIONS, *(SCAN_OPTIONS if run.get("dataset_name") is None else ())]
     run = {name: run[name] for name in names if run.get(name) is not None}
     for name in SPLIT_OPTIONS:
-        if name in given and name in run and as_option(name, given[name]) != as_option(name, run[name]):
+        if name in given and name in run and format_option(name, given[name]) != format_option(name, run[name]):
             logger.warning(
                 "%s is given, but %s has %s: this is not the split of that run, and may hold what the model was "
                 "trained on.",
-                as_option(name, given[name]),
+                format_option(name, given[name]),
                 path,
-                as_option(name, run[name]),
+                format_option(name, run[name]),
             )
     left = set(given)
     if names_data:
@@ -705,7 +706,7 @@ def complete_options(model: str, given: dict[str, Any]) -> dict[str, Any]:
         if given.get("dataset_name") != run.get("dataset_name"):
             left.add("dataset_config_name")
     taken = {name: value for name, value in run.items() if name not in left}
-    logger.info("As in %s: %s.", path, " ".join(as_option(*item) for item in taken.items()) or "nothing")
+    logger.info("As in %s: %s.", path, " ".join(format_option(*item) for item in taken.items()) or "nothing")
     return taken
 
 
@@ -721,7 +722,7 @@ def parse_arguments(argv: list[str]) -> tuple[AnalysisArguments, DataArguments]:
     if (found.case is not None) + ("dataset_name" in given) + ("brats_dir" in given) > 1:
         parser.error("pass one of --case, --dataset_name and --brats_dir")
     if found.case is None:
-        parser.set_defaults(**complete_options(found.model, given))
+        parser.set_defaults(**fill_from_run(found.model, given))
     args, data_args = parser.parse_args_into_dataclasses(argv)
     for name in ("max_images", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:

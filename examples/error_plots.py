@@ -10,7 +10,7 @@ from matplotlib import patheffects
 from matplotlib.figure import Figure
 from plots import COLOURS, plt
 
-from sam2unet_hf.nifti import PLANES, pixel_size_mm, take_slice
+from sam2unet_hf.scans_sam2unet import PLANES, pixel_size_mm, take_slice
 
 
 DPI = 200

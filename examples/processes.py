@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 
 # Seconds in which the main process is expected to meet an error that all processes meet, and to end the others.
-PATIENCE = 10
+MAIN_PROCESS_TIMEOUT_S = 10
 
 
 def is_main_process() -> bool:
@@ -27,7 +27,7 @@ def is_main_process() -> bool:
 
 
 @contextlib.contextmanager
-def one_error() -> Iterator[None]:
+def report_error_once() -> Iterator[None]:
     """Have an error that all processes meet told once, by the main one.
 
     The others hold theirs back: the launcher ends them when the main process fails. If it does not, the error was
@@ -41,7 +41,7 @@ def one_error() -> Iterator[None]:
             raise  # there is nothing to tell: all is well, or SIGTERM ended the run
         if not is_main_process():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(PATIENCE)
+            time.sleep(MAIN_PROCESS_TIMEOUT_S)
         if not is_exit:
             get_error_handler().record_exception(err)
         else:
@@ -50,7 +50,7 @@ def one_error() -> Iterator[None]:
         raise
 
 
-def silence() -> None:
+def mute_process() -> None:
     """Let this process say nothing but errors."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")

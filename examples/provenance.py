@@ -15,13 +15,13 @@ import datasets
 from data_sources import file_bytes
 from transformers import TrainingArguments
 
-from sam2unet_hf.streaming import ParquetRows
+from sam2unet_hf.training.streaming import ParquetRows
 
 
 RECORD = "run.json"
 
 
-def describe(
+def run_record(
     arguments: dict[str, Any], args: TrainingArguments, data: Mapping[str, datasets.Dataset | ParquetRows]
 ) -> dict[str, Any]:
     """Return what repeats a run.
@@ -89,7 +89,7 @@ def fingerprint(rows: datasets.Dataset | ParquetRows) -> str:
     return digest.hexdigest()
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+def changed_values(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """Return the values that `before` has and `now` has not, by name."""
     # As JSON has them, where tuples are lists.
     now = json.loads(json.dumps(now))

@@ -27,18 +27,19 @@ from data_sources import DataArguments, case_names, find_columns, find_regions, 
 from hp_search import RESULTS, STUDY, search
 from PIL import Image
 from plots import plot_predictions, plot_training_curve
-from processes import from_main_process, is_main_process, one_error, silence
-from provenance import RECORD, changes, describe, read_record, write_json
+from processes import from_main_process, is_main_process, mute_process, report_error_once
+from provenance import RECORD, changed_values, read_record, run_record, write_json
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from dataset_scripts.brats_slices.brats_slices import CITATION
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
-from sam2unet_hf.augmentation import AUGMENTATIONS, augmentation
-from sam2unet_hf.checkpoints import StopOnSigterm, find_fault, last_whole_checkpoint
-from sam2unet_hf.configuration_sam2unet import PRESETS, parse_regions
-from sam2unet_hf.training import RECIPE, Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform
+from sam2unet_hf.configuration_sam2unet import PRESETS
+from sam2unet_hf.regions_sam2unet import parse_regions
+from sam2unet_hf.training import HYPERPARAMETERS, Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform
+from sam2unet_hf.training.augmentation import AUGMENTATIONS, augmentation
+from sam2unet_hf.training.resume import StopOnSigterm, last_complete_checkpoint, why_incomplete
 
 
 logger = logging.getLogger("run_segmentation")
@@ -220,10 +221,10 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Seg
 def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArguments) -> str | None:
     """Return the checkpoint to resume from, if any; refuse to overwrite or mix runs unasked."""
     output_dir = Path(args.output_dir)
-    last_checkpoint = last_whole_checkpoint(output_dir)
+    last_checkpoint = last_complete_checkpoint(output_dir)
     if args.resume_from_checkpoint:
         if args.resume_from_checkpoint.lower() not in ("true", "last"):
-            if fault := find_fault(args.resume_from_checkpoint):
+            if fault := why_incomplete(args.resume_from_checkpoint):
                 raise SystemExit(
                     f"--resume_from_checkpoint: {args.resume_from_checkpoint} is not whole ({fault}). Name another."
                 )
@@ -240,7 +241,7 @@ def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArgumen
         )
     if last_checkpoint is not None or (output_dir / STUDY).exists():
         before = read_record(output_dir)
-        if changed := changes(before["arguments"] if before else arguments, arguments):
+        if changed := changed_values(before["arguments"] if before else arguments, arguments):
             raise SystemExit(
                 f"{output_dir} holds an unfinished run with other values of {', '.join(changed)}. Start again with "
                 f"{', '.join(f'{name}={value}' for name, value in changed.items())} to go on with it, or pass "
@@ -251,9 +252,16 @@ def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArgumen
     return last_checkpoint
 
 
-def lasting(args: SegmentationTrainingArguments) -> dict[str, Any]:
+def resume_arguments(args: SegmentationTrainingArguments) -> dict[str, Any]:
     """Return the arguments of training that a run must keep when it goes on, or it would be another one."""
-    names = (*RECIPE, "augmentation", "batch_norm_images", "sync_batch_norm", "trainable_only", "eval_strategy")
+    names = (
+        *HYPERPARAMETERS,
+        "augmentation",
+        "batch_norm_images",
+        "sync_batch_norm",
+        "trainable_only",
+        "eval_strategy",
+    )
     values = {name: getattr(args, name) for name in names}
     return {name: getattr(value, "value", value) for name, value in values.items()}
 
@@ -268,7 +276,7 @@ def start_run(record: dict[str, Any], args: SegmentationTrainingArguments) -> No
     (output_dir / RESULTS_FILE).unlink(missing_ok=True)  # of a run that is trained further
     before = read_record(output_dir)
     for part in ("data", "versions", "git") if before else ():
-        if changed := changes(before[part], record[part]):
+        if changed := changed_values(before[part], record[part]):
             logger.warning(
                 "Other %s than when this run began, so it may end otherwise: %s.",
                 part,
@@ -357,7 +365,7 @@ def choose_cases(
     region_ids = [label_id for label_ids in model.config.regions.values() for label_id in label_ids]
 
     def truth(index: int) -> np.ndarray:
-        return transform.read_mask(rows[index][transform.mask_column]).numpy()
+        return transform.to_label_ids(rows[index][transform.mask_column]).numpy()
 
     foreground = [index for index in range(len(rows)) if np.isin(truth(index), region_ids).any()]
     ranked = sorted(foreground or range(len(rows)), key=lambda index: -dice[index])
@@ -417,7 +425,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     transformers.utils.logging.disable_default_handler()
     transformers.utils.logging.enable_propagation()
     if not training_args.should_log:
-        silence()
+        mute_process()
     try:
         regions = None if data_args.regions is None else parse_regions(data_args.regions)
     except ValueError as err:
@@ -428,7 +436,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         except OSError as err:
             raise SystemExit(f"--model_name_or_path: {err}") from err
     output_dir = Path(training_args.output_dir)
-    arguments = {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args), **lasting(training_args)}
+    arguments = {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args), **resume_arguments(training_args)}
     checkpoint = from_main_process(training_args, lambda: find_checkpoint(arguments, training_args))
     with training_args.main_process_first(desc="preparing the data"):
         data = load_data(data_args)
@@ -475,7 +483,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         raise SystemExit(str(err)) from err
     # Not before data, model and Trainer are there, so that a mistyped option costs nobody an older run.
     if training_args.process_index == 0:
-        start_run(describe(arguments, training_args, data), training_args)
+        start_run(run_record(arguments, training_args, data), training_args)
     if training_args.hp_search:
         start = functools.partial(load_model, model_args, regions)
         best = search(make_trainer, lambda: start()[0], training_args, training_args.hp_search)
@@ -509,7 +517,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                     trainer.state.global_step,
                     trainer.state.max_steps,
                     ", without --overwrite_output_dir," if training_args.overwrite_output_dir else "",
-                    last_whole_checkpoint(output_dir),
+                    last_complete_checkpoint(output_dir),
                 )
                 trainer.accelerator.wait_for_everyone()  # a launcher ends all processes once one of them has ended
                 raise SystemExit(128 + signal.SIGTERM)
@@ -551,6 +559,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    with one_error():
+    with report_error_once():
         main()
         PartialState().destroy_process_group()

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from .configuration_sam2unet import Sam2UNetConfig, parse_regions
+from .configuration_sam2unet import Sam2UNetConfig
 from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
-from .sam2_encoder import (
+from .regions_sam2unet import parse_regions
+from .weights_sam2unet import (
     SAM2_NAMES,
     check_state_dict,
     infer_backbone_config,

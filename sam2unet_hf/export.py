@@ -20,17 +20,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from .configuration_sam2unet import region_levels
+from .encoder_sam2unet import Sam2UNetWindowAttention
 from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .modeling_sam2unet import (
     MIN_IMAGE_SIZE,
     STRIDE,
     Sam2UNetForSemanticSegmentation,
-    Sam2UNetWindowAttention,
-    Sam2UNetWindowLayout,
-    max_pool_tokens,
-    pool_windows,
 )
+from .regions_sam2unet import region_levels
+from .windows_sam2unet import Sam2UNetWindowLayout, max_pool_tokens, pool_windows
 
 
 logger = logging.getLogger(__name__)
@@ -70,7 +68,7 @@ def crop(tensor: torch.Tensor, dims: tuple[int, int], height: int, width: int) -
     return tensor
 
 
-class MapLayout(Sam2UNetWindowLayout):
+class UnpackedLayout(Sam2UNetWindowLayout):
     """Tokens that stay maps of shape `(batch_size, height, width, channels)`.
 
     How many groups of windows the model's own layout cuts a map into depends on the size of the map, so its graph
@@ -144,7 +142,7 @@ class AnySizeLogits(FixedSizeLogits):
         for module in model.modules():
             if isinstance(module, Sam2UNetWindowAttention):
                 module.__class__ = PaddedWindowAttention
-        model.encoder.layout_class = MapLayout
+        model.encoder.layout_class = UnpackedLayout
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         height, width = pixel_values.shape[-2:]

@@ -24,8 +24,8 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from .configuration_sam2unet import PRESETS, Sam2UNetConfig
 from .image_processing_sam2unet import Sam2UNetImageProcessor
-from .modeling_sam2unet import Sam2UNetForSemanticSegmentation, is_sam2_weight
-from .sam2_encoder import is_local, read_safetensors
+from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
+from .weights_sam2unet import is_local_source, is_pretrained_weight, read_safetensors
 
 
 # What a model repository holds, of all that a run leaves in its folder. Nothing in it is a pickle.
@@ -35,11 +35,7 @@ CHECKPOINT_FILES = (
     "model.safetensors",
     "model-*-of-*.safetensors",
     "model.safetensors.index.json",
-    "configuration_sam2unet.py",
-    "image_processing_sam2unet.py",
-    "loss_sam2unet.py",
-    "modeling_sam2unet.py",
-    "sam2_encoder.py",
+    "*_sam2unet.py",
 )
 # What is known of a run, for its card; written by `Sam2UNetTrainer.create_model_card`.
 TRAINING_INFO = "training_info.json"
@@ -86,7 +82,7 @@ def parse_score(key: str, regions: Sequence[str]) -> tuple[str, str, str | None]
     return None
 
 
-def table_of_scores(split: str, scores: Mapping[str, float], regions: Sequence[str]) -> dict[str, Any]:
+def score_table(split: str, scores: Mapping[str, float], regions: Sequence[str]) -> dict[str, Any]:
     """Arrange the scores of a split with a row per measure and region, and a column per kind."""
     kinds = ["", "mean", "max", "adaptive"]
     rows: dict[str, list[str]] = {}
@@ -124,16 +120,16 @@ def eval_results(info: Mapping[str, Any], regions: Sequence[str]) -> list[EvalRe
     return results
 
 
-def sign(text: str) -> str:
+def append_checksum(text: str) -> str:
     """Return a card with its own hash in a comment at its end, which shows whether somebody has edited it since."""
     text = text.rstrip("\n") + "\n"
     return f"{text}\n<!-- written by sam2unet_hf, sha256 {hashlib.sha256(text.encode()).hexdigest()} -->\n"
 
 
-def is_unedited(text: str) -> bool:
-    """Whether a card is just as `sign` left it."""
+def has_valid_checksum(text: str) -> bool:
+    """Whether a card is just as `append_checksum` left it."""
     body, _, _ = text.rpartition("\n<!-- written by sam2unet_hf, sha256 ")
-    return bool(body) and sign(body) == text
+    return bool(body) and append_checksum(body) == text
 
 
 def render_model_card(
@@ -171,7 +167,7 @@ def render_model_card(
     preset = [name for name, values in PRESETS.items() if all(backbone[key] == values[key] for key in values)]
     regions = list(config.regions)
     title = info.get("model_name") or (repo_id or folder.resolve().name).split("/")[-1]
-    encoder_source = None if is_local(config.encoder_source) else config.encoder_source
+    encoder_source = None if is_local_source(config.encoder_source) else config.encoder_source
     finetuned_from = info.get("finetuned_from")
     dataset = info.get("dataset", {})
     results = eval_results(info, regions)
@@ -211,28 +207,28 @@ def render_model_card(
         id2label=config.id2label,
         data_rows=list(info.get("data", {}).items()),
         recipe=list(info.get("recipe", {}).items()),
-        results=[table_of_scores(split, scores, regions) for split, scores in info.get("results", {}).items()],
+        results=[score_table(split, scores, regions) for split, scores in info.get("results", {}).items()],
         zero_division=info.get("zero_division"),
         chosen="checkpoint" in info.get("recipe", {}),
         pictures=pictures,
         data_citation=dataset.get("citation"),
         license=info.get("license"),
     )
-    return sign(str(card))
+    return append_checksum(str(card))
 
 
-def shown_pictures(card: str) -> list[str]:
+def pictures_in_card(card: str) -> list[str]:
     """Return the pictures of a run that its card shows."""
     return [name for name in PICTURES if f"]({name})" in card]
 
 
-def shared_files(folder: str | os.PathLike) -> list[str]:
+def files_to_push(folder: str | os.PathLike) -> list[str]:
     """Return patterns of what goes to the Hub of a run's folder: checkpoint, card and the pictures in the card."""
     card = Path(folder) / "README.md"
-    return [*CHECKPOINT_FILES, "README.md", *shown_pictures(card.read_text() if card.is_file() else "")]
+    return [*CHECKPOINT_FILES, "README.md", *pictures_in_card(card.read_text() if card.is_file() else "")]
 
 
-def is_same_model(folder: Path, other: Path) -> bool:
+def have_equal_weights(folder: Path, other: Path) -> bool:
     """Whether two checkpoints agree in regions, in all that was trained, and in the encoder if both hold one."""
     try:
         configs = [json.loads((path / "config.json").read_text()) for path in (folder, other)]
@@ -242,7 +238,7 @@ def is_same_model(folder: Path, other: Path) -> bool:
     if configs[0]["regions"] != configs[1]["regions"]:
         return False
     for names in (first.keys() - second.keys(), second.keys() - first.keys()):
-        if not all(map(is_sam2_weight, names)):
+        if not all(map(is_pretrained_weight, names)):
             return False
     return all(torch.equal(first[name], second[name]) for name in first.keys() & second.keys())
 
@@ -272,19 +268,19 @@ def add_model_card(
         The pictures on the Hub that no card shows any more.
     """
     folder = Path(folder)
-    run = Path(source) if source and is_same_model(folder, Path(source)) else None
+    run = Path(source) if source and have_equal_weights(folder, Path(source)) else None
     text = None
     if run is not None and (run / "README.md").is_file():
         text = (run / "README.md").read_text(encoding="utf-8")
-    if text is None or is_unedited(text):
+    if text is None or has_valid_checksum(text):
         api = HfApi(token=token)
         if api.file_exists(repo_id, "README.md", revision=revision):
             there = Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text(encoding="utf-8")
-            if not is_unedited(there):
+            if not has_valid_checksum(there):
                 return []
         text = render_model_card(folder, repo_id, tags, run)
     (folder / "README.md").write_text(text, encoding="utf-8")
-    shown = [] if run is None else [name for name in shown_pictures(text) if (run / name).is_file()]
+    shown = [] if run is None else [name for name in pictures_in_card(text) if (run / name).is_file()]
     for name in shown:
         shutil.copyfile(Path(source) / name, folder / name)
     return [name for name in PICTURES if name not in shown]
@@ -306,7 +302,7 @@ def write_model_card(folder: str | os.PathLike, repo_id: str | None = None, tags
     """
     path = Path(folder) / "README.md"
     text = render_model_card(folder, repo_id, tags)
-    if path.is_file() and not is_unedited(path.read_text(encoding="utf-8")):
+    if path.is_file() and not has_valid_checksum(path.read_text(encoding="utf-8")):
         raise FileExistsError(f"{path} was edited. Move it away to have a card written anew.")
     path.write_text(text, encoding="utf-8")
     return path

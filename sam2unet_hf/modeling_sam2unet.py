@@ -3,49 +3,46 @@
 # transformers types the fields of a config by what the constructor takes, not by what an instance holds.
 # mypy: disable-error-code="arg-type, union-attr"
 
-import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
-from transformers import PreTrainedConfig, PreTrainedModel, Sam2HieraDetConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, logging
 
 from .configuration_sam2unet import Sam2UNetConfig
+from .decoder_sam2unet import Sam2UNetConvNorm, Sam2UNetDecodeHead
+from .encoder_sam2unet import Sam2UNetEncoder
+from .encoder_source_sam2unet import encoder_sha256, fetch_encoder
 from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .loss_sam2unet import deep_supervision_loss
-from .sam2_encoder import (
+from .weights_sam2unet import (
     check_state_dict,
-    encoder_sha256,
-    is_local,
+    is_local_source,
+    is_pretrained_weight,
     load_sam2_encoder,
     read_safetensors,
-    restore_encoder,
     weight_files,
 )
+from .windows_sam2unet import in_chunks
 
 
 logger = logging.get_logger(__name__)
 
 # The deepest stride; the window position embedding tiles only multiples of it.
 STRIDE = 32
-MIN_IMAGE_SIZE = 64
 
-# Tokens of the images that inference on a CPU runs at once. From here on larger batches gained no speed when timed.
-MAX_TOKENS = 8192
+MIN_IMAGE_SIZE = 64
 
 # Arguments of `from_pretrained` that say how to reach a repository, whichever.
 DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
@@ -69,503 +66,6 @@ class Sam2UNetOutput(ModelOutput):
     logits: torch.Tensor | None = None
     auxiliary_logits: tuple[torch.Tensor, torch.Tensor] | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
-
-
-class Sam2UNetPatchEmbeddings(nn.Module):
-    """Convolution of stride 4 from pixels to tokens."""
-
-    def __init__(self, config: Sam2HieraDetConfig):
-        super().__init__()
-        self.projection = nn.Conv2d(
-            config.num_channels,
-            config.hidden_size,
-            kernel_size=config.patch_kernel_size,
-            stride=config.patch_stride,
-            padding=config.patch_padding,
-        )
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        # (B, C, H, W) -> (B, H/4, W/4, hidden_size)
-        return self.projection(pixel_values).permute(0, 2, 3, 1)
-
-
-class Sam2UNetAdapter(nn.Module):
-    """Trainable bottleneck in front of an encoder block: `x + GELU(W2 GELU(W1 x))`."""
-
-    def __init__(self, hidden_size: int, bottleneck_size: int):
-        super().__init__()
-        self.down_proj = nn.Linear(hidden_size, bottleneck_size)
-        self.up_proj = nn.Linear(bottleneck_size, hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states + F.gelu(self.up_proj(F.gelu(self.down_proj(hidden_states))))
-
-
-def is_sam2_weight(name: str) -> bool:
-    """Whether a weight of the model comes from SAM 2: those of the encoder but for the adapters."""
-    return name.startswith("encoder.") and ".adapter." not in name
-
-
-def in_chunks(
-    function: Callable[..., tuple[torch.Tensor, ...]], *maps: torch.Tensor, tokens_per_image: int
-) -> tuple[torch.Tensor, ...]:
-    """Apply a function of batches of images, in inference on a CPU to a few images at a time.
-
-    Large tensors are slow there: the system hands out their memory anew each time. So this saves time and memory both.
-
-    Args:
-        function: Takes and returns tensors whose first dimension is the batch; each image is treated alone.
-        *maps: The tensors.
-        tokens_per_image: How many of `MAX_TOKENS` an image counts for.
-    """
-    chunk_size = max(1, MAX_TOKENS // tokens_per_image)
-    is_inference = not torch.is_grad_enabled() and maps[0].device.type == "cpu" and not torch.compiler.is_compiling()
-    if not is_inference or len(maps[0]) <= chunk_size:
-        return function(*maps)
-    chunks = zip(*(tensor.split(chunk_size) for tensor in maps), strict=True)
-    return tuple(torch.cat(parts) for parts in zip(*(function(*chunk) for chunk in chunks), strict=True))
-
-
-def max_pool_tokens(tokens: torch.Tensor, stride: list[int]) -> torch.Tensor:
-    """Max-pool a map of tokens of shape `(batch_size, height, width, channels)`."""
-    return F.max_pool2d(tokens.permute(0, 3, 1, 2), kernel_size=stride, stride=stride).permute(0, 2, 3, 1)
-
-
-def pool_windows(windows: torch.Tensor, height: int, width: int, stride: list[int]) -> torch.Tensor:
-    """Max-pool windows of shape `(num_windows, height * width, channels)`."""
-    return max_pool_tokens(windows.unflatten(1, (height, width)), stride).flatten(1, 2)
-
-
-def split_length(length: int, window_size: int) -> list[tuple[int, int, int]]:
-    """Cut `length` into a band of full windows and a band of what is left: `[(start, band, window), ...]`."""
-    full = length // window_size * window_size
-    bands = ((0, full, window_size), (full, length - full, length - full))
-    return [band for band in bands if band[1]]
-
-
-class WindowGroup(NamedTuple):
-    """Equal windows that tile a part of a map; all in tokens.
-
-    Attributes:
-        top: First row of the part.
-        left: First column of the part.
-        height: Rows of the part.
-        width: Columns of the part.
-        window_height: Rows of a window.
-        window_width: Columns of a window.
-    """
-
-    top: int
-    left: int
-    height: int
-    width: int
-    window_height: int
-    window_width: int
-
-
-class Sam2UNetWindowLayout:
-    """The order in which the tokens of a batch of maps lie in memory: window after window.
-
-    All layers but the attention and the pooling treat each token alone, so tokens are brought into this order once per
-    change of the window size, and not, as in SAM 2, into windows and back in every block. Windows on the right and
-    bottom edges are smaller than the others, so a map is cut into at most four groups of equal windows (full, right,
-    bottom, corner). The tokens of a batch lie group by group, and within a group image by image, so that the windows
-    of a group are a view.
-
-    Args:
-        batch_size: Number of maps.
-        height: Rows of a map.
-        width: Columns of a map.
-        window_size: Side of a full window.
-    """
-
-    def __init__(self, batch_size: int, height: int, width: int, window_size: int):
-        self.batch_size, self.height, self.width, self.window_size = batch_size, height, width, window_size
-        self.groups = [
-            WindowGroup(top, left, band_height, band_width, window_height, window_width)
-            for top, band_height, window_height in split_length(height, window_size)
-            for left, band_width, window_width in split_length(width, window_size)
-        ]
-
-    def pack(self, maps: torch.Tensor) -> torch.Tensor:
-        """Order maps of shape `(batch_size, height, width, channels)` as tokens of shape `(tokens, channels)`."""
-        packed = []
-        for top, left, height, width, window_height, window_width in self.groups:
-            windows = maps[:, top : top + height, left : left + width]
-            windows = windows.unflatten(2, (-1, window_width)).unflatten(1, (-1, window_height))
-            # (B, rows, window height, columns, window width, C) -> (B, rows, columns, window height, width, C)
-            packed.append(windows.transpose(2, 3).flatten(0, 4))
-        return torch.cat(packed) if len(packed) > 1 else packed[0]
-
-    def unpack(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Undo `pack`."""
-        parts = []
-        for group, windows in zip(self.groups, self.split(tokens), strict=True):
-            _, _, height, width, window_height, window_width = group
-            rows, columns = height // window_height, width // window_width
-            part = windows.unflatten(1, (window_height, window_width)).unflatten(0, (-1, rows, columns))
-            parts.append(part.transpose(2, 3).flatten(3, 4).flatten(1, 2))
-        # Two parts side by side make a band.
-        per_band = len(split_length(self.width, self.window_size))
-        bands = [parts[start : start + per_band] for start in range(0, len(parts), per_band)]
-        joined = [torch.cat(band, dim=2) if len(band) > 1 else band[0] for band in bands]
-        return torch.cat(joined, dim=1) if len(joined) > 1 else joined[0]
-
-    def split(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """Return the windows of each group, `(num_windows, window_height * window_width, channels)`; views."""
-        sizes = [self.batch_size * group.height * group.width for group in self.groups]
-        groups = tokens.split(sizes) if len(sizes) > 1 else [tokens]
-        return [
-            part.unflatten(0, (-1, group.window_height * group.window_width))
-            for part, group in zip(groups, self.groups, strict=True)
-        ]
-
-    def merge(self, windows: list[torch.Tensor]) -> torch.Tensor:
-        """Undo `split`."""
-        return torch.cat([part.flatten(0, 1) for part in windows]) if len(windows) > 1 else windows[0].flatten(0, 1)
-
-    def images(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the tokens of each image, `(batch_size, height * width, channels)`, in the order of the windows."""
-        parts = [part.flatten(0, 1).unflatten(0, (self.batch_size, -1)) for part in self.split(tokens)]
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-
-    def from_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Undo `images`."""
-        parts = images.split([group.height * group.width for group in self.groups], dim=1)
-        return torch.cat([part.flatten(0, 1) for part in parts]) if len(parts) > 1 else images.flatten(0, 1)
-
-    def pool(self, tokens: torch.Tensor, stride: list[int]) -> torch.Tensor:
-        """Max-pool within windows, whose sides are even; the result is in the order of `pooled(stride)`."""
-        return self.merge(
-            [
-                pool_windows(windows, group.window_height, group.window_width, stride)
-                for windows, group in zip(self.split(tokens), self.groups, strict=True)
-            ]
-        )
-
-    def pooled(self, stride: list[int]) -> "Sam2UNetWindowLayout":
-        """Return the layout after `pool`."""
-        return type(self)(
-            self.batch_size, self.height // stride[0], self.width // stride[1], self.window_size // stride[0]
-        )
-
-
-def eager_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Compute what `scaled_dot_product_attention` computes, step by step."""
-    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
-    if attn_mask is not None:
-        scores = scores + attn_mask
-    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
-
-
-class Sam2UNetWindowAttention(nn.Module):
-    """Multi-head attention within windows, with optional query pooling, that never computes on padding.
-
-    SAM 2 pads a map with zeros until windows tile it, and lets the padded tokens be attended to. This gives the same
-    result without them. A padded token is zero after the layer norm, so its key and its value are those parts of the
-    bias of `qkv`: the same for all n padded tokens of a window. In the softmax, n equal keys `k` with equal values
-    `v` add `n * exp(q.k)` to the denominator and `n * exp(q.k) * v` to the numerator, and `n * exp(q.k)` is
-    `exp(q.k + log(n))`. So one key with `log(n)` added to its score stands for all of them, exactly. The queries of
-    padded tokens are thrown away in the original, so none is computed.
-    """
-
-    def __init__(
-        self,
-        config: Sam2HieraDetConfig,
-        dim: int,
-        dim_out: int,
-        num_attention_heads: int,
-        window_size: int,
-        query_stride: list[int] | None,
-    ):
-        super().__init__()
-        self.config = config
-        self.num_attention_heads = num_attention_heads
-        self.window_size = window_size
-        self.query_stride = query_stride
-        self.qkv = nn.Linear(dim, dim_out * 3)
-        self.proj = nn.Linear(dim_out, dim_out)
-
-    def forward(self, hidden_states: torch.Tensor, layout: Sam2UNetWindowLayout) -> torch.Tensor:
-        """Attend within windows; tokens of shape `(tokens, dim)` -> `(tokens, dim_out)`, maybe pooled."""
-        # (tokens, 3 * dim_out)
-        qkv = self.qkv(hidden_states)
-        pooled = layout if self.query_stride is None else layout.pooled(self.query_stride)
-        if self.window_size == 0:
-            # The order of the tokens of an image is of no importance to attention over all of them.
-            query, key, value = layout.images(qkv).chunk(3, dim=-1)
-            if self.query_stride is not None:
-                query = pooled.images(layout.pool(qkv.chunk(3, dim=-1)[0], self.query_stride))
-            return self.proj(pooled.from_images(self.attend(query, key, value)))
-        outputs = []
-        for group, windows in zip(layout.groups, layout.split(qkv), strict=True):
-            query, key, value = windows.chunk(3, dim=-1)
-            if self.query_stride is not None:
-                query = pool_windows(query, group.window_height, group.window_width, self.query_stride)
-            num_padded = self.window_size**2 - group.window_height * group.window_width
-            outputs.append(self.attend(query, key, value, num_padded))
-        return self.proj(pooled.merge(outputs))
-
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_padded: int = 0) -> torch.Tensor:
-        """Attend within windows of shape `(num_windows, tokens, dim_out)`, with `num_padded` more keys in each."""
-        # (num_windows, tokens, dim_out) -> (num_windows, heads, tokens, head_dim)
-        query, key, value = (
-            tokens.unflatten(2, (self.num_attention_heads, -1)).transpose(1, 2) for tokens in (query, key, value)
-        )
-        mask = None
-        if num_padded:
-            num_windows, heads, num_tokens, _ = key.shape
-            # The one key and value that stand for all padded tokens.
-            _, key_bias, value_bias = self.qkv.bias.to(key.dtype).view(3, 1, heads, 1, -1)
-            key = torch.cat([key, key_bias.expand(num_windows, -1, -1, -1)], dim=2)
-            value = torch.cat([value, value_bias.expand(num_windows, -1, -1, -1)], dim=2)
-            mask = F.pad(key.new_zeros(1, 1, 1, num_tokens), (0, 1), value=math.log(num_padded))
-        is_eager = self.config._attn_implementation == "eager"
-        is_half = query.dtype in (torch.bfloat16, torch.float16)
-        if is_half and query.device.type == "cpu" and query.requires_grad:
-            # The backward pass of PyTorch's half-precision kernel for the CPU is up to five times slower.
-            is_eager = True
-        attention = eager_attention if is_eager else F.scaled_dot_product_attention
-        output = attention(query, key, value, attn_mask=mask)
-        return output.transpose(1, 2).flatten(2)
-
-
-class Sam2UNetFeedForward(nn.Module):
-    """Two linear layers with the encoder's activation."""
-
-    def __init__(self, config: Sam2HieraDetConfig, dim: int):
-        super().__init__()
-        hidden_size = int(dim * config.mlp_ratio)
-        self.proj_in = nn.Linear(dim, hidden_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.proj_out = nn.Linear(hidden_size, dim)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.proj_out(self.activation(self.proj_in(hidden_states)))
-
-
-class Sam2UNetBlock(GradientCheckpointingLayer):
-    """Adapter and Hiera block; the first block of stages 2 to 4 halves the resolution by query pooling."""
-
-    def __init__(self, config: Sam2UNetConfig, stage: int, is_first_of_stage: bool, is_global: bool):
-        super().__init__()
-        backbone = config.backbone_config
-        # The first block of a stage still has the dimension and the window of the stage before.
-        input_stage = max(stage - 1, 0) if is_first_of_stage else stage
-        dim, dim_out = backbone.embed_dim_per_stage[input_stage], backbone.embed_dim_per_stage[stage]
-        self.query_stride = backbone.query_stride if is_first_of_stage and stage > 0 else None
-        self.adapter = Sam2UNetAdapter(dim, config.adapter_hidden_size)
-        self.layer_norm1 = nn.LayerNorm(dim, eps=backbone.layer_norm_eps)
-        self.attn = Sam2UNetWindowAttention(
-            backbone,
-            dim,
-            dim_out,
-            num_attention_heads=backbone.num_attention_heads_per_stage[stage],
-            window_size=0 if is_global else backbone.window_size_per_stage[input_stage],
-            query_stride=self.query_stride,
-        )
-        self.layer_norm2 = nn.LayerNorm(dim_out, eps=backbone.layer_norm_eps)
-        self.mlp = Sam2UNetFeedForward(backbone, dim_out)
-        self.proj = nn.Linear(dim, dim_out) if dim != dim_out else None
-
-    def forward(self, hidden_states: torch.Tensor, layout: Sam2UNetWindowLayout) -> torch.Tensor:
-        residual = self.adapter(hidden_states)
-        hidden_states = self.layer_norm1(residual)
-        if self.proj is not None:
-            residual = self.proj(hidden_states)
-        if self.query_stride is not None:
-            residual = layout.pool(residual, self.query_stride)
-        hidden_states = residual + self.attn(hidden_states, layout)
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
-
-
-class Sam2UNetEncoder(nn.Module):
-    """SAM 2's Hiera trunk with an adapter in each block.
-
-    Parameters are named as in transformers' `Sam2HieraDetModel`, adapters aside, so that SAM 2 weights load by name.
-    """
-
-    layout_class = Sam2UNetWindowLayout
-
-    def __init__(self, config: Sam2UNetConfig):
-        super().__init__()
-        backbone = config.backbone_config
-        self.patch_embed = Sam2UNetPatchEmbeddings(backbone)
-        self.window_sizes = backbone.window_size_per_stage
-        background_size = backbone.window_positional_embedding_background_size
-        self.pos_embed = nn.Parameter(torch.zeros(1, backbone.hidden_size, *background_size))
-        window = (self.window_sizes[0], self.window_sizes[0])
-        self.pos_embed_window = nn.Parameter(torch.zeros(1, backbone.hidden_size, *window))
-        self.blocks = nn.ModuleList()
-        self.stage_ends = []
-        for stage, num_blocks in enumerate(backbone.blocks_per_stage):
-            for position in range(num_blocks):
-                is_global = len(self.blocks) in backbone.global_attention_blocks
-                self.blocks.append(Sam2UNetBlock(config, stage, position == 0, is_global))
-            self.stage_ends.append(len(self.blocks) - 1)
-
-    def position_embedding(self, height: int, width: int) -> torch.Tensor:
-        """Return the embedding of shape `(1, height, width, hidden_size)`: background plus tiled window."""
-        background = F.interpolate(self.pos_embed, size=(height, width), mode="bicubic")
-        window_height, window_width = self.pos_embed_window.shape[-2:]
-        window = self.pos_embed_window.tile(1, 1, height // window_height, width // window_width)
-        return (background + window).permute(0, 2, 3, 1)
-
-    def run_stage(self, maps: torch.Tensor, stage: int) -> tuple[torch.Tensor, ...]:
-        """Run a stage but for its first block, and the first block of the next, whose windows are those of this one.
-
-        Args:
-            maps: Tokens `(batch_size, height, width, channels)`.
-            stage: From 0; the first stage is run from its first block on.
-
-        Returns:
-            The feature map of the stage and, but for the last stage, the tokens after the next stage's first block,
-            both `(batch_size, height, width, channels)`.
-        """
-        batch_size, height, width, _ = maps.shape
-        layout = self.layout_class(batch_size, height, width, self.window_sizes[stage])
-        tokens = layout.pack(maps)
-        start = self.stage_ends[stage - 1] + 2 if stage else 0
-        end = self.stage_ends[stage] + 1
-        for block in self.blocks[start:end]:
-            tokens = block(tokens, layout)
-        feature_map = layout.unpack(tokens)
-        if end == len(self.blocks):
-            return (feature_map,)
-        pool = self.blocks[end]
-        return feature_map, layout.pooled(pool.query_stride).unpack(pool(tokens, layout))
-
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the four feature maps, `(batch_size, channels, height / stride, width / stride)`."""
-        maps = self.patch_embed(pixel_values)
-        maps = maps + self.position_embedding(*maps.shape[1:3])
-        feature_maps = []
-        for stage in range(len(self.stage_ends)):
-            height, width = maps.shape[1:3]
-            feature_map, *rest = in_chunks(partial(self.run_stage, stage=stage), maps, tokens_per_image=height * width)
-            # (B, H, W, C) -> (B, C, H, W); a view, channels last in memory
-            feature_maps.append(feature_map.permute(0, 3, 1, 2))
-            maps = rest[0] if rest else maps
-        return tuple(feature_maps)
-
-
-class Sam2UNetConvNorm(nn.Module):
-    """Convolution without bias, then batch norm; one convolution with bias between `fuse` and `train`."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], dilation: int = 1):
-        super().__init__()
-        # "same" padding, written as numbers: the string cannot be exported.
-        height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-        padding = (height // 2 * dilation, width // 2 * dilation)
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False)
-        self.norm = nn.BatchNorm2d(out_channels)
-        # Beside the parameters, not in their place, so that the model is saved and trained on as if never fused.
-        self.fused_weight: torch.Tensor | None
-        self.fused_bias: torch.Tensor | None
-        self.register_buffer("fused_weight", None, persistent=False)
-        self.register_buffer("fused_bias", None, persistent=False)
-
-    @torch.no_grad()
-    def fuse(self, fuse: bool = True) -> None:
-        """Fold what batch norm does in eval mode into weight and bias of the convolution, or undo it."""
-        self.fused_weight, self.fused_bias = None, None
-        if fuse:
-            conv, norm = self.conv, self.norm
-            weight, bias = fuse_conv_bn_weights(
-                conv.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            )
-            # Without `detach` they would be parameters.
-            self.fused_weight, self.fused_bias = weight.detach(), bias.detach()
-
-    def train(self, mode: bool = True) -> "Sam2UNetConvNorm":
-        """Undo `fuse` before training, which changes what was folded."""
-        if mode:
-            self.fuse(False)
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self.fuse(False)
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.fused_weight is not None:
-            conv = self.conv
-            return F.conv2d(
-                hidden_states, self.fused_weight, self.fused_bias, padding=conv.padding, dilation=conv.dilation
-            )
-        return self.norm(self.conv(hidden_states))
-
-
-class Sam2UNetReceptiveFieldBlock(nn.Module):
-    """Four branches of growing receptive field over one encoder feature map, fused to the decoder's channels.
-
-    The reference's convolutions carry a ReLU that its forward never calls; there is none here either.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-
-        def branch(size: int) -> nn.Sequential:
-            return nn.Sequential(
-                Sam2UNetConvNorm(in_channels, out_channels, 1),
-                Sam2UNetConvNorm(out_channels, out_channels, (1, size)),
-                Sam2UNetConvNorm(out_channels, out_channels, (size, 1)),
-                Sam2UNetConvNorm(out_channels, out_channels, 3, dilation=size),
-            )
-
-        first = nn.Sequential(Sam2UNetConvNorm(in_channels, out_channels, 1))
-        self.branches = nn.ModuleList([first, branch(3), branch(5), branch(7)])
-        self.fusion = Sam2UNetConvNorm(4 * out_channels, out_channels, 3)
-        self.shortcut = Sam2UNetConvNorm(in_channels, out_channels, 1)
-
-    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
-        branches = torch.cat([branch(feature_map) for branch in self.branches], dim=1)
-        return F.relu(self.fusion(branches) + self.shortcut(feature_map))
-
-
-class Sam2UNetUpBlock(nn.Module):
-    """One decoder step: upsample by two, join the skip connection, convolve twice."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv1 = Sam2UNetConvNorm(2 * channels, channels, 3)
-        self.conv2 = Sam2UNetConvNorm(channels, channels, 3)
-
-    def forward(self, hidden_states: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        # The maps are exactly twice as large from stage to stage, so the reference's padding here never applies.
-        upsampled = F.interpolate(hidden_states, scale_factor=2, mode="bilinear", align_corners=True)
-        hidden_states = F.relu(self.conv1(torch.cat([skip, upsampled], dim=1)))
-        return F.relu(self.conv2(hidden_states))
-
-
-class Sam2UNetDecodeHead(nn.Module):
-    """Receptive field blocks, U-Net decoder and the three classifiers."""
-
-    def __init__(self, config: Sam2UNetConfig):
-        super().__init__()
-        channels, num_regions = config.decoder_channels, len(config.regions)
-        self.receptive_field_blocks = nn.ModuleList(
-            [Sam2UNetReceptiveFieldBlock(dim, channels) for dim in config.backbone_config.embed_dim_per_stage]
-        )
-        self.up_blocks = nn.ModuleList([Sam2UNetUpBlock(channels) for _ in range(3)])
-        self.auxiliary_classifiers = nn.ModuleList([nn.Conv2d(channels, num_regions, 1) for _ in range(2)])
-        self.classifier = nn.Conv2d(channels, num_regions, 1)
-
-    def forward(self, *feature_maps: torch.Tensor, output_auxiliary_logits: bool = False) -> tuple[torch.Tensor, ...]:
-        """Return the scores at stride 4 and, when asked for, those of the side outputs at strides 16 and 8."""
-        *skips, hidden_states = [
-            block(feature_map) for block, feature_map in zip(self.receptive_field_blocks, feature_maps, strict=True)
-        ]
-        decoded = []
-        for up_block, skip in zip(self.up_blocks, reversed(skips), strict=True):
-            hidden_states = up_block(hidden_states, skip)
-            decoded.append(hidden_states)
-        auxiliary = []
-        if output_auxiliary_logits:
-            auxiliary = [head(side) for head, side in zip(self.auxiliary_classifiers, decoded[:2], strict=True)]
-        return self.classifier(hidden_states), *auxiliary
 
 
 class Sam2UNetPreTrainedModel(PreTrainedModel):
@@ -613,7 +113,7 @@ class Sam2UNetPreTrainedModel(PreTrainedModel):
         for name, parameter in self.named_parameters():
             # Quantised weights are integers, which have no gradient.
             if name.startswith("encoder.") and parameter.is_floating_point():
-                parameter.requires_grad_(not (freeze and is_sam2_weight(name)))
+                parameter.requires_grad_(not (freeze and is_pretrained_weight(name)))
 
     def fuse_for_inference(self, fuse: bool = True) -> None:
         """Fold each batch norm into the convolution before it; logits change by rounding alone.
@@ -669,10 +169,10 @@ class Sam2UNetPreTrainedModel(PreTrainedModel):
             weight_files(name, **files, **{**download_kwargs, "force_download": False})  # super() downloads
             if config.get("encoder_sha256") is not None:
                 state_dict = read_safetensors(name, **files, **download_kwargs)
-                is_small = not any(map(is_sam2_weight, state_dict))
+                is_small = not any(map(is_pretrained_weight, state_dict))
             if is_small:
                 backbone_config = cls.config_class(backbone_config=config["backbone_config"]).backbone_config
-                encoder = restore_encoder(config, str(name), backbone_config, **download_kwargs)
+                encoder = fetch_encoder(config, str(name), backbone_config, **download_kwargs)
                 kwargs["state_dict"] = {**state_dict, **{f"encoder.{key}": value for key, value in encoder.items()}}
                 kwargs["config"] = kwargs.get("config") or name
                 pretrained_model_name_or_path = None
@@ -686,7 +186,7 @@ class Sam2UNetPreTrainedModel(PreTrainedModel):
                 f"A weight file of {name} is damaged ({err}). Copy it again, or pass `force_download=True`."
             ) from err
         model, loading_info = loaded
-        if lost := [weight for weight in loading_info["missing_keys"] if is_sam2_weight(weight)]:
+        if lost := [weight for weight in loading_info["missing_keys"] if is_pretrained_weight(weight)]:
             raise ValueError(
                 f"{name} lacks {len(lost)} weights of the encoder, such as {sorted(lost)[0]!r}, and its config does "
                 "not say where they are: `encoder_source` and `encoder_sha256` are missing. Save it again, with "
@@ -788,7 +288,7 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         model.encoder.load_state_dict(encoder.state_dict, strict=False)
         return model
 
-    def check_encoder(self, may_be_local: bool = True) -> dict[str, str | None]:
+    def verify_encoder_source(self, may_be_local: bool = True) -> dict[str, str | None]:
         """Check that the encoder can be fetched again from `config.encoder_source`, weight by weight.
 
         Args:
@@ -809,7 +309,7 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
                 'set `model.config.encoder_source` to a Hub id such as "facebook/sam2-hiera-large" if it is that '
                 "encoder, or save the whole model."
             )
-        if not may_be_local and is_local(config.encoder_source):
+        if not may_be_local and is_local_source(config.encoder_source):
             raise ValueError(
                 f"The encoder comes from {config.encoder_source}, which nobody else can reach. Set "
                 "`model.config.encoder_source` to a Hub id with the same weights, such as "
@@ -872,10 +372,10 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         if trainable_only:
             # Only one process of several writes.
             if is_main_process:
-                provenance = written = self.check_encoder(may_be_local=not push_to_hub)
+                provenance = written = self.verify_encoder_source(may_be_local=not push_to_hub)
             weights = self.state_dict() if state_dict is None else state_dict
-            state_dict = {name: value for name, value in weights.items() if not is_sam2_weight(name)}
-        elif is_local(config.encoder_source):
+            state_dict = {name: value for name, value in weights.items() if not is_pretrained_weight(name)}
+        elif is_local_source(config.encoder_source):
             # A path is nobody else's business, and a whole model does without.
             written = dict.fromkeys(written)
         for field, value in written.items():
@@ -926,7 +426,7 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
             ValueError: As [`save_pretrained`].
         """
         if trainable_only:
-            self.check_encoder(may_be_local=False)
+            self.verify_encoder_source(may_be_local=False)
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
@@ -941,7 +441,7 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
                 from sam2unet_hf import hub
             except ImportError:
                 hub = None  # type: ignore[assignment]
-            is_source = hub and self.name_or_path and hub.is_same_model(Path(folder), Path(self.name_or_path))
+            is_source = hub and self.name_or_path and hub.have_equal_weights(Path(folder), Path(self.name_or_path))
             if is_source or not api.file_exists(repo_id, "preprocessor_config.json", revision=revision):
                 try:
                     processor = Sam2UNetImageProcessor.from_pretrained(self.name_or_path, token=token, **self.placed)

@@ -21,17 +21,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .cases import BratsCase, find_cases
 from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .metrics.volume_functional import score_volume
 from .modeling_sam2unet import DOWNLOAD_ARGUMENTS, Sam2UNetForSemanticSegmentation
-from .nifti import (
+from .scans_sam2unet import (
     MODALITIES,
     PLANES,
-    BratsCase,
-    BratsCaseError,
+    ScanError,
     Volume,
     check_same_grid,
-    find_cases,
     intensity_window,
     read_volume,
     take_slice,
@@ -186,7 +185,7 @@ class Sam2UNetVolumePipeline:
         """Segment one patient.
 
         Args:
-            case: Folder of a BraTS case, a case of [`~nifti.find_cases`], the path of a scan if the model takes one
+            case: Folder of a BraTS case, a case of [`~cases.find_cases`], the path of a scan if the model takes one
                 contrast, or a path for each contrast.
             planes: Planes to cut, of axial, coronal and sagittal; probabilities are averaged over them. Default: the
                 one that the processor names, or axial.
@@ -197,7 +196,7 @@ class Sam2UNetVolumePipeline:
             progress: Show a progress bar.
 
         Raises:
-            BratsCaseError: If a scan is missing, damaged or on another grid than the first.
+            ScanError: If a scan is missing, damaged or on another grid than the first.
             FileNotFoundError: If there is no case in a folder.
             ValueError: If an argument is off, or there is more than one case in a folder.
         """
@@ -213,7 +212,7 @@ class Sam2UNetVolumePipeline:
         grey = [window.apply(scan.voxels) for window, scan in zip(windows, scans, strict=True)]
         regions = self.model.config.regions
         total = np.zeros((len(regions), *grey[0].shape), np.float32)
-        work = [(plane, index) for plane in planes for index in occupied_slices(grey, plane)]
+        work = [(plane, index) for plane in planes for index in foreground_slices(grey, plane)]
         with tqdm(total=len(work), desc=scans[0].name.split(": ")[0], unit="slice", disable=not progress) as bar:
             for plane in planes:
                 indices = [index for name, index in work if name == plane]
@@ -271,7 +270,7 @@ class Sam2UNetVolumePipeline:
         return torch.stack(found).mean(dim=0).cpu().numpy()
 
 
-def occupied_slices(grey: Sequence[np.ndarray], plane: str) -> list[int]:
+def foreground_slices(grey: Sequence[np.ndarray], plane: str) -> list[int]:
     """Return the slices in which a scan shows more than background."""
     others = tuple(axis for axis in range(3) if axis != PLANES[plane])
     occupied = np.any([scan.any(axis=others) for scan in grey], axis=0)
@@ -315,7 +314,7 @@ def _read_expert(case: str | BratsCase) -> Volume:
     """Read the expert's mask of a case before there is any work that it could cost."""
     if isinstance(case, BratsCase):
         return case.read_mask()
-    raise BratsCaseError(f"`{case}` is a scan alone, without a mask to score it by. Give the folder of the case.")
+    raise ScanError(f"`{case}` is a scan alone, without a mask to score it by. Give the folder of the case.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -380,7 +379,7 @@ def main(argv: list[str] | None = None) -> None:
             found = segment(
                 case, args.planes, args.flips, args.batch_size, args.threshold, return_probabilities=args.probabilities
             )
-        except BratsCaseError as err:
+        except ScanError as err:
             # The other cases are worth having.
             logger.error("Left out: %s", err)
             failed += 1
@@ -399,7 +398,7 @@ def main(argv: list[str] | None = None) -> None:
         if expert is not None:
             try:
                 check_same_grid(expert, found.scan)
-            except BratsCaseError as err:  # the segmentation is worth having
+            except ScanError as err:  # the segmentation is worth having
                 logger.error("Not scored: %s", err)
                 failed += 1
             else:

@@ -18,6 +18,7 @@ import struct
 import sys
 import tempfile
 import traceback
+import types
 import warnings
 import zlib
 from pathlib import Path
@@ -355,7 +356,7 @@ def check_grey(nifti, volume):
     foreground = values[values != background]
     try:
         window = nifti.intensity_window(volume)
-    except nifti.BratsCaseError as err:
+    except nifti.ScanError as err:
         check(not foreground.size and "is empty: all voxels are" in str(err), f"not empty, but {err}")
         raise
     low, high = np.percentile(foreground, [0.5, 99.5])
@@ -392,7 +393,7 @@ def read_nifti(nifti, kind, folder, data, sound):
             volumes = [case.read_mask()]
         else:
             volumes = case.read_images(["t1", "flair"] if kind == "decathlon" else ["flair"])
-    except nifti.BratsCaseError as err:
+    except nifti.ScanError as err:
         check(f"case {case.case_id}: `{path}`" in str(err), f"the file is not named: {err}")
         check(not sound, f"a sound file is refused: {err}")
         return short(str(err).split("`", 2)[2])
@@ -408,7 +409,7 @@ def read_nifti(nifti, kind, folder, data, sound):
     try:
         for volume in volumes:
             check_grey(nifti, volume)
-    except nifti.BratsCaseError as err:
+    except nifti.ScanError as err:
         check(f"`{path}`" in str(err), f"the file is not named: {err}")
         return "is empty"
     return "correct"
@@ -516,9 +517,13 @@ def load_modules(kinds):
     """Import once what the kinds need; scans need no PyTorch."""
     modules = {}
     if set(kinds) & set(NIFTI_KINDS):
-        spec = importlib.util.spec_from_file_location("nifti", REPO / "sam2unet_hf" / "nifti.py")
-        modules["nifti"] = sys.modules["nifti"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(modules["nifti"])
+        # The package itself imports PyTorch, so that it is stood in for.
+        sys.modules["scans"] = types.ModuleType("scans")
+        sys.modules["scans"].__path__ = [str(REPO / "sam2unet_hf")]
+        found = [importlib.import_module(f"scans.{name}") for name in ("scans_sam2unet", "cases")]
+        modules["nifti"] = types.SimpleNamespace(
+            **vars(found[0]), **{k: v for k, v in vars(found[1]).items() if k not in vars(found[0])}
+        )
     if set(kinds) - set(NIFTI_KINDS):
         sys.path[:0] = [str(REPO), str(REPO / "examples")]
         import data_sources
@@ -526,12 +531,12 @@ def load_modules(kinds):
 
         from dataset_scripts.brats_slices import BratsSlices
         from sam2unet_hf import Sam2UNetImageProcessor
-        from sam2unet_hf.nifti import BratsCaseError
+        from sam2unet_hf.scans_sam2unet import ScanError
 
         datasets.disable_progress_bars()
         data_sources.tqdm = lambda items, **_: items
         plain = Sam2UNetImageProcessor(do_resize=False, do_normalize=False)
-        modules |= {"pictures": (data_sources, plain), "builder": (BratsSlices, BratsCaseError)}
+        modules |= {"pictures": (data_sources, plain), "builder": (BratsSlices, ScanError)}
     return modules
 
 

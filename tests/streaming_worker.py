@@ -8,7 +8,7 @@ import torch.distributed as dist
 from common import BRATS_REGIONS, small_model
 from test_streaming import train
 
-from sam2unet_hf.streaming import ParquetRows
+from sam2unet_hf.training.streaming import ParquetRows
 
 
 if __name__ == "__main__":

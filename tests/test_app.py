@@ -17,7 +17,8 @@ from common import small_model
 
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
-from sam2unet_hf.nifti import BratsCaseError, find_cases, take_slice
+from sam2unet_hf.cases import find_cases
+from sam2unet_hf.scans_sam2unet import ScanError, take_slice
 from sam2unet_hf.volume import Sam2UNetVolumePipeline
 
 
@@ -60,12 +61,12 @@ def test_uploads_are_linked_by_their_last_name_alone(tmp_path):
     (tmp_path / "x.nii").write_bytes(b"")
     case = app.gather_case([f"{tmp_path}/links/../x.nii"], ["flair"], tmp_path / "links")
     assert case.files["flair"] == tmp_path / "links" / "x.nii"
-    with pytest.raises(BratsCaseError, match=r"x.nii` is not a NIfTI file"):
+    with pytest.raises(ScanError, match=r"x.nii` is not a NIfTI file"):
         case.read_image("flair")
 
 
 def test_a_picture_shows_the_scan_its_regions_and_its_sides(view, monkeypatch):
-    monkeypatch.setattr(app, "write_edges", lambda picture, letters: None)
+    monkeypatch.setattr(app, "draw_orientation_labels", lambda picture, letters: None)
     index = int((view.label_maps["expert"] == 3).sum(axis=(0, 1)).argmax())
     plain = view.picture("expert", "axial", index, "flair", [], 0.5)
     assert max(plain.shape) <= app.PICTURE_PIXELS
@@ -168,7 +169,7 @@ def test_files_are_gathered_as_cases(cohort, tmp_path):
     with pytest.raises(ValueError, match=r"Two files are named Phantom_001_t1"):
         gather([*paths, *[path for path in paths if "_t1." in path]])
     case = gather([path for path in paths if "_t2" not in path])
-    with pytest.raises(BratsCaseError, match="Phantom_001: no t2"):
+    with pytest.raises(ScanError, match="Phantom_001: no t2"):
         case.read_images(THREE)
 
 

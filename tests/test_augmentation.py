@@ -7,8 +7,8 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from sam2unet_hf import Sam2UNetImageProcessor
-from sam2unet_hf.augmentation import AUGMENTATIONS, RandomBiasField, RandomGamma, augmentation
 from sam2unet_hf.training import SegmentationTransform
+from sam2unet_hf.training.augmentation import AUGMENTATIONS, RandomBiasField, RandomGamma, augmentation
 
 
 def smooth_image(mode="L"):

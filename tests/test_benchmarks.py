@@ -165,6 +165,6 @@ def test_data_benchmark_makes_the_same_slices_both_ways(tmp_path):
 def test_data_benchmark_reads_copies_as_other_cases(tmp_path):
     write_phantom_cohort(tmp_path / "brats", 2, (48, 48, 31))
     results = data_benchmark.main(["--brats_dir", str(tmp_path / "brats"), "--copies", "3", "--rounds", "1"])
-    once = data_benchmark.plain_loop(data_benchmark.nifti.find_cases(tmp_path / "brats"))
+    once = data_benchmark.plain_loop(data_benchmark.brats_cases.find_cases(tmp_path / "brats"))
     assert results["cases"] == 6
     assert results["slices"] == 3 * once

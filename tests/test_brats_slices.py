@@ -19,7 +19,7 @@ from huggingface_hub import DatasetCard
 from dataset_scripts.brats_slices import BratsSlices, split_patients
 from dataset_scripts.brats_slices.__main__ import main
 from dataset_scripts.brats_slices.brats_slices import encode_png
-from sam2unet_hf.nifti import BratsCaseError
+from sam2unet_hf.scans_sam2unet import ScanError
 
 
 REPO = Path(__file__).parents[1]
@@ -327,7 +327,7 @@ def test_missing_files_are_listed_before_any_reading(brats_dir):
     message = (
         "case Brats18_1_1: no flair scan.*case Brats18_2_1: no flair.*case Brats18_3_1: no mask.*skip_bad_cases=True"
     )
-    with pytest.raises(BratsCaseError, match=f"(?s){message}"):
+    with pytest.raises(ScanError, match=f"(?s){message}"):
         build(brats_dir)
 
 
@@ -335,25 +335,23 @@ def test_decathlon_bad_cases_raise_or_are_skipped(brats_dir, tmp_path):
     root = tmp_path / "Task01_BrainTumour"
     copy_as_decathlon(brats_dir, root)
     save(root / "imagesTr" / "BRATS_002.nii.gz", np.ones((*SHAPE, 3), np.int16))
-    with pytest.raises(BratsCaseError, match=r"case BRATS_002: .* expected four 3-D volumes.*skip_bad_cases=True"):
+    with pytest.raises(ScanError, match=r"case BRATS_002: .* expected four 3-D volumes.*skip_bad_cases=True"):
         build(root)
     (root / "labelsTr" / "BRATS_003.nii.gz").unlink()
-    with pytest.raises(BratsCaseError, match=r"(?s)case BRATS_003: no mask in `.*labelsTr`.*skip_bad_cases=True"):
+    with pytest.raises(ScanError, match=r"(?s)case BRATS_003: no mask in `.*labelsTr`.*skip_bad_cases=True"):
         build(root)
     assert list(build(root, skip_bad_cases=True).skipped_cases) == ["BRATS_002", "BRATS_003"]
 
 
 def test_slice_out_of_range_names_case_plane_and_count(brats_dir):
-    with pytest.raises(
-        BratsCaseError, match=r"case Brats18_\d_1: `.*` has 5 axial slices, there is no slice 95\. Choose"
-    ):
+    with pytest.raises(ScanError, match=r"case Brats18_\d_1: `.*` has 5 axial slices, there is no slice 95\. Choose"):
         build(brats_dir, slices=95)
 
 
 def test_empty_scan_names_case_and_file(brats_dir):
     save(next(brats_dir.rglob("Brats18_2_1_flair.nii.gz")), np.zeros(SHAPE, np.int16))
     with pytest.raises(
-        BratsCaseError, match=r"case Brats18_2_1: `.*Brats18_2_1_flair\.nii\.gz` is empty: all voxels are 0"
+        ScanError, match=r"case Brats18_2_1: `.*Brats18_2_1_flair\.nii\.gz` is empty: all voxels are 0"
     ):
         build(brats_dir)
 
@@ -372,7 +370,7 @@ def test_dangling_link_names_the_case(brats_dir):
     flair = brats_dir / "HGG" / "Brats18_3_1" / "Brats18_3_1_flair.nii.gz"
     flair.unlink()
     flair.symlink_to("annex/not-here")
-    with pytest.raises(BratsCaseError, match="case Brats18_3_1: .*cannot be read"):
+    with pytest.raises(ScanError, match="case Brats18_3_1: .*cannot be read"):
         build(brats_dir)
     assert list(build(brats_dir, skip_bad_cases=True).skipped_cases) == ["Brats18_3_1"]
 
@@ -384,7 +382,7 @@ def test_bad_case_found_on_the_way_raises_or_is_skipped(brats_dir, num_proc, cap
     message = (
         r"case Brats18_2_1: `.*Brats18_2_1_flair\.nii\.gz` is cut off.*Or leave such cases out: `skip_bad_cases=True`"
     )
-    with pytest.raises(BratsCaseError, match=message):
+    with pytest.raises(ScanError, match=message):
         build(brats_dir, num_proc, slices="all")
 
     for _ in range(2):  # the second build comes from the cache
@@ -419,7 +417,7 @@ def test_case_without_tumor_slice_is_reported_not_dropped_silently(brats_dir, ca
 
 def test_no_slice_at_all_is_an_error(brats_dir):
     with pytest.raises(
-        BratsCaseError, match=r"(?s)None of the 5 cases gives a slice:.*no axial slice shows 999 or more pixels"
+        ScanError, match=r"(?s)None of the 5 cases gives a slice:.*no axial slice shows 999 or more pixels"
     ):
         build(brats_dir, slices="tumor", min_tumor_pixels=999)
 

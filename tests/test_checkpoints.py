@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSemanticSegmentation, TrainingArguments
 
 from sam2unet_hf import Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
-from sam2unet_hf.sam2_encoder import encoder_sha256
+from sam2unet_hf.encoder_source_sam2unet import encoder_sha256
 from sam2unet_hf.training import Sam2UNetTrainer, SegmentationTransform
 
 

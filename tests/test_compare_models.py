@@ -79,15 +79,15 @@ def test_patients_in_two_splits_are_refused_unless_allowed(slices, tmp_path):
     for split in ("train", "validation", "test"):
         rows.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
     with pytest.raises(SystemExit, match=r"Patient Phantom_\d+ is in the splits train .* --allow_leaks"):
-        compare_models.Slices(compare_models.parse_args(arguments(str(tmp_path))))
-    data = compare_models.Slices(compare_models.parse_args(arguments(str(tmp_path), "--allow_leaks")))
+        compare_models.ComparisonData(compare_models.parse_args(arguments(str(tmp_path))))
+    data = compare_models.ComparisonData(compare_models.parse_args(arguments(str(tmp_path), "--allow_leaks")))
     assert len(data.splits["test"]) == len(rows)
 
 
 @pytest.mark.parametrize("system", list(compare_models.SYSTEMS))
 def test_loss_falls_on_the_phantom(system, slices):
     args = compare_models.parse_args(arguments(slices))
-    data = compare_models.Slices(args)
+    data = compare_models.ComparisonData(args)
     transformers.set_seed(0)
     model = compare_models.build_model(args, system, data.regions).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
@@ -198,7 +198,7 @@ def rebuilt(tmp_path, monkeypatch):
             image = np.zeros((16, 16), dtype=np.uint8)
             image[4:8] = value
             Image.fromarray(image).save(folder / split / kind / "0.png")
-    monkeypatch.setattr(compare_models, "costs_of", lambda *args: {"steps": 1})
+    monkeypatch.setattr(compare_models, "measure_costs", lambda *args: {"steps": 1})
     monkeypatch.setattr(compare_models, "run", lambda *args: None)
     monkeypatch.setattr(compare_models, "write_report", lambda *args: None)
 
@@ -250,7 +250,7 @@ def test_arguments_are_checked_before_data_is_read_and_measuring_checks_none(reb
     monkeypatch.setattr(compare_models, "fingerprint", never)
     monkeypatch.setattr(compare_models, "measure", lambda *args: {})
     compare_models.main([*argv, "--measure", "unet"])
-    monkeypatch.setattr(compare_models, "Slices", never)
+    monkeypatch.setattr(compare_models, "ComparisonData", never)
     with pytest.raises(SystemExit, match="other values of image_size"):
         compare_models.main([*argv, "--image_size", "96"])
 

@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, Sam2HieraDetConfig
 
 from sam2unet_hf import Sam2UNetConfig
-from sam2unet_hf.configuration_sam2unet import label_names, region_levels
+from sam2unet_hf.regions_sam2unet import label_names, region_levels
 
 
 OWN_FIELDS = sorted(set(Sam2UNetConfig.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__))
@@ -146,8 +146,9 @@ def test_every_field_is_documented():
 @pytest.mark.parametrize("name", OWN_FIELDS)
 def test_every_field_is_read_by_the_model(name):
     package = Path(inspect.getfile(Sam2UNetConfig)).parent
-    tree = ast.parse((package / "modeling_sam2unet.py").read_text())
-    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    files = [package / f"{part}_sam2unet.py" for part in ("modeling", "encoder", "decoder")]
+    trees = [ast.parse(path.read_text()) for path in files]
+    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert name in read
 
 

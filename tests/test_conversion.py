@@ -29,7 +29,7 @@ from transformers import (
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, convert_reference_checkpoint
 from sam2unet_hf.configuration_sam2unet import PRESETS, preset_backbone_config
 from sam2unet_hf.conversion import convert_checkpoint, main
-from sam2unet_hf.sam2_encoder import infer_backbone_config
+from sam2unet_hf.weights_sam2unet import infer_backbone_config
 
 
 # Our names -> those of the reference, and of the original SAM 2 within the encoder.

@@ -20,8 +20,8 @@ from transformers import AutoModelForSemanticSegmentation, TrainingArguments
 
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
-from sam2unet_hf.checkpoints import find_fault
 from sam2unet_hf.training import Sam2UNetTrainer
+from sam2unet_hf.training.resume import why_incomplete
 
 
 TESTS = Path(__file__).parent
@@ -179,7 +179,7 @@ def test_sigterm_to_one_process_or_to_the_launcher_stops_both_at_the_same_step(
     order = {"program": "train", "argv": argv, "watch": str(run), "signal": "SIGTERM", **end}
     said = launch(folder, *TORCHRUN, TESTS / "interrupted_worker.py", json.dumps(order), returncode=1)
     assert said.count(f"Stopped by SIGTERM after step {step} of 6.") == 1, said
-    assert find_fault(run / f"checkpoint-{step}") is None
+    assert why_incomplete(run / f"checkpoint-{step}") is None
     launch(folder, *TORCHRUN, SCRIPT, *argv)
     assert scores_of(run) == scores_of(output_dir)
     assert (run / "model.safetensors").read_bytes() == (output_dir / "model.safetensors").read_bytes()
@@ -346,7 +346,7 @@ def test_sharded_training_from_scratch_estimates_batch_norm(folder, arguments, s
         assert not torch.equal(after[name], before[name])
 
 
-@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [processes.PATIENCE])])
+@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [processes.MAIN_PROCESS_TIMEOUT_S])])
 def test_other_processes_hold_their_errors_back(rank, waits, monkeypatch, tmp_path):
     """Until the launcher ends them or, if the error is theirs alone, they tell it."""
     waited = []
@@ -354,13 +354,13 @@ def test_other_processes_hold_their_errors_back(rank, waits, monkeypatch, tmp_pa
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setattr(processes.time, "sleep", waited.append)
     monkeypatch.setattr(processes.signal, "signal", lambda *args: None)
-    with pytest.raises(SystemExit, match="no such file"), processes.one_error():
+    with pytest.raises(SystemExit, match="no such file"), processes.report_error_once():
         raise SystemExit("no such file") from OSError("details")
     assert waited == waits
     (error,) = json.loads((tmp_path / "error.json").read_text()).values()
     assert error["extraInfo"]["py_callstack"].endswith("SystemExit: no such file\n")
     assert "details" not in error["extraInfo"]["py_callstack"]
-    with pytest.raises(ZeroDivisionError), processes.one_error():
+    with pytest.raises(ZeroDivisionError), processes.report_error_once():
         1 / 0  # noqa: B018
     assert "in test_other" in (tmp_path / "error.json").read_text()
 

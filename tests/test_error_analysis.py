@@ -37,7 +37,7 @@ from error_analysis import (  # noqa: E402
     overlap,
     score_region,
     segment_case,
-    untouched_components,
+    unmatched_lesions,
 )
 from error_plots import WIDTH, box, evenly_spread  # noqa: E402
 
@@ -104,19 +104,19 @@ def test_overlap():
 def test_untouched_components_join_corners_and_know_size_and_place():
     truth = mask_of((0, 2, 0, 2), (2, 4, 2, 4), (10, 13, 10, 15), (18, 20, 28, 30))
     prediction = mask_of((3, 5, 3, 5), (10, 13, 15, 20))  # the second only lies beside
-    assert untouched_components(truth, prediction) == (
+    assert unmatched_lesions(truth, prediction) == (
         3,
         [
             {"pixels": 15, "centre_row": 11.0, "centre_column": 12.0},
             {"pixels": 4, "centre_row": 18.5, "centre_column": 28.5},
         ],
     )
-    assert untouched_components(prediction, truth) == (
+    assert unmatched_lesions(prediction, truth) == (
         2,
         [{"pixels": 15, "centre_row": 11.0, "centre_column": 17.0}],
     )
-    assert untouched_components(mask_of(), truth) == (0, [])
-    assert untouched_components(truth, mask_of())[0] == 3
+    assert unmatched_lesions(mask_of(), truth) == (0, [])
+    assert unmatched_lesions(truth, mask_of())[0] == 3
 
 
 def test_contrast_is_against_the_ring_inside_the_head():

@@ -11,7 +11,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from common import BRATS_REGIONS, small_model
+from common import BRATS_REGIONS, CODE, small_model
 from evaluate.utils.gradio import infer_gradio_input_types, parse_gradio_data
 from loopback_hub import LoopbackHub
 from PIL import Image
@@ -20,8 +20,6 @@ from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.hub import main, write_metric_space
 
 
-CODE = ["configuration_sam2unet.py", "image_processing_sam2unet.py", "loss_sam2unet.py", "modeling_sam2unet.py"]
-CODE.append("sam2_encoder.py")
 METRICS = Path(__file__).parent.parent / "sam2unet_hf" / "metrics"
 REPO = "tester/sam2unet-brats"
 

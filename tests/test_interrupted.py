@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
-from sam2unet_hf.checkpoints import find_fault
+from sam2unet_hf.training.resume import why_incomplete
 
 
 # By epoch with a trained encoder, whose batch norm is estimated anew; and by step, ending within an epoch.
@@ -167,7 +167,7 @@ def test_sigterm_saves_and_ends_the_run_which_goes_on(runner, recipe, phase, cou
     log = runner.log(name)
     assert answer["code"] == 128 + 15, log
     assert f"Stopped by SIGTERM after step {step} of " in log
-    assert find_fault(runner.folder / name / f"checkpoint-{step}") is None
+    assert why_incomplete(runner.folder / name / f"checkpoint-{step}") is None
     assert not (runner.folder / name / "model.safetensors").exists()
     runner.finish(recipe, name)
     assert f"Going on with the unfinished run in {runner.folder / name} from checkpoint-{step}." in runner.log(name)
@@ -189,7 +189,7 @@ def test_sigterm_leaves_a_checkpoint_that_changes_nothing(runner, options, phase
     assert answer["code"] == 128 + 15, runner.log(names[1])
     checkpoint = runner.folder / names[1] / f"checkpoint-{step}"
     assert f"after step {step} of 7. The same command goes on from {checkpoint}." in runner.log(names[1])
-    assert find_fault(checkpoint) is None
+    assert why_incomplete(checkpoint) is None
     assert runner.run("steps", names[1], *options)["code"] == 0, runner.log(names[1])
     assert runner.outcome(names[1]) == runner.outcome(names[0])
 

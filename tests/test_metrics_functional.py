@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from scipy import ndimage
 
-from sam2unet_hf.metrics.functional import MEASURES, Accumulator, columns_of, score, to_mask, to_probability
+from sam2unet_hf.metrics.functional import MEASURES, Accumulator, num_columns, score, to_mask, to_probability
 
 
 MINMAX = {"normalize": "minmax"}
@@ -282,8 +282,8 @@ def test_measures_alone_equal_all_together():
     columns = 0
     for measure in MEASURES:
         alone = score(prediction, mask, [measure])
-        assert np.array_equal(alone, together[columns : columns + columns_of(measure)])
-        columns += columns_of(measure)
+        assert np.array_equal(alone, together[columns : columns + num_columns(measure)])
+        columns += num_columns(measure)
     assert columns == len(together)
 
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from sam2unet_hf import metrics
+from sam2unet_hf.cases import find_cases
 from sam2unet_hf.metrics.volume_functional import (
     ONE_EMPTY_MM,
     VOLUME_MEASURES,
@@ -31,7 +32,6 @@ from sam2unet_hf.metrics.volume_functional import (
     sensitivity,
     specificity,
 )
-from sam2unet_hf.nifti import find_cases
 
 
 BRATS_DIR = Path(os.environ.get("BRATS_DIR", Path(__file__).parents[2] / "shared" / "brats"))

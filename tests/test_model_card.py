@@ -18,20 +18,20 @@ from transformers import TrainingArguments
 
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
-from sam2unet_hf.augmentation import augmentation
 from sam2unet_hf.hub import (
     CHECKPOINT_FILES,
     MEASURES,
-    is_same_model,
-    is_unedited,
+    files_to_push,
+    has_valid_checksum,
+    have_equal_weights,
     main,
     parse_score,
     render_model_card,
-    shared_files,
     sign,
     write_model_card,
 )
 from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform
+from sam2unet_hf.training.augmentation import augmentation
 
 
 ROOT = Path(__file__).parent.parent
@@ -127,7 +127,7 @@ def test_pictures_of_the_data_are_shown_only_if_they_may_be_shared(folder, share
     text = (folder / "README.md").read_text()
     assert "(training_curve.png)" in text
     assert ("(predictions.png)" in text) == shared
-    assert ("predictions.png" in shared_files(folder)) == shared
+    assert ("predictions.png" in files_to_push(folder)) == shared
 
 
 def test_paths_of_this_machine_are_not_in_the_card(folder, tmp_path):
@@ -183,9 +183,9 @@ def test_the_command_line_writes_the_card(folder, capsys):
 
 def test_an_edit_is_seen_wherever_it_is(folder):
     text = render_model_card(folder)
-    assert is_unedited(text)
+    assert has_valid_checksum(text)
     for edited in (text.replace("unet", "u-net", 1), text + "more\n", text.rpartition("<!--")[0], "", "# Mine\n"):
-        assert not is_unedited(edited)
+        assert not has_valid_checksum(edited)
 
 
 def test_the_top_level_file_is_the_template_of_the_package():
@@ -202,19 +202,19 @@ def test_what_is_shared_is_what_a_checkpoint_writes(folder):
 def test_checkpoints_are_compared(folder, tmp_path):
     model = Sam2UNetForSemanticSegmentation.from_pretrained(folder)
     model.save_pretrained(tmp_path / "same", max_shard_size="300KB")
-    assert is_same_model(tmp_path / "same", folder)
+    assert have_equal_weights(tmp_path / "same", folder)
     part = {name: value for name, value in model.state_dict().items() if not name.startswith("decode_head.up")}
     model.save_pretrained(tmp_path / "part", state_dict=part)
-    assert not is_same_model(tmp_path / "part", folder)
+    assert not have_equal_weights(tmp_path / "part", folder)
     with torch.no_grad():
         model.decode_head.classifier.bias[0] += 1e-6
     model.save_pretrained(tmp_path / "other")
-    assert not is_same_model(tmp_path / "other", folder)
-    assert not is_same_model(tmp_path / "other", tmp_path / "nowhere")
+    assert not have_equal_weights(tmp_path / "other", folder)
+    assert not have_equal_weights(tmp_path / "other", tmp_path / "nowhere")
     config = json.loads((folder / "config.json").read_text())
     regions = [["a", ids] for _, ids in config["regions"][:1]] + config["regions"][1:]
     (tmp_path / "same" / "config.json").write_text(json.dumps({**config, "regions": regions}))
-    assert not is_same_model(tmp_path / "same", folder)
+    assert not have_equal_weights(tmp_path / "same", folder)
 
 
 def trainer_of(tmp_path, **kwargs):

@@ -12,7 +12,7 @@ from sam2unet_hf import (
     modeling_sam2unet,
 )
 from sam2unet_hf.configuration_sam2unet import PRESETS, preset_backbone_config
-from sam2unet_hf.modeling_sam2unet import Sam2UNetWindowLayout
+from sam2unet_hf.windows_sam2unet import Sam2UNetWindowLayout
 
 
 SIZES = [(352, 352), (224, 320), (96, 96), (512, 384)]

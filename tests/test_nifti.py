@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from nibabel import orientations
 
-from sam2unet_hf import nifti
-from sam2unet_hf.nifti import BratsCaseError, IntensityWindow, find_cases, intensity_window, read_volume, take_slice
+from sam2unet_hf import scans_sam2unet
+from sam2unet_hf.cases import find_cases
+from sam2unet_hf.scans_sam2unet import IntensityWindow, ScanError, intensity_window, read_volume, take_slice
 
 
 SHAPE = (8, 9, 5)
@@ -154,7 +155,7 @@ def test_find_cases_scans_of_two_cases_in_one_folder_is_an_error(tmp_path):
     save(tmp_path / "A_1_flair.nii", make_scan())
     save(tmp_path / "B_2_flair.nii", make_scan())
     (case,) = find_cases(tmp_path)
-    with pytest.raises(BratsCaseError, match=r"holds scans of A_1, B_2\. Give each case a folder of its own"):
+    with pytest.raises(ScanError, match=r"holds scans of A_1, B_2\. Give each case a folder of its own"):
         case.read_image("flair")
 
 
@@ -162,13 +163,13 @@ def test_find_cases_same_case_twice_is_an_error(tmp_path):
     make_case(tmp_path / "HGG")
     make_case(tmp_path / "copy")
     for case in find_cases(tmp_path):
-        with pytest.raises(BratsCaseError, match=r"case BraTS20_Training_001: found in 2 folders.*Keep one of them"):
+        with pytest.raises(ScanError, match=r"case BraTS20_Training_001: found in 2 folders.*Keep one of them"):
             case.read_mask()
 
 
 def test_find_cases_two_naming_styles_in_one_case_is_an_error(folder):
     save(folder / "BraTS20_Training_001-seg.nii.gz", make_mask())
-    with pytest.raises(BratsCaseError, match="_seg.nii.gz.* are both seg files. Keep one of them"):
+    with pytest.raises(ScanError, match="_seg.nii.gz.* are both seg files. Keep one of them"):
         find_cases(folder)[0].read_mask()
 
 
@@ -220,7 +221,7 @@ def test_find_cases_decathlon_without_masks_only_if_named(decathlon, path):
     (case,) = find_cases(decathlon / path)
     assert case.case_id == "BRATS_485"
     np.testing.assert_array_equal(case.read_image("t1").voxels, make_scan(1))
-    with pytest.raises(BratsCaseError, match=r"BRATS_485: no mask in `.*labelsTs`.*test cases come without masks"):
+    with pytest.raises(ScanError, match=r"BRATS_485: no mask in `.*labelsTs`.*test cases come without masks"):
         case.read_mask()
 
 
@@ -248,7 +249,7 @@ def test_find_cases_decathlon_beside_brats(tmp_path, folder, decathlon):
 def test_find_cases_decathlon_twice_is_an_error(tmp_path):
     for copy in ("a", "b"):
         make_decathlon_case(tmp_path / copy)
-    with pytest.raises(BratsCaseError, match="case BRATS_001: found in 2 folders.*Keep one of them"):
+    with pytest.raises(ScanError, match="case BRATS_001: found in 2 folders.*Keep one of them"):
         find_cases(tmp_path)[0].read_image("flair")
 
 
@@ -371,8 +372,8 @@ def test_read_images_equals_reading_one_by_one(request, layout):
 
 def test_read_images_opens_a_decathlon_file_once_and_keeps_what_was_asked_for(decathlon, monkeypatch):
     opened = []
-    open_file = nifti._open
-    monkeypatch.setattr(nifti, "_open", lambda path, name: opened.append(path) or open_file(path, name))
+    open_file = scans_sam2unet._open
+    monkeypatch.setattr(scans_sam2unet, "_open", lambda path, name: opened.append(path) or open_file(path, name))
     case = find_cases(decathlon)[0]
     for volume in case.read_images(["t1ce", "t2", "flair"]):
         memory = volume.voxels
@@ -396,7 +397,7 @@ def test_read_volume_checks_the_sum_of_a_gzipped_file(tmp_path):
     data = bytearray(gzip.compress(nib.Nifti1Image(voxels, LPS).to_bytes(), 1))
     data[-8] ^= 1
     (tmp_path / "x.nii.gz").write_bytes(data)
-    with pytest.raises(BratsCaseError, match=r"x\.nii\.gz` is damaged \(CRC check failed.*Copy or download it again"):
+    with pytest.raises(ScanError, match=r"x\.nii\.gz` is damaged \(CRC check failed.*Copy or download it again"):
         read_volume(tmp_path / "x.nii.gz")
 
 
@@ -425,7 +426,7 @@ def test_read_volume_integers_beyond_double_precision_are_an_error(tmp_path):
     assert read_volume(tmp_path / "x.nii").voxels.max() == 2**53
     voxels[2, 2, 2] = -(2**53) - 1
     nib.save(nib.Nifti1Image(voxels, LPS, dtype=np.int64), tmp_path / "x.nii")
-    with pytest.raises(BratsCaseError, match=r"x\.nii` holds integers beyond 2\*\*53, which no scan does"):
+    with pytest.raises(ScanError, match=r"x\.nii` holds integers beyond 2\*\*53, which no scan does"):
         read_volume(tmp_path / "x.nii")
 
 
@@ -465,7 +466,7 @@ def test_read_mask_unknown_label_names_case_file_and_set(tmp_path, names, values
     voxels = np.zeros(SHAPE, np.float32)
     voxels[3:6, 4, 2] = values
     save(path, voxels)
-    with pytest.raises(BratsCaseError, match=rf"case X_1: `.*X_1{names['seg']}\.nii\.gz` holds .*{message}"):
+    with pytest.raises(ScanError, match=rf"case X_1: `.*X_1{names['seg']}\.nii\.gz` holds .*{message}"):
         find_cases(tmp_path)[0].read_mask()
 
 
@@ -476,7 +477,7 @@ def test_read_mask_decathlon_unknown_label_names_case_file_and_set(decathlon, va
     message = (
         rf"holds {count} unknown labels \({value}\)\. A mask of the Decathlon may hold 0, 1, 2, 3: 1 is ED, 2 NCR"
     )
-    with pytest.raises(BratsCaseError, match=rf"case BRATS_001: `.*labelsTr.BRATS_001\.nii\.gz` {message}"):
+    with pytest.raises(ScanError, match=rf"case BRATS_001: `.*labelsTr.BRATS_001\.nii\.gz` {message}"):
         find_cases(decathlon)[0].read_mask()
 
 
@@ -491,13 +492,9 @@ def test_missing_modality_and_mask_say_what_is_expected(folder, case_files):
     case_files["t1ce"].unlink()
     case_files["seg"].unlink()
     (case,) = find_cases(folder)
-    with pytest.raises(
-        BratsCaseError, match=r"case BraTS20_Training_001: no t1ce scan in `.*`, expected .*_t1ce\.nii"
-    ):
+    with pytest.raises(ScanError, match=r"case BraTS20_Training_001: no t1ce scan in `.*`, expected .*_t1ce\.nii"):
         case.read_image("t1ce")
-    with pytest.raises(
-        BratsCaseError, match=r"case BraTS20_Training_001: no mask in `.*test cases come without masks"
-    ):
+    with pytest.raises(ScanError, match=r"case BraTS20_Training_001: no mask in `.*test cases come without masks"):
         case.read_mask()
 
 
@@ -638,16 +635,14 @@ def write_pipe(path):
 def test_read_image_bad_file_names_case_file_and_remedy(folder, case_files, write, message):
     (case,) = find_cases(folder)
     write(case_files["flair"])
-    with pytest.raises(BratsCaseError, match=rf"case BraTS20_Training_001: `.*001_flair\.nii\.gz` {message}"):
+    with pytest.raises(ScanError, match=rf"case BraTS20_Training_001: `.*001_flair\.nii\.gz` {message}"):
         case.read_image("flair")
 
 
 def test_read_image_other_shape_is_an_error(folder, case_files):
     save(case_files["flair"], make_scan()[:, :, :4])
     (case,) = find_cases(folder)
-    with pytest.raises(
-        BratsCaseError, match=r"_flair.nii.gz` has the shape \(8, 9, 4\), .*_seg.nii.gz` \(8, 9, 5\).*Res"
-    ):
+    with pytest.raises(ScanError, match=r"_flair.nii.gz` has the shape \(8, 9, 4\), .*_seg.nii.gz` \(8, 9, 5\).*Res"):
         case.read_image("flair", same_grid_as=case.read_mask())
 
 
@@ -659,9 +654,7 @@ def test_read_image_other_affine_is_an_error_beyond_the_tolerance(folder, case_f
     case.read_image("flair", same_grid_as=case.read_mask())
     moved[0, 3] += 2
     save(case_files["flair"], make_scan(), moved)
-    with pytest.raises(
-        BratsCaseError, match=r"flair.nii.gz` and .*seg.nii.gz` have different affines: .* 2\.05 mm apart"
-    ):
+    with pytest.raises(ScanError, match=r"flair.nii.gz` and .*seg.nii.gz` have different affines: .* 2\.05 mm apart"):
         case.read_image("flair", same_grid_as=case.read_mask())
 
 
@@ -677,11 +670,11 @@ def test_decathlon_missing_image_and_mask_say_what_is_expected(decathlon):
     (decathlon / "labelsTr" / "BRATS_002.nii.gz").unlink()
     no_image, no_mask = find_cases(decathlon)
     with pytest.raises(
-        BratsCaseError, match=r"case BRATS_001: no t2 scan in `.*imagesTr`, expected BRATS_001\.nii\[\.gz\]\. Download"
+        ScanError, match=r"case BRATS_001: no t2 scan in `.*imagesTr`, expected BRATS_001\.nii\[\.gz\]\. Download"
     ):
         no_image.read_image("t2")
     with pytest.raises(
-        BratsCaseError, match=r"case BRATS_002: no mask in `.*labelsTr`, expected BRATS_002\.nii\[\.gz\]\. Download"
+        ScanError, match=r"case BRATS_002: no mask in `.*labelsTr`, expected BRATS_002\.nii\[\.gz\]\. Download"
     ):
         no_mask.read_mask()
 
@@ -693,7 +686,7 @@ def test_decathlon_missing_image_and_mask_say_what_is_expected(decathlon):
 def test_decathlon_other_than_four_volumes_is_an_error(decathlon, shape, shown):
     save(decathlon / "imagesTr" / "BRATS_001.nii.gz", np.ones(shape, np.int16))
     message = rf"has the shape {re.escape(shown)}, expected four 3-D volumes, flair, t1, t1ce, t2\. Download it again"
-    with pytest.raises(BratsCaseError, match=rf"case BRATS_001: `.*imagesTr.BRATS_001\.nii\.gz` {message}"):
+    with pytest.raises(ScanError, match=rf"case BRATS_001: `.*imagesTr.BRATS_001\.nii\.gz` {message}"):
         find_cases(decathlon)[0].read_image("flair")
 
 
@@ -705,7 +698,7 @@ def test_decathlon_nan_concerns_the_modality_that_holds_it(decathlon):
     case = find_cases(decathlon)[0]
     case.read_image("flair")
     with pytest.raises(
-        BratsCaseError, match=r"case BRATS_001: `.*BRATS_001\.nii\.gz` \(t1ce\) holds 1 voxels that are NaN"
+        ScanError, match=r"case BRATS_001: `.*BRATS_001\.nii\.gz` \(t1ce\) holds 1 voxels that are NaN"
     ):
         case.read_images(["flair", "t1ce"])
 
@@ -713,7 +706,7 @@ def test_decathlon_nan_concerns_the_modality_that_holds_it(decathlon):
 def test_decathlon_cut_off_behind_the_wanted_volume_is_an_error(decathlon):
     path = decathlon / "imagesTr" / "BRATS_001.nii.gz"
     path.write_bytes(gzip.decompress(path.read_bytes())[:-1])
-    with pytest.raises(BratsCaseError, match=r"BRATS_001\.nii\.gz` is cut off: its header promises 2880 bytes"):
+    with pytest.raises(ScanError, match=r"BRATS_001\.nii\.gz` is cut off: its header promises 2880 bytes"):
         find_cases(decathlon)[0].read_image("flair")
 
 
@@ -722,13 +715,13 @@ def test_decathlon_mask_on_another_grid_is_an_error(decathlon):
     case = find_cases(decathlon)[0]
     case.read_image("flair", same_grid_as=case.read_mask())  # the same box, stored the other way round
     save(decathlon / "labelsTr" / "BRATS_001.nii.gz", make_mask((1, 2, 3))[:, :, :4])
-    with pytest.raises(BratsCaseError, match=r"\(flair\) has the shape \(8, 9, 5\), .*labelsTr.* \(8, 9, 4\)"):
+    with pytest.raises(ScanError, match=r"\(flair\) has the shape \(8, 9, 5\), .*labelsTr.* \(8, 9, 4\)"):
         case.read_images(["flair"], same_grid_as=case.read_mask())
 
 
 def test_read_images_without_a_mask_share_the_grid_of_the_first(folder, case_files):
     save(case_files["t2"], make_scan()[:, :, :4])
-    with pytest.raises(BratsCaseError, match=r"_t2.nii.gz` has the shape \(8, 9, 4\), .*_flair.nii.gz` \(8, 9, 5\)"):
+    with pytest.raises(ScanError, match=r"_t2.nii.gz` has the shape \(8, 9, 4\), .*_flair.nii.gz` \(8, 9, 5\)"):
         find_cases(folder)[0].read_images(["flair", "t2"])
 
 
@@ -794,9 +787,7 @@ def test_volumes_one_voxel_thick(tmp_path, shape):
     volume = read_volume(save(tmp_path / "x.nii.gz", voxels))
     np.testing.assert_array_equal(volume.voxels, voxels)
     if shape == (1, 1, 1):
-        with pytest.raises(
-            BratsCaseError, match=r"x\.nii\.gz` is empty: all voxels are \d+, there is nothing to scale"
-        ):
+        with pytest.raises(ScanError, match=r"x\.nii\.gz` is empty: all voxels are \d+, there is nothing to scale"):
             intensity_window(volume)
     else:
         assert intensity_window(volume).apply(voxels).max() == 255
@@ -843,10 +834,10 @@ def test_extremes_of_every_type_become_the_right_grey(tmp_path, dtype, low, high
 @pytest.mark.parametrize("value", [0, 5])
 def test_intensity_window_constant_volume_is_an_error(tmp_path, value):
     volume = read_volume(save(tmp_path / "x.nii", np.full(SHAPE, value, np.int16)))
-    with pytest.raises(BratsCaseError, match=rf"x\.nii` is empty: all voxels are {value}, there is nothing to scale"):
+    with pytest.raises(ScanError, match=rf"x\.nii` is empty: all voxels are {value}, there is nothing to scale"):
         intensity_window(volume)
 
 
 @pytest.mark.parametrize(("plane", "expected"), [("axial", (2, 1)), ("coronal", (3, 1)), ("sagittal", (3, 2))])
 def test_pixels_are_as_high_and_wide_as_their_voxels(plane, expected):
-    assert nifti.pixel_size_mm((1, 2, 3), plane) == expected
+    assert scans_sam2unet.pixel_size_mm((1, 2, 3), plane) == expected

@@ -41,7 +41,7 @@ def test_the_record_of_a_run_has_what_repeats_it_and_no_token(tmp_path, monkeypa
     argv = ["run_segmentation.py", "--use_cpu", "--output_dir", str(tmp_path), "--hub_token", "hf_secret"]
     monkeypatch.setattr(sys, "argv", [*argv[:-2], "--hub_token=hf_secret", "--seed", "3"])
     _, _, args = run_segmentation.parse_arguments(sys.argv[1:])
-    record = provenance.describe({"a": (1, 2)}, args, DatasetDict({"train": make_rows(tmp_path / "rows")}))
+    record = provenance.run_record({"a": (1, 2)}, args, DatasetDict({"train": make_rows(tmp_path / "rows")}))
     provenance.write_json(tmp_path / provenance.RECORD, record)
     text = (tmp_path / provenance.RECORD).read_text()
     assert "hf_secret" not in text
@@ -52,8 +52,8 @@ def test_the_record_of_a_run_has_what_repeats_it_and_no_token(tmp_path, monkeypa
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     if head.returncode == 0:
         assert found["git"]["commit"] == head.stdout.strip()
-    assert provenance.changes(found["arguments"], {"a": (1, 2)}) == {}
-    assert provenance.changes(found["arguments"], {"a": (1, 3), "b": 0}) == {"a": [1, 2], "b": None}
+    assert provenance.changed_values(found["arguments"], {"a": (1, 2)}) == {}
+    assert provenance.changed_values(found["arguments"], {"a": (1, 3), "b": 0}) == {"a": [1, 2], "b": None}
 
 
 def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path):

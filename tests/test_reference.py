@@ -66,7 +66,7 @@ def test_losses_equal_reference(converted, outputs, case):
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_gradients_equal_reference(outputs, monkeypatch, gradient_checkpointing, dtype, tolerance):
     from sam2unet_hf.conversion import REFERENCE_NAMES
-    from sam2unet_hf.sam2_encoder import rename
+    from sam2unet_hf.weights_sam2unet import rename
 
     facts = reference_facts()
     model = convert_reference_checkpoint(

@@ -7,19 +7,11 @@ import sys
 
 import pytest
 import torch
-from common import BRATS_REGIONS, small_model
+from common import BRATS_REGIONS, CODE, small_model
 from PIL import Image
 
 from sam2unet_hf import Sam2UNetImageProcessor
 
-
-CODE = [
-    "configuration_sam2unet.py",
-    "image_processing_sam2unet.py",
-    "loss_sam2unet.py",
-    "modeling_sam2unet.py",
-    "sam2_encoder.py",
-]
 
 # Run in another folder with another cache; the arguments are the checkpoint, an image and where to write.
 LOADER = """

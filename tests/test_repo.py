@@ -13,19 +13,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from common import TRAVELLING_FILES
 from packaging.requirements import Requirement
 
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ["sam2unet_hf", "dataset_scripts"]
-FLAT_FILES = [
-    "configuration_sam2unet.py",
-    "image_processing_sam2unet.py",
-    "loss_sam2unet.py",
-    "modeling_sam2unet.py",
-    "sam2_encoder.py",
-]
 ALLOWED_IMPORTS = {"PIL", "huggingface_hub", "numpy", "safetensors", "torch", "torchvision", "transformers"}
+# Those that read scans, whom nobody asks to segment pictures.
+SCAN_IMPORTS = {"isal", "nibabel", "tqdm"}
 
 
 def module_names():
@@ -60,7 +56,7 @@ OBJECTS = public_objects()
 
 
 def test_the_modules_are_found():
-    assert {f"sam2unet_hf.{name.removesuffix('.py')}" for name in FLAT_FILES} <= set(MODULES)
+    assert {f"sam2unet_hf.{name.removesuffix('.py')}" for name in TRAVELLING_FILES} <= set(MODULES)
     assert "sam2unet_hf.modeling_sam2unet.Sam2UNetForSemanticSegmentation.forward" in OBJECTS
     assert "sam2unet_hf.conversion.convert_reference_checkpoint" in OBJECTS
 
@@ -149,10 +145,10 @@ def test_there_are_examples_in_docstrings():
         assert sum(len(test.examples) for test in doctest.DocTestFinder().find(module)) > 2
 
 
-@pytest.mark.parametrize("name", FLAT_FILES)
+@pytest.mark.parametrize("name", TRAVELLING_FILES)
 def test_code_that_travels_with_the_weights_imports_only_siblings_and_the_hubs_libraries(name):
     tree = ast.parse((ROOT / "sam2unet_hf" / name).read_text())
-    siblings = {file.removesuffix(".py") for file in FLAT_FILES}
+    siblings = {file.removesuffix(".py") for file in TRAVELLING_FILES}
     # What they do without where it is missing.
     optional = {
         node
@@ -169,17 +165,18 @@ def test_code_that_travels_with_the_weights_imports_only_siblings_and_the_hubs_l
             modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             for module in modules:
                 top = module.split(".")[0]
-                assert top in ALLOWED_IMPORTS | sys.stdlib_module_names, ast.unparse(node)
+                scans = SCAN_IMPORTS if name in ("scans_sam2unet.py", "volume_sam2unet.py") else set()
+                assert top in ALLOWED_IMPORTS | scans | sys.stdlib_module_names, ast.unparse(node)
 
 
 def test_code_that_travels_is_what_the_model_imports():
     from transformers.dynamic_module_utils import get_relative_import_files
 
     package = ROOT / "sam2unet_hf"
-    needed = {"image_processing_sam2unet.py", "modeling_sam2unet.py"}
+    needed = {"image_processing_sam2unet.py", "modeling_sam2unet.py", "scans_sam2unet.py"}
     for name in sorted(needed):
         needed |= {Path(file).name for file in get_relative_import_files(package / name)}
-    assert sorted(needed) == FLAT_FILES
+    assert sorted(needed) == TRAVELLING_FILES
 
 
 def unsound_requirements(pyproject):

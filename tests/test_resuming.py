@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sam2unet_hf.checkpoints import StopOnSigterm, find_fault, last_whole_checkpoint
+from sam2unet_hf.training.resume import StopOnSigterm, last_complete_checkpoint, why_incomplete
 
 
 @pytest.fixture
@@ -52,23 +52,23 @@ def truncate(path, length):
 def test_a_checkpoint_that_misses_something_is_passed_over(output_dir, name, length, fault, caplog):
     path = output_dir / "checkpoint-10" / name
     path.unlink() if length is None else truncate(path, length)
-    assert find_fault(path.parent) == fault
-    assert last_whole_checkpoint(output_dir) == str(output_dir / "checkpoint-9")
+    assert why_incomplete(path.parent) == fault
+    assert last_complete_checkpoint(output_dir) == str(output_dir / "checkpoint-9")
     assert f"checkpoint-10 is incomplete ({fault}), passing it over." in caplog.text
 
 
 def test_the_newest_whole_checkpoint_is_that_of_the_highest_step(output_dir):
     (output_dir / "checkpoint-best").mkdir()
-    assert last_whole_checkpoint(output_dir) == str(output_dir / "checkpoint-10")
+    assert last_complete_checkpoint(output_dir) == str(output_dir / "checkpoint-10")
     shutil.rmtree(output_dir / "checkpoint-10")
     shutil.rmtree(output_dir / "checkpoint-9")
-    assert last_whole_checkpoint(output_dir) is None
-    assert last_whole_checkpoint(output_dir / "nowhere") is None
+    assert last_complete_checkpoint(output_dir) is None
+    assert last_complete_checkpoint(output_dir / "nowhere") is None
 
 
 def test_a_state_without_a_step_is_none(output_dir):
     (output_dir / "checkpoint-9" / "trainer_state.json").write_text("[]")
-    assert find_fault(output_dir / "checkpoint-9") == "trainer_state.json holds no state"
+    assert why_incomplete(output_dir / "checkpoint-9") == "trainer_state.json holds no state"
 
 
 def test_sigterm_is_left_to_whoever_had_it_though_training_began_twice():
@@ -76,6 +76,6 @@ def test_sigterm_is_left_to_whoever_had_it_though_training_began_twice():
     stop = StopOnSigterm(SimpleNamespace(num_processes=1))
     for _ in range(2):  # as after an error that is met by a smaller batch
         stop.on_train_begin(None, None, None)
-    assert signal.getsignal(signal.SIGTERM) == stop._ask
+    assert signal.getsignal(signal.SIGTERM) == stop._on_signal
     stop.on_train_end(None, None, None)
     assert signal.getsignal(signal.SIGTERM) == before

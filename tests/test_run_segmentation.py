@@ -193,7 +193,11 @@ def test_going_on_from_a_checkpoint_keeps_its_regions_and_size(checkpoint, argum
 
 def find_checkpoint(*arguments):
     model_args, data_args, args = run_segmentation.parse_arguments(["--use_cpu", *arguments])
-    values = {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args), **run_segmentation.lasting(args)}
+    values = {
+        **dataclasses.asdict(model_args),
+        **dataclasses.asdict(data_args),
+        **run_segmentation.resume_arguments(args),
+    }
     record = {"arguments": values, "data": {}, "versions": {}, "git": {}}
     return run_segmentation.find_checkpoint(values, args), record, args
 

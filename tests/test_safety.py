@@ -18,10 +18,10 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForSemanticSegmentation, TrainingArguments
 
 from sam2unet_hf import Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
-from sam2unet_hf.sam2_encoder import weight_files
-from sam2unet_hf.streaming import open_parquet
 from sam2unet_hf.training import Sam2UNetTrainer, SegmentationTransform
+from sam2unet_hf.training.streaming import open_parquet
 from sam2unet_hf.volume import Sam2UNetVolumePipeline
+from sam2unet_hf.weights_sam2unet import weight_files
 
 
 ROOT = Path(__file__).parent.parent

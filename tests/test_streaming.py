@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from dataset_scripts.brats_slices.__main__ import main as write_brats_slices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor, Sam2UNetOutput
-from sam2unet_hf.streaming import ParquetRows, RowGroupSampler, open_parquet
 from sam2unet_hf.training import SegmentationTransform, collate
+from sam2unet_hf.training.streaming import ParquetRows, RowGroupSampler, open_parquet
 
 
 TESTS = Path(__file__).parent
@@ -196,7 +196,7 @@ def test_errors_name_file_and_remedy(folder, rows, tmp_path, monkeypatch):
         ParquetRows([str(tmp_path / "none.parquet")])
     with pytest.raises(ValueError, match="`shuffle_buffer` must be a number of rows from 0 on, got -1"):
         ParquetRows([], shuffle_buffer=-1)
-    monkeypatch.setattr("sam2unet_hf.streaming.MAX_ROW_GROUP_BYTES", 1000)
+    monkeypatch.setattr("sam2unet_hf.training.streaming.MAX_ROW_GROUP_BYTES", 1000)
     with pytest.raises(ValueError, match=r"Row group 0 of `.*train-00000.* MiB.*to_parquet\(path, batch_size=100\)"):
         open_parquet(str(folder))
     monkeypatch.undo()
@@ -309,7 +309,7 @@ def test_streamed_batch_norm_is_estimated_on_rows_of_several_places(folder, tmp_
     assert len(seen) == 2
     assert len(set(seen[0])) == 8
     assert max(seen[0]) - min(seen[0]) > 8
-    assert trainer.recipe()["augmentation"] == "RandomHorizontalFlip, RandomVerticalFlip"
+    assert trainer.hyperparameters()["augmentation"] == "RandomHorizontalFlip, RandomVerticalFlip"
 
 
 def test_streaming_says_what_it_needs(folder, tmp_path, monkeypatch):

@@ -7,9 +7,9 @@ from PIL import Image as PILImage
 from transformers import TrainingArguments
 
 from sam2unet_hf import Sam2UNetImageProcessor
-from sam2unet_hf.augmentation import augmentation
 from sam2unet_hf.metrics import Accumulator
 from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform, collate
+from sam2unet_hf.training.augmentation import augmentation
 
 
 SIZES = [(70, 64), (64, 80), (90, 66), (64, 64), (100, 72)]
@@ -181,7 +181,7 @@ def test_a_run_resumed_within_an_epoch_sees_the_same_images(rows, tmp_path):
 def test_transform_maps_labels_at_once():
     transform = SegmentationTransform(Sam2UNetImageProcessor(), label_mapping={255: 1, 1: 2})
     mask = np.array([[0, 255], [1, 3]], dtype=np.uint8)
-    assert transform.read_mask(PILImage.fromarray(mask)).tolist() == [[0, 1], [2, 3]]
+    assert transform.to_label_ids(PILImage.fromarray(mask)).tolist() == [[0, 1], [2, 3]]
 
 
 @pytest.mark.parametrize(("batch_size", "by_batch"), [(1, True), (2, True), (5, True), (2, False)])

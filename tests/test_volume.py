@@ -16,8 +16,9 @@ from nibabel import orientations
 from dataset_scripts.brats_slices import BratsSlices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.cases import find_cases
 from sam2unet_hf.metrics import VolumeReport
-from sam2unet_hf.nifti import BratsCaseError, find_cases, intensity_window, take_slice
+from sam2unet_hf.scans_sam2unet import ScanError, intensity_window, take_slice
 from sam2unet_hf.training import SegmentationTransform
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, check_et_label, main, write_nifti
 
@@ -332,7 +333,7 @@ def test_wrong_use_says_what_to_do(cohort, segment, tmp_path):
         Sam2UNetVolumePipeline(segment.model, segment.processor, ["flair", "t2"])
     other = nib.Nifti1Image(np.ones((40, 40, 25), np.int16), nib.load(case.path("t2")).affine)
     nib.save(other, tmp_path / "t2.nii.gz")
-    with pytest.raises(BratsCaseError, match="Resample one onto the other"):
+    with pytest.raises(ScanError, match="Resample one onto the other"):
         segment({name: case.path(name) for name in THREE[:2]} | {"t2": tmp_path / "t2.nii.gz"})
 
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from datasets.info import DatasetInfosDict
 from huggingface_hub.errors import HTTPError  # of its HTTP library, which is not the same in all versions
 
-from sam2unet_hf.nifti import MODALITIES, PLANES
+from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
 
 from .brats_slices import CITATION, DECATHLON_CITATION, BratsSlices
 
@@ -108,7 +108,7 @@ def write_dataset(
     Raises:
         FileExistsError: If the folder is not empty. If it holds what was written for `repo_id`, the message names the
             command that uploads it.
-        BratsCaseError: If a case cannot be used and the builder does not skip bad cases.
+        ScanError: If a case cannot be used and the builder does not skip bad cases.
     """
     output_dir = Path(os.path.abspath(output_dir))
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):

@@ -18,8 +18,8 @@ import datasets
 import numpy as np
 from isal import isal_zlib
 
-from sam2unet_hf import nifti
-from sam2unet_hf.nifti import BratsCase, BratsCaseError
+from sam2unet_hf.cases import BratsCase, find_cases
+from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES, ScanError, Volume, intensity_window, take_slice
 
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class BratsSlicesConfig(datasets.BuilderConfig):
     Attributes:
         modalities: One of `t1`, `t1ce`, `t2`, `flair` for grey images, or three of them as red, green and blue.
         slices: Index of a slice, a list of them, `"all"`, or `"tumor"` for the slices that show enough of it. See
-            `sam2unet_hf.nifti.take_slice` for where each plane counts from. 95 is the slice of the paper.
+            `sam2unet_hf.scans_sam2unet.take_slice` for where each plane counts from. 95 is the slice of the paper.
         min_tumor_pixels: How many pixels of tumour a slice must show; read with `slices="tumor"` alone.
         plane: `"axial"`, `"coronal"` or `"sagittal"`.
         seed: Chooses the split.
@@ -95,10 +95,8 @@ class BratsSlicesConfig(datasets.BuilderConfig):
         if isinstance(self.modalities, str):
             self.modalities = [self.modalities]
         self.modalities = list(self.modalities)
-        if len(self.modalities) not in (1, 3) or not set(self.modalities) <= set(nifti.MODALITIES):
-            raise ValueError(
-                f"`modalities` must be one or three of {', '.join(nifti.MODALITIES)}, got {self.modalities}."
-            )
+        if len(self.modalities) not in (1, 3) or not set(self.modalities) <= set(MODALITIES):
+            raise ValueError(f"`modalities` must be one or three of {', '.join(MODALITIES)}, got {self.modalities}.")
         if self.slices not in ("all", "tumor"):
             indices = self.slices if isinstance(self.slices, (list, tuple, range)) else [self.slices]
             if not indices or not all(type(index) is int and index >= 0 for index in indices):
@@ -108,15 +106,15 @@ class BratsSlicesConfig(datasets.BuilderConfig):
             self.slices = sorted(set(cast("list[int]", indices)))
         if type(self.min_tumor_pixels) is not int or self.min_tumor_pixels < 1:
             raise ValueError(f"`min_tumor_pixels` must be an integer from 1 on, got {self.min_tumor_pixels!r}.")
-        if self.plane not in nifti.PLANES:
-            raise ValueError(f"`plane` must be one of {', '.join(nifti.PLANES)}, got {self.plane!r}.")
+        if self.plane not in PLANES:
+            raise ValueError(f"`plane` must be one of {', '.join(PLANES)}, got {self.plane!r}.")
         if self.data_dir is None:
             raise ValueError("`data_dir` is missing. Pass the folder that holds the BraTS cases.")
 
     @functools.cached_property
     def cases(self) -> list[BratsCase]:
         """The cases found in `data_dir`."""
-        return nifti.find_cases(self.data_dir)
+        return find_cases(self.data_dir)
 
     def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
         """Name the cache folder after the options and the scans found, so that changed scans make a new build."""
@@ -146,7 +144,7 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
 
     Images are upright and one voxel per pixel: axial slices show the front at the top and coronal ones the head, both
     with the patient's left at the right; sagittal slices show the head at the top and the front at the left.
-    Intensities are scaled per scan, see `sam2unet_hf.nifti.intensity_window`.
+    Intensities are scaled per scan, see `sam2unet_hf.scans_sam2unet.intensity_window`.
 
     ```python
     builder = BratsSlices(data_dir="BraTS2020_TrainingData", slices="tumor", min_tumor_pixels=50)
@@ -157,14 +155,14 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
     The cache folder depends on the options and on name, size and time of every file used.
 
     Args:
-        data_dir: Folder that holds the cases, in any layout that `sam2unet_hf.nifti.find_cases` knows: BraTS from
+        data_dir: Folder that holds the cases, in any layout that `sam2unet_hf.cases.find_cases` knows: BraTS from
             2017 to 2023, or Task01_BrainTumour of the Medical Segmentation Decathlon, less its cases without masks.
         **config_kwargs: Options, see `BratsSlicesConfig`, and the arguments of `datasets.DatasetBuilder`.
 
     Raises:
         FileNotFoundError: If `data_dir` does not exist or holds no case.
         ValueError: If an option has no sense.
-        BratsCaseError: From `download_and_prepare`, if a case cannot be used and `skip_bad_cases` is false.
+        ScanError: From `download_and_prepare`, if a case cannot be used and `skip_bad_cases` is false.
     """
 
     VERSION = datasets.Version("1.0.0")  # part of the cache folder: raise it whenever the rows change
@@ -240,9 +238,9 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
     def _generate_examples(self, cases: list[BratsCase]) -> Iterator[tuple[str, dict[str, Any]]]:
         for case in cases:
             rows = _read(case, self.config) if self._readers is None else self._readers.read(case, self.config)
-            if isinstance(rows, BratsCaseError):
+            if isinstance(rows, ScanError):
                 if not self.config.skip_bad_cases:
-                    raise BratsCaseError(f"{rows} {_SKIP_ADVICE}") from rows
+                    raise ScanError(f"{rows} {_SKIP_ADVICE}") from rows
                 self._note_skipped(case, str(rows))
                 continue
             if not rows:
@@ -262,7 +260,7 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
         try:
             super()._download_and_prepare(dl_manager, verification_mode, **prepare_split_kwargs)
         except datasets.exceptions.DatasetGenerationError as err:
-            if isinstance(err.__cause__, BratsCaseError):
+            if isinstance(err.__cause__, ScanError):
                 raise err.__cause__ from None
             raise
         splits = self.info.splits
@@ -270,7 +268,7 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
             del splits[name]
         if not splits:
             reasons = "\n".join(self.skipped_cases.values())
-            raise BratsCaseError(f"None of the {len(self.config.cases)} cases gives a slice:\n{reasons}")
+            raise ScanError(f"None of the {len(self.config.cases)} cases gives a slice:\n{reasons}")
 
 
 def split_patients(patients: Iterable[str], seed: int = 0) -> dict[str, list[str]]:
@@ -304,11 +302,11 @@ def _check_complete(cases: list[BratsCase], names: tuple[str, ...]) -> None:
         try:
             for name in names:
                 case.path(name)
-        except BratsCaseError as err:
+        except ScanError as err:
             problems.append(str(err))
     if problems:
         more = f"\n... and {len(problems) - 5} more cases" if len(problems) > 5 else ""
-        raise BratsCaseError("\n".join(problems[:5]) + f"{more}\n{_SKIP_ADVICE}")
+        raise ScanError("\n".join(problems[:5]) + f"{more}\n{_SKIP_ADVICE}")
 
 
 class _Readers:
@@ -322,9 +320,9 @@ class _Readers:
     def __init__(self, num_proc: int):
         self.pool = ProcessPoolExecutor(num_proc, initializer=_end_with_parent)
         self.waiting: deque[BratsCase] = deque()
-        self._begun: dict[str, Future[list[dict[str, Any]] | BratsCaseError]] = {}
+        self._begun: dict[str, Future[list[dict[str, Any]] | ScanError]] = {}
 
-    def read(self, case: BratsCase, config: BratsSlicesConfig) -> list[dict[str, Any]] | BratsCaseError:
+    def read(self, case: BratsCase, config: BratsSlicesConfig) -> list[dict[str, Any]] | ScanError:
         """Return the rows of a case, or why it cannot be used, and let others be read meanwhile."""
         config = replace(config)  # without the list of all cases
         while self.waiting and len(self._begun) < _READ_AHEAD:
@@ -344,11 +342,11 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _read(case: BratsCase, config: BratsSlicesConfig) -> list[dict[str, Any]] | BratsCaseError:
+def _read(case: BratsCase, config: BratsSlicesConfig) -> list[dict[str, Any]] | ScanError:
     """Return the rows of a case, all or none, or why it cannot be used."""
     try:
         return list(_rows(case, config))
-    except BratsCaseError as err:
+    except ScanError as err:
         return err
 
 
@@ -359,13 +357,13 @@ def _rows(case: BratsCase, config: BratsSlicesConfig) -> Iterator[dict[str, Any]
     if not indices:
         return
     scans = case.read_images(config.modalities, same_grid_as=mask)
-    windows = [nifti.intensity_window(scan) for scan in scans]
+    windows = [intensity_window(scan) for scan in scans]
     for index in indices:
         channels = [
-            window.apply(nifti.take_slice(scan.voxels, config.plane, index))
+            window.apply(take_slice(scan.voxels, config.plane, index))
             for scan, window in zip(scans, windows, strict=True)
         ]
-        labels = nifti.take_slice(mask.voxels, config.plane, index)
+        labels = take_slice(mask.voxels, config.plane, index)
         _, ncr, ed, et = np.bincount(labels.ravel(), minlength=4).tolist()
         yield {
             "image": {"path": None, "bytes": encode_png(np.stack(channels, axis=-1))},
@@ -379,8 +377,8 @@ def _rows(case: BratsCase, config: BratsSlicesConfig) -> Iterator[dict[str, Any]
         }
 
 
-def _slice_indices(mask: nifti.Volume, config: BratsSlicesConfig) -> list[int]:
-    axis = nifti.PLANES[config.plane]
+def _slice_indices(mask: Volume, config: BratsSlicesConfig) -> list[int]:
+    axis = PLANES[config.plane]
     n_slices = mask.voxels.shape[axis]
     if config.slices == "all":
         return list(range(n_slices))
@@ -390,7 +388,7 @@ def _slice_indices(mask: nifti.Volume, config: BratsSlicesConfig) -> list[int]:
         return np.flatnonzero(wt_pixels >= config.min_tumor_pixels).tolist()
     indices = cast("list[int]", config.slices)  # `__post_init__` saw to that
     if indices[-1] >= n_slices:
-        raise BratsCaseError(
+        raise ScanError(
             f"{mask.name} has {n_slices} {config.plane} slices, there is no slice {indices[-1]}. "
             f"Choose `slices` from 0 to {n_slices - 1}."
         )

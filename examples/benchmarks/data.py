@@ -25,10 +25,10 @@ from PIL import Image
 from timing import machine, median, report, time_in_turn
 
 from dataset_scripts.brats_slices import BratsSlices
-from sam2unet_hf import nifti
+from sam2unet_hf import cases as brats_cases
 
 
-def plain_loop(cases: list[nifti.BratsCase]) -> int:
+def plain_loop(cases: list[brats_cases.BratsCase]) -> int:
     """Make the slices as a script would that reads with nibabel; return how many."""
     count = 0
     for case in cases:
@@ -43,7 +43,7 @@ def plain_loop(cases: list[nifti.BratsCase]) -> int:
     return count
 
 
-def monai_reading(cases: list[nifti.BratsCase]) -> None:
+def monai_reading(cases: list[brats_cases.BratsCase]) -> None:
     """Read the same files with MONAI."""
     from monai.transforms import LoadImage
 
@@ -60,7 +60,7 @@ def build(brats_dir: Path, num_proc: int | None) -> int:
         return sum(split.num_examples for split in builder.info.splits.values())
 
 
-def link_copies(cases: list[nifti.BratsCase], copies: int, folder: Path) -> None:
+def link_copies(cases: list[brats_cases.BratsCase], copies: int, folder: Path) -> None:
     """Link each case so many times over, under other names: as many files to read as a larger cohort has."""
     for case in cases:
         for copy in range(copies):
@@ -85,8 +85,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         brats_dir = args.brats_dir
         if args.copies > 1:
             brats_dir = Path(folder)
-            link_copies(nifti.find_cases(args.brats_dir), args.copies, brats_dir)
-        cases = nifti.find_cases(brats_dir)
+            link_copies(brats_cases.find_cases(args.brats_dir), args.copies, brats_dir)
+        cases = brats_cases.find_cases(brats_dir)
         slices = {"plain loop": plain_loop(cases), "builder": build(brats_dir, None)}
         if len(set(slices.values())) > 1:
             raise SystemExit(f"Not the same slices were made: {slices}.")

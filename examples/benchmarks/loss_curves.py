@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
-from sam2unet_hf.augmentation import augmentation
 from sam2unet_hf.configuration_sam2unet import PRESETS
 from sam2unet_hf.training import SegmentationTransform, collate
+from sam2unet_hf.training.augmentation import augmentation
 
 
 def train(

@@ -134,16 +134,16 @@ def compare(pairs: list, normalize: bool, ours: type, rounds: int) -> dict[str, 
 
 def profile(prediction: np.ndarray, mask: np.ndarray, rounds: int) -> dict[str, float]:
     """Median milliseconds of each part of ours, on probabilities."""
-    pair = functional.pair_up(prediction, mask)
-    counts = functional.count_at_cuts(pair)
+    pair = functional.make_pair(prediction, mask)
+    counts = functional.count_at_thresholds(pair)
     scores = functional.score(prediction, mask)
     accumulator = functional.Accumulator()
     accumulator.add(scores)
     background = ~mask
     parts: dict[str, Callable] = {
         "all": lambda: functional.score(prediction, mask),
-        "conversion and checks": lambda: functional.pair_up(prediction, mask),
-        "counts at 258 cuts": lambda: functional.count_at_cuts(pair),
+        "conversion and checks": lambda: functional.make_pair(prediction, mask),
+        "counts at 258 cuts": lambda: functional.count_at_thresholds(pair),
         "Dice, IoU and F of the counts": lambda: [
             measure(counts) for measure in (functional.dice, functional.iou, functional.f_beta)
         ],

@@ -28,10 +28,10 @@ from timing import machine, median, report, synchronize, time_in_turn
 from torch.utils.data import DataLoader
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
-from sam2unet_hf.augmentation import augmentation
 from sam2unet_hf.configuration_sam2unet import PRESETS
-from sam2unet_hf.streaming import RowGroupSampler, open_parquet
 from sam2unet_hf.training import SegmentationTransform, collate
+from sam2unet_hf.training.augmentation import augmentation
+from sam2unet_hf.training.streaming import RowGroupSampler, open_parquet
 
 
 class Batcher:

@@ -28,7 +28,7 @@ _REACH = 3
 
 
 class Pair(NamedTuple):
-    """One prediction and its mask, with what several measures need of them; [`pair_up`] makes it.
+    """One prediction and its mask, with what several measures need of them; [`make_pair`] makes it.
 
     Attributes:
         probability: Probabilities in [0, 1], contiguous float64 array of shape `(height, width)`.
@@ -47,7 +47,7 @@ class Pair(NamedTuple):
     sum: float
 
 
-class CutCounts(NamedTuple):
+class ThresholdCounts(NamedTuple):
     """Pixels of one image at each of the 258 cuts of its prediction.
 
     Attributes:
@@ -164,7 +164,7 @@ def to_mask(reference: Any) -> np.ndarray:
     )
 
 
-def pair_up(probability: np.ndarray, mask: np.ndarray) -> Pair:
+def make_pair(probability: np.ndarray, mask: np.ndarray) -> Pair:
     """Put a prediction and its mask together for the measures.
 
     Args:
@@ -184,7 +184,7 @@ def _looks_like_label_ids(array: np.ndarray, bright: np.ndarray) -> bool:
     return not ((array > 31) & (array < 255)).any()
 
 
-def count_at_cuts(pair: Pair) -> CutCounts:
+def count_at_thresholds(pair: Pair) -> ThresholdCounts:
     """Count predicted pixels at all cuts, with one histogram of 256 levels.
 
     Args:
@@ -193,7 +193,7 @@ def count_at_cuts(pair: Pair) -> CutCounts:
     # The mean is computed as `py_sod_metrics` does, since pixels may lie on the cut.
     adaptive = min(2 * pair.sum / pair.mask.size, 1)
     true_positive, predicted = _count_above(pair.inside, adaptive), _count_above(pair.probability, adaptive)
-    return CutCounts(true_positive, predicted, pair.inside.size, pair.mask.size)
+    return ThresholdCounts(true_positive, predicted, pair.inside.size, pair.mask.size)
 
 
 def _count_above(probability: np.ndarray, adaptive: float) -> np.ndarray:
@@ -225,7 +225,7 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray, zero_division: float)
     return np.divide(numerator, denominator, out=quotient, where=denominator != 0)
 
 
-def dice(counts: CutCounts, zero_division: float = 0.0) -> np.ndarray:
+def dice(counts: ThresholdCounts, zero_division: float = 0.0) -> np.ndarray:
     """Return the Dice coefficient `2 |A and B| / (|A| + |B|)` at each cut, `(258,)` in [0, 1].
 
     Args:
@@ -235,7 +235,7 @@ def dice(counts: CutCounts, zero_division: float = 0.0) -> np.ndarray:
     return _ratio(2 * counts.true_positive, counts.predicted + counts.reference, zero_division)
 
 
-def iou(counts: CutCounts, zero_division: float = 0.0) -> np.ndarray:
+def iou(counts: ThresholdCounts, zero_division: float = 0.0) -> np.ndarray:
     """Return the intersection over union `|A and B| / |A or B|` at each cut, `(258,)` in [0, 1].
 
     Args:
@@ -246,7 +246,7 @@ def iou(counts: CutCounts, zero_division: float = 0.0) -> np.ndarray:
     return _ratio(counts.true_positive, union, zero_division)
 
 
-def f_beta(counts: CutCounts, beta_squared: float = 0.3, zero_division: float = 0.0) -> np.ndarray:
+def f_beta(counts: ThresholdCounts, beta_squared: float = 0.3, zero_division: float = 0.0) -> np.ndarray:
     """Return the F-measure `(1 + beta^2) P R / (beta^2 P + R)` at each cut, `(258,)` in [0, 1].
 
     Args:
@@ -261,7 +261,7 @@ def f_beta(counts: CutCounts, beta_squared: float = 0.3, zero_division: float = 
     return _ratio((1 + beta_squared) * counts.true_positive, denominator, zero_division)
 
 
-def e_measure(counts: CutCounts, ddof: int = 1) -> np.ndarray:
+def e_measure(counts: ThresholdCounts, ddof: int = 1) -> np.ndarray:
     """Return the enhanced-alignment measure at each cut, `(258,)`.
 
     With an empty mask it is the share of pixels left empty, with a full mask the share of predicted pixels.
@@ -480,7 +480,7 @@ def score(
 
     Returns:
         Float64 array of shape `(columns,)` or `(regions, columns)`: 258 columns for each measure in `CURVES`, see
-        [`CutCounts`], and one for each other. [`Accumulator`] takes it.
+        [`ThresholdCounts`], and one for each other. [`Accumulator`] takes it.
 
     Raises:
         ValueError: If a value or the shapes are wrong.
@@ -511,13 +511,13 @@ def score(
     }
 
     def score_region(probability: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        pair = counted = pair_up(probability, mask)
+        pair = counted = make_pair(probability, mask)
         if valid is not None:
-            pair = pair_up(probability * valid, mask & valid)
-            counted = pair_up(probability[valid][None], mask[valid][None])
+            pair = make_pair(probability * valid, mask & valid)
+            counted = make_pair(probability[valid][None], mask[valid][None])
         columns: dict[str, np.ndarray | list[float]] = {}
         if any(measure in CURVES for measure in measures):
-            counts = count_at_cuts(counted)
+            counts = count_at_thresholds(counted)
             columns = {measure: curve(counts) for measure, curve in curves.items() if measure in measures}
             if math.isnan(zero_division) and not counts.reference:
                 # Left out or wrong as a whole, lest each threshold averages other images.
@@ -532,13 +532,13 @@ def score(
         return np.concatenate([columns[measure] for measure in measures])
 
     if valid is not None and not valid.any():
-        return np.full((*mask.shape[:-2], sum(map(columns_of, measures))), np.nan)
+        return np.full((*mask.shape[:-2], sum(map(num_columns, measures))), np.nan)
     if mask.ndim == 2:
         return score_region(probability, mask)
     return np.stack([score_region(*region) for region in zip(probability, mask, strict=True)])
 
 
-def columns_of(measure: str) -> int:
+def num_columns(measure: str) -> int:
     """Return how many columns of [`score`] a measure takes.
 
     Args:
@@ -648,7 +648,7 @@ class Accumulator:
     def _name(self, means: np.ndarray) -> dict[str, float]:
         result = {}
         for measure in self.measures:
-            columns, means = np.split(means, [columns_of(measure)])
+            columns, means = np.split(means, [num_columns(measure)])
             result[measure] = float(columns[0])
             if measure in CURVES:
                 curve = columns[2:]
@@ -672,16 +672,16 @@ __all__ = [
     "CUTS",
     "MEASURES",
     "Accumulator",
-    "CutCounts",
     "Pair",
-    "columns_of",
-    "count_at_cuts",
+    "ThresholdCounts",
+    "count_at_thresholds",
     "dice",
     "e_measure",
     "f_beta",
     "iou",
+    "make_pair",
     "mean_absolute_error",
-    "pair_up",
+    "num_columns",
     "s_measure",
     "score",
     "to_array",

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from .image_processing_sam2unet import to_byte_range, to_channels_first
+from ..images_sam2unet import to_byte_range, to_channels_first
 
 
 AUGMENTATIONS = ("flips", "rotation", "scaling", "gamma", "bias_field", "noise")
@@ -41,7 +41,7 @@ def augmentation(*names: str) -> Callable:
         >>> import torch
         >>> from PIL import Image
         >>> from torchvision import tv_tensors
-        >>> from sam2unet_hf.augmentation import augmentation
+        >>> from sam2unet_hf.training.augmentation import augmentation
 
         >>> augment = augmentation("flips", "rotation", "gamma")
         >>> image, mask = augment(Image.new("L", (240, 200)), tv_tensors.Mask(torch.zeros(200, 240).long()))

@@ -1,6 +1,5 @@
-"""Reading the encoders of SAM 2: from the Hub, from folders and from original `.pt` files."""
+"""Files of weights: safetensors, original SAM 2 `.pt` files, and how the weights in them are named."""
 
-import hashlib
 import json
 import os
 import re
@@ -105,14 +104,19 @@ def check_state_dict(
         raise ValueError(f"The weights in {source} do not fit {size}: {'; '.join(problems)}.")
 
 
-def is_local(source: str | os.PathLike | None) -> bool:
+def is_local_source(source: str | os.PathLike | None) -> bool:
     """Whether `source` is a path of this machine and no id on the Hub."""
     return source is not None and (
         os.path.isabs(source) or Path(source).exists() or os.fspath(source).endswith((".pt", ".pth"))
     )
 
 
-class Sam2Encoder(NamedTuple):
+def is_pretrained_weight(name: str) -> bool:
+    """Whether a weight of the model comes from SAM 2: those of the encoder but for the adapters."""
+    return name.startswith("encoder.") and ".adapter." not in name
+
+
+class Sam2EncoderWeights(NamedTuple):
     """An encoder as it was read.
 
     Attributes:
@@ -130,7 +134,7 @@ class Sam2Encoder(NamedTuple):
 
 def load_sam2_encoder(
     source: str | os.PathLike, backbone_config: dict | PreTrainedConfig | None = None, **download_kwargs: Any
-) -> Sam2Encoder:
+) -> Sam2EncoderWeights:
     """Read the encoder of SAM 2 or SAM 2.1.
 
     Args:
@@ -154,7 +158,7 @@ def load_sam2_encoder(
         }
         if not state_dict:
             raise ValueError(f"{name} holds no SAM 2 encoder: no key starts with {prefix!r}.")
-        return Sam2Encoder(
+        return Sam2EncoderWeights(
             backbone_config or infer_backbone_config(state_dict, name), state_dict, os.path.abspath(name), None
         )
     if Path(name).is_dir():
@@ -174,7 +178,7 @@ def load_sam2_encoder(
     state_dict = read_safetensors(name, prefix="vision_encoder.backbone.", **download_kwargs)
     if not state_dict:
         raise ValueError(f"{name} holds no SAM 2 encoder: no key starts with 'vision_encoder.backbone.'.")
-    return Sam2Encoder(backbone_config or found, state_dict, name, revision)
+    return Sam2EncoderWeights(backbone_config or found, state_dict, name, revision)
 
 
 def weight_files(source: str | os.PathLike, variant: str | None = None, **download_kwargs: Any) -> list[str]:
@@ -234,61 +238,11 @@ def read_safetensors(
     return state_dict
 
 
-def encoder_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of an encoder, whatever kind of file it comes from.
-
-    It is taken over name, dtype, shape and little-endian bytes of each tensor, in the order of the names.
-
-    Args:
-        state_dict: Weights in the names of [`Sam2UNetForSemanticSegmentation`]`.encoder`, in main memory.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(state_dict):
-        tensor = state_dict[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def restore_encoder(
-    config: Mapping[str, Any], checkpoint: str, backbone_config: PreTrainedConfig, **download_kwargs: Any
-) -> dict[str, torch.Tensor]:
-    """Fetch the encoder that a checkpoint without one names.
-
-    Args:
-        config: Holds `encoder_source`, `encoder_revision` and `encoder_sha256`.
-        checkpoint: Name of the checkpoint, for messages.
-        backbone_config: The encoder's configuration.
-        **download_kwargs: `token`, `cache_dir` and the like, as in `from_pretrained`.
-
-    Returns:
-        Weights in the names of [`Sam2UNetForSemanticSegmentation`]`.encoder`.
-
-    Raises:
-        OSError: If there is no encoder at its source, or it cannot be reached.
-        ValueError: If there is another one.
-    """
-    source, revision = config.get("encoder_source"), config.get("encoder_revision")
-    where = f"{source} at revision {revision}" if revision else str(source)
-    remedy = (
-        "Pass `encoder_source=` with the Hub id (and `encoder_revision=`), the folder or the original .pt file of the "
-        "SAM 2 encoder that it was trained on."
-    )
-    try:
-        if source is None:
-            raise OSError("`encoder_source` is missing in its config")
-        state_dict = load_sam2_encoder(source, backbone_config, revision=revision, **download_kwargs).state_dict
-    except (OSError, ValueError) as err:
-        raise OSError(
-            f"{checkpoint} holds only what was trained, and its encoder cannot be loaded from {where}: {err}\n{remedy}"
-        ) from err
-    found = encoder_sha256(state_dict)
-    if found != config["encoder_sha256"]:
-        raise ValueError(
-            f"{checkpoint} was trained on an encoder with SHA-256 {config['encoder_sha256']}, but the one in {where} "
-            f"has {found}. {remedy}"
-        )
-    return state_dict
-
-
-__all__ = ["Sam2Encoder", "encoder_sha256", "load_sam2_encoder", "read_safetensors", "restore_encoder", "weight_files"]
+__all__ = [
+    "Sam2EncoderWeights",
+    "is_local_source",
+    "is_pretrained_weight",
+    "load_sam2_encoder",
+    "read_safetensors",
+    "weight_files",
+]

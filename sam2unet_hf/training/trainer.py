@@ -1,7 +1,6 @@
-"""What the Trainer needs for SAM2-UNet: transforms, collator, metrics at the masks' own resolution, model card."""
+"""The Trainer of SAM2-UNet."""
 
 import copy
-import difflib
 import functools
 import itertools
 import json
@@ -10,39 +9,35 @@ import math
 import os
 import platform
 import shutil
-import zlib
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sized
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from huggingface_hub import HfApi
-from PIL import Image
 from safetensors import SafetensorError
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from torchvision import tv_tensors
 from torchvision.transforms import v2
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
-from .checkpoints import LOSSES, GoOn, find_fault, last_whole_checkpoint, outlive_sigterm
-from .hub import CHECKPOINT_FILES, PICTURES, TRAINING_INFO, shared_files, write_model_card
-from .image_processing_sam2unet import Sam2UNetImageProcessor, to_label_map
-from .metrics.functional import MEASURES, Accumulator, columns_of, score
-from .modeling_sam2unet import Sam2UNetForSemanticSegmentation, is_sam2_weight
-from .sam2_encoder import is_local
+from ..hub import CHECKPOINT_FILES, PICTURES, TRAINING_INFO, files_to_push, write_model_card
+from ..modeling_sam2unet import Sam2UNetForSemanticSegmentation
+from ..weights_sam2unet import is_local_source, is_pretrained_weight
+from .data import SegmentationTransform, collate, transform_of
+from .metrics import SegmentationMetrics, check_best_metric
+from .resume import LOSSES, ResumeCallback, ignore_sigterm, last_complete_checkpoint, why_incomplete
 from .streaming import ParquetRows, RowGroupSampler
 
 
 logger = logging.getLogger(__name__)
 
 # The arguments of training that say how a run can be repeated.
-RECIPE = (
+HYPERPARAMETERS = (
     "num_train_epochs",
     "max_steps",
     "per_device_train_batch_size",
@@ -65,198 +60,6 @@ RECIPE = (
 )
 
 
-class SegmentationTransform:
-    """Turn rows of a data set into inputs of the model, for `dataset.with_transform(...)`.
-
-    Args:
-        processor: Image processor of the model.
-        image_column: Column of the images.
-        mask_column: Column of the masks, or `None` for images alone.
-        augment: Function of `(image, mask)` that returns both changed alike, such as
-            [`~augmentation.augmentation`] or a transform of `torchvision.transforms.v2`; the mask is a
-            `tv_tensors.Mask`. Only for training.
-        resize_masks: Resize masks with the images, as training does. `False` keeps them at their own size, at which
-            the metrics are computed.
-        label_mapping: Ids to replace in the masks, such as `{255: 1}` for masks of 0 and 255.
-    """
-
-    def __init__(
-        self,
-        processor: Sam2UNetImageProcessor,
-        image_column: str = "image",
-        mask_column: str | None = "mask",
-        augment: Callable | None = None,
-        resize_masks: bool = True,
-        label_mapping: Mapping[int, int] | None = None,
-    ):
-        self.processor = processor
-        self.image_column = image_column
-        self.mask_column = mask_column
-        self.augment = augment
-        self.resize_masks = resize_masks
-        self.label_mapping = dict(label_mapping or {})
-        self._seeds: tuple[int, int] | None = None
-
-    def set_epoch(self, epoch: int, seed: int = 0) -> None:
-        """Let the random changes of an image depend on the epoch, the seed and the image alone, from now on.
-
-        [`Sam2UNetTrainer`] calls it before each epoch. A run that goes on from a checkpoint then sees the images that
-        it would have seen, however many of them were loaded ahead. Without it they depend on what PyTorch's generator
-        drew before.
-        """
-        self._seeds = (seed, epoch)
-
-    def __call__(self, rows: Mapping[str, list[Any]]) -> dict[str, list[torch.Tensor]]:
-        """Return `pixel_values` and, with masks, `labels`, one tensor per row."""
-        images = rows[self.image_column]
-        if self.mask_column is None:
-            return {"pixel_values": list(self.processor(images, return_tensors="pt")["pixel_values"])}
-        masks = [self.read_mask(mask) for mask in rows[self.mask_column]]
-        if self.augment is not None:
-            pairs = [self._change(image, tv_tensors.Mask(mask)) for image, mask in zip(images, masks, strict=True)]
-            images = [image for image, _ in pairs]
-            masks = [mask.as_subclass(torch.Tensor) for _, mask in pairs]
-        inputs = self.processor.preprocess(images, segmentation_maps=masks, return_tensors="pt")
-        labels = list(inputs["labels"]) if self.resize_masks else masks
-        return {"pixel_values": list(inputs["pixel_values"]), "labels": labels}
-
-    def _change(self, image: Image.Image, mask: tv_tensors.Mask) -> tuple[Any, torch.Tensor]:
-        """Change an image and its mask at random."""
-        augment = cast("Callable", self.augment)
-        if self._seeds is None:
-            return augment(image, mask)
-        state = torch.get_rng_state()
-        # Of the default generator alone: `torch.manual_seed` would start those of the GPUs anew, too.
-        torch.default_generator.manual_seed(zlib.crc32(repr(self._seeds).encode() + np.asarray(image).tobytes()))
-        try:
-            return augment(image, mask)
-        finally:
-            torch.set_rng_state(state)
-
-    def read_mask(self, mask: Image.Image) -> torch.Tensor:
-        """Turn a mask into label ids of shape `(height, width)`."""
-        label_map = to_label_map(mask)
-        if not self.label_mapping:
-            return label_map
-        # Looked up in the original ids, so that {1: 2, 2: 1} swaps.
-        mapped = label_map.clone()
-        for label_id, new_id in self.label_mapping.items():
-            mapped[label_map == label_id] = new_id
-        return mapped
-
-
-def collate(examples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
-    """Batch examples; labels of different sizes stay a list, which the model takes too.
-
-    Args:
-        examples: What [`SegmentationTransform`] makes of rows: `pixel_values`, all of one size, and perhaps `labels`.
-    """
-    batch: dict[str, Any] = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
-    if "labels" in examples[0]:
-        labels = [example["labels"] for example in examples]
-        same_size = len({label.shape for label in labels}) == 1
-        batch["labels"] = torch.stack(labels) if same_size else labels
-    return batch
-
-
-class SegmentationMetrics:
-    """All measures of `sam2unet_hf.metrics`, for the `compute_metrics` of [`Sam2UNetTrainer`].
-
-    Scores come batch by batch (`batch_eval_metrics=True`) or all at once. Their sums are exact, so the averages depend
-    neither on the batch size nor on the number of processes.
-
-    Args:
-        regions: Names of the regions in the order of the channels.
-        zero_division: Dice, IoU, F and weighted F where mask and prediction are both empty. 1 as in BraTS; 0 as in
-            `py_sod_metrics` and in the modules of `sam2unet_hf.metrics`.
-        normalize: `"minmax"` stretches each prediction to [0, 1] first, as papers on SAM2-UNet do.
-
-    The result also holds `loss`, the mean over images of the loss of each alone.
-
-    Attributes:
-        image_dice: Dice at probability > 0.5 of the last evaluation, of shape `(images, regions)`, in the order of the
-            data set.
-    """
-
-    def __init__(self, regions: Sequence[str], zero_division: float = 1.0, normalize: Literal["minmax"] | None = None):
-        self.regions = list(regions)
-        self.zero_division = zero_division
-        self.normalize = normalize
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the images of an evaluation, which may not have come to its end."""
-        self.image_dice = np.zeros((0, len(self.regions)))
-        self._accumulator = Accumulator()
-        self._image_dice: list[np.ndarray] = []
-        self._losses: list[float] = []
-
-    def names(self) -> list[str]:
-        """Return the keys of the result: each measure over all regions, and per region with its name behind it."""
-        accumulator = Accumulator()
-        accumulator.add(np.zeros((len(self.regions), sum(map(columns_of, MEASURES)))))
-        return list(accumulator.result(self.regions))
-
-    def score(
-        self, logits: torch.Tensor, labels: torch.Tensor | list[torch.Tensor], model: Sam2UNetForSemanticSegmentation
-    ) -> np.ndarray:
-        """Score a batch at the resolution of its masks.
-
-        Args:
-            logits: Raw scores of shape `(batch_size, regions, height, width)`; resized to each mask.
-            labels: Label maps of shape `(batch_size, height, width)`, or a list of `(height, width)` maps. Pixels of
-                `ignore_index` do not count.
-            model: Knows the regions and `ignore_index`.
-
-        Returns:
-            Array of shape `(batch_size, regions, columns)`, see [`~metrics.functional.score`].
-        """
-        scores = []
-        for image_logits, label_map in zip(logits, labels, strict=True):
-            masks, valid = model.region_masks(label_map[None])
-            at_mask = F.interpolate(image_logits[None].float(), size=label_map.shape, mode="bilinear")
-            probability, mask, counted = (x[0].cpu().numpy() for x in (at_mask.sigmoid(), masks.bool(), valid[:, 0]))
-            options: dict[str, Any] = {"zero_division": self.zero_division, "normalize": self.normalize}
-            scores.append(score(probability, mask, valid=counted, **options))
-        return np.stack(scores)
-
-    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        """Add scores; return the averages, and start anew, if these were the last ones.
-
-        Args:
-            prediction: With the scores of the images as `predictions` and their losses as `label_ids`.
-            compute_result: Whether these were the last ones.
-        """
-        for scores in np.asarray(prediction.predictions):
-            self._accumulator.add(scores)
-            self._image_dice.append(scores[:, 0])
-        self._losses.extend(np.asarray(prediction.label_ids).tolist())
-        if not compute_result:
-            return {}
-        image_dice = np.stack(self._image_dice)
-        # The exact sum, which does not depend on the order either.
-        result = {"loss": math.fsum(self._losses) / len(self._losses), **self._accumulator.result(self.regions)}
-        self.reset()
-        self.image_dice = image_dice
-        return result
-
-
-def check_best_metric(args: TrainingArguments, names: list[str], eval_dataset: Any) -> None:
-    """Raise a `ValueError` if `metric_for_best_model` does not exist, which transformers finds out after an epoch."""
-    best = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    if isinstance(eval_dataset, dict):
-        names = [f"{dataset}_{name}" for dataset in eval_dataset for name in names]
-        best = best if args.metric_for_best_model else names[0]
-    if best not in names:
-        close = difflib.get_close_matches(best, names, n=3, cutoff=0.4)
-        raise ValueError(
-            f"`metric_for_best_model` must be a score such as {', '.join(close or names[:5])}, got {best}."
-        )
-    prefixes = [f"{dataset}_" for dataset in eval_dataset] if isinstance(eval_dataset, dict) else [""]
-    if args.greater_is_better and any(best.startswith(f"{prefix}mae") for prefix in prefixes):
-        raise ValueError(f"`greater_is_better` must be False for `metric_for_best_model` {best}, got True.")
-
-
 class _SetEpoch(TrainerCallback):
     """Tells the training images and their transform the epoch."""
 
@@ -269,13 +72,6 @@ class _SetEpoch(TrainerCallback):
         transform = transform_of(dataset)
         if isinstance(transform, SegmentationTransform):
             transform.set_epoch(epoch, args.seed)
-
-
-def transform_of(dataset: Any) -> Any:
-    """Return the function given to `dataset.with_transform`, if there is one."""
-    if isinstance(dataset, ParquetRows):
-        return dataset.transform
-    return getattr(dataset, "format", {}).get("format_kwargs", {}).get("transform")
 
 
 class Sam2UNetTrainer(Trainer):
@@ -356,10 +152,10 @@ class Sam2UNetTrainer(Trainer):
             if not model.config.freeze_encoder:
                 raise ValueError("`trainable_only` must be False for a model whose encoder is trained.")
             # Now, not after hours of training.
-            for field, value in model.check_encoder(may_be_local=not args.push_to_hub).items():
+            for field, value in model.verify_encoder_source(may_be_local=not args.push_to_hub).items():
                 setattr(model.config, field, value)
         self.sync_batch_norm = sync_batch_norm and args.world_size > 1
-        super().__init__(self.synchronize(model), args, **kwargs)
+        super().__init__(self.to_sync_batch_norm(model), args, **kwargs)
         if args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
                 f"`fsdp` needs several processes with a GPU each, got {args.world_size} on {args.device.type}, where "
@@ -368,20 +164,20 @@ class Sam2UNetTrainer(Trainer):
         if trainable_only and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("`trainable_only` must be False with FSDP and DeepSpeed, which split the weights.")
         self.add_callback(_SetEpoch())
-        self.add_callback(GoOn(self))
+        self.add_callback(ResumeCallback(self))
         self.has_own_optimizer = kwargs.get("optimizers", (None, None)) != (None, None)
         self.batch_norm_images = batch_norm_images
         self.trainable_only = trainable_only
         self._final_scores: dict[str, float] = {}
         self._card: dict[str, Any] = {}
 
-    def synchronize(self, model: torch.nn.Module) -> torch.nn.Module:
+    def to_sync_batch_norm(self, model: torch.nn.Module) -> torch.nn.Module:
         """Return the model with batch norm over all processes, if `sync_batch_norm` says so and there are several."""
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if self.sync_batch_norm else model
 
     def call_model_init(self, trial: Any = None) -> Any:
         """Build the model of a trial as [`~transformers.Trainer`] does."""
-        return self.synchronize(super().call_model_init(trial))
+        return self.to_sync_batch_norm(super().call_model_init(trial))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as [`~transformers.Trainer`] does, and end with fresh batch norm statistics.
@@ -401,10 +197,10 @@ class Sam2UNetTrainer(Trainer):
         self._final_scores = {}
         if resume_from_checkpoint is True:
             output_dir = cast("str", self.args.output_dir)
-            resume_from_checkpoint = last_whole_checkpoint(output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no whole checkpoint in `{output_dir}` to resume from.")
-        if resume_from_checkpoint and (fault := find_fault(resume_from_checkpoint)):
+        if resume_from_checkpoint and (fault := why_incomplete(resume_from_checkpoint)):
             raise ValueError(
                 f"`{resume_from_checkpoint}` is not whole, so it cannot be resumed from: {fault}. Name another one, "
                 "or pass True for the newest whole one in the output folder."
@@ -443,7 +239,7 @@ class Sam2UNetTrainer(Trainer):
         finally:
             self.args.dataloader_drop_last = drop_last
         inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
-        inner.worker_init_fn = functools.partial(outlive_sigterm, inner.worker_init_fn)
+        inner.worker_init_fn = functools.partial(ignore_sigterm, inner.worker_init_fn)
         return loader
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -487,7 +283,7 @@ class Sam2UNetTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             free_gb = shutil.disk_usage(run_folder).free / 1e9
-            whole = last_whole_checkpoint(run_folder)
+            whole = last_complete_checkpoint(run_folder)
             advice = f"`{whole}` is whole: resume from it" if whole else "Start again"
             raise OSError(
                 f"`{folder}` could not be written ({err}), with {free_gb:.3g} GB free on its disk. {advice} once "
@@ -620,7 +416,7 @@ class Sam2UNetTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Warn as [`~transformers.Trainer`] does, but not of the encoder that small checkpoints lack."""
         if self.trainable_only:
-            missing = [name for name in load_result.missing_keys if not is_sam2_weight(name)]
+            missing = [name for name in load_result.missing_keys if not is_pretrained_weight(name)]
             load_result = load_result._replace(missing_keys=missing)
         super()._issue_warnings_after_load(load_result)
 
@@ -638,12 +434,12 @@ class Sam2UNetTrainer(Trainer):
                 found[split] = own
         return found
 
-    def recipe(self) -> dict[str, Any]:
+    def hyperparameters(self) -> dict[str, Any]:
         """Return what repeats this training: rows for the model card."""
         default = {name: field.default for name, field in TrainingArguments.__dataclass_fields__.items()}
         rows = {}
         always = ("num_train_epochs", "per_device_train_batch_size", "optim", "learning_rate", "weight_decay", "seed")
-        for name in RECIPE:
+        for name in HYPERPARAMETERS:
             value = getattr(self.args, name)
             if name in always or (value not in (None, False) or value == 0.0) and value != default[name]:
                 rows[f"`{name}`"] = getattr(value, "value", value)
@@ -724,7 +520,7 @@ class Sam2UNetTrainer(Trainer):
             "license": license,
             "tags": [tags] if isinstance(tags, str) else tags,
             "model_name": model_name,
-            "finetuned_from": None if is_local(finetuned_from) else finetuned_from,
+            "finetuned_from": None if is_local_source(finetuned_from) else finetuned_from,
             "dataset_id": first(dataset_tags),
             "dataset": first(dataset),
             "dataset_args": first(dataset_args),
@@ -750,7 +546,7 @@ class Sam2UNetTrainer(Trainer):
                 "citation": card.get("data_citation"),
             },
             "data": rows,
-            "recipe": self.recipe(),
+            "recipe": self.hyperparameters(),
             "results": self.results(),
             "zero_division": getattr(self.compute_metrics, "zero_division", None),
             "share_predictions": card.get("share_predictions", False),
@@ -791,7 +587,7 @@ class Sam2UNetTrainer(Trainer):
         self.create_model_card(**kwargs)
         self._finish_current_push()
         folder = cast("str", self.args.output_dir)
-        return self.upload(folder, shared_files(folder), commit_message, token, revision, not blocking)
+        return self.upload(folder, files_to_push(folder), commit_message, token, revision, not blocking)
 
     def upload(
         self,
@@ -865,4 +661,4 @@ class Sam2UNetTrainer(Trainer):
         return output
 
 
-__all__ = ["Sam2UNetTrainer", "SegmentationMetrics", "SegmentationTransform", "collate"]
+__all__ = ["HYPERPARAMETERS", "Sam2UNetTrainer"]

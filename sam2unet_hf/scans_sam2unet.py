@@ -1,20 +1,15 @@
-"""Read BraTS scans: find the files of every case, bring voxels to one orientation, scale intensities, map labels.
+"""One NIfTI scan: reading it, its axes, intensities, slices and labels, and writing on its grid.
 
-Everything here works on arrays with the axes (left, posterior, superior): indices grow toward the patient's left,
-back and head. That is how BraTS itself stores its scans, so its files are read without a copy.
+Arrays have the axes (left, posterior, superior): indices grow toward the patient's left, back and head. That is how
+BraTS itself stores its scans, so its files are read without a copy.
 """
 
 import contextlib
-import csv
-import logging
 import math
 import os
-import re
 import stat
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
 import nibabel as nib
@@ -25,40 +20,26 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 
-logger = logging.getLogger(__name__)
-
 MODALITIES = ("t1", "t1ce", "t2", "flair")
+
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the axis that a slice index counts along
+
 GRID_TOLERANCE_MM = 0.1
+
 # The largest file that is read, its voxels counted with at least 4 bytes each: 512 x 512 x 512 of them, or four
 # volumes of 256 x 256 x 256 in double precision. Reading, scaling and windowing one takes less than 2 GB.
 MAX_VOLUME_BYTES = 2**29
+
 MAX_TRAILING_BYTES = 4096  # behind the voxels, where some writers pad; more means that the header lies
 
-_FILE_NAME = re.compile(
-    r"(?P<prefix>[^.].*)(?P<ending>_(?:t1|t1ce|t2|flair|seg)|-(?:t1n|t1c|t2w|t2f|seg))\.nii(?:\.gz)?", re.DOTALL
-)
-_ENDINGS = {
-    "_t1": "t1", "_t1ce": "t1ce", "_t2": "t2", "_flair": "flair", "_seg": "seg",  # 2017-2021
-    "-t1n": "t1", "-t1c": "t1ce", "-t2w": "t2", "-t2f": "flair", "-seg": "seg",  # from 2023 on
-}  # fmt: skip
-_MISNAMED_MASK = re.compile(r"W39_1998\.09\.19_Segm\.nii(?:\.gz)?")  # case 355 of BraTS 2020, as released
-_TIMEPOINT = re.compile(r"(BraTS-.+-\d+)-\d{3}")
 _VOXEL_SIZES_MM = (1e-6, 1e6)  # beyond them an affine is damaged
-_DECATHLON_NAME = re.compile(r"(BRATS_\d+)\.nii(?:\.gz)?")
-_DECATHLON_ORDER = ("flair", "t1", "t1ce", "t2")  # along the fourth axis of its files
+
+DECATHLON_ORDER = ("flair", "t1", "t1ce", "t2")  # along the fourth axis of its files
+
 _TO_LPS = orientations.axcodes2ornt("LPS")
-_LAYOUT = """Expected one folder per case, at any depth, with one file per contrast:
-  BraTS 2017-2021   BraTS20_Training_001/BraTS20_Training_001_{t1,t1ce,t2,flair,seg}.nii[.gz]
-  BraTS 2023 on     BraTS-GLI-00000-000/BraTS-GLI-00000-000-{t1n,t1c,t2w,t2f,seg}.nii[.gz]
-or all contrasts of a case in one file, as the Medical Segmentation Decathlon has them:
-  Task01_BrainTumour   imagesTr/BRATS_001.nii[.gz] and labelsTr/BRATS_001.nii[.gz]; imagesTs, which has no masks,
-                       must be named itself
-The scans are free for research after registration: https://www.synapse.org/brats (all years) or
-https://www.med.upenn.edu/cbica/brats2020/ (2020). Those of the Decathlon need none: http://medicaldecathlon.com."""
 
 
-class BratsCaseError(ValueError):
+class ScanError(ValueError):
     """A case or scan that cannot be used as it is; the message names it and says what to do."""
 
 
@@ -97,102 +78,6 @@ class Volume:
 
 
 @dataclass(frozen=True)
-class BratsCase:
-    """The files of one scanning session of one patient.
-
-    Attributes:
-        case_id: The prefix its files share, `"BraTS20_Training_001"` for example.
-        folder: Where the scans lie.
-        files: Path by `"t1"`, `"t1ce"`, `"t2"`, `"flair"` and `"seg"`; what is missing is absent.
-        grade: `"HGG"` or `"LGG"` if a folder name or `name_mapping.csv` tells, else `None`.
-        problem: Why the files cannot be told apart, else `None`. Reading such a case raises.
-        decathlon: The case is of the Medical Segmentation Decathlon: one file holds all four modalities, and NCR/NET
-            and ED have each other's label.
-    """
-
-    case_id: str
-    folder: Path
-    files: dict[str, Path]
-    grade: str | None = None
-    problem: str | None = None
-    decathlon: bool = False
-
-    @property
-    def patient_id(self) -> str:
-        """The case id less the timepoint that names have from 2023 on."""
-        return patient_of(self.case_id)
-
-    def path(self, name: str) -> Path:
-        """Return the file of a modality, or of the mask (`"seg"`).
-
-        Raises:
-            BratsCaseError: If it is missing, or if the files of the case cannot be told apart.
-        """
-        if self.problem:
-            raise BratsCaseError(f"case {self.case_id}: {self.problem}")
-        if name not in self.files:
-            folder, endings = self.folder, [ending for ending, known in _ENDINGS.items() if known == name]
-            if self.decathlon:
-                folder, endings = _label_folder(folder) if name == "seg" else folder, [""]
-            expected = " or ".join(f"{self.case_id}{ending}.nii[.gz]" for ending in endings)
-            what = "mask" if name == "seg" else f"{name} scan"
-            hint = " The challenge's validation and test cases come without masks." if name == "seg" else ""
-            raise BratsCaseError(
-                f"case {self.case_id}: no {what} in `{folder}`, expected {expected}. Download the case again.{hint}"
-            )
-        return self.files[name]
-
-    def read_image(self, modality: str, same_grid_as: Volume | None = None) -> Volume:
-        """Read one modality.
-
-        Args:
-            modality: One of `MODALITIES`.
-            same_grid_as: Another volume of the case, which must cover the same voxels in space.
-
-        Raises:
-            BratsCaseError: If the file is missing, damaged or on another grid.
-        """
-        return self.read_images([modality], same_grid_as)[0]
-
-    def read_images(self, modalities: Sequence[str], same_grid_as: Volume | None = None) -> list[Volume]:
-        """Read several modalities at once: a file that holds them all is read and decompressed once.
-
-        Args:
-            modalities: One or more of `MODALITIES`.
-            same_grid_as: Another volume of the case. The modalities must cover the same voxels in space as it does,
-                or as the first of them if it is left out.
-
-        Raises:
-            BratsCaseError: If a file is missing, damaged or on another grid, or if one of the Decathlon does not hold
-                four volumes.
-        """
-        paths = [self.path(modality) for modality in modalities]
-        if self.decathlon:
-            volumes = _read_volumes(paths[0], self.case_id, modalities)
-        else:
-            volumes = [read_volume(path, self.case_id) for path in paths]
-        for volume in volumes:
-            check_same_grid(volume, same_grid_as or volumes[0])
-        return volumes
-
-    def read_mask(self, same_grid_as: Volume | None = None) -> Volume:
-        """Read the expert's mask as `uint8` label ids: 0 background, 1 NCR/NET, 2 ED, 3 ET.
-
-        Args:
-            same_grid_as: Another volume of the case, which must cover the same voxels in space.
-
-        Raises:
-            BratsCaseError: If the file is missing, damaged, on another grid or holds other labels.
-        """
-        path = self.path("seg")
-        volume = read_volume(path, self.case_id)
-        if same_grid_as is not None:
-            check_same_grid(volume, same_grid_as)
-        since_2023 = path.name.startswith(f"{self.case_id}-")
-        return replace(volume, voxels=_label_ids(volume, since_2023, self.decathlon))
-
-
-@dataclass(frozen=True)
 class IntensityWindow:
     """How the intensities of one scan become 8-bit grey.
 
@@ -227,61 +112,6 @@ class IntensityWindow:
         return grey
 
 
-def patient_of(case_id: str) -> str:
-    """Return the case id less the timepoint that names have from 2023 on: `"BraTS-GLI-00001-001"` is a second scan."""
-    match = _TIMEPOINT.fullmatch(case_id)
-    return match[1] if match else case_id
-
-
-def find_cases(root: str | os.PathLike) -> list[BratsCase]:
-    """Find the BraTS cases below a folder, or the one that the folder itself is.
-
-    A file belongs to a case if its name is exactly `{prefix}{ending}.nii` or `.nii.gz`, where the prefix is the name
-    of its folder or, in a renamed folder, the one prefix that the scans there share. Predictions, brain masks and
-    hidden files have other names and are not looked at. Of a plain and a gzipped copy the plain one is taken.
-
-    In the Medical Segmentation Decathlon a case is a file `imagesTr/BRATS_{number}.nii.gz` and its mask, of the same
-    name, in `labelsTr`. The cases in `imagesTs` have no masks, of which a data set could not be built: they are found
-    only if `root` is that folder itself, or one of the files in it.
-
-    Args:
-        root: Any folder above the cases, or a scan of the Decathlon. Hidden folders are left out, links are followed.
-
-    Returns:
-        Cases sorted by id. A case with missing files is listed too: reading it says what it lacks.
-
-    Raises:
-        FileNotFoundError: If there is no such folder, or no case in it.
-    """
-    root = Path(os.path.abspath(os.path.expanduser(root)))
-    if root.is_file() and _DECATHLON_NAME.fullmatch(root.name):
-        return [case for case in _decathlon_cases(root.parent, [root.name]) if root in case.files.values()]
-    if not root.is_dir():
-        raise FileNotFoundError(f"No folder `{root}`. Give the folder that holds the BraTS cases.\n{_LAYOUT}")
-    cases, n_nifti = [], 0
-    for folder, names in _walk(root):
-        nifti = sorted(name for name in names if name.endswith((".nii", ".nii.gz")))
-        n_nifti += len(nifti)
-        case = _case_in(folder, nifti)
-        if case:
-            cases.append(case)
-        if folder.name == "imagesTr" or (folder == root and folder.name == "imagesTs"):
-            cases.extend(_decathlon_cases(folder, nifti))
-    if not cases:
-        raise FileNotFoundError(f"No BraTS case in `{root}` ({n_nifti} other NIfTI files there).\n{_LAYOUT}")
-
-    counts = Counter(case.case_id for case in cases)
-    grades = _grades_from_tables({root, *(case.folder.parent for case in cases)})
-    for i, case in enumerate(cases):
-        parts = (root.name, *case.folder.relative_to(root).parts)
-        grade = next((part.upper() for part in reversed(parts) if part.upper() in ("HGG", "LGG")), None)
-        problem = case.problem
-        if counts[case.case_id] > 1:
-            problem = f"found in {counts[case.case_id]} folders, `{case.folder}` is one. Keep one of them."
-        cases[i] = replace(case, grade=grade or grades.get(case.case_id), problem=problem)
-    return sorted(cases, key=lambda case: (case.case_id, case.folder))
-
-
 def read_volume(path: str | os.PathLike, case_id: str | None = None) -> Volume:
     """Read a NIfTI file, plain or gzipped, and turn its axes to (left, posterior, superior).
 
@@ -294,10 +124,10 @@ def read_volume(path: str | os.PathLike, case_id: str | None = None) -> Volume:
         The volume, in the type of the file; in floating point if the file scales its values.
 
     Raises:
-        BratsCaseError: If the file cannot be read, is damaged or cut off, is larger than `MAX_VOLUME_BYTES` or than
+        ScanError: If the file cannot be read, is damaged or cut off, is larger than `MAX_VOLUME_BYTES` or than
             its header says, or holds something else.
     """
-    return _read_volumes(path, case_id)[0]
+    return read_volumes(path, case_id)[0]
 
 
 def intensity_window(volume: Volume) -> IntensityWindow:
@@ -310,14 +140,14 @@ def intensity_window(volume: Volume) -> IntensityWindow:
         volume: A skull-stripped scan.
 
     Raises:
-        BratsCaseError: If every voxel is background.
+        ScanError: If every voxel is background.
     """
     corners = volume.voxels[np.ix_([0, -1], [0, -1], [0, -1])]
     background = corners.flat[0] if (corners == corners.flat[0]).all() else volume.voxels.dtype.type(0)
     foreground = _in_memory_order(volume.voxels)
     foreground = foreground[foreground != background]
     if not foreground.size:
-        raise BratsCaseError(
+        raise ScanError(
             f"{volume.name} is empty: all voxels are {background}, there is nothing to scale. Download it again."
         )
     low, high = _percentiles(foreground, (0.5, 99.5))
@@ -357,95 +187,6 @@ def pixel_size_mm(spacing_mm: Sequence[float], plane: str) -> tuple[float, float
     return height, width
 
 
-def _warn(err: OSError) -> None:
-    logger.warning("Cannot look into `%s` (%s).", err.filename, err.strerror)
-
-
-def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yield folders and the names in them, following links but visiting each folder once."""
-    seen = set()
-    for folder, subfolders, names in os.walk(root, onerror=_warn, followlinks=True):
-        real = os.path.realpath(folder)
-        subfolders[:] = [] if real in seen else sorted(name for name in subfolders if not name.startswith("."))
-        if real not in seen:
-            seen.add(real)
-            yield Path(folder), names
-
-
-def _case_in(folder: Path, names: list[str]) -> BratsCase | None:
-    """Group the NIfTI files of one folder into a case, or return `None` if it is no case folder."""
-    found = [match for match in map(_FILE_NAME.fullmatch, names) if match]
-    prefixes = sorted({match["prefix"] for match in found if _ENDINGS[match["ending"]] != "seg"})
-    if any(match["prefix"] == folder.name for match in found):
-        prefixes = [folder.name]
-    if not prefixes:
-        return None
-    problem = None
-    if len(prefixes) > 1:
-        problem = f"`{folder}` holds scans of {', '.join(prefixes)}. Give each case a folder of its own."
-        return BratsCase(folder.name, folder, {}, problem=problem)
-
-    files: dict[str, Path] = {}
-    for match in found:  # sorted, so that x.nii comes before x.nii.gz
-        if match["prefix"] != prefixes[0]:
-            continue
-        name, path = _ENDINGS[match["ending"]], folder / match[0]
-        taken = files.setdefault(name, path)
-        if taken is not path and path.name == f"{taken.name}.gz":
-            logger.warning("`%s` is there plain and gzipped, taking the plain file.", taken)
-        elif taken is not path:
-            problem = f"`{taken}` and `{path.name}` are both {name} files. Keep one of them."
-    if "seg" not in files:
-        files.update(("seg", folder / name) for name in names if _MISNAMED_MASK.fullmatch(name))
-    return BratsCase(prefixes[0], folder, files, problem=problem)
-
-
-def _decathlon_cases(folder: Path, names: list[str]) -> list[BratsCase]:
-    """Pair the scans in an image folder of the Decathlon with the masks in the label folder beside it."""
-    labels = _label_folder(folder)
-    _, mask_names = next(_walk(labels), (labels, [])) if labels.is_dir() else (labels, [])
-    scans, masks = _decathlon_files(folder, names), _decathlon_files(labels, mask_names)
-    cases = []
-    for case_id in sorted({*scans, *masks}):
-        files = dict.fromkeys(_DECATHLON_ORDER, scans[case_id]) if case_id in scans else {}
-        if case_id in masks:
-            files["seg"] = masks[case_id]
-        cases.append(BratsCase(case_id, folder, files, decathlon=True))
-    return cases
-
-
-def _decathlon_files(folder: Path, names: list[str]) -> dict[str, Path]:
-    """Return the files of cases by case id; `names` are those in the folder."""
-    files: dict[str, Path] = {}
-    for match in filter(None, map(_DECATHLON_NAME.fullmatch, sorted(names))):  # x.nii comes before x.nii.gz
-        taken = files.setdefault(match[1], folder / match[0])
-        if taken.name != match[0]:
-            logger.warning("`%s` is there plain and gzipped, taking the plain file.", taken)
-    return files
-
-
-def _label_folder(image_folder: Path) -> Path:
-    return image_folder.with_name(f"labels{image_folder.name.removeprefix('images')}")
-
-
-def _grades_from_tables(folders: set[Path]) -> dict[str, str]:
-    """Read the grade of every case id from the `name_mapping.csv` files in these folders."""
-    grades = {}
-    for folder in sorted(folders):
-        path = folder / "name_mapping.csv"
-        if path.is_file():
-            try:
-                with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-                    rows = list(csv.DictReader(file))
-            except (OSError, csv.Error) as err:
-                logger.warning("Cannot read grades from `%s` (%s).", path, err)
-                continue
-            for row in rows:
-                if row.get("Grade") in ("HGG", "LGG"):
-                    grades.update({row[column]: row["Grade"] for column in row if str(column).startswith("BraTS")})
-    return grades
-
-
 class _Header(NamedTuple):
     """What a NIfTI header says of the voxels."""
 
@@ -458,7 +199,7 @@ class _Header(NamedTuple):
     affine: np.ndarray
 
 
-def _read_volumes(
+def read_volumes(
     path: str | os.PathLike, case_id: str | None, modalities: Sequence[str] | None = None
 ) -> list[Volume]:
     """Read a file of one volume, or these modalities of a file of the Decathlon."""
@@ -466,21 +207,21 @@ def _read_volumes(
     with _open(path, name) as file:
         header, shape, dtype, offset, slope, intercept, affine = _read_header(file, name)
         if modalities is None and (len(shape) != 3 or min(shape) < 1):
-            raise BratsCaseError(
+            raise ScanError(
                 f"{name} has the shape {shape}, expected one 3-D volume. Split it into one file each. One of the "
                 "Medical Segmentation Decathlon is read as it is by way of `find_cases`."
             )
-        if modalities is not None and (len(shape) != 4 or shape[3] != len(_DECATHLON_ORDER) or min(shape) < 1):
-            raise BratsCaseError(
-                f"{name} has the shape {shape}, expected four 3-D volumes, {', '.join(_DECATHLON_ORDER)}. "
+        if modalities is not None and (len(shape) != 4 or shape[3] != len(DECATHLON_ORDER) or min(shape) < 1):
+            raise ScanError(
+                f"{name} has the shape {shape}, expected four 3-D volumes, {', '.join(DECATHLON_ORDER)}. "
                 "Download it again, or cut it down to these."
             )
         if dtype.kind not in "iuf":
-            raise BratsCaseError(f"{name} holds voxels of type {dtype}, expected integers or floats.")
+            raise ScanError(f"{name} holds voxels of type {dtype}, expected integers or floats.")
         scaled = _scaled_type(dtype, slope, intercept)
         n_voxels = math.prod(shape)
         if offset + n_voxels * max(scaled.itemsize, dtype.itemsize, 4) > MAX_VOLUME_BYTES:
-            raise BratsCaseError(
+            raise ScanError(
                 f"{name} is too large: its header promises {n_voxels * dtype.itemsize} bytes of voxels of the shape "
                 f"{shape} from byte {offset} on, and {MAX_VOLUME_BYTES} are allowed, at 4 or more per voxel. Download "
                 "it again if that is not its size, else resample it."
@@ -491,7 +232,7 @@ def _read_volumes(
     n_voxels = math.prod(shape[:3])
     parts = {name: 0}
     if modalities is not None:
-        parts = {f"{name} ({modality})": _DECATHLON_ORDER.index(modality) for modality in modalities}
+        parts = {f"{name} ({modality})": DECATHLON_ORDER.index(modality) for modality in modalities}
     volumes = []
     for part, index in parts.items():
         voxels = np.frombuffer(data, dtype, n_voxels, index * n_voxels * dtype.itemsize)
@@ -503,12 +244,12 @@ def _read_volumes(
                 voxels *= slope
                 voxels += intercept
         if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
-            raise BratsCaseError(
+            raise ScanError(
                 f"{part} holds {np.count_nonzero(~np.isfinite(voxels))} voxels that are NaN or infinite. "
                 "Repair it or download it again."
             )
         if voxels.dtype.itemsize == 8 and voxels.dtype.kind in "iu" and _exceeds(voxels, 2**53):
-            raise BratsCaseError(f"{part} holds integers beyond 2**53, which no scan does. Download it again.")
+            raise ScanError(f"{part} holds integers beyond 2**53, which no scan does. Download it again.")
         voxels = orientations.apply_orientation(voxels.reshape(shape[:3], order="F"), transform)  # a view
         volumes.append(Volume(part, voxels, affine, lps_affine, header))
     return volumes
@@ -520,7 +261,7 @@ def _open(path: str | os.PathLike, name: str) -> Iterator[BinaryIO]:
     try:
         mode = os.stat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe would be waited for without end
-            raise BratsCaseError(f"{name} cannot be read (it is no regular file). Check the path.")
+            raise ScanError(f"{name} cannot be read (it is no regular file). Check the path.")
         with open(path, "rb") as file:
             if file.peek(2)[:2] != b"\x1f\x8b":
                 yield file
@@ -528,11 +269,11 @@ def _open(path: str | os.PathLike, name: str) -> Iterator[BinaryIO]:
                 with igzip.open(file) as stream:
                     yield stream
     except EOFError as err:
-        raise BratsCaseError(f"{name} is cut off: its gzip stream ends early. Copy or download it again.") from err
+        raise ScanError(f"{name} is cut off: its gzip stream ends early. Copy or download it again.") from err
     except (igzip.BadGzipFile, igzip_lib.IsalError, isal_zlib.IsalError) as err:  # type: ignore[misc]
-        raise BratsCaseError(f"{name} is damaged ({err}). Copy or download it again.") from err
+        raise ScanError(f"{name} is damaged ({err}). Copy or download it again.") from err
     except OSError as err:
-        raise BratsCaseError(f"{name} cannot be read ({err.strerror}). Check the path and its permissions.") from err
+        raise ScanError(f"{name} cannot be read ({err.strerror}). Check the path and its permissions.") from err
 
 
 def _read_header(file: BinaryIO, name: str) -> _Header:
@@ -543,7 +284,7 @@ def _read_header(file: BinaryIO, name: str) -> _Header:
         header_class = nib.Nifti2Header
         data += file.read(header_class.sizeof_hdr - len(data))
         if not header_class.may_contain_header(data):
-            raise BratsCaseError(f"{name} is not a NIfTI file. Download it again, or convert it.")
+            raise ScanError(f"{name} is not a NIfTI file. Download it again, or convert it.")
     try:
         header = header_class(data)
         if header["magic"].item() != header.single_magic:
@@ -557,7 +298,7 @@ def _read_header(file: BinaryIO, name: str) -> _Header:
         if offset < len(data):
             raise HeaderDataError(f"its voxels would begin at byte {offset}, within it")
     except (HeaderDataError, WrapStructError, ValueError, OverflowError) as err:
-        raise BratsCaseError(f"{name} has a broken NIfTI header ({err}). Download it again.") from err
+        raise ScanError(f"{name} has a broken NIfTI header ({err}). Download it again.") from err
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     return _Header(header, shape, dtype, offset, 1.0 if slope is None else slope, intercept or 0.0, affine)
@@ -569,12 +310,12 @@ def _read_voxels(file: BinaryIO, n_bytes: int, offset: int, name: str) -> bytes:
         file.read(min(2**20, offset - begin))
     data = file.read(n_bytes)
     if len(data) < n_bytes:
-        raise BratsCaseError(
+        raise ScanError(
             f"{name} is cut off: its header promises {n_bytes} bytes of voxels from byte {offset} on, the file has "
             f"{file.tell()} bytes in all. Copy or download it again."
         )
     if len(file.read(MAX_TRAILING_BYTES + 1)) > MAX_TRAILING_BYTES:
-        raise BratsCaseError(
+        raise ScanError(
             f"{name} goes on for more than {MAX_TRAILING_BYTES} bytes behind the {n_bytes} bytes of voxels that its "
             "header promises. Download it again, or repair its header."
         )
@@ -601,11 +342,11 @@ def _orientation(affine: np.ndarray, name: str) -> np.ndarray:
         usable = np.isfinite(affine).all() and ((smallest < sizes) & (sizes < largest)).all()
         orientation = orientations.io_orientation(affine) if usable else np.full((3, 2), np.nan)
     if np.isnan(orientation).any():
-        raise BratsCaseError(f"{name} has no usable affine: {affine.tolist()}. Repair its header.")
+        raise ScanError(f"{name} has no usable affine: {affine.tolist()}. Repair its header.")
     return orientations.ornt_transform(orientation, _TO_LPS)
 
 
-def _label_ids(volume: Volume, since_2023: bool, decathlon: bool) -> np.ndarray:
+def to_tumour_labels(volume: Volume, since_2023: bool, decathlon: bool) -> np.ndarray:
     """Map the labels of a mask to our ids."""
     known = (0, 1, 2, 3) if since_2023 or decathlon else (0, 1, 2, 4)
     tumour = _in_memory_order(volume.voxels)
@@ -618,7 +359,7 @@ def _label_ids(volume: Volume, since_2023: bool, decathlon: bool) -> np.ndarray:
         )
         if decathlon:
             source, advice = "of the Decathlon", "1 is ED, 2 NCR/NET and 3 ET. Relabel it or download it again."
-        raise BratsCaseError(
+        raise ScanError(
             f"{volume.name} holds {unknown.size} unknown labels ({', '.join(f'{label:g}' for label in unknown[:5])}). "
             f"A mask {source} may hold {', '.join(map(str, known))}: {advice}"
         )
@@ -630,10 +371,10 @@ def check_same_grid(first: Volume, second: Volume) -> None:
     """Check that two volumes cover the same voxels in space.
 
     Raises:
-        BratsCaseError: If their shapes differ, or a corner lies more than `GRID_TOLERANCE_MM` apart.
+        ScanError: If their shapes differ, or a corner lies more than `GRID_TOLERANCE_MM` apart.
     """
     if first.voxels.shape != second.voxels.shape:
-        raise BratsCaseError(
+        raise ScanError(
             f"{first.name} has the shape {first.voxels.shape}, {second.name} {second.voxels.shape} (left, "
             "posterior, superior). Resample one onto the other."
         )
@@ -642,7 +383,7 @@ def check_same_grid(first: Volume, second: Volume) -> None:
     shift = nib.affines.apply_affine(first.lps_affine, corners) - nib.affines.apply_affine(second.lps_affine, corners)
     distance_mm = np.linalg.norm(shift, axis=1).max()
     if distance_mm > GRID_TOLERANCE_MM:
-        raise BratsCaseError(
+        raise ScanError(
             f"{first.name} and {second.name} have different affines: a corner lies {distance_mm:.3g} mm apart, "
             f"allowed are {GRID_TOLERANCE_MM} mm. Resample one onto the other."
         )

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from .training import Sam2UNetTrainer
+    from .trainer import Sam2UNetTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "trainer_state.json"  # the Trainer writes it last
 LOSSES = "losses"  # under this name in that state
 # Weights, optimizer, schedule and random numbers, by one process or several, in one piece or by FSDP.
-PARTS = (("model*.safetensors", "pytorch_model*"), ("optimizer*",), ("scheduler.pt",), ("rng_state*.pth",))
+REQUIRED_FILES = (("model*.safetensors", "pytorch_model*"), ("optimizer*",), ("scheduler.pt",), ("rng_state*.pth",))
 
 
-def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """Return the newest checkpoint of a run that was written to its end, and warn of those that were not.
 
     Args:
@@ -40,14 +40,14 @@ def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """
     numbered = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
     for path in sorted(numbered, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
-        fault = find_fault(path)
+        fault = why_incomplete(path)
         if fault is None:
             return str(path)
         logger.warning("%s is incomplete (%s), passing it over.", path, fault)
     return None
 
 
-def find_fault(checkpoint: str | os.PathLike) -> str | None:
+def why_incomplete(checkpoint: str | os.PathLike) -> str | None:
     """Say why a checkpoint of [`~transformers.Trainer`] cannot be resumed from, without loading it.
 
     A checkpoint is whole if all files are there and none is cut off. Sizes are checked, contents are not. One without
@@ -68,7 +68,7 @@ def find_fault(checkpoint: str | os.PathLike) -> str | None:
         return f"no {STATE_FILE}"
     except ValueError:
         return f"{STATE_FILE} is cut off"
-    for patterns in PARTS:
+    for patterns in REQUIRED_FILES:
         if not any(any(folder.glob(pattern)) for pattern in patterns):
             return f"no {patterns[0]}"
     for path in sorted(folder.rglob("*.safetensors")):
@@ -116,10 +116,10 @@ class StopOnSigterm(TrainerCallback):
         self._asked = False
         self._handler: Any = None
 
-    def _ask(self, signum: int, frame: Any) -> None:
+    def _on_signal(self, signum: int, frame: Any) -> None:
         self._asked = True
 
-    def _is_asked(self) -> bool:
+    def _stop_requested(self) -> bool:
         """Whether any process got the signal; all of them have to ask at once."""
         if self.accelerator.num_processes > 1:
             if self._asked:
@@ -140,14 +140,14 @@ class StopOnSigterm(TrainerCallback):
         self.stopped = self._asked = False
         # Python lets no other thread handle signals. A training that failed, and is tried again, has left its handler.
         if threading.current_thread() is threading.main_thread() and self._handler is None:
-            self._handler = signal.signal(signal.SIGTERM, self._ask)
+            self._handler = signal.signal(signal.SIGTERM, self._on_signal)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save and stop, unless the training ends here anyway; at the end of an epoch after its evaluation."""
         if state.global_step < state.max_steps and not self._is_only_evaluated(args, state, control):
-            if self._is_asked():
+            if self._stop_requested():
                 self._stop(args, control)
                 control.should_save = control.should_save or is_within_epoch(state)
 
@@ -172,7 +172,7 @@ class StopOnSigterm(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop after the checkpoint that belongs to this evaluation."""
-        if control.should_save and args.save_strategy != SaveStrategy.BEST and self._is_asked():
+        if control.should_save and args.save_strategy != SaveStrategy.BEST and self._stop_requested():
             self._stop(args, control)
 
     def on_train_end(
@@ -189,7 +189,7 @@ def is_within_epoch(state: TrainerState) -> bool:
     return cast("float", state.epoch) % 1 > 0
 
 
-def outlive_sigterm(worker_init_fn: Callable[[int], Any] | None, worker_id: int) -> None:
+def ignore_sigterm(worker_init_fn: Callable[[int], Any] | None, worker_id: int) -> None:
     """Let a worker of a `DataLoader` go on when SIGTERM comes from anyone but the process that it works for.
 
     Schedulers send the signal to every process of a job. Without its workers the one that trains could not finish the
@@ -215,7 +215,7 @@ def _end_when_told_to() -> None:
     os._exit(0)
 
 
-class GoOn(TrainerCallback):
+class ResumeCallback(TrainerCallback):
     """Lets a run that goes on from a checkpoint end as if it had never stopped.
 
     Args:
@@ -246,4 +246,4 @@ class GoOn(TrainerCallback):
             control.should_log = control.should_evaluate = control.should_save = False
 
 
-__all__ = ["GoOn", "StopOnSigterm", "find_fault", "last_whole_checkpoint", "outlive_sigterm"]
+__all__ = ["ResumeCallback", "StopOnSigterm", "ignore_sigterm", "last_complete_checkpoint", "why_incomplete"]

@@ -1,0 +1,287 @@
+"""BraTS and Decathlon layouts: which files make a case."""
+
+import csv
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .scans_sam2unet import (
+    DECATHLON_ORDER,
+    ScanError,
+    Volume,
+    check_same_grid,
+    read_volume,
+    read_volumes,
+    to_tumour_labels,
+)
+
+
+logger = logging.getLogger(__name__)
+
+_FILE_NAME = re.compile(
+    r"(?P<prefix>[^.].*)(?P<ending>_(?:t1|t1ce|t2|flair|seg)|-(?:t1n|t1c|t2w|t2f|seg))\.nii(?:\.gz)?", re.DOTALL
+)
+
+_ENDINGS = {
+    "_t1": "t1", "_t1ce": "t1ce", "_t2": "t2", "_flair": "flair", "_seg": "seg",  # 2017-2021
+    "-t1n": "t1", "-t1c": "t1ce", "-t2w": "t2", "-t2f": "flair", "-seg": "seg",  # from 2023 on
+}  # fmt: skip
+
+_MISNAMED_MASK = re.compile(r"W39_1998\.09\.19_Segm\.nii(?:\.gz)?")  # case 355 of BraTS 2020, as released
+
+_TIMEPOINT = re.compile(r"(BraTS-.+-\d+)-\d{3}")
+
+_DECATHLON_NAME = re.compile(r"(BRATS_\d+)\.nii(?:\.gz)?")
+
+_LAYOUT = """Expected one folder per case, at any depth, with one file per contrast:
+  BraTS 2017-2021   BraTS20_Training_001/BraTS20_Training_001_{t1,t1ce,t2,flair,seg}.nii[.gz]
+  BraTS 2023 on     BraTS-GLI-00000-000/BraTS-GLI-00000-000-{t1n,t1c,t2w,t2f,seg}.nii[.gz]
+or all contrasts of a case in one file, as the Medical Segmentation Decathlon has them:
+  Task01_BrainTumour   imagesTr/BRATS_001.nii[.gz] and labelsTr/BRATS_001.nii[.gz]; imagesTs, which has no masks,
+                       must be named itself
+The scans are free for research after registration: https://www.synapse.org/brats (all years) or
+https://www.med.upenn.edu/cbica/brats2020/ (2020). Those of the Decathlon need none: http://medicaldecathlon.com."""
+
+
+@dataclass(frozen=True)
+class BratsCase:
+    """The files of one scanning session of one patient.
+
+    Attributes:
+        case_id: The prefix its files share, `"BraTS20_Training_001"` for example.
+        folder: Where the scans lie.
+        files: Path by `"t1"`, `"t1ce"`, `"t2"`, `"flair"` and `"seg"`; what is missing is absent.
+        grade: `"HGG"` or `"LGG"` if a folder name or `name_mapping.csv` tells, else `None`.
+        problem: Why the files cannot be told apart, else `None`. Reading such a case raises.
+        decathlon: The case is of the Medical Segmentation Decathlon: one file holds all four modalities, and NCR/NET
+            and ED have each other's label.
+    """
+
+    case_id: str
+    folder: Path
+    files: dict[str, Path]
+    grade: str | None = None
+    problem: str | None = None
+    decathlon: bool = False
+
+    @property
+    def patient_id(self) -> str:
+        """The case id less the timepoint that names have from 2023 on."""
+        return patient_of(self.case_id)
+
+    def path(self, name: str) -> Path:
+        """Return the file of a modality, or of the mask (`"seg"`).
+
+        Raises:
+            ScanError: If it is missing, or if the files of the case cannot be told apart.
+        """
+        if self.problem:
+            raise ScanError(f"case {self.case_id}: {self.problem}")
+        if name not in self.files:
+            folder, endings = self.folder, [ending for ending, known in _ENDINGS.items() if known == name]
+            if self.decathlon:
+                folder, endings = _label_folder(folder) if name == "seg" else folder, [""]
+            expected = " or ".join(f"{self.case_id}{ending}.nii[.gz]" for ending in endings)
+            what = "mask" if name == "seg" else f"{name} scan"
+            hint = " The challenge's validation and test cases come without masks." if name == "seg" else ""
+            raise ScanError(
+                f"case {self.case_id}: no {what} in `{folder}`, expected {expected}. Download the case again.{hint}"
+            )
+        return self.files[name]
+
+    def read_image(self, modality: str, same_grid_as: Volume | None = None) -> Volume:
+        """Read one modality.
+
+        Args:
+            modality: One of `MODALITIES`.
+            same_grid_as: Another volume of the case, which must cover the same voxels in space.
+
+        Raises:
+            ScanError: If the file is missing, damaged or on another grid.
+        """
+        return self.read_images([modality], same_grid_as)[0]
+
+    def read_images(self, modalities: Sequence[str], same_grid_as: Volume | None = None) -> list[Volume]:
+        """Read several modalities at once: a file that holds them all is read and decompressed once.
+
+        Args:
+            modalities: One or more of `MODALITIES`.
+            same_grid_as: Another volume of the case. The modalities must cover the same voxels in space as it does,
+                or as the first of them if it is left out.
+
+        Raises:
+            ScanError: If a file is missing, damaged or on another grid, or if one of the Decathlon does not hold
+                four volumes.
+        """
+        paths = [self.path(modality) for modality in modalities]
+        if self.decathlon:
+            volumes = read_volumes(paths[0], self.case_id, modalities)
+        else:
+            volumes = [read_volume(path, self.case_id) for path in paths]
+        for volume in volumes:
+            check_same_grid(volume, same_grid_as or volumes[0])
+        return volumes
+
+    def read_mask(self, same_grid_as: Volume | None = None) -> Volume:
+        """Read the expert's mask as `uint8` label ids: 0 background, 1 NCR/NET, 2 ED, 3 ET.
+
+        Args:
+            same_grid_as: Another volume of the case, which must cover the same voxels in space.
+
+        Raises:
+            ScanError: If the file is missing, damaged, on another grid or holds other labels.
+        """
+        path = self.path("seg")
+        volume = read_volume(path, self.case_id)
+        if same_grid_as is not None:
+            check_same_grid(volume, same_grid_as)
+        since_2023 = path.name.startswith(f"{self.case_id}-")
+        return replace(volume, voxels=to_tumour_labels(volume, since_2023, self.decathlon))
+
+
+def patient_of(case_id: str) -> str:
+    """Return the case id less the timepoint that names have from 2023 on: `"BraTS-GLI-00001-001"` is a second scan."""
+    match = _TIMEPOINT.fullmatch(case_id)
+    return match[1] if match else case_id
+
+
+def find_cases(root: str | os.PathLike) -> list[BratsCase]:
+    """Find the BraTS cases below a folder, or the one that the folder itself is.
+
+    A file belongs to a case if its name is exactly `{prefix}{ending}.nii` or `.nii.gz`, where the prefix is the name
+    of its folder or, in a renamed folder, the one prefix that the scans there share. Predictions, brain masks and
+    hidden files have other names and are not looked at. Of a plain and a gzipped copy the plain one is taken.
+
+    In the Medical Segmentation Decathlon a case is a file `imagesTr/BRATS_{number}.nii.gz` and its mask, of the same
+    name, in `labelsTr`. The cases in `imagesTs` have no masks, of which a data set could not be built: they are found
+    only if `root` is that folder itself, or one of the files in it.
+
+    Args:
+        root: Any folder above the cases, or a scan of the Decathlon. Hidden folders are left out, links are followed.
+
+    Returns:
+        Cases sorted by id. A case with missing files is listed too: reading it says what it lacks.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no case in it.
+    """
+    root = Path(os.path.abspath(os.path.expanduser(root)))
+    if root.is_file() and _DECATHLON_NAME.fullmatch(root.name):
+        return [case for case in _decathlon_cases(root.parent, [root.name]) if root in case.files.values()]
+    if not root.is_dir():
+        raise FileNotFoundError(f"No folder `{root}`. Give the folder that holds the BraTS cases.\n{_LAYOUT}")
+    cases, n_nifti = [], 0
+    for folder, names in _walk(root):
+        nifti = sorted(name for name in names if name.endswith((".nii", ".nii.gz")))
+        n_nifti += len(nifti)
+        case = _case_in(folder, nifti)
+        if case:
+            cases.append(case)
+        if folder.name == "imagesTr" or (folder == root and folder.name == "imagesTs"):
+            cases.extend(_decathlon_cases(folder, nifti))
+    if not cases:
+        raise FileNotFoundError(f"No BraTS case in `{root}` ({n_nifti} other NIfTI files there).\n{_LAYOUT}")
+
+    counts = Counter(case.case_id for case in cases)
+    grades = _grades_from_tables({root, *(case.folder.parent for case in cases)})
+    for i, case in enumerate(cases):
+        parts = (root.name, *case.folder.relative_to(root).parts)
+        grade = next((part.upper() for part in reversed(parts) if part.upper() in ("HGG", "LGG")), None)
+        problem = case.problem
+        if counts[case.case_id] > 1:
+            problem = f"found in {counts[case.case_id]} folders, `{case.folder}` is one. Keep one of them."
+        cases[i] = replace(case, grade=grade or grades.get(case.case_id), problem=problem)
+    return sorted(cases, key=lambda case: (case.case_id, case.folder))
+
+
+def _warn(err: OSError) -> None:
+    logger.warning("Cannot look into `%s` (%s).", err.filename, err.strerror)
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield folders and the names in them, following links but visiting each folder once."""
+    seen = set()
+    for folder, subfolders, names in os.walk(root, onerror=_warn, followlinks=True):
+        real = os.path.realpath(folder)
+        subfolders[:] = [] if real in seen else sorted(name for name in subfolders if not name.startswith("."))
+        if real not in seen:
+            seen.add(real)
+            yield Path(folder), names
+
+
+def _case_in(folder: Path, names: list[str]) -> BratsCase | None:
+    """Group the NIfTI files of one folder into a case, or return `None` if it is no case folder."""
+    found = [match for match in map(_FILE_NAME.fullmatch, names) if match]
+    prefixes = sorted({match["prefix"] for match in found if _ENDINGS[match["ending"]] != "seg"})
+    if any(match["prefix"] == folder.name for match in found):
+        prefixes = [folder.name]
+    if not prefixes:
+        return None
+    problem = None
+    if len(prefixes) > 1:
+        problem = f"`{folder}` holds scans of {', '.join(prefixes)}. Give each case a folder of its own."
+        return BratsCase(folder.name, folder, {}, problem=problem)
+
+    files: dict[str, Path] = {}
+    for match in found:  # sorted, so that x.nii comes before x.nii.gz
+        if match["prefix"] != prefixes[0]:
+            continue
+        name, path = _ENDINGS[match["ending"]], folder / match[0]
+        taken = files.setdefault(name, path)
+        if taken is not path and path.name == f"{taken.name}.gz":
+            logger.warning("`%s` is there plain and gzipped, taking the plain file.", taken)
+        elif taken is not path:
+            problem = f"`{taken}` and `{path.name}` are both {name} files. Keep one of them."
+    if "seg" not in files:
+        files.update(("seg", folder / name) for name in names if _MISNAMED_MASK.fullmatch(name))
+    return BratsCase(prefixes[0], folder, files, problem=problem)
+
+
+def _decathlon_cases(folder: Path, names: list[str]) -> list[BratsCase]:
+    """Pair the scans in an image folder of the Decathlon with the masks in the label folder beside it."""
+    labels = _label_folder(folder)
+    _, mask_names = next(_walk(labels), (labels, [])) if labels.is_dir() else (labels, [])
+    scans, masks = _decathlon_files(folder, names), _decathlon_files(labels, mask_names)
+    cases = []
+    for case_id in sorted({*scans, *masks}):
+        files = dict.fromkeys(DECATHLON_ORDER, scans[case_id]) if case_id in scans else {}
+        if case_id in masks:
+            files["seg"] = masks[case_id]
+        cases.append(BratsCase(case_id, folder, files, decathlon=True))
+    return cases
+
+
+def _decathlon_files(folder: Path, names: list[str]) -> dict[str, Path]:
+    """Return the files of cases by case id; `names` are those in the folder."""
+    files: dict[str, Path] = {}
+    for match in filter(None, map(_DECATHLON_NAME.fullmatch, sorted(names))):  # x.nii comes before x.nii.gz
+        taken = files.setdefault(match[1], folder / match[0])
+        if taken.name != match[0]:
+            logger.warning("`%s` is there plain and gzipped, taking the plain file.", taken)
+    return files
+
+
+def _label_folder(image_folder: Path) -> Path:
+    return image_folder.with_name(f"labels{image_folder.name.removeprefix('images')}")
+
+
+def _grades_from_tables(folders: set[Path]) -> dict[str, str]:
+    """Read the grade of every case id from the `name_mapping.csv` files in these folders."""
+    grades = {}
+    for folder in sorted(folders):
+        path = folder / "name_mapping.csv"
+        if path.is_file():
+            try:
+                with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+                    rows = list(csv.DictReader(file))
+            except (OSError, csv.Error) as err:
+                logger.warning("Cannot read grades from `%s` (%s).", path, err)
+                continue
+            for row in rows:
+                if row.get("Grade") in ("HGG", "LGG"):
+                    grades.update({row[column]: row["Grade"] for column in row if str(column).startswith("BraTS")})
+    return grades

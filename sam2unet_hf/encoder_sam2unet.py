@@ -1,0 +1,251 @@
+"""The encoder of SAM2-UNet: SAM 2's Hiera trunk with an adapter in each block."""
+
+# transformers types the fields of a config by what the constructor takes, not by what an instance holds.
+# mypy: disable-error-code="arg-type, union-attr"
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Sam2HieraDetConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_sam2unet import Sam2UNetConfig
+from .windows_sam2unet import Sam2UNetWindowLayout, in_chunks, pool_windows
+
+
+class Sam2UNetPatchEmbeddings(nn.Module):
+    """Convolution of stride 4 from pixels to tokens."""
+
+    def __init__(self, config: Sam2HieraDetConfig):
+        super().__init__()
+        self.projection = nn.Conv2d(
+            config.num_channels,
+            config.hidden_size,
+            kernel_size=config.patch_kernel_size,
+            stride=config.patch_stride,
+            padding=config.patch_padding,
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        # (B, C, H, W) -> (B, H/4, W/4, hidden_size)
+        return self.projection(pixel_values).permute(0, 2, 3, 1)
+
+
+class Sam2UNetAdapter(nn.Module):
+    """Trainable bottleneck in front of an encoder block: `x + GELU(W2 GELU(W1 x))`."""
+
+    def __init__(self, hidden_size: int, bottleneck_size: int):
+        super().__init__()
+        self.down_proj = nn.Linear(hidden_size, bottleneck_size)
+        self.up_proj = nn.Linear(bottleneck_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + F.gelu(self.up_proj(F.gelu(self.down_proj(hidden_states))))
+
+
+def eager_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Compute what `scaled_dot_product_attention` computes, step by step."""
+    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+    if attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
+
+
+class Sam2UNetWindowAttention(nn.Module):
+    """Multi-head attention within windows, with optional query pooling, that never computes on padding.
+
+    SAM 2 pads a map with zeros until windows tile it, and lets the padded tokens be attended to. This gives the same
+    result without them. A padded token is zero after the layer norm, so its key and its value are those parts of the
+    bias of `qkv`: the same for all n padded tokens of a window. In the softmax, n equal keys `k` with equal values
+    `v` add `n * exp(q.k)` to the denominator and `n * exp(q.k) * v` to the numerator, and `n * exp(q.k)` is
+    `exp(q.k + log(n))`. So one key with `log(n)` added to its score stands for all of them, exactly. The queries of
+    padded tokens are thrown away in the original, so none is computed.
+    """
+
+    def __init__(
+        self,
+        config: Sam2HieraDetConfig,
+        dim: int,
+        dim_out: int,
+        num_attention_heads: int,
+        window_size: int,
+        query_stride: list[int] | None,
+    ):
+        super().__init__()
+        self.config = config
+        self.num_attention_heads = num_attention_heads
+        self.window_size = window_size
+        self.query_stride = query_stride
+        self.qkv = nn.Linear(dim, dim_out * 3)
+        self.proj = nn.Linear(dim_out, dim_out)
+
+    def forward(self, hidden_states: torch.Tensor, layout: Sam2UNetWindowLayout) -> torch.Tensor:
+        """Attend within windows; tokens of shape `(tokens, dim)` -> `(tokens, dim_out)`, maybe pooled."""
+        # (tokens, 3 * dim_out)
+        qkv = self.qkv(hidden_states)
+        pooled = layout if self.query_stride is None else layout.pooled(self.query_stride)
+        if self.window_size == 0:
+            # The order of the tokens of an image is of no importance to attention over all of them.
+            query, key, value = layout.images(qkv).chunk(3, dim=-1)
+            if self.query_stride is not None:
+                query = pooled.images(layout.pool(qkv.chunk(3, dim=-1)[0], self.query_stride))
+            return self.proj(pooled.from_images(self.attend(query, key, value)))
+        outputs = []
+        for group, windows in zip(layout.groups, layout.split(qkv), strict=True):
+            query, key, value = windows.chunk(3, dim=-1)
+            if self.query_stride is not None:
+                query = pool_windows(query, group.window_height, group.window_width, self.query_stride)
+            num_padded = self.window_size**2 - group.window_height * group.window_width
+            outputs.append(self.attend(query, key, value, num_padded))
+        return self.proj(pooled.merge(outputs))
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_padded: int = 0) -> torch.Tensor:
+        """Attend within windows of shape `(num_windows, tokens, dim_out)`, with `num_padded` more keys in each."""
+        # (num_windows, tokens, dim_out) -> (num_windows, heads, tokens, head_dim)
+        query, key, value = (
+            tokens.unflatten(2, (self.num_attention_heads, -1)).transpose(1, 2) for tokens in (query, key, value)
+        )
+        mask = None
+        if num_padded:
+            num_windows, heads, num_tokens, _ = key.shape
+            # The one key and value that stand for all padded tokens.
+            _, key_bias, value_bias = self.qkv.bias.to(key.dtype).view(3, 1, heads, 1, -1)
+            key = torch.cat([key, key_bias.expand(num_windows, -1, -1, -1)], dim=2)
+            value = torch.cat([value, value_bias.expand(num_windows, -1, -1, -1)], dim=2)
+            mask = F.pad(key.new_zeros(1, 1, 1, num_tokens), (0, 1), value=math.log(num_padded))
+        is_eager = self.config._attn_implementation == "eager"
+        is_half = query.dtype in (torch.bfloat16, torch.float16)
+        if is_half and query.device.type == "cpu" and query.requires_grad:
+            # The backward pass of PyTorch's half-precision kernel for the CPU is up to five times slower.
+            is_eager = True
+        attention = eager_attention if is_eager else F.scaled_dot_product_attention
+        output = attention(query, key, value, attn_mask=mask)
+        return output.transpose(1, 2).flatten(2)
+
+
+class Sam2UNetFeedForward(nn.Module):
+    """Two linear layers with the encoder's activation."""
+
+    def __init__(self, config: Sam2HieraDetConfig, dim: int):
+        super().__init__()
+        hidden_size = int(dim * config.mlp_ratio)
+        self.proj_in = nn.Linear(dim, hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.proj_out = nn.Linear(hidden_size, dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.proj_out(self.activation(self.proj_in(hidden_states)))
+
+
+class Sam2UNetBlock(GradientCheckpointingLayer):
+    """Adapter and Hiera block; the first block of stages 2 to 4 halves the resolution by query pooling."""
+
+    def __init__(self, config: Sam2UNetConfig, stage: int, is_first_of_stage: bool, is_global: bool):
+        super().__init__()
+        backbone = config.backbone_config
+        # The first block of a stage still has the dimension and the window of the stage before.
+        input_stage = max(stage - 1, 0) if is_first_of_stage else stage
+        dim, dim_out = backbone.embed_dim_per_stage[input_stage], backbone.embed_dim_per_stage[stage]
+        self.query_stride = backbone.query_stride if is_first_of_stage and stage > 0 else None
+        self.adapter = Sam2UNetAdapter(dim, config.adapter_hidden_size)
+        self.layer_norm1 = nn.LayerNorm(dim, eps=backbone.layer_norm_eps)
+        self.attn = Sam2UNetWindowAttention(
+            backbone,
+            dim,
+            dim_out,
+            num_attention_heads=backbone.num_attention_heads_per_stage[stage],
+            window_size=0 if is_global else backbone.window_size_per_stage[input_stage],
+            query_stride=self.query_stride,
+        )
+        self.layer_norm2 = nn.LayerNorm(dim_out, eps=backbone.layer_norm_eps)
+        self.mlp = Sam2UNetFeedForward(backbone, dim_out)
+        self.proj = nn.Linear(dim, dim_out) if dim != dim_out else None
+
+    def forward(self, hidden_states: torch.Tensor, layout: Sam2UNetWindowLayout) -> torch.Tensor:
+        residual = self.adapter(hidden_states)
+        hidden_states = self.layer_norm1(residual)
+        if self.proj is not None:
+            residual = self.proj(hidden_states)
+        if self.query_stride is not None:
+            residual = layout.pool(residual, self.query_stride)
+        hidden_states = residual + self.attn(hidden_states, layout)
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+class Sam2UNetEncoder(nn.Module):
+    """SAM 2's Hiera trunk with an adapter in each block.
+
+    Parameters are named as in transformers' `Sam2HieraDetModel`, adapters aside, so that SAM 2 weights load by name.
+    """
+
+    layout_class = Sam2UNetWindowLayout
+
+    def __init__(self, config: Sam2UNetConfig):
+        super().__init__()
+        backbone = config.backbone_config
+        self.patch_embed = Sam2UNetPatchEmbeddings(backbone)
+        self.window_sizes = backbone.window_size_per_stage
+        background_size = backbone.window_positional_embedding_background_size
+        self.pos_embed = nn.Parameter(torch.zeros(1, backbone.hidden_size, *background_size))
+        window = (self.window_sizes[0], self.window_sizes[0])
+        self.pos_embed_window = nn.Parameter(torch.zeros(1, backbone.hidden_size, *window))
+        self.blocks = nn.ModuleList()
+        self.stage_ends = []
+        for stage, num_blocks in enumerate(backbone.blocks_per_stage):
+            for position in range(num_blocks):
+                is_global = len(self.blocks) in backbone.global_attention_blocks
+                self.blocks.append(Sam2UNetBlock(config, stage, position == 0, is_global))
+            self.stage_ends.append(len(self.blocks) - 1)
+
+    def position_embedding(self, height: int, width: int) -> torch.Tensor:
+        """Return the embedding of shape `(1, height, width, hidden_size)`: background plus tiled window."""
+        background = F.interpolate(self.pos_embed, size=(height, width), mode="bicubic")
+        window_height, window_width = self.pos_embed_window.shape[-2:]
+        window = self.pos_embed_window.tile(1, 1, height // window_height, width // window_width)
+        return (background + window).permute(0, 2, 3, 1)
+
+    def run_stage(self, maps: torch.Tensor, stage: int) -> tuple[torch.Tensor, ...]:
+        """Run a stage but for its first block, and the first block of the next, whose windows are those of this one.
+
+        Args:
+            maps: Tokens `(batch_size, height, width, channels)`.
+            stage: From 0; the first stage is run from its first block on.
+
+        Returns:
+            The feature map of the stage and, but for the last stage, the tokens after the next stage's first block,
+            both `(batch_size, height, width, channels)`.
+        """
+        batch_size, height, width, _ = maps.shape
+        layout = self.layout_class(batch_size, height, width, self.window_sizes[stage])
+        tokens = layout.pack(maps)
+        start = self.stage_ends[stage - 1] + 2 if stage else 0
+        end = self.stage_ends[stage] + 1
+        for block in self.blocks[start:end]:
+            tokens = block(tokens, layout)
+        feature_map = layout.unpack(tokens)
+        if end == len(self.blocks):
+            return (feature_map,)
+        pool = self.blocks[end]
+        return feature_map, layout.pooled(pool.query_stride).unpack(pool(tokens, layout))
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the four feature maps, `(batch_size, channels, height / stride, width / stride)`."""
+        maps = self.patch_embed(pixel_values)
+        maps = maps + self.position_embedding(*maps.shape[1:3])
+        feature_maps = []
+        for stage in range(len(self.stage_ends)):
+            height, width = maps.shape[1:3]
+            feature_map, *rest = in_chunks(partial(self.run_stage, stage=stage), maps, tokens_per_image=height * width)
+            # (B, H, W, C) -> (B, C, H, W); a view, channels last in memory
+            feature_maps.append(feature_map.permute(0, 3, 1, 2))
+            maps = rest[0] if rest else maps
+        return tuple(feature_maps)
+
+
+__all__ = ["Sam2UNetEncoder"]

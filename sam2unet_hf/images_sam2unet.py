@@ -1,0 +1,101 @@
+"""Images and masks of any kind as tensors."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_utils import (
+    ChannelDimension,
+)
+
+
+def to_channels_first(
+    image: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None = None
+) -> torch.Tensor:
+    """Turn an array of shape `(height, width)` or with 1, 3 or 4 channels first or last into channels first."""
+    if isinstance(image, np.ndarray) and image.dtype.kind in "biuf":
+        # A copy, because torch can hold neither big-endian values nor negative strides, and warns of read-only ones.
+        image = torch.from_numpy(np.array(image, dtype=image.dtype.newbyteorder("="), order="C"))
+    if not isinstance(image, torch.Tensor) or image.is_complex():
+        got = f"{image.dtype} values" if isinstance(image, (np.ndarray, torch.Tensor)) else type(image).__name__
+        raise ValueError(f"Images must be PIL images, NumPy arrays or torch tensors of real numbers, got {got}.")
+    if image.ndim == 2 and image.numel():
+        return image[None]
+    axes = {None: (0, -1), ChannelDimension.FIRST: (0,), ChannelDimension.LAST: (-1,)}
+    layout = None if input_data_format is None else ChannelDimension(input_data_format)
+    for axis in axes[layout]:
+        if image.ndim == 3 and image.numel() and image.shape[axis] in (1, 3, 4):
+            return image.movedim(axis, 0)
+    raise ValueError(
+        "An image must have shape (height, width), (channels, height, width) or (height, width, channels) with 1, 3 "
+        f"or 4 channels and at least one pixel, got {tuple(image.shape)}."
+    )
+
+
+def to_byte_range(image: torch.Tensor) -> torch.Tensor:
+    """Bring an image of any type to values in 0..255: uint8 as it is, everything else float32."""
+    if image.dtype == torch.uint8:
+        return image
+    if image.dtype == torch.bool:
+        return image.float() * 255
+    values = image.float()
+    low, high = values.min().item(), values.max().item()
+    limit = 255 if image.is_floating_point() else 65535
+    # A comparison with NaN is false.
+    if not (low >= 0 and high <= limit):
+        kind = "float images must be finite and in 0..1 or 0..255" if limit == 255 else "integer images in 0..65535"
+        raise ValueError(
+            f"`images` must be non-negative; {kind}, got {image.dtype} with values from {low:g} to {high:g}. Scale "
+            "scans first (`sam2unet_hf.scans_sam2unet` does it for BraTS), or pass `do_rescale=False` if they are "
+            "normalised."
+        )
+    if image.is_floating_point():
+        if 1 < high < 2:
+            warnings.warn(
+                f"A float image has values up to {high:g}, which are taken as parts of 255: it will be nearly black. "
+                "Clip it to 1, or scale it to 0..255.",
+                stacklevel=2,
+            )
+        return values * 255 if high <= 1 else values
+    if image.dtype != torch.uint16 and high <= 255:
+        return values
+    if 0 < high < 4096:
+        warnings.warn(
+            f"A 16-bit image uses only values up to {high:g} of 65535 and will be nearly black. Scale it to its range "
+            "first.",
+            stacklevel=2,
+        )
+    return values / 257
+
+
+def to_label_map(segmentation_map: Any) -> torch.Tensor:
+    """Turn a mask of any kind into an int64 tensor of shape `(height, width)`."""
+    layout = None
+    if isinstance(segmentation_map, Image.Image):
+        mode = segmentation_map.mode
+        if mode in ("CMYK", "HSV", "LAB", "YCbCr"):
+            raise ValueError(
+                f"A segmentation map must have one channel of label ids, got a picture of mode {mode}. Save it as L."
+            )
+        segmentation_map, layout = np.array(segmentation_map), ChannelDimension.LAST
+        if mode in ("LA", "La", "PA"):
+            segmentation_map = segmentation_map[..., 0]
+    label_map = to_channels_first(segmentation_map, layout)
+    # Colours, whatever the alpha.
+    if not bool((label_map[1:3] == label_map[:1]).all()):
+        raise ValueError(
+            "A segmentation map must have one channel of label ids, got colours. Map colours to ids first."
+        )
+    # A comparison with NaN is false.
+    whole = (label_map == label_map.round()) & (label_map.abs() < 2**31) if label_map.is_floating_point() else None
+    if whole is not None and not bool(whole.all()):
+        raise ValueError(
+            "A segmentation map must hold whole label ids, got fractions, values beyond 2**31 or non-finite ones. Was "
+            "it resized or normalised?"
+        )
+    return label_map[0].long()
+
+
+__all__ = ["to_byte_range", "to_channels_first", "to_label_map"]

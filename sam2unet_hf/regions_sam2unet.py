@@ -1,0 +1,103 @@
+"""Regions: what a model segments, each one a set of label ids with a name."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def regions_from_pairs(regions: Mapping[str, Sequence[int]] | Sequence[Sequence[Any]]) -> dict[str, list[int]]:
+    """Return regions as a dict from a dict or from the `[name, label ids]` pairs that JSON files hold.
+
+    The order of the regions is the order of the model's channels, and transformers sorts the keys of the dicts it
+    writes. So regions are stored as pairs.
+    """
+    pairs = regions.items() if isinstance(regions, Mapping) else regions
+    return {name: list(label_ids) for name, label_ids in pairs}
+
+
+def parse_regions(texts: Sequence[str]) -> dict[str, list[int]]:
+    """Read regions as command lines give them.
+
+    Args:
+        texts: One text per region, `NAME=ID[,ID...]`, such as `"WT=1,2,3"`.
+
+    Raises:
+        ValueError: If a text has another form, a name comes twice, or regions overlap without being nested.
+    """
+    regions: dict[str, list[int]] = {}
+    for text in texts:
+        match = re.fullmatch(r"([^=]+)=(\d+(?:,\d+)*)", text)
+        if match is None or match[1] in regions:
+            raise ValueError(f"Regions are NAME=ID[,ID...] with different names, such as WT=1,2,3, got {text!r}.")
+        regions[match[1]] = [int(label_id) for label_id in match[2].split(",")]
+    region_levels(regions)
+    return regions
+
+
+def region_levels(regions: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
+    """Order regions for rebuilding a label map: one dict per nesting level, from the outermost inward.
+
+    Each dict maps a region to the label id it writes: the smallest of its ids that no region inside it holds. For
+    BraTS, `{"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}` gives `[{"WT": 2}, {"TC": 1}, {"ET": 3}]`, nnU-Net's
+    `regions_class_order`. Regions of one level are disjoint.
+
+    Args:
+        regions: Region name -> the label ids (>= 1) it joins.
+
+    Raises:
+        ValueError: If there is no region, a region is empty, holds an id below 1, equals or partly overlaps another,
+            or consists of nothing but the regions inside it.
+    """
+    if not regions:
+        raise ValueError('`regions` must name at least one region, for example {"WT": [1, 2, 3]}.')
+    ids = {}
+    for name, label_ids in regions.items():
+        ids[name] = set(label_ids)
+        if not label_ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 1 for i in label_ids):
+            raise ValueError(
+                f"`regions[{name!r}]` must list label ids >= 1 (0 is the background), got {list(label_ids)}."
+            )
+    names = list(ids)
+    for position, first in enumerate(names):
+        for second in names[position + 1 :]:
+            common = ids[first] & ids[second]
+            if ids[first] == ids[second] or (common and common not in (ids[first], ids[second])):
+                raise ValueError(
+                    f"`regions` must be nested or disjoint, got {first!r} {sorted(ids[first])} and {second!r} "
+                    f"{sorted(ids[second])}. Split the common ids {sorted(common)} into a region of their own."
+                )
+    levels: list[dict[str, int]] = []
+    for name in names:
+        inner = set().union(*(ids[other] for other in names if ids[other] < ids[name]))
+        own = ids[name] - inner
+        if not own:
+            raise ValueError(
+                f"`regions[{name!r}]` {sorted(ids[name])} is the union of the regions inside it, so no label id is "
+                "left to write for it. Drop it, or give it an id of its own."
+            )
+        depth = sum(ids[other] > ids[name] for other in names)
+        levels.extend({} for _ in range(depth + 1 - len(levels)))
+        levels[depth][name] = min(own)
+    return levels
+
+
+def label_names(regions: Mapping[str, Sequence[int]]) -> dict[int, str]:
+    """Name the ids of the label map that `regions` rebuild, background included.
+
+    What an outer region writes is only its part outside the regions in it, so it is named for that:
+    `{"WT": [1, 2, 3], "ET": [3]}` gives `{0: "background", 1: "WT without ET", 3: "ET"}`.
+
+    Raises:
+        ValueError: As `region_levels`.
+    """
+    names = {0: "background"}
+    for level in region_levels(regions):
+        for name, label_id in level.items():
+            inner = [other for other in regions if set(regions[other]) < set(regions[name])]
+            # The largest inner regions say it all: "WT without TC", not "WT without TC, ET".
+            outermost = [a for a in inner if not any(set(regions[a]) < set(regions[b]) for b in inner)]
+            names[label_id] = f"{name} without {', '.join(outermost)}" if outermost else name
+    return dict(sorted(names.items()))
+
+
+__all__ = ["label_names", "parse_regions", "region_levels", "regions_from_pairs"]

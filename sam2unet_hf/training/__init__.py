@@ -1,0 +1,20 @@
+"""What the Trainer needs for SAM2-UNet: data, augmentation, metrics, streaming, resuming and model card."""
+
+from .augmentation import AUGMENTATIONS, augmentation
+from .data import SegmentationTransform, collate
+from .metrics import SegmentationMetrics
+from .streaming import ParquetRows, RowGroupSampler, open_parquet
+from .trainer import Sam2UNetTrainer
+
+
+__all__ = [
+    "AUGMENTATIONS",
+    "ParquetRows",
+    "RowGroupSampler",
+    "Sam2UNetTrainer",
+    "SegmentationMetrics",
+    "SegmentationTransform",
+    "augmentation",
+    "collate",
+    "open_parquet",
+]

@@ -1,0 +1,118 @@
+"""Rows of a data set as inputs of the model: transform and collator."""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+
+from ..image_processing_sam2unet import Sam2UNetImageProcessor
+from ..images_sam2unet import to_label_map
+from .streaming import ParquetRows
+
+
+class SegmentationTransform:
+    """Turn rows of a data set into inputs of the model, for `dataset.with_transform(...)`.
+
+    Args:
+        processor: Image processor of the model.
+        image_column: Column of the images.
+        mask_column: Column of the masks, or `None` for images alone.
+        augment: Function of `(image, mask)` that returns both changed alike, such as
+            [`~augmentation.augmentation`] or a transform of `torchvision.transforms.v2`; the mask is a
+            `tv_tensors.Mask`. Only for training.
+        resize_masks: Resize masks with the images, as training does. `False` keeps them at their own size, at which
+            the metrics are computed.
+        label_mapping: Ids to replace in the masks, such as `{255: 1}` for masks of 0 and 255.
+    """
+
+    def __init__(
+        self,
+        processor: Sam2UNetImageProcessor,
+        image_column: str = "image",
+        mask_column: str | None = "mask",
+        augment: Callable | None = None,
+        resize_masks: bool = True,
+        label_mapping: Mapping[int, int] | None = None,
+    ):
+        self.processor = processor
+        self.image_column = image_column
+        self.mask_column = mask_column
+        self.augment = augment
+        self.resize_masks = resize_masks
+        self.label_mapping = dict(label_mapping or {})
+        self._seeds: tuple[int, int] | None = None
+
+    def set_epoch(self, epoch: int, seed: int = 0) -> None:
+        """Let the random changes of an image depend on the epoch, the seed and the image alone, from now on.
+
+        [`Sam2UNetTrainer`] calls it before each epoch. A run that goes on from a checkpoint then sees the images that
+        it would have seen, however many of them were loaded ahead. Without it they depend on what PyTorch's generator
+        drew before.
+        """
+        self._seeds = (seed, epoch)
+
+    def __call__(self, rows: Mapping[str, list[Any]]) -> dict[str, list[torch.Tensor]]:
+        """Return `pixel_values` and, with masks, `labels`, one tensor per row."""
+        images = rows[self.image_column]
+        if self.mask_column is None:
+            return {"pixel_values": list(self.processor(images, return_tensors="pt")["pixel_values"])}
+        masks = [self.to_label_ids(mask) for mask in rows[self.mask_column]]
+        if self.augment is not None:
+            pairs = [self._augment(image, tv_tensors.Mask(mask)) for image, mask in zip(images, masks, strict=True)]
+            images = [image for image, _ in pairs]
+            masks = [mask.as_subclass(torch.Tensor) for _, mask in pairs]
+        inputs = self.processor.preprocess(images, segmentation_maps=masks, return_tensors="pt")
+        labels = list(inputs["labels"]) if self.resize_masks else masks
+        return {"pixel_values": list(inputs["pixel_values"]), "labels": labels}
+
+    def _augment(self, image: Image.Image, mask: tv_tensors.Mask) -> tuple[Any, torch.Tensor]:
+        """Change an image and its mask at random."""
+        augment = cast("Callable", self.augment)
+        if self._seeds is None:
+            return augment(image, mask)
+        state = torch.get_rng_state()
+        # Of the default generator alone: `torch.manual_seed` would start those of the GPUs anew, too.
+        torch.default_generator.manual_seed(zlib.crc32(repr(self._seeds).encode() + np.asarray(image).tobytes()))
+        try:
+            return augment(image, mask)
+        finally:
+            torch.set_rng_state(state)
+
+    def to_label_ids(self, mask: Image.Image) -> torch.Tensor:
+        """Turn a mask into label ids of shape `(height, width)`."""
+        label_map = to_label_map(mask)
+        if not self.label_mapping:
+            return label_map
+        # Looked up in the original ids, so that {1: 2, 2: 1} swaps.
+        mapped = label_map.clone()
+        for label_id, new_id in self.label_mapping.items():
+            mapped[label_map == label_id] = new_id
+        return mapped
+
+
+def collate(examples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
+    """Batch examples; labels of different sizes stay a list, which the model takes too.
+
+    Args:
+        examples: What [`SegmentationTransform`] makes of rows: `pixel_values`, all of one size, and perhaps `labels`.
+    """
+    batch: dict[str, Any] = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
+    if "labels" in examples[0]:
+        labels = [example["labels"] for example in examples]
+        same_size = len({label.shape for label in labels}) == 1
+        batch["labels"] = torch.stack(labels) if same_size else labels
+    return batch
+
+
+def transform_of(dataset: Any) -> Any:
+    """Return the function given to `dataset.with_transform`, if there is one."""
+    if isinstance(dataset, ParquetRows):
+        return dataset.transform
+    return getattr(dataset, "format", {}).get("format_kwargs", {}).get("transform")
+
+
+__all__ = ["SegmentationTransform", "collate", "transform_of"]
