@@ -1,13 +1,19 @@
-"""Where the encoder of a checkpoint that leaves it out comes from: checked, fetched, hashed."""
+"""Checkpoints without the encoder: where it comes from, how it is verified, fetched and hashed."""
 
 import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
-from .weights_sam2unet import load_sam2_encoder
+from .configuration_sam2unet import Sam2UNetConfig
+from .weights_sam2unet import (
+    is_local_source,
+    is_pretrained_weight,
+    load_sam2_encoder,
+    read_safetensors,
+    weight_files,
+)
 
 
 def encoder_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
@@ -26,15 +32,60 @@ def encoder_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def fetch_encoder(
-    config: Mapping[str, Any], checkpoint: str, backbone_config: PreTrainedConfig, **download_kwargs: Any
-) -> dict[str, torch.Tensor]:
+def verify_encoder_source(
+    config: Sam2UNetConfig, encoder: Mapping[str, torch.Tensor], may_be_local: bool = True
+) -> dict[str, str | None]:
+    """Check weight by weight that the encoder of a model can be fetched again from `config.encoder_source`.
+
+    Args:
+        config: Configuration of the model.
+        encoder: Weights in the names of [`Sam2UNetForSemanticSegmentation`]`.encoder`; adapters are passed over.
+        may_be_local: Whether a path of this machine will do.
+
+    Returns:
+        What the config must say to fetch that encoder: `encoder_source`, `encoder_revision`, `encoder_sha256`.
+
+    Raises:
+        OSError: If the source cannot be reached.
+        ValueError: If no source is known, or the weights there are not those of this model, or it is a path and
+            must not be.
+    """
+    source = config.encoder_source
+    if source is None:
+        raise ValueError(
+            "`trainable_only=True` needs to know where the encoder comes from. Build the model with `from_sam2`, "
+            'set `model.config.encoder_source` to a Hub id such as "facebook/sam2-hiera-large" if it is that '
+            "encoder, or save the whole model."
+        )
+    if not may_be_local and is_local_source(source):
+        raise ValueError(
+            f"The encoder comes from {source}, which nobody else can reach. Set `model.config.encoder_source` to a "
+            'Hub id with the same weights, such as "facebook/sam2-hiera-large", or push without '
+            "`trainable_only=True`."
+        )
+    found = load_sam2_encoder(source, config.backbone_config, revision=config.encoder_revision)
+    for name, value in encoder.items():
+        if not is_pretrained_weight(f"encoder.{name}"):
+            continue
+        original = found.state_dict.get(name)
+        if original is None or not torch.equal(original.to(value.dtype), value.cpu()):
+            raise ValueError(
+                f"The encoder is not the one in {source}: {name!r} differs. It was trained, or comes from elsewhere; "
+                "save the whole model, without `trainable_only=True`."
+            )
+    return {
+        "encoder_source": found.source,
+        "encoder_revision": found.revision,
+        "encoder_sha256": encoder_sha256(found.state_dict),
+    }
+
+
+def fetch_encoder(config: Mapping[str, Any], checkpoint: str, **download_kwargs: Any) -> dict[str, torch.Tensor]:
     """Fetch the encoder that a checkpoint without one names.
 
     Args:
-        config: Holds `encoder_source`, `encoder_revision` and `encoder_sha256`.
+        config: Holds `backbone_config`, `encoder_source`, `encoder_revision` and `encoder_sha256`.
         checkpoint: Name of the checkpoint, for messages.
-        backbone_config: The encoder's configuration.
         **download_kwargs: `token`, `cache_dir` and the like, as in `from_pretrained`.
 
     Returns:
@@ -50,6 +101,7 @@ def fetch_encoder(
         "Pass `encoder_source=` with the Hub id (and `encoder_revision=`), the folder or the original .pt file of the "
         "SAM 2 encoder that it was trained on."
     )
+    backbone_config = Sam2UNetConfig(backbone_config=config["backbone_config"]).backbone_config
     try:
         if source is None:
             raise OSError("`encoder_source` is missing in its config")
@@ -67,4 +119,35 @@ def fetch_encoder(
     return state_dict
 
 
-__all__ = ["encoder_sha256", "fetch_encoder"]
+def complete_state_dict(
+    checkpoint: str, config: Mapping[str, Any], location: Mapping[str, Any], **download_kwargs: Any
+) -> dict[str, torch.Tensor] | None:
+    """Return all weights of a checkpoint that lacks its encoder, or `None` if it holds its own.
+
+    Args:
+        checkpoint: Folder or Hub id.
+        config: Fields of its configuration.
+        location: `variant`, `revision` and `subfolder`, where given.
+        **download_kwargs: `token`, `cache_dir` and the like, as in `from_pretrained`.
+
+    Raises:
+        OSError: As `fetch_encoder`, or if there is no safetensors file.
+        ValueError: As `fetch_encoder`, or if anything but safetensors files is named as weights.
+    """
+    if config.get("transformers_weights") is not None:
+        raise ValueError(
+            f"The config of {checkpoint} names {config['transformers_weights']} as `transformers_weights`. Weights "
+            "are read from model.safetensors only; remove the field."
+        )
+    # Called for its errors, since a pickle may hide among the shards; whoever loads the weights downloads them.
+    weight_files(checkpoint, **location, **{**download_kwargs, "force_download": False})
+    if config.get("encoder_sha256") is None:
+        return None
+    state_dict = read_safetensors(checkpoint, **location, **download_kwargs)
+    if any(map(is_pretrained_weight, state_dict)):
+        return None
+    encoder = fetch_encoder(config, checkpoint, **download_kwargs)
+    return {**state_dict, **{f"encoder.{name}": value for name, value in encoder.items()}}
+
+
+__all__ = ["complete_state_dict", "encoder_sha256", "fetch_encoder", "verify_encoder_source"]

@@ -4,36 +4,23 @@
 # mypy: disable-error-code="arg-type, union-attr"
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import HfApi
-from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
 
+from .checkpoint_sam2unet import Sam2UNetCheckpointMixin
 from .configuration_sam2unet import Sam2UNetConfig
 from .decoder_sam2unet import Sam2UNetConvNorm, Sam2UNetDecodeHead
 from .encoder_sam2unet import Sam2UNetEncoder
-from .encoder_source_sam2unet import encoder_sha256, fetch_encoder
-from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .loss_sam2unet import deep_supervision_loss
-from .weights_sam2unet import (
-    check_state_dict,
-    is_local_source,
-    is_pretrained_weight,
-    load_sam2_encoder,
-    read_safetensors,
-    weight_files,
-)
+from .weights_sam2unet import check_state_dict, is_pretrained_weight, load_sam2_encoder
 from .windows_sam2unet import in_chunks
 
 
@@ -43,9 +30,6 @@ logger = logging.get_logger(__name__)
 STRIDE = 32
 
 MIN_IMAGE_SIZE = 64
-
-# Arguments of `from_pretrained` that say how to reach a repository, whichever.
-DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 
 
 @dataclass
@@ -68,7 +52,7 @@ class Sam2UNetOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
-class Sam2UNetPreTrainedModel(PreTrainedModel):
+class Sam2UNetPreTrainedModel(Sam2UNetCheckpointMixin):
     """Weight initialisation and the features that SAM2-UNet supports."""
 
     config_class = Sam2UNetConfig
@@ -97,9 +81,6 @@ class Sam2UNetPreTrainedModel(PreTrainedModel):
                     init.zeros_(layer.bias)
         elif callable(reset := getattr(module, "reset_parameters", None)):
             reset()
-
-    # Where in the repository `name_or_path` the checkpoint was: `revision` and `subfolder`, where given.
-    placed: dict[str, Any] = {}
 
     def freeze_encoder(self, freeze: bool = True) -> None:
         """Freeze or release the encoder's own weights; adapters and decoder stay trainable.
@@ -132,85 +113,6 @@ class Sam2UNetPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, Sam2UNetConvNorm):
                 module.fuse(fuse)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """Load a checkpoint as any transformers model, with the encoder frozen or not as its config says.
-
-        The encoder of a checkpoint that was saved with `trainable_only=True` is fetched from where the config says,
-        or from `encoder_source=` (and `encoder_revision=`).
-
-        Raises:
-            OSError: If there is no checkpoint, no safetensors file in it, or its encoder cannot be reached.
-            ValueError: If a weight file is damaged or a pickle, or the encoder is not the one that was trained on.
-        """
-        name = pretrained_model_name_or_path
-        is_pickle = str(name).endswith((".bin", ".ckpt", ".pt", ".pth"))
-        if kwargs.get("use_safetensors") is False or is_pickle:
-            raise ValueError(
-                f"Weights are loaded from safetensors files only, not from pickles, got {name}. Convert checkpoints "
-                "of the reference SAM2-UNet with `python -m sam2unet_hf.conversion`."
-            )
-        kwargs["use_safetensors"] = True
-        is_small = False
-        placed: dict[str, Any] = {
-            argument: kwargs[argument] for argument in ("revision", "subfolder") if argument in kwargs
-        }
-        if name is not None and kwargs.get("state_dict") is None:
-            config = cls.read_config(kwargs.get("config"), name, kwargs)
-            if config.get("transformers_weights") is not None:
-                raise ValueError(
-                    f"The config of {name} names {config['transformers_weights']} as `transformers_weights`. Weights "
-                    "are read from model.safetensors only; remove the field."
-                )
-            # Raises where a pickle hides among the shards.
-            files = {"variant": kwargs.get("variant"), **placed}
-            download_kwargs = {argument: kwargs[argument] for argument in DOWNLOAD_ARGUMENTS if argument in kwargs}
-            weight_files(name, **files, **{**download_kwargs, "force_download": False})  # super() downloads
-            if config.get("encoder_sha256") is not None:
-                state_dict = read_safetensors(name, **files, **download_kwargs)
-                is_small = not any(map(is_pretrained_weight, state_dict))
-            if is_small:
-                backbone_config = cls.config_class(backbone_config=config["backbone_config"]).backbone_config
-                encoder = fetch_encoder(config, str(name), backbone_config, **download_kwargs)
-                kwargs["state_dict"] = {**state_dict, **{f"encoder.{key}": value for key, value in encoder.items()}}
-                kwargs["config"] = kwargs.get("config") or name
-                pretrained_model_name_or_path = None
-        output_loading_info = kwargs.pop("output_loading_info", False)
-        try:
-            loaded: Any = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
-        except SafetensorError as err:
-            raise ValueError(
-                f"A weight file of {name} is damaged ({err}). Copy it again, or pass `force_download=True`."
-            ) from err
-        model, loading_info = loaded
-        if lost := [weight for weight in loading_info["missing_keys"] if is_pretrained_weight(weight)]:
-            raise ValueError(
-                f"{name} lacks {len(lost)} weights of the encoder, such as {sorted(lost)[0]!r}, and its config does "
-                "not say where they are: `encoder_source` and `encoder_sha256` are missing. Save it again, with "
-                "`trainable_only=True` if the encoder is to stay out."
-            )
-        if name is not None:
-            model.name_or_path = model.config.name_or_path = str(name)
-            model.placed = placed
-        if not is_small:
-            model.config.encoder_sha256 = None
-        # transformers replaces the parameters of the constructor by new ones, all trainable.
-        model.freeze_encoder(model.config.freeze_encoder)
-        return (model, loading_info) if output_loading_info else model
-
-    @classmethod
-    def read_config(cls, config: Any, name: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the fields of the config that `from_pretrained` will use."""
-        if isinstance(config, PreTrainedConfig):
-            return config.to_dict()
-        arguments = (*DOWNLOAD_ARGUMENTS, "revision", "subfolder")
-        download_kwargs = {argument: kwargs[argument] for argument in arguments if argument in kwargs}
-        fields, _ = cls.config_class.get_config_dict(config or name, **download_kwargs)
-        overrides = {field: kwargs[field] for field in ("encoder_source", "encoder_revision") if field in kwargs}
-        return cls.config_class.from_dict(fields, **overrides).to_dict()
 
 
 class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
@@ -287,181 +189,6 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         check_state_dict(encoder.state_dict, expected, str(source), size)
         model.encoder.load_state_dict(encoder.state_dict, strict=False)
         return model
-
-    def verify_encoder_source(self, may_be_local: bool = True) -> dict[str, str | None]:
-        """Check that the encoder can be fetched again from `config.encoder_source`, weight by weight.
-
-        Args:
-            may_be_local: Whether a path of this machine will do.
-
-        Returns:
-            What the config must say to fetch just that one: `encoder_source`, `encoder_revision`, `encoder_sha256`.
-
-        Raises:
-            OSError: If it cannot be reached.
-            ValueError: If no source is known, or the weights there are not those of this model, or it is a path and
-                must not be.
-        """
-        config = self.config
-        if config.encoder_source is None:
-            raise ValueError(
-                "`trainable_only=True` needs to know where the encoder comes from. Build the model with `from_sam2`, "
-                'set `model.config.encoder_source` to a Hub id such as "facebook/sam2-hiera-large" if it is that '
-                "encoder, or save the whole model."
-            )
-        if not may_be_local and is_local_source(config.encoder_source):
-            raise ValueError(
-                f"The encoder comes from {config.encoder_source}, which nobody else can reach. Set "
-                "`model.config.encoder_source` to a Hub id with the same weights, such as "
-                '"facebook/sam2-hiera-large", or push without `trainable_only=True`.'
-            )
-        found = load_sam2_encoder(config.encoder_source, config.backbone_config, revision=config.encoder_revision)
-        for name, value in self.encoder.state_dict().items():
-            if ".adapter." not in name:
-                there = found.state_dict.get(name)
-                if there is None or not torch.equal(there.to(value.dtype), value.cpu()):
-                    raise ValueError(
-                        f"The encoder is not the one in {config.encoder_source}: {name!r} differs. It was trained, or "
-                        "comes from elsewhere; save the whole model, without `trainable_only=True`."
-                    )
-        return {
-            "encoder_source": found.source,
-            "encoder_revision": found.revision,
-            "encoder_sha256": encoder_sha256(found.state_dict),
-        }
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        *args,
-        trainable_only: bool = False,
-        **kwargs,
-    ) -> None:
-        """Save weights, configuration and code as any transformers model, for both of its auto classes.
-
-        Args:
-            save_directory: Folder to write.
-            is_main_process: As in transformers, like all that is not listed here.
-            state_dict: The weights, if not those of the model.
-            push_to_hub: Upload what was written too. [`push_to_hub`] adds a model card and the image processor.
-            *args: As in transformers.
-            trainable_only: Leave out the encoder and note in the config where it comes from, so that
-                `from_pretrained` fetches it there: 17 MB instead of 0.87 GB for Hiera-L. The encoder there is compared
-                with this one first.
-            **kwargs: As in transformers.
-
-        Raises:
-            OSError: With `trainable_only=True`, if the encoder's source cannot be reached.
-            ValueError: With `trainable_only=True`, if the encoder's source is not known, holds other weights, or is
-                a path of this machine and the model is pushed.
-        """
-        config = self.config
-        # FSDP makes a class of its own of this one, whose code is no use to anybody else.
-        current_class = type(self)
-        own_name = current_class.__name__.removeprefix("FSDP")
-        own_class = next(base for base in current_class.__mro__ if base.__name__ == own_name)
-        # `register_for_auto_class` knows one auto class per model.
-        name = f"{own_class.__module__.split('.')[-1]}.{own_name}"
-        auto_map = {"AutoModel": name, "AutoModelForSemanticSegmentation": name}
-        config.auto_map = {**(getattr(config, "auto_map", None) or {}), **auto_map}
-        provenance = {field: getattr(config, field) for field in ("encoder_source", "encoder_revision")}
-        written = {**provenance, "encoder_sha256": None}
-        if trainable_only:
-            # Only one process of several writes.
-            if is_main_process:
-                provenance = written = self.verify_encoder_source(may_be_local=not push_to_hub)
-            weights = self.state_dict() if state_dict is None else state_dict
-            state_dict = {name: value for name, value in weights.items() if not is_pretrained_weight(name)}
-        elif is_local_source(config.encoder_source):
-            # A path is nobody else's business, and a whole model does without.
-            written = dict.fromkeys(written)
-        for field, value in written.items():
-            setattr(config, field, value)
-        try:
-            self.__class__ = own_class
-            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
-        finally:
-            self.__class__ = current_class
-            for field, value in provenance.items():
-                setattr(config, field, value)
-
-    def push_to_hub(  # type: ignore[override]
-        self,
-        repo_id: str,
-        *,
-        trainable_only: bool = False,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str | None = "50GB",
-        tags: list[str] | None = None,
-    ) -> str:
-        """Upload weights, configuration, image processor, code and model card.
-
-        The image processor is the one beside the checkpoint that this model was loaded from, with the regions of the
-        model; where the model was trained since, one that lies on the Hub is kept. The card tells of the run in that
-        folder, as long as the weights are those of the run; else it claims no results. A card that somebody edited is
-        kept, in the folder or else on the Hub.
-
-        Args:
-            repo_id: Repository `user/name`, made if need be.
-            trainable_only: Leave out the encoder, see [`save_pretrained`].
-            commit_message: Title of the commit, `"Upload model"` by default.
-            commit_description: Text of the commit.
-            private: Make the repository private, where it is new.
-            token: Token with the right to write; by default the one of `hf auth login`.
-            revision: Branch, made if need be.
-            create_pr: Open a pull request instead.
-            max_shard_size: Size from which weights are split, such as `"5GB"`.
-            tags: Tags for a new card.
-
-        Raises:
-            OSError: As [`save_pretrained`], or if the Hub cannot be reached or refuses.
-            ValueError: As [`save_pretrained`].
-        """
-        if trainable_only:
-            self.verify_encoder_source(may_be_local=False)
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/pr"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        # Or weights in one file would go before new ones in shards.
-        outdated = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, trainable_only=trainable_only, max_shard_size=max_shard_size)
-            Sam2UNetImageProcessor.register_for_auto_class()
-            try:
-                # Where this file came with the weights, the package and its template may be missing.
-                from sam2unet_hf import hub
-            except ImportError:
-                hub = None  # type: ignore[assignment]
-            is_source = hub and self.name_or_path and hub.have_equal_weights(Path(folder), Path(self.name_or_path))
-            if is_source or not api.file_exists(repo_id, "preprocessor_config.json", revision=revision):
-                try:
-                    processor = Sam2UNetImageProcessor.from_pretrained(self.name_or_path, token=token, **self.placed)
-                except OSError:  # a new model, or a folder without one
-                    processor = Sam2UNetImageProcessor()
-                processor.regions = self.config.regions
-                processor.save_pretrained(folder)
-            if hub is None:
-                logger.warning("No model card is written: that takes the package sam2unet-hf.")
-            else:
-                outdated += hub.add_model_card(folder, self.name_or_path, repo_id, revision, token, tags)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message or "Upload model",
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-                delete_patterns=outdated,
-            )
 
     def region_masks(self, label_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn label maps into region masks.

@@ -22,9 +22,10 @@ import torch
 from tqdm import tqdm
 
 from .cases import BratsCase, find_cases
+from .checkpoint_sam2unet import DOWNLOAD_ARGUMENTS
 from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .metrics.volume_functional import score_volume
-from .modeling_sam2unet import DOWNLOAD_ARGUMENTS, Sam2UNetForSemanticSegmentation
+from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
 from .scans_sam2unet import (
     MODALITIES,
     PLANES,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from common import BRATS_REGIONS, small_model
+from common import BRATS_REGIONS, CODE, small_model
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
@@ -18,16 +18,13 @@ from transformers import TrainingArguments
 
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
-from sam2unet_hf.hub import (
-    CHECKPOINT_FILES,
+from sam2unet_hf.hub import CHECKPOINT_FILES, files_to_push, have_equal_weights, main
+from sam2unet_hf.model_card import (
     MEASURES,
-    files_to_push,
+    append_checksum,
     has_valid_checksum,
-    have_equal_weights,
-    main,
     parse_score,
     render_model_card,
-    sign,
     write_model_card,
 )
 from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform
@@ -35,7 +32,6 @@ from sam2unet_hf.training.augmentation import augmentation
 
 
 ROOT = Path(__file__).parent.parent
-CODE = {name for name in CHECKPOINT_FILES if name.endswith(".py")}
 
 
 @pytest.fixture
@@ -196,7 +192,7 @@ def test_what_is_shared_is_what_a_checkpoint_writes(folder):
     small_model(regions=BRATS_REGIONS).save_pretrained(folder / "shards", max_shard_size="300KB")
     for path in [*folder.glob("*.*"), *(folder / "shards").iterdir()]:
         assert any(path.match(pattern) for pattern in CHECKPOINT_FILES), path
-    assert CODE == {path.name for path in folder.glob("*.py")}
+    assert set(CODE) == {path.name for path in folder.glob("*.py")}
 
 
 def test_checkpoints_are_compared(folder, tmp_path):
@@ -374,7 +370,7 @@ def cohort(tmp_path_factory):
 def fine_tune(hub, cohort, tmp_path, *arguments, token="hf_write"):
     # An older run in the same folder, whose images were shared.
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "README.md").write_text(sign("![](predictions.png)"))
+    (tmp_path / "run" / "README.md").write_text(append_checksum("![](predictions.png)"))
     (tmp_path / "run" / "predictions.png").write_bytes(b"older")
     model = small_model()
     model.save_pretrained(tmp_path / "start")

@@ -221,3 +221,155 @@ def test_version_is_that_of_pyproject():
     except importlib.metadata.PackageNotFoundError:
         pytest.skip(f"{name} is not installed")
     assert installed == version
+
+
+# The house
+
+
+LARGEST_FILE, LARGEST_CLASS, FILES_OVER_400_LINES = 560, 250, 2
+
+
+def python_files(*folders):
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(path, modules):
+    """Our own modules that a file imports, inside functions too."""
+    package = module_of(path).split(".") if path.name == "__init__.py" else module_of(path).split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {name, *(f"{name}.{alias.name}" for alias in node.names)}
+    # `import a.b` and `from a import b` run `a/__init__.py`, which only gathers what is in `a`.
+    return (found & modules) - {module_of(path)}
+
+
+def import_circles(imports):
+    """Sets of modules that import each other, in any number of steps."""
+
+    def reached(start):
+        seen, left = set(), [start]
+        while left:
+            new = imports[left.pop()] - seen
+            seen |= new
+            left += new
+        return seen
+
+    reach = {module: reached(module) for module in imports}
+    return {frozenset(other for other in reach[module] if module in reach[other]) for module in imports} - {
+        frozenset()
+    }
+
+
+def test_circles_are_found():
+    imports = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a", "d2"}, "d2": {"d"}}
+    assert import_circles(imports) == {frozenset("bc"), frozenset({"d", "d2"})}
+
+
+def test_no_modules_import_each_other():
+    files = python_files(*PACKAGES)
+    modules = {module_of(path) for path in files}
+    # An `__init__.py` imports all that it exports.
+    leaves = {module_of(path) for path in files if path.name != "__init__.py"}
+    imports = {module_of(path): imported_modules(path, leaves) for path in files}
+    assert {"sam2unet_hf.training.trainer", "sam2unet_hf.hub"} <= modules
+    assert "sam2unet_hf.hub" in imports["sam2unet_hf.training.push"]
+    assert import_circles(imports) == set()
+
+
+def test_no_file_and_no_class_is_too_long():
+    lines = {path: len(path.read_text().splitlines()) for path in python_files("sam2unet_hf")}
+    assert {path.name: count for path, count in lines.items() if count > LARGEST_FILE} == {}
+    assert len([path for path, count in lines.items() if count > 400]) <= FILES_OVER_400_LINES
+    classes = {
+        node.name: node.end_lineno - node.lineno + 1
+        for path in lines
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert {name: count for name, count in classes.items() if count > LARGEST_CLASS} == {}
+
+
+# Every private name of another library that is overridden or used, and why no public one will do.
+PRIVATE_NAMES = {}
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def upstream_names(cls):
+    """Private names that the base classes of other libraries define or use on themselves."""
+    names = set()
+    for base in cls.__mro__:
+        if base.__module__.split(".")[0] in (*PACKAGES, "builtins"):
+            continue
+        names |= {name for name in vars(base) if is_private(name)}
+        try:
+            names |= set(re.findall(r"\b(?:self|cls)\.(_[a-zA-Z]\w*)", inspect.getsource(base)))
+        except (OSError, TypeError):  # written in C
+            continue
+    return names
+
+
+def touched_names(path):
+    """Private names of other libraries in a file: overridden, imported, passed, or used on anything."""
+    tree = ast.parse(path.read_text())
+    module = None if path.is_relative_to(ROOT / "examples") else importlib.import_module(module_of(path))
+    touched, own = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            own.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            own.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            own.add(node.attr)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and inspect.isclass(cls := getattr(module, node.name, None)):
+            inherited = upstream_names(cls)
+            for part in ast.walk(node):
+                name = getattr(part, "attr", None) or (part.name if isinstance(part, ast.FunctionDef) else None)
+                name = name or (part.id if isinstance(part, ast.Name) else "")
+                touched |= {name} & inherited
+        elif isinstance(node, ast.Attribute) and is_private(node.attr):
+            touched |= {node.attr} - own
+        elif isinstance(node, ast.ImportFrom):
+            parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            touched |= {part for part in parts if not node.level and is_private(part)}
+        elif isinstance(node, ast.keyword) and node.arg and is_private(node.arg):
+            touched.add(node.arg)
+        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            key = node.slice.value
+            is_keyword = ast.unparse(node.value).endswith("kwargs") and isinstance(key, str) and is_private(key)
+            touched |= {key} if is_keyword else set()
+    return touched
+
+
+def test_private_names_are_found():
+    assert {"_save_checkpoint", "_save_rng_state"} <= touched_names(ROOT / "sam2unet_hf" / "training" / "trainer.py")
+    assert "_raise_exceptions_for_missing_entries" in touched_names(ROOT / "sam2unet_hf" / "weights_sam2unet.py")
+
+
+def test_private_names_of_other_libraries_are_in_the_ledger():
+    own = {
+        name
+        for path in python_files(*PACKAGES, "examples")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in [getattr(node, "name", None) if isinstance(node, ast.FunctionDef) else getattr(node, "attr", None)]
+        if name and (isinstance(node, ast.FunctionDef) or isinstance(node.ctx, ast.Store))
+    }
+    touched = {}
+    for path in python_files(*PACKAGES, "examples"):
+        for name in touched_names(path):
+            touched.setdefault(name, set()).add(str(path.relative_to(ROOT)))
+    print(touched, own & set(touched))
+    assert {name: files for name, files in touched.items() if name not in PRIVATE_NAMES} == {}
+    assert [name for name in PRIVATE_NAMES if name not in touched] == [], "no longer touched"

@@ -294,7 +294,7 @@ def test_an_incomplete_checkpoint_is_not_resumed_from(rows, tmp_path):
     make_trainer(small_model(), rows, tmp_path, **options).train()
     (tmp_path / "checkpoint-1" / "optimizer.pt").unlink()
     trainer = make_trainer(small_model(), rows, tmp_path, **options)
-    with pytest.raises(ValueError, match=r"checkpoint-1` is not whole, .*: no optimizer\*"):
+    with pytest.raises(ValueError, match=r"checkpoint-1` is not complete, .*: no optimizer\*"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 

@@ -3,12 +3,14 @@
 from .augmentation import AUGMENTATIONS, augmentation
 from .data import SegmentationTransform, collate
 from .metrics import SegmentationMetrics
+from .run_record import HYPERPARAMETERS
 from .streaming import ParquetRows, RowGroupSampler, open_parquet
 from .trainer import Sam2UNetTrainer
 
 
 __all__ = [
     "AUGMENTATIONS",
+    "HYPERPARAMETERS",
     "ParquetRows",
     "RowGroupSampler",
     "Sam2UNetTrainer",

@@ -1,24 +1,29 @@
-"""Runs that stop and go on: which checkpoints are whole, how SIGTERM ends a run, and what a run takes over."""
+"""Runs that stop and go on: which checkpoints are complete, how SIGTERM ends a run, and what a run takes over."""
 
+import contextlib
+import errno
+import functools
 import json
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from .trainer import Sam2UNetTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -27,6 +32,8 @@ STATE_FILE = "trainer_state.json"  # the Trainer writes it last
 LOSSES = "losses"  # under this name in that state
 # Weights, optimizer, schedule and random numbers, by one process or several, in one piece or by FSDP.
 REQUIRED_FILES = (("model*.safetensors", "pytorch_model*"), ("optimizer*",), ("scheduler.pt",), ("rng_state*.pth",))
+# What the operating system, PyTorch and safetensors say of a full disk.
+DISK_FULL_MESSAGES = ("no space left", "quota exceeded", "os error 28", "file write failed", "pytorchstreamwriter")
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
@@ -36,28 +43,28 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
         output_dir: Output folder of the run, with `checkpoint-{step}` in it.
 
     Returns:
-        Path of the checkpoint, or `None` if there is no whole one.
+        Path of the checkpoint, or `None` if there is no complete one.
     """
     numbered = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
     for path in sorted(numbered, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
-        fault = why_incomplete(path)
-        if fault is None:
+        reason = why_incomplete(path)
+        if reason is None:
             return str(path)
-        logger.warning("%s is incomplete (%s), passing it over.", path, fault)
+        logger.warning("%s is incomplete (%s), passing it over.", path, reason)
     return None
 
 
 def why_incomplete(checkpoint: str | os.PathLike) -> str | None:
     """Say why a checkpoint of [`~transformers.Trainer`] cannot be resumed from, without loading it.
 
-    A checkpoint is whole if all files are there and none is cut off. Sizes are checked, contents are not. One without
-    optimizer, as `save_only_model=True` writes it, is not whole.
+    A checkpoint is complete if all files are there and none is cut off. Sizes are checked, contents are not. One
+    without optimizer, as `save_only_model=True` writes it, is incomplete.
 
     Args:
         checkpoint: Folder `checkpoint-{step}`.
 
     Returns:
-        What is missing or cut off, or `None` if the checkpoint is whole.
+        What is missing or cut off, or `None` if the checkpoint is complete.
     """
     folder = Path(checkpoint)
     try:
@@ -72,7 +79,7 @@ def why_incomplete(checkpoint: str | os.PathLike) -> str | None:
         if not any(any(folder.glob(pattern)) for pattern in patterns):
             return f"no {patterns[0]}"
     for path in sorted(folder.rglob("*.safetensors")):
-        if not _is_whole_safetensors(path):
+        if not _is_complete_safetensors(path):
             return f"{path.name} is cut off"
     # `torch.save` writes ZIP files, whose directory is at their end.
     for path in sorted(path for ending in ("*.pt", "*.pth", "*.bin") for path in folder.rglob(ending)):
@@ -81,7 +88,7 @@ def why_incomplete(checkpoint: str | os.PathLike) -> str | None:
     return None
 
 
-def _is_whole_safetensors(path: Path) -> bool:
+def _is_complete_safetensors(path: Path) -> bool:
     """Compare the size of a file with what its header promises."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -94,6 +101,117 @@ def _is_whole_safetensors(path: Path) -> bool:
             return False
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     return 8 + length + max(ends, default=0) == size
+
+
+def check_resumable(checkpoint: str | os.PathLike, encoder_sha256: str | None) -> None:
+    """Raise a `ValueError` if a checkpoint is incomplete, or was trained on another encoder than this one.
+
+    Args:
+        checkpoint: Folder `checkpoint-{step}`.
+        encoder_sha256: Hash of the model's encoder where checkpoints are written without it.
+    """
+    if reason := why_incomplete(checkpoint):
+        raise ValueError(
+            f"`{checkpoint}` is not complete, so it cannot be resumed from: {reason}. Name another one, or pass True "
+            "for the newest complete one in the output folder."
+        )
+    path = Path(checkpoint, "config.json")
+    saved = json.loads(path.read_text(encoding="utf-8")).get("encoder_sha256") if path.is_file() else None
+    if saved is not None and saved != encoder_sha256:
+        raise ValueError(
+            f"{checkpoint} was trained on an encoder with SHA-256 {saved}, the one of this model has "
+            f"{encoder_sha256}. Start from the same encoder, with `trainable_only=True`."
+        )
+
+
+@contextlib.contextmanager
+def complete_or_removed(folder: Path, accelerator: "Accelerator", is_writer: bool) -> Iterator[None]:
+    """Let what is written into a checkpoint folder be there completely or not at all.
+
+    Args:
+        folder: Folder `checkpoint-{step}`. What an interrupted run has left there is removed first.
+        accelerator: Its processes begin to write together.
+        is_writer: Whether this process writes.
+
+    Raises:
+        OSError: If the disk is full. The message names the newest complete checkpoint.
+    """
+    if is_writer and folder.exists():
+        shutil.rmtree(folder)
+    accelerator.wait_for_everyone()
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as err:
+        if is_writer:
+            shutil.rmtree(folder, ignore_errors=True)
+        code = getattr(err, "errno", None)
+        if code not in (errno.ENOSPC, errno.EDQUOT) and not any(
+            text in str(err).lower() for text in DISK_FULL_MESSAGES
+        ):
+            raise
+        complete = last_complete_checkpoint(folder.parent)
+        advice = f"`{complete}` is complete: resume from it" if complete else "Start again"
+        free_gb = shutil.disk_usage(folder.parent).free / 1e9
+        raise OSError(
+            f"`{folder}` could not be written ({err}), with {free_gb:.3g} GB free on its disk. {advice} once there is "
+            "room, or write fewer or smaller checkpoints (`save_total_limit`, `trainable_only`)."
+        ) from err
+
+
+class RunningLoss:
+    """The losses of a run, which checkpoints keep so that a run that goes on logs what it would have logged.
+
+    [`~transformers.Trainer`] begins anew at a checkpoint: the first loss that it logs after one lacks the steps
+    before.
+
+    Args:
+        device: Of the losses.
+        replace_nan: Count a loss that is not finite as the mean of those since the last log entry, as
+            `logging_nan_inf_filter` says.
+
+    Attributes:
+        sum_logged: Sum of the losses of all steps that a log entry holds.
+        sum_since: Sum of those since, a scalar tensor.
+        last_logged_step: Step of the last log entry.
+    """
+
+    def __init__(self, device: torch.device, replace_nan: bool):
+        self.device, self.replace_nan = device, replace_nan
+        self.start(0)
+
+    def start(self, step: int, saved: dict[str, float] | None = None) -> None:
+        """Begin at a step, with what `state` returned when its checkpoint was written."""
+        saved = saved or {"sum_logged": 0.0, "sum_since": 0.0, "last_logged_step": step}
+        self.sum_logged = saved["sum_logged"]
+        self.sum_since = torch.tensor(saved["sum_since"], device=self.device)
+        self.last_logged_step = int(saved["last_logged_step"])
+
+    def add(self, loss: torch.Tensor, step: int) -> None:
+        """Add the loss of a batch; `step` is the number of steps done before."""
+        if self.replace_nan and not torch.isfinite(loss):
+            loss = self.sum_since / (1 + step - self.last_logged_step)
+        self.sum_since += loss
+
+    def log(self, step: int, accelerator: "Accelerator") -> float:
+        """Return the mean loss of the steps since the last log entry, over all processes."""
+        total = accelerator.gather(self.sum_since).mean().item()
+        loss = total / max(step - self.last_logged_step, 1)
+        self.sum_logged += total
+        self.last_logged_step = step
+        self.sum_since.zero_()
+        return loss
+
+    def total(self) -> float:
+        """Return the sum of the losses of all steps."""
+        return self.sum_logged + self.sum_since.item()
+
+    def state(self, accelerator: "Accelerator") -> dict[str, float]:
+        """Return what a checkpoint keeps, the same in all processes."""
+        return {
+            "sum_logged": self.sum_logged,
+            "sum_since": accelerator.reduce(self.sum_since, "mean").item(),
+            "last_logged_step": self.last_logged_step,
+        }
 
 
 class StopOnSigterm(TrainerCallback):
@@ -190,12 +308,13 @@ def is_within_epoch(state: TrainerState) -> bool:
 
 
 def ignore_sigterm(worker_init_fn: Callable[[int], Any] | None, worker_id: int) -> None:
-    """Let a worker of a `DataLoader` go on when SIGTERM comes from anyone but the process that it works for.
+    """Let a worker of a `DataLoader` ignore SIGTERM unless it comes from the process that it works for.
 
     Schedulers send the signal to every process of a job. Without its workers the one that trains could not finish the
-    step that is under way. This holds for workers that are forked, Linux' default up to Python 3.13. Threads that
-    libraries started before in workers that are not still end these; where the system does not tell who sent a signal,
-    as on macOS, nothing is changed.
+    step that is under way. Ignored from everybody, the signal could not end workers when training fails, and Python
+    would wait for them without end. This holds for workers that are forked, Linux' default up to Python 3.13: threads
+    that libraries have started in other workers still end these. Where the system does not tell who sent a signal, as
+    on macOS, nothing is changed.
 
     Args:
         worker_init_fn: Called first, with `worker_id`, if there is one.
@@ -215,15 +334,22 @@ def _end_when_told_to() -> None:
     os._exit(0)
 
 
+def protect_workers(loader: DataLoader) -> DataLoader:
+    """Return a loader as accelerate prepared it, whose workers go on when a scheduler sends SIGTERM."""
+    inner = getattr(loader, "base_dataloader", loader)
+    inner.worker_init_fn = functools.partial(ignore_sigterm, inner.worker_init_fn)
+    return loader
+
+
 class ResumeCallback(TrainerCallback):
     """Lets a run that goes on from a checkpoint end as if it had never stopped.
 
     Args:
-        trainer: The Trainer, whose `_save_checkpoint` notes the losses that no log entry holds yet.
+        losses: Those of the Trainer, which this takes over from the checkpoint.
     """
 
-    def __init__(self, trainer: "Sam2UNetTrainer"):
-        self.trainer = trainer
+    def __init__(self, losses: RunningLoss):
+        self.losses = losses
         self._first_step: int | None = None
 
     def on_train_begin(
@@ -231,8 +357,8 @@ class ResumeCallback(TrainerCallback):
     ) -> None:
         """Take over losses, and find the best checkpoint again."""
         self._first_step = state.global_step
-        if (losses := cast("Any", state.stateful_callbacks).get(LOSSES)) is not None:
-            self.trainer.restore_losses(**losses["attributes"])
+        saved = cast("Any", state.stateful_callbacks).get(LOSSES)
+        self.losses.start(state.global_step, saved and saved["attributes"])
         best = Path(cast("str", args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
         # Lost where the run was started from another folder, or moved.
         if state.best_model_checkpoint is None and best.is_dir():
@@ -246,4 +372,11 @@ class ResumeCallback(TrainerCallback):
             control.should_log = control.should_evaluate = control.should_save = False
 
 
-__all__ = ["ResumeCallback", "StopOnSigterm", "ignore_sigterm", "last_complete_checkpoint", "why_incomplete"]
+__all__ = [
+    "ResumeCallback",
+    "RunningLoss",
+    "StopOnSigterm",
+    "ignore_sigterm",
+    "last_complete_checkpoint",
+    "why_incomplete",
+]

@@ -1,6 +1,7 @@
 """Rows of Parquet files, for training on more than fits into memory or onto the disk."""
 
 import copy
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,9 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import TrainingArguments
+from transformers.trainer_utils import seed_worker
 
 
 # Uncompressed. A row group is read as a whole, and a process holds several.
@@ -243,6 +246,13 @@ class RowGroupSampler(Sampler[int]):
         self.shuffle = shuffle
         self.seed = seed
 
+    @classmethod
+    def of_arguments(
+        cls, rows: ParquetRows, args: TrainingArguments, batch_size: int, shuffle: bool = False
+    ) -> "RowGroupSampler":
+        """Return the sampler for the processes and workers of a training."""
+        return cls(rows, batch_size, args.world_size, args.dataloader_num_workers, shuffle)
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -290,6 +300,33 @@ class RowGroupSampler(Sampler[int]):
                 start = held_from = end
 
 
+def row_group_loader(
+    rows: ParquetRows,
+    args: TrainingArguments,
+    batch_size: int,
+    collate: Callable[[Any], Any],
+    is_training: bool = False,
+) -> DataLoader:
+    """Return a loader that reads each row group once, of all processes together until accelerate prepares it.
+
+    Args:
+        rows: The rows.
+        args: Arguments of the training; the loader follows those that begin with `dataloader_`.
+        batch_size: Rows in a batch of one process.
+        collate: Makes a batch of rows.
+        is_training: Shuffle, seed the workers, and drop the last batch if `dataloader_drop_last` says so.
+    """
+    names = ("num_workers", "pin_memory", "prefetch_factor", "multiprocessing_context", "in_order")
+    options = {name: getattr(args, f"dataloader_{name}") for name in names if hasattr(args, f"dataloader_{name}")}
+    if is_training:
+        options["drop_last"] = args.dataloader_drop_last
+        options["worker_init_fn"] = functools.partial(
+            seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+        )
+    sampler = RowGroupSampler.of_arguments(rows, args, batch_size, shuffle=is_training)
+    return DataLoader(rows, batch_size=batch_size, sampler=sampler, collate_fn=collate, **options)
+
+
 def open_parquet(name: str, config_name: str | None = None, shuffle_buffer: int = 1000) -> dict[str, ParquetRows]:
     """Open the splits of a data set of Parquet files, without downloading it.
 
@@ -320,4 +357,4 @@ def open_parquet(name: str, config_name: str | None = None, shuffle_buffer: int 
     return splits
 
 
-__all__ = ["ParquetRows", "RowGroupSampler", "open_parquet"]
+__all__ = ["ParquetRows", "RowGroupSampler", "open_parquet", "row_group_loader"]

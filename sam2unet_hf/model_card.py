@@ -1,0 +1,229 @@
+"""The card of a model repository, rendered from the files of a checkpoint and its run."""
+
+# transformers types the fields of a config by what the constructor takes, not by what an instance holds.
+# mypy: disable-error-code="arg-type, union-attr"
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import AutoModelForSemanticSegmentation
+
+from .configuration_sam2unet import PRESETS, Sam2UNetConfig
+from .image_processing_sam2unet import Sam2UNetImageProcessor
+from .weights_sam2unet import is_local_source
+
+
+# What is known of a run, for its card; written by `Sam2UNetTrainer.create_model_card`.
+TRAINING_INFO = "training_info.json"
+
+PICTURES = {
+    "predictions.png": "Image, truth and prediction for the best, the median and the worst image.",
+    "training_curve.png": "Loss and validation scores over the epochs.",
+}
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+
+MEASURES = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "f_beta": "F-measure",
+    "weighted_f_beta": "weighted F-measure",
+    "e_measure": "E-measure",
+    "s_measure": "S-measure",
+    "mae": "mean absolute error",
+}
+
+
+def parse_score(key: str, regions: Sequence[str]) -> tuple[str, str, str | None] | None:
+    """Split the key of a score into kind, measure and region; `None` if it is no score.
+
+    `"mean_dice_WT"` gives `("mean", "dice", "WT")`, and `"dice"` gives `("", "dice", None)`. A single region is not
+    told apart from the average over all.
+    """
+    for region in [None, *regions]:
+        # "mean_dice" is the mean Dice even where a region is called "dice".
+        match = re.fullmatch(r"(?:(mean|max|adaptive)_)?(\w+)", key.removesuffix(f"_{region}"))
+        if match is not None and match[2] in MEASURES and (region is None or key.endswith(f"_{region}")):
+            return None if region is not None and len(regions) == 1 else (match[1] or "", match[2], region)
+    return None
+
+
+def score_table(split: str, scores: Mapping[str, float], regions: Sequence[str]) -> dict[str, Any]:
+    """Arrange the scores of a split with a row per measure and region, and a column per kind."""
+    kinds = ["", "mean", "max", "adaptive"]
+    rows: dict[str, list[str]] = {}
+    for key, value in scores.items():
+        if (found := parse_score(key, regions)) is not None:
+            kind, measure, region = found
+            row = rows.setdefault(MEASURES[measure] + (f", {region}" if region else ""), [""] * len(kinds))
+            row[kinds.index(kind)] = f"{value:.3f}" if math.isfinite(value) else "undefined"
+    return {"split": split, "rows": list(rows.items())}
+
+
+def eval_results(info: Mapping[str, Any], regions: Sequence[str]) -> list[EvalResult]:
+    """Return the scores of the test split, or of the validation split if there is no other, for the front matter."""
+    dataset = info.get("dataset", {})
+    results: list[EvalResult] = []
+    if not dataset.get("name"):
+        return results
+    for split, scores in [*info.get("results", {}).items()][-1:]:
+        for key, value in scores.items():
+            if (found := parse_score(key, regions)) is None or not math.isfinite(value):
+                continue
+            kind, measure, region = found
+            name = f"{kind} {MEASURES[measure]}".strip()
+            results.append(
+                EvalResult(
+                    task_type="image-segmentation",
+                    dataset_type=dataset.get("id") or re.sub(r"[^a-z0-9.-]+", "-", dataset["name"].lower()),
+                    dataset_name=dataset["name"],
+                    dataset_split=split,
+                    metric_type=f"{kind}_{measure}" if kind else measure,
+                    metric_name=name if region is None else f"{name}, {region}",
+                    metric_value=value,
+                )
+            )
+    return results
+
+
+def append_checksum(text: str) -> str:
+    """Return a card with its own hash in a comment at its end, which shows whether somebody has edited it since."""
+    text = text.rstrip("\n") + "\n"
+    return f"{text}\n<!-- written by sam2unet_hf, sha256 {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def has_valid_checksum(text: str) -> bool:
+    """Whether a card is just as `append_checksum` left it."""
+    body, _, _ = text.rpartition("\n<!-- written by sam2unet_hf, sha256 ")
+    return bool(body) and append_checksum(body) == text
+
+
+def render_model_card(
+    folder: str | os.PathLike,
+    repo_id: str | None = None,
+    tags: Sequence[str] | None = None,
+    run: str | os.PathLike | None = None,
+) -> str:
+    """Write the card of a checkpoint from the files in its folder; what they do not tell stays out.
+
+    Args:
+        folder: Checkpoint folder, such as the output folder of a run: `config.json`, and if there are any
+            `preprocessor_config.json`, `training_info.json`, `training_curve.png` and `predictions.png`. The last is
+            shown only if the run says that its images may be shared.
+        repo_id: Where on the Hub it will be.
+        tags: Further tags.
+        run: Folder of the run that made the checkpoint, if that is another one.
+
+    Raises:
+        FileNotFoundError: If there is no `config.json`.
+    """
+    folder = Path(folder)
+    run = folder if run is None else Path(run)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no checkpoint: there is no config.json in it.")
+    config = Sam2UNetConfig.from_pretrained(folder)
+    info = json.loads((run / TRAINING_INFO).read_text()) if (run / TRAINING_INFO).is_file() else {}
+    size = None
+    if (folder / "preprocessor_config.json").is_file():
+        processor = Sam2UNetImageProcessor.from_pretrained(folder)
+        size = f"{processor.size['height']} x {processor.size['width']}" if processor.do_resize else None
+    with torch.device("meta"):
+        model = AutoModelForSemanticSegmentation.from_config(config)
+    backbone = config.backbone_config.to_dict()
+    preset = [name for name, values in PRESETS.items() if all(backbone[key] == values[key] for key in values)]
+    regions = list(config.regions)
+    title = info.get("model_name") or (repo_id or folder.resolve().name).split("/")[-1]
+    encoder_source = None if is_local_source(config.encoder_source) else config.encoder_source
+    finetuned_from = info.get("finetuned_from")
+    dataset = info.get("dataset", {})
+    results = eval_results(info, regions)
+    pictures = [(name, text) for name, text in PICTURES.items() if (run / name).is_file()]
+    if not info.get("share_predictions"):
+        pictures = [(name, text) for name, text in pictures if name != "predictions.png"]
+    card_data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-segmentation",
+        license=info.get("license"),
+        language=info.get("language"),
+        base_model=finetuned_from or encoder_source,
+        datasets=[dataset["id"]] if dataset.get("id") else None,
+        metrics=[measure for measure in MEASURES if any(result.metric_type == measure for result in results)] or None,
+        tags=list(dict.fromkeys(["sam2-unet", "sam2", "hiera", "unet", *info.get("tags", []), *(tags or [])])),
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        title=title,
+        region_names=", ".join(regions),
+        dataset_name=dataset.get("name"),
+        preset=preset[0] if preset else None,
+        parameters=model.num_parameters() / 1e6,
+        trained_parameters=model.num_parameters(only_trainable=True) / 1e6,
+        frozen=config.freeze_encoder,
+        encoder_source=encoder_source,
+        encoder_revision=config.encoder_revision,
+        trainable_only=config.encoder_sha256 is not None,
+        finetuned_from=finetuned_from,
+        transformers_version=metadata.version("transformers"),
+        checkpoint=repo_id or "path/to/this/folder",
+        size=size,
+        regions=config.regions,
+        id2label=config.id2label,
+        data_rows=list(info.get("data", {}).items()),
+        recipe=list(info.get("recipe", {}).items()),
+        results=[score_table(split, scores, regions) for split, scores in info.get("results", {}).items()],
+        zero_division=info.get("zero_division"),
+        chosen="checkpoint" in info.get("recipe", {}),
+        pictures=pictures,
+        data_citation=dataset.get("citation"),
+        license=info.get("license"),
+    )
+    return append_checksum(str(card))
+
+
+def pictures_in_card(card: str) -> list[str]:
+    """Return the pictures of a run that its card shows."""
+    return [name for name in PICTURES if f"]({name})" in card]
+
+
+def write_model_card(folder: str | os.PathLike, repo_id: str | None = None, tags: Sequence[str] | None = None) -> Path:
+    """Write `README.md` of a checkpoint folder, see [`render_model_card`].
+
+    A card that was written so before is replaced; one that somebody edited is an error.
+
+    Args:
+        folder: Checkpoint folder.
+        repo_id: Where on the Hub it will be.
+        tags: Further tags.
+
+    Raises:
+        FileExistsError: If there is a card that was edited.
+        FileNotFoundError: If there is no `config.json`.
+    """
+    path = Path(folder) / "README.md"
+    text = render_model_card(folder, repo_id, tags)
+    if path.is_file() and not has_valid_checksum(path.read_text(encoding="utf-8")):
+        raise FileExistsError(f"{path} was edited. Move it away to have a card written anew.")
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+__all__ = [
+    "PICTURES",
+    "TRAINING_INFO",
+    "has_valid_checksum",
+    "pictures_in_card",
+    "render_model_card",
+    "write_model_card",
+]

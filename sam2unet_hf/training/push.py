@@ -1,0 +1,234 @@
+"""What a Trainer writes and uploads for the Hub: checkpoints while it trains, card and checkpoint at the end."""
+
+import contextlib
+import copy
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sized
+from concurrent import futures
+from pathlib import Path
+from typing import Any, cast
+
+from huggingface_hub import HfApi
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+
+from ..hub import CHECKPOINT_FILES, push_folder, write_model_card
+from ..weights_sam2unet import is_local_source
+from .data import transform_of
+from .metrics import SegmentationMetrics
+from .run_record import first, hyperparameters, scores_by_split, write_training_info
+
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def no_push_by_transformers(args: TrainingArguments) -> Iterator[None]:
+    """Keep transformers from uploading a checkpoint that it saves, with its pickles; [`PushCallback`] does it."""
+    strategy = args.hub_strategy
+    try:
+        args.hub_strategy = HubStrategy.END
+        yield
+    finally:
+        args.hub_strategy = strategy
+
+
+class PushCallback(TrainerCallback):
+    """Uploads checkpoints as `hub_strategy` says, without what transformers would upload along.
+
+    Args:
+        repo_id: Repository `user/name`, which exists.
+
+    Attributes:
+        jobs: Uploads that were begun.
+    """
+
+    def __init__(self, repo_id: str):
+        self.repo_id = repo_id
+        self.jobs: list[futures.Future] = []
+
+    def wait(self) -> None:
+        """Wait for the end of all uploads."""
+        futures.wait(self.jobs)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Begin to upload the checkpoint, unless an upload is under way and `hub_always_push` is false."""
+        if not state.is_world_process_zero or args.hub_strategy == HubStrategy.END:
+            return
+        if not all(job.done() for job in self.jobs) and not args.hub_always_push:
+            return
+        output_dir = Path(cast("str", args.output_dir))
+        checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        # Checkpoint folders come and go while the upload is running.
+        for pattern in CHECKPOINT_FILES:
+            for path in checkpoint.glob(pattern):
+                shutil.copy(path, output_dir)
+        message = f"Training in progress, step {state.global_step}"
+        options: dict[str, Any] = {"revision": args.hub_revision, "run_as_future": True}
+        # The card is written at the end; one that lies there already tells of another run.
+        self.jobs.append(
+            push_folder(
+                output_dir, self.repo_id, token=args.hub_token, with_card=False, commit_message=message, **options
+            )
+        )
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            job = HfApi(token=args.hub_token).upload_folder(
+                repo_id=self.repo_id,
+                folder_path=checkpoint,
+                path_in_repo="last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name,
+                commit_message=f"{message}, checkpoint",
+                ignore_patterns=["training_args.bin"],
+                **options,
+            )
+            self.jobs.append(job)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Wait for the uploads."""
+        self.wait()
+
+
+class HubTrainer(Trainer):
+    """Trainer that writes our model card and uploads nothing that a model repository does not need.
+
+    Args:
+        args: As in [`~transformers.Trainer`].
+        kwargs: As in [`~transformers.Trainer`].
+
+    Attributes:
+        card: What was said of the run for its card, under the names of the arguments of `create_model_card`.
+        final_scores: Scores of evaluations after the training, with the prefix `eval_` or `test_`.
+        notes: Rows of the card beside the hyperparameters.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.has_own_optimizer = kwargs.get("optimizers", (None, None)) != (None, None)
+        self.card: dict[str, Any] = {}
+        self.final_scores: dict[str, float] = {}
+        self.notes: dict[str, str] = {}
+        if self.args.push_to_hub:
+            self.add_callback(PushCallback(cast("str", self.hub_model_id)))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as [`~transformers.Trainer`] does, without the token for the Hub in `training_args.bin`."""
+        args = self.args
+        self.args = copy.copy(args)
+        self.args.hub_token = None
+        try:
+            super().save_model(output_dir, _internal_call=True)
+        finally:
+            self.args = args
+        if args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def create_model_card(  # type: ignore[override]
+        self,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        data: Mapping[str, Any] | None = None,
+        data_citation: str | None = None,
+        share_predictions: bool | None = None,
+    ) -> None:
+        """Write `training_info.json` and from it the model card, `README.md`, into the output folder.
+
+        What is not given is as in the call before. A card that somebody edited is left as it is.
+
+        Args:
+            license: Licence of the weights, as the Hub names it.
+            tags: Tags for the Hub.
+            model_name: Title of the card.
+            finetuned_from: Model that training started from.
+            dataset_tags: Hub id of the data set.
+            dataset: Its name.
+            dataset_args: Its configuration.
+            data: What the reader should know of the data, a row of a table each.
+            data_citation: How to cite it.
+            share_predictions: Show `predictions.png`, and so upload it. It shows images of the data.
+        """
+        if not self.is_world_process_zero():
+            return
+        given = {
+            "license": license,
+            "tags": [tags] if isinstance(tags, str) else tags,
+            "model_name": model_name,
+            "finetuned_from": None if is_local_source(finetuned_from) else finetuned_from,
+            "dataset_tags": first(dataset_tags),
+            "dataset": first(dataset),
+            "dataset_args": first(dataset_args),
+            "data": data,
+            "data_citation": data_citation,
+            "share_predictions": share_predictions,
+        }
+        # `save_model` pushes too, and knows none of them.
+        self.card |= {name: value for name, value in given.items() if value is not None}
+        images = {"training images": self.train_dataset, "validation images": self.eval_dataset}
+        sizes = {
+            name: len(rows) for name, rows in images.items() if isinstance(rows, Sized) and type(rows) is not dict
+        }
+        metrics = self.compute_metrics
+        names = set(metrics.names()) if isinstance(metrics, SegmentationMetrics) else set()
+        results = scores_by_split(self.args, self.state, self.final_scores, names)
+        zero_division = getattr(metrics, "zero_division", None)
+        folder = Path(cast("str", self.args.output_dir))
+        write_training_info(folder, self.card, sizes, self.hyperparameters(), results, zero_division)
+        try:
+            write_model_card(folder, getattr(self, "hub_model_id", None))
+        except FileExistsError as err:
+            logger.warning("The model card is left as it is: %s", err)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return what repeats this training: rows for the model card."""
+        optimizer = type(self.optimizer).__name__ if self.has_own_optimizer else None
+        config = self.accelerator.unwrap_model(self.model).config
+        augment = getattr(transform_of(self.train_dataset), "augment", None)
+        return hyperparameters(self.args, self.state, config, optimizer, self.notes, augment)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload checkpoint, image processor, code and card, and no other file of the output folder.
+
+        Args:
+            commit_message: Title of the commit.
+            blocking: Wait for the end of the upload.
+            token: Token for the Hub.
+            revision: Branch, `hub_revision` by default.
+            private: Make the repository private, if it is new; `hub_private_repo` by default.
+            **kwargs: Arguments of [`create_model_card`].
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, PushCallback):
+                callback.wait()
+        return push_folder(
+            Path(cast("str", self.args.output_dir)),
+            cast("str", self.hub_model_id),
+            token=token,
+            commit_message=commit_message,
+            revision=revision or self.args.hub_revision,
+            run_as_future=not blocking,
+        )
+
+
+__all__ = ["HubTrainer", "PushCallback", "no_push_by_transformers"]

@@ -1,0 +1,170 @@
+"""What a model card tells of a run: hyperparameters, scores by split, data."""
+
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torchvision.transforms import v2
+from transformers import TrainerState, TrainingArguments
+
+from ..configuration_sam2unet import Sam2UNetConfig
+from ..model_card import TRAINING_INFO
+
+
+_FIELDS = TrainingArguments.__dataclass_fields__
+# Rows of every card, whatever their values.
+_ALWAYS_SHOWN = (
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "optim",
+    "learning_rate",
+    "weight_decay",
+    "seed",
+)
+_OF_THE_OPTIMIZER = ("optim", "learning_rate", "lr_scheduler_type", "weight_decay")
+# The arguments of training that say how a run can be repeated.
+HYPERPARAMETERS = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+    # The name until transformers 5.23 and the one from 5.24 on.
+    "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing",
+    "seed",
+    "metric_for_best_model",
+)
+
+
+def hyperparameters(
+    args: TrainingArguments,
+    state: TrainerState,
+    config: Sam2UNetConfig,
+    optimizer: str | None = None,
+    notes: Mapping[str, str] | None = None,
+    augment: Any = None,
+) -> dict[str, Any]:
+    """Return what repeats a training, as rows for the model card.
+
+    Args:
+        args: Arguments of the training.
+        state: State of the Trainer at its end.
+        config: Configuration of the model.
+        optimizer: Name of an optimizer that does not come from `args`.
+        notes: Further rows.
+        augment: Transform of the training images.
+    """
+    rows: dict[str, Any] = {}
+    for name in HYPERPARAMETERS:
+        value = getattr(args, name)
+        is_set = (value not in (None, False) or value == 0.0) and value != _FIELDS[name].default
+        if (name in _ALWAYS_SHOWN or is_set) and not (optimizer and name in _OF_THE_OPTIMIZER):
+            rows[f"`{name}`"] = getattr(value, "value", value)
+    if optimizer:
+        rows["optimizer"] = optimizer
+    rows |= notes or {}
+    if args.max_steps > 0:
+        del rows["`num_train_epochs`"]
+    if isinstance(augment, v2.Compose):
+        steps = [part for step in augment.transforms for part in getattr(step, "transforms", [step])]
+        rows["augmentation"] = ", ".join(type(step).__name__ for step in steps)
+    weights = ", ".join(f"{weight:g}" for weight in [1.0, *config.auxiliary_loss_weights])  # type: ignore[misc]
+    bce = "boundary-weighted" if config.weight_bce else "plain"
+    rows["loss"] = f"IoU and {bce} BCE, outputs weighted {weights}"
+    rows["trained for"] = f"{state.epoch:g} epochs, {state.global_step} steps"
+    if runtimes := [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]:
+        rows["training time"] = f"{runtimes[-1] / 60:.1f} min"
+    if args.load_best_model_at_end and state.best_global_step:
+        rows["checkpoint"] = f"step {state.best_global_step}, the best `{args.metric_for_best_model}`"
+    device = f"{args.device.type.upper()} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    if args.device.type == "cuda":
+        device = torch.cuda.get_device_name(args.device)
+    rows["hardware"] = device if args.world_size == 1 else f"{args.world_size} x {device}"
+    rows["software"] = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return rows
+
+
+def scores_by_split(
+    args: TrainingArguments, state: TrainerState, final_scores: Mapping[str, float], names: Iterable[str]
+) -> dict[str, dict[str, float]]:
+    """Return the scores of the trained model: those of evaluations after the training, or its last one.
+
+    Args:
+        args: Arguments of the training.
+        state: State of the Trainer at its end.
+        final_scores: Scores of evaluations after the training, with the prefix `eval_` or `test_`.
+        names: Scores to return, without prefix.
+    """
+    entries = [entry for entry in state.log_history if "eval_loss" in entry]
+    step = state.best_global_step if args.load_best_model_at_end else state.global_step
+    scores = {**next((entry for entry in reversed(entries) if entry["step"] == step), {}), **final_scores}
+    found = {}
+    for prefix, split in (("eval_", "validation"), ("test_", "test")):
+        own = {key.removeprefix(prefix): value for key, value in scores.items() if key.startswith(prefix)}
+        if own := {key: value for key, value in own.items() if key in names}:
+            found[split] = own
+    return found
+
+
+def write_training_info(
+    folder: Path,
+    facts: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    recipe: Mapping[str, Any],
+    results: Mapping[str, Any],
+    zero_division: float | None,
+) -> None:
+    """Write `training_info.json`, of which the model card is rendered.
+
+    Args:
+        folder: Output folder of the run.
+        facts: What was said of the run, under the names of the arguments of
+            [`~training.Sam2UNetTrainer.create_model_card`].
+        sizes: Number of images by their name, where `facts` does not say it.
+        recipe: See `hyperparameters`.
+        results: See `scores_by_split`.
+        zero_division: Score where mask and prediction are both empty.
+    """
+    rows = dict(facts.get("data") or {})
+    if "dataset_args" in facts:
+        rows["configuration"] = facts["dataset_args"]
+    info = {
+        **{name: facts.get(name) for name in ("license", "model_name", "finetuned_from")},
+        "tags": facts.get("tags", []),
+        "dataset": {
+            "id": facts.get("dataset_tags"),
+            "name": facts.get("dataset"),
+            "citation": facts.get("data_citation"),
+        },
+        "data": {**rows, **{name: size for name, size in sizes.items() if name not in rows}},
+        "recipe": dict(recipe),
+        "results": dict(results),
+        "zero_division": zero_division,
+        "share_predictions": facts.get("share_predictions", False),
+    }
+    (folder / TRAINING_INFO).write_text(json.dumps(info, indent=2) + "\n")
+
+
+def first(value: str | Sequence[str] | None) -> str | None:
+    """Return a text, or the first of several, as transformers takes either for the card."""
+    if value is None or isinstance(value, str):
+        return value
+    return value[0] if value else None
+
+
+__all__ = ["HYPERPARAMETERS", "first", "hyperparameters", "scores_by_split", "write_training_info"]
