@@ -60,8 +60,10 @@ def push_folder(
     if with_card and (folder / "README.md").is_file():
         files = files_to_push(folder)
         outdated += [name for name in PICTURES if name not in files]
+    # By name, since the Hub's patterns reach into folders, such as those of checkpoints.
+    names = [path.name for pattern in files for path in folder.glob(pattern)]
     return HfApi(token=token).upload_folder(
-        repo_id=repo_id, folder_path=folder, allow_patterns=files, delete_patterns=outdated, **upload_kwargs
+        repo_id=repo_id, folder_path=folder, allow_patterns=names, delete_patterns=outdated, **upload_kwargs
     )
 
 
