@@ -1,8 +1,5 @@
 """The decoder of SAM2-UNet: receptive field blocks, a U-Net decoder and the classifiers."""
 
-# transformers types the fields of a config by what the constructor takes, not by what an instance holds.
-# mypy: disable-error-code="arg-type, union-attr"
-
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -234,8 +234,6 @@ def test_initialisation_is_pytorchs_for_decoder_and_adapters():
     "options",
     [
         {"weight_bce": True},
-        {"boundary_weight": 2.0},
-        {"boundary_kernel_size": 7},
         {"auxiliary_loss_weights": [0.5, 0.25]},
     ],
     ids=str,
