@@ -1,14 +1,19 @@
 """Images and masks of any kind as tensors."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers.image_utils import (
-    ChannelDimension,
-)
+from transformers.image_utils import ChannelDimension
+
+
+def to_list(images: Any) -> list[Any]:
+    """Return images as a list: one image, a list of them, or a 4-D array, which is one of them too."""
+    is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
+    return list(images) if is_batch or isinstance(images, (list, tuple)) else [images]
 
 
 def to_channels_first(
@@ -98,4 +103,23 @@ def to_label_map(segmentation_map: Any) -> torch.Tensor:
     return label_map[0].long()
 
 
-__all__ = ["to_byte_range", "to_channels_first", "to_label_map"]
+def to_label_maps(segmentation_maps: Any, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Turn masks of any kind into one int64 tensor of shape `(height, width)` per image, of its size."""
+    maps = to_list(segmentation_maps)
+    if len(maps) == 1 and len(images) > 1 and isinstance(maps[0], (np.ndarray, torch.Tensor)) and maps[0].ndim == 3:
+        maps = list(maps[0])
+    label_maps = [to_label_map(item) for item in maps]
+    if len(label_maps) != len(images):
+        raise ValueError(
+            f"`segmentation_maps` must hold one map per image, got {len(label_maps)} for {len(images)} images."
+        )
+    for index, (image, label_map) in enumerate(zip(images, label_maps, strict=True)):
+        if image.shape[-2:] != label_map.shape:
+            raise ValueError(
+                f"`segmentation_maps[{index}]` has size {tuple(label_map.shape)} where its image has "
+                f"{tuple(image.shape[-2:])}. Resize one to the other, masks by nearest neighbour."
+            )
+    return label_maps
+
+
+__all__ = ["to_byte_range", "to_channels_first", "to_label_map", "to_label_maps", "to_list"]
