@@ -179,6 +179,9 @@ class Sam2UNetEncoder(nn.Module):
     """SAM 2's Hiera trunk with an adapter in each block.
 
     Parameters are named as in transformers' `Sam2HieraDetModel`, adapters aside, so that SAM 2 weights load by name.
+
+    Args:
+        config: Sizes of encoder and adapters, and the attention implementation.
     """
 
     def __init__(self, config: Sam2UNetConfig):

@@ -7,10 +7,13 @@ from typing import Any
 
 
 def regions_from_pairs(regions: Mapping[str, Sequence[int]] | Sequence[Sequence[Any]]) -> dict[str, list[int]]:
-    """Return regions as a dict from a dict or from the `[name, label ids]` pairs that JSON files hold.
+    """Return regions as a dict.
 
-    The order of the regions is the order of the model's channels, and transformers sorts the keys of the dicts it
-    writes. So regions are stored as pairs.
+    JSON files hold regions as pairs, because their order is that of the model's channels, and transformers sorts the
+    keys of the dicts that it writes.
+
+    Args:
+        regions: Dict of region name -> label ids, or list of `[name, label ids]` pairs.
     """
     pairs = regions.items() if isinstance(regions, Mapping) else regions
     return {name: list(label_ids) for name, label_ids in pairs}
@@ -83,6 +86,9 @@ def label_names(regions: Mapping[str, Sequence[int]]) -> dict[int, str]:
 
     What an outer region writes is only its part outside the regions in it, so it is named for that:
     `{"WT": [1, 2, 3], "ET": [3]}` gives `{0: "background", 1: "WT without ET", 3: "ET"}`.
+
+    Args:
+        regions: As in `region_levels`.
 
     Raises:
         ValueError: As `region_levels`.

@@ -37,7 +37,7 @@ def join(parts: list[torch.Tensor] | tuple[torch.Tensor, ...], dim: int = 0) -> 
 
 
 def max_pool_tokens(tokens: torch.Tensor, stride: list[int]) -> torch.Tensor:
-    """Max-pool a map of tokens of shape `(batch_size, height, width, channels)`."""
+    """Max-pool maps of tokens of shape `(batch_size, height, width, channels)`."""
     return F.max_pool2d(tokens.permute(0, 3, 1, 2), kernel_size=stride, stride=stride).permute(0, 2, 3, 1)
 
 
@@ -158,4 +158,4 @@ class Sam2UNetWindowLayout:
         )
 
 
-__all__ = ["Sam2UNetWindowLayout", "WindowGroup", "in_chunks", "max_pool_tokens", "pool_windows"]
+__all__ = ["Sam2UNetWindowLayout", "WindowGroup", "in_chunks"]
