@@ -46,7 +46,7 @@ class BaselineConfig(PreTrainedConfig):
         self.weights = weights
         # The loss is that of SAM2-UNet for one output.
         self.auxiliary_loss_weights: list[float] = []
-        self.boundary_kernel_size, self.boundary_weight, self.weight_bce = 31, 5.0, False
+        self.weight_bce = False
         self.ignore_index = 255
         super().__init__(**kwargs)
 

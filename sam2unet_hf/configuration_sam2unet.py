@@ -1,8 +1,5 @@
 """SAM2-UNet configuration: encoder preset, decoder sizes, regions and loss options."""
 
-# transformers types the fields of a config by what the constructor takes, not by what an instance holds.
-# mypy: disable-error-code="arg-type, index, operator, union-attr"
-
 import copy
 from typing import Any
 
@@ -13,60 +10,85 @@ from transformers.configuration_utils import SubConfigSpec
 from .regions_sam2unet import label_names, regions_from_pairs
 
 
-# SAM 2's four released encoders; `embed_dim_per_stage` doubles from `hidden_size`.
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 96,
-        "num_attention_heads_per_stage": [1, 2, 4, 8],
-        "blocks_per_stage": [1, 2, 7, 2],
-        "window_size_per_stage": [8, 4, 14, 7],
-        "global_attention_blocks": [5, 7, 9],
-        "window_positional_embedding_background_size": [7, 7],
-    },
-    "small": {
-        "hidden_size": 96,
-        "num_attention_heads_per_stage": [1, 2, 4, 8],
-        "blocks_per_stage": [1, 2, 11, 2],
-        "window_size_per_stage": [8, 4, 14, 7],
-        "global_attention_blocks": [7, 10, 13],
-        "window_positional_embedding_background_size": [7, 7],
-    },
-    "base_plus": {
-        "hidden_size": 112,
-        "num_attention_heads_per_stage": [2, 4, 8, 16],
-        "blocks_per_stage": [2, 3, 16, 3],
-        "window_size_per_stage": [8, 4, 14, 7],
-        "global_attention_blocks": [12, 16, 20],
-        "window_positional_embedding_background_size": [14, 14],
-    },
-    "large": {
-        "hidden_size": 144,
-        "num_attention_heads_per_stage": [2, 4, 8, 16],
-        "blocks_per_stage": [2, 6, 36, 4],
-        "window_size_per_stage": [8, 4, 16, 8],
-        "global_attention_blocks": [23, 33, 43],
-        "window_positional_embedding_background_size": [7, 7],
-    },
+# The names of the label ids, which follow from the regions by default.
+LABEL_NAME_FIELDS = {"id2label", "label2id"}
+
+# Options that earlier configurations hold, with the only value that the loss has left of each.
+REMOVED_OPTIONS = {"boundary_kernel_size": 31, "boundary_weight": 5.0}
+
+
+# SAM 2's four released encoders, in the fields in which they differ. Another size takes one more row.
+PRESET_FIELDS = (
+    "hidden_size",
+    "num_attention_heads_per_stage",
+    "blocks_per_stage",
+    "window_size_per_stage",
+    "global_attention_blocks",
+    "window_positional_embedding_background_size",
+)
+PRESET_ROWS: dict[str, tuple[Any, ...]] = {
+    "tiny": (96, [1, 2, 4, 8], [1, 2, 7, 2], [8, 4, 14, 7], [5, 7, 9], [7, 7]),
+    "small": (96, [1, 2, 4, 8], [1, 2, 11, 2], [8, 4, 14, 7], [7, 10, 13], [7, 7]),
+    "base_plus": (112, [2, 4, 8, 16], [2, 3, 16, 3], [8, 4, 14, 7], [12, 16, 20], [14, 14]),
+    "large": (144, [2, 4, 8, 16], [2, 6, 36, 4], [8, 4, 16, 8], [23, 33, 43], [7, 7]),
 }
+PRESETS = {name: dict(zip(PRESET_FIELDS, row, strict=True)) for name, row in PRESET_ROWS.items()}
 
 
 def preset_backbone_config(preset: str) -> Sam2HieraDetConfig:
     """Return the encoder configuration of one of SAM 2's released sizes.
 
     Args:
-        preset: `"tiny"`, `"small"`, `"base_plus"` or `"large"`.
+        preset: One of `PRESETS`: `"tiny"`, `"small"`, `"base_plus"` or `"large"`.
 
     Raises:
         ValueError: If `preset` is none of these.
     """
     if preset not in PRESETS:
         raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}, got {preset!r}.")
-    values = copy.deepcopy(PRESETS[preset])
+    fields = copy.deepcopy(PRESETS[preset])
     return Sam2HieraDetConfig(
-        **values,
-        num_attention_heads=values["num_attention_heads_per_stage"][0],
-        embed_dim_per_stage=[values["hidden_size"] * 2**stage for stage in range(4)],
+        **fields,
+        num_attention_heads=fields["num_attention_heads_per_stage"][0],
+        embed_dim_per_stage=[fields["hidden_size"] * 2**stage for stage in range(4)],
     )
+
+
+def check_backbone(backbone: PreTrainedConfig | None) -> None:
+    """Check that the windows of an encoder tile every image and that its four maps fit the decoder.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    if not isinstance(backbone, Sam2HieraDetConfig):
+        raise ValueError(
+            f"`backbone_config` must be a `Sam2HieraDetConfig`, got {type(backbone).__name__}. "
+            "SAM2-UNet runs on SAM 2's Hiera encoder only."
+        )
+
+    def require(holds: bool, name: str, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"`backbone_config.{name}` must {rule}, got {getattr(backbone, name)}.")
+
+    require(
+        len(backbone.blocks_per_stage) == 4,
+        "blocks_per_stage",
+        "have four stages, because the decoder joins four maps",
+    )
+    require(backbone.num_query_pool_stages == 3, "num_query_pool_stages", "be 3, because three stages halve the map")
+    for name in ("embed_dim_per_stage", "num_attention_heads_per_stage", "window_size_per_stage"):
+        require(len(getattr(backbone, name)) == 4, name, "have four entries, one per stage")
+    for name, stride in (("patch_stride", 4), ("query_stride", 2)):
+        is_square = getattr(backbone, name) in (stride, [stride, stride], (stride, stride))
+        require(is_square, name, f"be {stride}, because the decoder works at strides 4, 8, 16 and 32")
+
+    name, windows = "window_size_per_stage", backbone.window_size_per_stage
+    require(8 % windows[0] == 0, name, "start with 2, 4 or 8, so that the position embedding tiles every image")
+    can_be_halved = all(window % 2 == 0 for window in windows[:3])
+    require(can_be_halved, name, "be even but for the last stage, because query pooling halves the windows")
+    for dim, heads in zip(backbone.embed_dim_per_stage, backbone.num_attention_heads_per_stage, strict=True):
+        if dim % heads:
+            raise ValueError(f"`embed_dim_per_stage` {dim} is not a multiple of its {heads} attention heads.")
 
 
 @strict
@@ -85,11 +107,8 @@ class Sam2UNetConfig(PreTrainedConfig):
             without pretrained encoder needs.
         auxiliary_loss_weights: Weights of the losses of the two auxiliary outputs, at stride 16 and stride 8; the
             loss of the prediction has weight 1. Defaults to `[1.0, 1.0]`.
-        boundary_kernel_size: Side in pixels (odd) of the average pool that finds mask boundaries for the loss.
-        boundary_weight: How much more a pixel on the boundary counts than one far from it, in
-            `1 + boundary_weight * |avgpool(mask) - mask|`.
-        weight_bce: Apply the boundary weight to the BCE term too, as arXiv 2408.08870 writes it. `False` is the plain
-            mean of the BraTS paper's equation and of the reference code as it runs.
+        weight_bce: Apply the boundary weights of the loss to the BCE term too, as arXiv 2408.08870 writes it. `False`
+            is the plain mean of the BraTS paper's equation and of the reference code as it runs.
         ignore_index: Label id whose pixels count nowhere in the loss.
         encoder_source: Where the encoder's weights come from, as `from_sam2` records it: Hub id, or absolute path.
         encoder_revision: Commit of `encoder_source` on the Hub.
@@ -126,8 +145,6 @@ class Sam2UNetConfig(PreTrainedConfig):
     regions: dict[str, list[int]] | list[list[Any]] | None = None
     freeze_encoder: bool = True
     auxiliary_loss_weights: list[float] | None = None
-    boundary_kernel_size: int = 31
-    boundary_weight: float = 5.0
     weight_bce: bool = False
     ignore_index: int = 255
     encoder_source: str | None = None
@@ -151,15 +168,15 @@ class Sam2UNetConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """Build a configuration from a dict, with `kwargs` over it, checked together."""
         # transformers would set our fields one by one on the finished, checked configuration.
-        own = set(Sam2UNetConfig.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
-        names = {"id2label", "label2id"}
-        overrides = {name: kwargs.pop(name) for name in (own | names) & kwargs.keys()}
+        own_fields = Sam2UNetConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+        own_fields |= LABEL_NAME_FIELDS | REMOVED_OPTIONS.keys()
+        overrides = {name: kwargs.pop(name) for name in own_fields & kwargs.keys()}
         if overrides.keys() & {"regions", "id2label"}:
-            # The names of other regions.
-            config_dict = {name: config_dict[name] for name in config_dict if name not in names}
+            # The stored names are those of other regions.
+            config_dict = {name: value for name, value in config_dict.items() if name not in LABEL_NAME_FIELDS}
         config_dict = {**config_dict, **overrides}
         if "encoder_source" in overrides:
-            # The commit is one of the other source.
+            # The stored commit is one of the other source.
             config_dict["encoder_revision"] = overrides.get("encoder_revision")
         num_labels = kwargs.pop("num_labels", None)
         found = super().from_dict(config_dict, **kwargs)
@@ -173,8 +190,14 @@ class Sam2UNetConfig(PreTrainedConfig):
         return found
 
     def __post_init__(self, **kwargs):
-        # A dict without `model_type` is meant as the only encoder there is.
+        for name, value in REMOVED_OPTIONS.items():
+            if (given := kwargs.pop(name, value)) != value:
+                raise ValueError(
+                    f"`{name}` is no longer an option, because the loss always takes {value}, got {given}. Remove it; "
+                    "predictions do not depend on it."
+                )
         if isinstance(self.backbone_config, dict):
+            # There is only one encoder that a dict without `model_type` can mean.
             self.backbone_config = {"model_type": Sam2HieraDetConfig.model_type, **self.backbone_config}
         self.regions = {"WT": [1, 2, 3]} if self.regions is None else regions_from_pairs(self.regions)
         if self.auxiliary_loss_weights is None:
@@ -190,70 +213,40 @@ class Sam2UNetConfig(PreTrainedConfig):
         """Return the fields for JSON, with `regions` as pairs to keep their order."""
         return {**super().to_dict(), "regions": [[name, ids] for name, ids in self.regions.items()]}
 
+    # The strict dataclass calls each `validate_*` method.
+
     def validate_architecture(self):
-        """Check the fields that depend on each other; called by the strict dataclass."""
-        backbone = self.backbone_config
-        if not isinstance(backbone, Sam2HieraDetConfig):
-            raise ValueError(
-                f"`backbone_config` must be a `Sam2HieraDetConfig`, got {type(backbone).__name__}. "
-                "SAM2-UNet runs on SAM 2's Hiera encoder only."
-            )
-        if len(backbone.blocks_per_stage) != 4 or backbone.num_query_pool_stages != 3:
-            raise ValueError(
-                "`backbone_config` must have four stages that halve the resolution three times, got "
-                f"`blocks_per_stage` {backbone.blocks_per_stage} and `num_query_pool_stages` "
-                f"{backbone.num_query_pool_stages}."
-            )
-        for name in ("embed_dim_per_stage", "num_attention_heads_per_stage", "window_size_per_stage"):
-            if len(getattr(backbone, name)) != 4:
-                raise ValueError(f"`backbone_config.{name}` must have four entries, got {getattr(backbone, name)}.")
-        stride = {"patch_stride": 4, "query_stride": 2}
-        for name, value in stride.items():
-            if getattr(backbone, name) not in (value, [value, value], (value, value)):
-                raise ValueError(
-                    f"`backbone_config.{name}` must be {value}, because the decoder works at strides 4, 8, 16 and 32, "
-                    f"got {getattr(backbone, name)}."
-                )
-        if 8 % backbone.window_size_per_stage[0]:
-            raise ValueError(
-                "`backbone_config.window_size_per_stage` must start with 2, 4 or 8, so that the position embedding "
-                f"tiles every image, got {backbone.window_size_per_stage}."
-            )
-        if any(window % 2 for window in backbone.window_size_per_stage[:3]):
-            raise ValueError(
-                "`backbone_config.window_size_per_stage` must be even but for the last stage, because query pooling "
-                f"halves the windows, got {backbone.window_size_per_stage}."
-            )
-        for dim, heads in zip(backbone.embed_dim_per_stage, backbone.num_attention_heads_per_stage, strict=True):
-            if dim % heads:
-                raise ValueError(f"`embed_dim_per_stage` {dim} is not a multiple of its {heads} attention heads.")
+        """Check the sizes of the encoder, the adapters and the decoder."""
+        check_backbone(self.backbone_config)
         for name in ("adapter_hidden_size", "decoder_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be >= 1, got {getattr(self, name)}.")
-        if self.boundary_kernel_size < 1 or self.boundary_kernel_size % 2 == 0:
-            raise ValueError(f"`boundary_kernel_size` must be odd and >= 1, got {self.boundary_kernel_size}.")
-        if self.boundary_weight < 0:
-            raise ValueError(f"`boundary_weight` must be >= 0, got {self.boundary_weight}.")
-        if len(self.auxiliary_loss_weights) != 2 or min(self.auxiliary_loss_weights) < 0:
+
+    def validate_auxiliary_loss_weights(self):
+        """Check that there is one weight per auxiliary output."""
+        weights = self.auxiliary_loss_weights
+        if len(weights) != 2 or min(weights) < 0:
             raise ValueError(
                 "`auxiliary_loss_weights` must be two weights >= 0, for the outputs at stride 16 and stride 8, got "
-                f"{self.auxiliary_loss_weights}."
+                f"{weights}."
             )
-        named = label_names(self.regions)
+
+    def validate_labels(self):
+        """Check that the regions and the names of the label ids fit each other."""
         for name, label_ids in self.regions.items():
             if self.ignore_index in label_ids:
                 raise ValueError(
                     f"`regions[{name!r}]` {label_ids} holds `ignore_index` {self.ignore_index}. Masks with values 0 "
                     "and 255 must be mapped to 0 and 1 first."
                 )
-        unnamed = [label_id for label_id in named if label_id not in self.id2label]
-        if unnamed:
+        written = label_names(self.regions)
+        if unnamed := [label_id for label_id in written if label_id not in self.id2label]:
             raise ValueError(
                 f"`id2label` {self.id2label} does not name the label ids {unnamed} that `regions` {self.regions} "
                 "write."
             )
-        # As `num_labels` and `id2label` alone would.
-        if unknown := [label_id for label_id in self.id2label if label_id not in named]:
+        # `num_labels` or `id2label` without `regions` would name such ids.
+        if unknown := [label_id for label_id in self.id2label if label_id not in written]:
             raise ValueError(
                 f"`id2label` {self.id2label} names the label ids {unknown}, which `regions` {self.regions} do not "
                 "write. Say what to segment by `regions`, such as {'liver': [1], 'spleen': [2]}, instead of "

@@ -1,8 +1,5 @@
 """The decoder of SAM2-UNet: receptive field blocks, a U-Net decoder and the classifiers."""
 
-# transformers types the fields of a config by what the constructor takes, not by what an instance holds.
-# mypy: disable-error-code="arg-type, union-attr"
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -101,7 +98,11 @@ class Sam2UNetUpBlock(nn.Module):
 
 
 class Sam2UNetDecodeHead(nn.Module):
-    """Receptive field blocks, U-Net decoder and the three classifiers."""
+    """Receptive field blocks, U-Net decoder and the three classifiers.
+
+    Args:
+        config: Sizes of encoder and decoder, and the regions, each of which is one channel of the output.
+    """
 
     def __init__(self, config: Sam2UNetConfig):
         super().__init__()
@@ -114,7 +115,16 @@ class Sam2UNetDecodeHead(nn.Module):
         self.classifier = nn.Conv2d(channels, num_regions, 1)
 
     def forward(self, *feature_maps: torch.Tensor, output_auxiliary_logits: bool = False) -> tuple[torch.Tensor, ...]:
-        """Return the scores at stride 4 and, when asked for, those of the side outputs at strides 16 and 8."""
+        """Turn the encoder's feature maps into raw scores.
+
+        Args:
+            *feature_maps: One map per stage, `(batch_size, channels, height / stride, width / stride)`.
+            output_auxiliary_logits: Return the scores of the two side outputs too.
+
+        Returns:
+            Scores of shape `(batch_size, num_regions, height / stride, width / stride)` at stride 4 and, when asked
+            for, at strides 16 and 8.
+        """
         *skips, hidden_states = [
             block(feature_map) for block, feature_map in zip(self.receptive_field_blocks, feature_maps, strict=True)
         ]

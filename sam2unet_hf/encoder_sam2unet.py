@@ -1,8 +1,5 @@
 """The encoder of SAM2-UNet: SAM 2's Hiera trunk with an adapter in each block."""
 
-# transformers types the fields of a config by what the constructor takes, not by what an instance holds.
-# mypy: disable-error-code="arg-type, union-attr"
-
 import math
 from functools import partial
 
@@ -89,13 +86,13 @@ class Sam2UNetWindowAttention(nn.Module):
         """Attend within windows; tokens of shape `(tokens, dim)` -> `(tokens, dim_out)`, maybe pooled."""
         # (tokens, 3 * dim_out)
         qkv = self.qkv(hidden_states)
-        pooled = layout if self.query_stride is None else layout.pooled(self.query_stride)
+        pooled = layout if self.query_stride is None else layout.after_pooling(self.query_stride)
         if self.window_size == 0:
             # The order of the tokens of an image is of no importance to attention over all of them.
-            query, key, value = layout.images(qkv).chunk(3, dim=-1)
+            query, key, value = layout.to_sequences(qkv).chunk(3, dim=-1)
             if self.query_stride is not None:
-                query = pooled.images(layout.pool(qkv.chunk(3, dim=-1)[0], self.query_stride))
-            return self.proj(pooled.from_images(self.attend(query, key, value)))
+                query = pooled.to_sequences(layout.pool(qkv.chunk(3, dim=-1)[0], self.query_stride))
+            return self.proj(pooled.from_sequences(self.attend(query, key, value)))
         outputs = []
         for group, windows in zip(layout.groups, layout.split(qkv), strict=True):
             query, key, value = windows.chunk(3, dim=-1)
@@ -182,9 +179,10 @@ class Sam2UNetEncoder(nn.Module):
     """SAM 2's Hiera trunk with an adapter in each block.
 
     Parameters are named as in transformers' `Sam2HieraDetModel`, adapters aside, so that SAM 2 weights load by name.
-    """
 
-    layout_class = Sam2UNetWindowLayout
+    Args:
+        config: Sizes of encoder and adapters, and the attention implementation.
+    """
 
     def __init__(self, config: Sam2UNetConfig):
         super().__init__()
@@ -222,7 +220,7 @@ class Sam2UNetEncoder(nn.Module):
             both `(batch_size, height, width, channels)`.
         """
         batch_size, height, width, _ = maps.shape
-        layout = self.layout_class(batch_size, height, width, self.window_sizes[stage])
+        layout = Sam2UNetWindowLayout(batch_size, height, width, self.window_sizes[stage])
         tokens = layout.pack(maps)
         start = self.stage_ends[stage - 1] + 2 if stage else 0
         end = self.stage_ends[stage] + 1
@@ -232,7 +230,7 @@ class Sam2UNetEncoder(nn.Module):
         if end == len(self.blocks):
             return (feature_map,)
         pool = self.blocks[end]
-        return feature_map, layout.pooled(pool.query_stride).unpack(pool(tokens, layout))
+        return feature_map, layout.after_pooling(pool.query_stride).unpack(pool(tokens, layout))
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the four feature maps, `(batch_size, channels, height / stride, width / stride)`."""

@@ -19,18 +19,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .images_sam2unet import to_byte_range, to_channels_first, to_label_map
+from .images_sam2unet import to_byte_range, to_channels_first, to_label_maps, to_list
 from .regions_sam2unet import region_levels, regions_from_pairs
-
-
-class Sam2UNetImageProcessorKwargs(ImagesKwargs, total=False):
-    """Arguments of [`Sam2UNetImageProcessor`] beyond those of every image processor.
-
-    Args:
-        regions: Region name -> label ids, as in [`Sam2UNetConfig`].
-    """
-
-    regions: dict[str, list[int]] | list[list[Any]]
 
 
 class Sam2UNetImageProcessor(TorchvisionBackend):
@@ -41,13 +31,16 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
 
     Args:
         regions: Region name -> the label ids it joins, in the order of the model's channels, as in
-            [`Sam2UNetConfig`]. Defaults to `{"WT": [1, 2, 3]}`. Post-processing alone reads them; they can be set
-            later, as in `processor.regions = model.config.regions`.
+            [`Sam2UNetConfig`], or as `[name, label ids]` pairs. Defaults to `{"WT": [1, 2, 3]}`. Only post-processing
+            reads them; they can be set later, as in `processor.regions = model.config.regions`.
         modalities: The contrasts of the scans that the images are slices of, such as `["flair"]`, or three for the
-            channels in their order. Volume inference alone reads them; `None` where they are not known.
+            channels in their order. Only volume inference reads them; `None` where they are not known.
         plane: The plane of these slices, `"axial"`, `"coronal"` or `"sagittal"`; as `modalities`.
         kwargs: `do_resize`, `size`, `resample`, `do_rescale`, `rescale_factor`, `do_normalize`, `image_mean`,
             `image_std` and `do_convert_rgb`, as in any image processor.
+
+    Raises:
+        ValueError: If the regions make no sense, see `region_levels`.
 
     Example:
         ```python
@@ -62,7 +55,6 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
         ```
     """
 
-    valid_kwargs = Sam2UNetImageProcessorKwargs
     resample = PILImageResampling.BILINEAR
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
@@ -80,33 +72,29 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
         plane: str | None = None,
         **kwargs: Any,
     ):
-        super().__init__(regions=regions, **kwargs)  # type: ignore[call-arg]
+        super().__init__(**kwargs)
+        self.regions = regions_from_pairs({"WT": [1, 2, 3]} if regions is None else regions)
+        region_levels(self.regions)  # raises if they are neither nested nor disjoint
         self.modalities = modalities
         self.plane = plane
 
-    @property
-    def regions(self) -> dict[str, list[int]]:
-        """Region name -> label ids, in the order of the model's channels; pairs are accepted too."""
-        return self._regions
-
-    @regions.setter
-    def regions(self, regions: dict[str, list[int]] | list[list[Any]] | None) -> None:
-        regions = regions_from_pairs({"WT": [1, 2, 3]} if regions is None else regions)
-        # Raises if they are neither nested nor disjoint.
-        region_levels(regions)
-        self._regions = regions
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any):
+        """Build an image processor from the attributes of its JSON file, with `kwargs` over them."""
+        # transformers would set ours past the constructor, which checks them.
+        own: dict[str, Any] = {name: kwargs.pop(name) for name in ("regions", "modalities", "plane") if name in kwargs}
+        return super().from_dict({**image_processor_dict, **own}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes for JSON, with `regions` as pairs to keep their order."""
-        attributes = super().to_dict()
-        del attributes["_regions"]
-        return {**attributes, "regions": [[name, ids] for name, ids in self.regions.items()]}
+        pairs = [[name, ids] for name, ids in regions_from_pairs(self.regions).items()]
+        return {**super().to_dict(), "regions": pairs}
 
     def preprocess(
         self,
         images: ImageInput,
         segmentation_maps: ImageInput | None = None,
-        **kwargs: Unpack[Sam2UNetImageProcessorKwargs],
+        **kwargs: Unpack[ImagesKwargs],
     ) -> BatchFeature:
         """Prepare images, and masks if there are any.
 
@@ -116,23 +104,22 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
                 fourth channel, alpha, is dropped); a 4-D array is a list of images. 8-bit images are taken as
                 0..255, unsigned 16-bit ones as 0..65535, other integers as 0..255 if no value is larger, else as
                 0..65535; floats as 0..1 if no value is larger, else as 0..255. With `do_rescale=False` values are
-                taken as they are. An EXIF orientation is not heeded, as it is by `datasets` and by pipelines:
-                turn photographs upright first (`PIL.ImageOps.exif_transpose`).
+                taken as they are. An EXIF orientation is ignored, unlike in `datasets` and in pipelines: turn
+                photographs upright first (`PIL.ImageOps.exif_transpose`).
             segmentation_maps: One map of label ids per image, of the image's size: `(height, width)`, or with a
                 single channel, or with three equal ones. For several images also one array `(batch_size, height,
                 width)`. Palette images give their indices, booleans 0 and 1.
-            **kwargs: Arguments of the constructor but `regions`, for this call.
+            **kwargs: `kwargs` of the constructor, for this call.
 
         Returns:
             `pixel_values` of shape `(batch_size, 3, height, width)`, float32, and, with maps, `labels` of shape
             `(batch_size, height, width)`, int64.
 
         Raises:
+            TypeError: If an argument is none of an image processor, as `regions` is not.
             ValueError: If an image or map has an unsupported shape, type or value range, or images and maps do not
                 pair up.
         """
-        if "regions" in kwargs:
-            raise ValueError("`regions` plays no part in preparing images. Set `processor.regions` instead.")
         return super().preprocess(images, segmentation_maps, **kwargs)
 
     def process_image(  # type: ignore[override]
@@ -161,11 +148,6 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
             image = image.expand(3, -1, -1)
         return image.contiguous()
 
-    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
-        if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
-            return list(images)
-        return list(images) if isinstance(images, (list, tuple)) else [images]
-
     def _preprocess_image_like_inputs(  # type: ignore[override]
         self,
         images: ImageInput,
@@ -179,35 +161,22 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
                 "`do_center_crop` and `do_pad` must be False: masks that come out would not lie on the images. Crop "
                 "or pad images and masks together first."
             )
-        prepared = [self.process_image(image, **kwargs) for image in self._prepare_images_structure(images)]
+        prepared = [self.process_image(image, **kwargs) for image in to_list(images)]
         if not prepared:
             raise ValueError("`images` must hold at least one image, got none.")
+        label_maps = None if segmentation_maps is None else to_label_maps(segmentation_maps, prepared)
         if device is not None:
             prepared = [image.to(device) for image in prepared]
         # `_preprocess` returns a `BatchFeature` with `pixel_values`.
         features = dict(self._preprocess(prepared, return_tensors=None, **kwargs))
-        if segmentation_maps is not None:
-            maps = self._prepare_images_structure(segmentation_maps)
-            if len(maps) == 1 and len(prepared) > 1 and isinstance(maps[0], (np.ndarray, torch.Tensor)):
-                maps = list(maps[0]) if maps[0].ndim == 3 else maps
-            maps = [to_label_map(item) for item in maps]
-            if len(maps) != len(prepared):
-                raise ValueError(
-                    f"`segmentation_maps` must hold one map per image, got {len(maps)} for {len(prepared)} images."
-                )
-            for index, (image, label_map) in enumerate(zip(prepared, maps, strict=True)):
-                if image.shape[-2:] != label_map.shape:
-                    raise ValueError(
-                        f"`segmentation_maps[{index}]` has size {tuple(label_map.shape)} where its image has "
-                        f"{tuple(image.shape[-2:])}. Resize one to the other, masks by nearest neighbour."
-                    )
+        if label_maps is not None:
             if device is not None:
-                maps = [label_map.to(device) for label_map in maps]
+                label_maps = [label_map.to(device) for label_map in label_maps]
             if kwargs["do_resize"]:
                 # Nearest, so that no label id is invented between two others.
-                nearest = InterpolationMode.NEAREST_EXACT
-                maps = [self.resize(item[None], kwargs["size"], resample=nearest, antialias=False)[0] for item in maps]
-            features["labels"] = [item.long() for item in maps]
+                options = {"resample": InterpolationMode.NEAREST_EXACT, "antialias": False}
+                label_maps = [self.resize(item[None], kwargs["size"], **options)[0].long() for item in label_maps]
+            features["labels"] = label_maps
         return BatchFeature(data=features, tensor_type=return_tensors)
 
     def post_process_regions(
@@ -287,9 +256,10 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
         """
         if not 0 <= threshold <= 1:
             raise ValueError(f"`threshold` must be a probability in [0, 1], got {threshold}.")
-        names = list(self.regions)
+        regions = regions_from_pairs(self.regions)
+        names = list(regions)
         label_map = torch.zeros(probabilities.shape[1:], dtype=torch.int64, device=probabilities.device)
-        for level in region_levels(self.regions):
+        for level in region_levels(regions):
             ids = torch.tensor(list(level.values()), device=probabilities.device)
             highest, winner = probabilities[[names.index(name) for name in level]].max(dim=0)
             label_map = torch.where(highest > threshold, ids[winner], label_map)

@@ -1,20 +1,33 @@
 """Images and masks of any kind as tensors."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers.image_utils import (
-    ChannelDimension,
-)
+from transformers.image_utils import ChannelDimension
+
+
+def to_list(images: Any) -> list[Any]:
+    """Return as a list one image, a list of them, or a 4-D array, which is a batch of them."""
+    is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
+    return list(images) if is_batch or isinstance(images, (list, tuple)) else [images]
 
 
 def to_channels_first(
     image: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None = None
 ) -> torch.Tensor:
-    """Turn an array of shape `(height, width)` or with 1, 3 or 4 channels first or last into channels first."""
+    """Turn an array of any layout into a tensor of shape `(channels, height, width)`.
+
+    Args:
+        image: Array or tensor of real numbers, `(height, width)`, or with 1, 3 or 4 channels first or last.
+        input_data_format: Which of the two it is. By default first, where both fit.
+
+    Raises:
+        ValueError: If it is no array, not of real numbers, empty, or of another shape.
+    """
     if isinstance(image, np.ndarray) and image.dtype.kind in "biuf":
         # A copy, because torch can hold neither big-endian values nor negative strides, and warns of read-only ones.
         image = torch.from_numpy(np.array(image, dtype=image.dtype.newbyteorder("="), order="C"))
@@ -35,7 +48,15 @@ def to_channels_first(
 
 
 def to_byte_range(image: torch.Tensor) -> torch.Tensor:
-    """Bring an image of any type to values in 0..255: uint8 as it is, everything else float32."""
+    """Bring an image of any type to values in 0..255; uint8 stays as it is, everything else becomes float32.
+
+    Args:
+        image: Booleans, integers or floats. Integers are taken as 0..65535 if they are unsigned 16-bit or one is over
+            255, else as 0..255; floats as 0..1 if none is over 1, else as 0..255.
+
+    Raises:
+        ValueError: If a value is negative, too large or not finite.
+    """
     if image.dtype == torch.uint8:
         return image
     if image.dtype == torch.bool:
@@ -71,7 +92,14 @@ def to_byte_range(image: torch.Tensor) -> torch.Tensor:
 
 
 def to_label_map(segmentation_map: Any) -> torch.Tensor:
-    """Turn a mask of any kind into an int64 tensor of shape `(height, width)`."""
+    """Turn a mask of any kind into an int64 tensor of shape `(height, width)`.
+
+    Args:
+        segmentation_map: PIL image, array or tensor of label ids with a single channel, or with three equal ones.
+
+    Raises:
+        ValueError: If it holds colours, or numbers that are not whole.
+    """
     layout = None
     if isinstance(segmentation_map, Image.Image):
         mode = segmentation_map.mode
@@ -98,4 +126,31 @@ def to_label_map(segmentation_map: Any) -> torch.Tensor:
     return label_map[0].long()
 
 
-__all__ = ["to_byte_range", "to_channels_first", "to_label_map"]
+def to_label_maps(segmentation_maps: Any, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Turn the masks of a batch into one int64 tensor of shape `(height, width)` per image.
+
+    Args:
+        segmentation_maps: One mask or a list of them, or for several images one array `(batch_size, height, width)`.
+        images: The images, of shape `(channels, height, width)`.
+
+    Raises:
+        ValueError: If there is not one mask per image, of its size, or as `to_label_map`.
+    """
+    maps = to_list(segmentation_maps)
+    if len(maps) == 1 and len(images) > 1 and isinstance(maps[0], (np.ndarray, torch.Tensor)) and maps[0].ndim == 3:
+        maps = list(maps[0])
+    label_maps = [to_label_map(item) for item in maps]
+    if len(label_maps) != len(images):
+        raise ValueError(
+            f"`segmentation_maps` must hold one map per image, got {len(label_maps)} for {len(images)} images."
+        )
+    for index, (image, label_map) in enumerate(zip(images, label_maps, strict=True)):
+        if image.shape[-2:] != label_map.shape:
+            raise ValueError(
+                f"`segmentation_maps[{index}]` has size {tuple(label_map.shape)} where its image has "
+                f"{tuple(image.shape[-2:])}. Resize one to the other, masks by nearest neighbour."
+            )
+    return label_maps
+
+
+__all__ = ["to_byte_range", "to_channels_first", "to_label_map", "to_label_maps"]

@@ -6,24 +6,28 @@ import torch
 import torch.nn.functional as F
 
 
-def boundary_weights(labels: torch.Tensor, kernel_size: int = 31, strength: float = 5.0) -> torch.Tensor:
-    """Weigh pixels by how much their neighbourhood differs from them: `1 + strength * |avgpool(g) - g|`.
+# Side of the neighbourhood in pixels, odd, and the weight added where it is all of the other kind (arXiv 2408.08870).
+BOUNDARY_KERNEL_SIZE = 31
+BOUNDARY_STRENGTH = 5.0
+
+
+def boundary_weights(labels: torch.Tensor) -> torch.Tensor:
+    """Weigh pixels by how much their neighbourhood differs from them: `1 + 5 * |avgpool31(g) - g|`.
 
     Args:
-        labels: Masks in [0, 1] of shape `(batch_size, num_regions, height, width)`, floating point.
-        kernel_size: Side of the neighbourhood in pixels, odd. Pixels outside the image count as 0.
-        strength: Weight added where the neighbourhood is all of the other kind.
+        labels: Masks in [0, 1] of shape `(batch_size, num_regions, height, width)`, floating point. Pixels outside
+            the image count as 0.
 
     Returns:
-        Weights in [1, 1 + strength], shape and dtype of `labels`.
+        Weights in [1, 6], shape and dtype of `labels`.
 
     Source: F3Net's pixel position aware loss (arXiv 1911.11445), as used in arXiv 2408.08870.
     """
     # A box filter is separable: two passes of 31 pixels instead of one of 961.
-    padding = kernel_size // 2
-    neighbourhood = F.avg_pool2d(labels, (kernel_size, 1), stride=1, padding=(padding, 0))
-    neighbourhood = F.avg_pool2d(neighbourhood, (1, kernel_size), stride=1, padding=(0, padding))
-    return 1 + strength * (neighbourhood - labels).abs()
+    size, padding = BOUNDARY_KERNEL_SIZE, BOUNDARY_KERNEL_SIZE // 2
+    neighbourhood = F.avg_pool2d(labels, (size, 1), stride=1, padding=(padding, 0))
+    neighbourhood = F.avg_pool2d(neighbourhood, (1, size), stride=1, padding=(0, padding))
+    return 1 + BOUNDARY_STRENGTH * (neighbourhood - labels).abs()
 
 
 def structure_loss(
@@ -94,8 +98,6 @@ def deep_supervision_loss(
     *,
     output_weights: Sequence[float],
     valid: torch.Tensor | None = None,
-    boundary_kernel_size: int = 31,
-    boundary_weight: float = 5.0,
     weight_bce: bool = False,
 ) -> torch.Tensor:
     """Weighted sum of [`structure_loss`] over the outputs of the model; the boundary weight is computed once.
@@ -105,8 +107,6 @@ def deep_supervision_loss(
         labels: Masks in [0, 1] of shape `(batch_size, num_regions, height, width)`, floating point.
         output_weights: One weight per output.
         valid: As in `structure_loss`. An ignored pixel counts like one outside the image.
-        boundary_kernel_size: As in `boundary_weights`.
-        boundary_weight: `strength` of `boundary_weights`.
         weight_bce: As in `structure_loss`.
 
     Returns:
@@ -119,7 +119,7 @@ def deep_supervision_loss(
         raise ValueError(
             f"`output_weights` must hold one weight per output, got {len(output_weights)} for {len(outputs)}."
         )
-    weights = boundary_weights(labels if valid is None else labels * valid, boundary_kernel_size, boundary_weight)
+    weights = boundary_weights(labels if valid is None else labels * valid)
     losses = [
         weight * structure_loss(logits, labels, valid=valid, weights=weights, weight_bce=weight_bce)
         for logits, weight in zip(outputs, output_weights, strict=True)

@@ -230,8 +230,6 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
             masks,
             output_weights=[1.0, *self.config.auxiliary_loss_weights],
             valid=valid,
-            boundary_kernel_size=self.config.boundary_kernel_size,
-            boundary_weight=self.config.boundary_weight,
             weight_bce=self.config.weight_bce,
         )
 

@@ -2,14 +2,18 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 
 def regions_from_pairs(regions: Mapping[str, Sequence[int]] | Sequence[Sequence[Any]]) -> dict[str, list[int]]:
-    """Return regions as a dict from a dict or from the `[name, label ids]` pairs that JSON files hold.
+    """Return regions as a dict.
 
-    The order of the regions is the order of the model's channels, and transformers sorts the keys of the dicts it
-    writes. So regions are stored as pairs.
+    JSON files hold regions as pairs, because their order is that of the model's channels, and transformers sorts the
+    keys of the dicts that it writes.
+
+    Args:
+        regions: Dict of region name -> label ids, or list of `[name, label ids]` pairs.
     """
     pairs = regions.items() if isinstance(regions, Mapping) else regions
     return {name: list(label_ids) for name, label_ids in pairs}
@@ -22,7 +26,7 @@ def parse_regions(texts: Sequence[str]) -> dict[str, list[int]]:
         texts: One text per region, `NAME=ID[,ID...]`, such as `"WT=1,2,3"`.
 
     Raises:
-        ValueError: If a text has another form, a name comes twice, or regions overlap without being nested.
+        ValueError: If a text has another form, a name comes twice, or as `region_levels`.
     """
     regions: dict[str, list[int]] = {}
     for text in texts:
@@ -50,34 +54,30 @@ def region_levels(regions: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
     """
     if not regions:
         raise ValueError('`regions` must name at least one region, for example {"WT": [1, 2, 3]}.')
-    ids = {}
     for name, label_ids in regions.items():
-        ids[name] = set(label_ids)
         if not label_ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 1 for i in label_ids):
             raise ValueError(
                 f"`regions[{name!r}]` must list label ids >= 1 (0 is the background), got {list(label_ids)}."
             )
-    names = list(ids)
-    for position, first in enumerate(names):
-        for second in names[position + 1 :]:
-            common = ids[first] & ids[second]
-            if ids[first] == ids[second] or (common and common not in (ids[first], ids[second])):
-                raise ValueError(
-                    f"`regions` must be nested or disjoint, got {first!r} {sorted(ids[first])} and {second!r} "
-                    f"{sorted(ids[second])}. Split the common ids {sorted(common)} into a region of their own."
-                )
-    levels: list[dict[str, int]] = []
-    for name in names:
-        inner = set().union(*(ids[other] for other in names if ids[other] < ids[name]))
-        own = ids[name] - inner
-        if not own:
+    ids = {name: set(label_ids) for name, label_ids in regions.items()}
+    for (first, first_ids), (second, second_ids) in combinations(ids.items(), 2):
+        common = first_ids & second_ids
+        if common and not (first_ids < second_ids or second_ids < first_ids):
             raise ValueError(
-                f"`regions[{name!r}]` {sorted(ids[name])} is the union of the regions inside it, so no label id is "
-                "left to write for it. Drop it, or give it an id of its own."
+                f"`regions` must be nested or disjoint, got {first!r} {sorted(first_ids)} and {second!r} "
+                f"{sorted(second_ids)}. Split the common ids {sorted(common)} into a region of their own."
             )
-        depth = sum(ids[other] > ids[name] for other in names)
+    levels: list[dict[str, int]] = []
+    for name, own_ids in ids.items():
+        inner_ids = set().union(*(other for other in ids.values() if other < own_ids))
+        if own_ids == inner_ids:
+            raise ValueError(
+                f"`regions[{name!r}]` {sorted(own_ids)} is the union of the regions inside it, so no label id is left "
+                "to write for it. Drop it, or give it an id of its own."
+            )
+        depth = sum(other > own_ids for other in ids.values())
         levels.extend({} for _ in range(depth + 1 - len(levels)))
-        levels[depth][name] = min(own)
+        levels[depth][name] = min(own_ids - inner_ids)
     return levels
 
 
@@ -87,6 +87,9 @@ def label_names(regions: Mapping[str, Sequence[int]]) -> dict[int, str]:
     What an outer region writes is only its part outside the regions in it, so it is named for that:
     `{"WT": [1, 2, 3], "ET": [3]}` gives `{0: "background", 1: "WT without ET", 3: "ET"}`.
 
+    Args:
+        regions: As in `region_levels`.
+
     Raises:
         ValueError: As `region_levels`.
     """
@@ -94,7 +97,7 @@ def label_names(regions: Mapping[str, Sequence[int]]) -> dict[int, str]:
     for level in region_levels(regions):
         for name, label_id in level.items():
             inner = [other for other in regions if set(regions[other]) < set(regions[name])]
-            # The largest inner regions say it all: "WT without TC", not "WT without TC, ET".
+            # Name only the largest inner regions: "WT without TC" instead of "WT without TC, ET".
             outermost = [a for a in inner if not any(set(regions[a]) < set(regions[b]) for b in inner)]
             names[label_id] = f"{name} without {', '.join(outermost)}" if outermost else name
     return dict(sorted(names.items()))

@@ -16,7 +16,7 @@ def in_chunks(
 ) -> tuple[torch.Tensor, ...]:
     """Apply a function of batches of images, in inference on a CPU to a few images at a time.
 
-    Large tensors are slow there: the system hands out their memory anew each time. So this saves time and memory both.
+    Large tensors are slow there, because the system hands out their memory anew each time.
 
     Args:
         function: Takes and returns tensors whose first dimension is the batch; each image is treated alone.
@@ -31,8 +31,13 @@ def in_chunks(
     return tuple(torch.cat(parts) for parts in zip(*(function(*chunk) for chunk in chunks), strict=True))
 
 
+def join(parts: list[torch.Tensor] | tuple[torch.Tensor, ...], dim: int = 0) -> torch.Tensor:
+    """Concatenate tensors; return a single one as it is, because `torch.cat` would copy it."""
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+
+
 def max_pool_tokens(tokens: torch.Tensor, stride: list[int]) -> torch.Tensor:
-    """Max-pool a map of tokens of shape `(batch_size, height, width, channels)`."""
+    """Max-pool maps of tokens of shape `(batch_size, height, width, channels)`."""
     return F.max_pool2d(tokens.permute(0, 3, 1, 2), kernel_size=stride, stride=stride).permute(0, 2, 3, 1)
 
 
@@ -100,7 +105,7 @@ class Sam2UNetWindowLayout:
             windows = windows.unflatten(2, (-1, window_width)).unflatten(1, (-1, window_height))
             # (B, rows, window height, columns, window width, C) -> (B, rows, columns, window height, width, C)
             packed.append(windows.transpose(2, 3).flatten(0, 4))
-        return torch.cat(packed) if len(packed) > 1 else packed[0]
+        return join(packed)
 
     def unpack(self, tokens: torch.Tensor) -> torch.Tensor:
         """Undo `pack`."""
@@ -113,8 +118,7 @@ class Sam2UNetWindowLayout:
         # Two parts side by side make a band.
         per_band = len(split_length(self.width, self.window_size))
         bands = [parts[start : start + per_band] for start in range(0, len(parts), per_band)]
-        joined = [torch.cat(band, dim=2) if len(band) > 1 else band[0] for band in bands]
-        return torch.cat(joined, dim=1) if len(joined) > 1 else joined[0]
+        return join([join(band, dim=2) for band in bands], dim=1)
 
     def split(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """Return the windows of each group, `(num_windows, window_height * window_width, channels)`; views."""
@@ -127,20 +131,19 @@ class Sam2UNetWindowLayout:
 
     def merge(self, windows: list[torch.Tensor]) -> torch.Tensor:
         """Undo `split`."""
-        return torch.cat([part.flatten(0, 1) for part in windows]) if len(windows) > 1 else windows[0].flatten(0, 1)
+        return join([part.flatten(0, 1) for part in windows])
 
-    def images(self, tokens: torch.Tensor) -> torch.Tensor:
+    def to_sequences(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the tokens of each image, `(batch_size, height * width, channels)`, in the order of the windows."""
-        parts = [part.flatten(0, 1).unflatten(0, (self.batch_size, -1)) for part in self.split(tokens)]
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return join([part.flatten(0, 1).unflatten(0, (self.batch_size, -1)) for part in self.split(tokens)], dim=1)
 
-    def from_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Undo `images`."""
-        parts = images.split([group.height * group.width for group in self.groups], dim=1)
-        return torch.cat([part.flatten(0, 1) for part in parts]) if len(parts) > 1 else images.flatten(0, 1)
+    def from_sequences(self, sequences: torch.Tensor) -> torch.Tensor:
+        """Undo `to_sequences`."""
+        sizes = [group.height * group.width for group in self.groups]
+        return self.merge(list(sequences.split(sizes, dim=1)) if len(sizes) > 1 else [sequences])
 
     def pool(self, tokens: torch.Tensor, stride: list[int]) -> torch.Tensor:
-        """Max-pool within windows, whose sides are even; the result is in the order of `pooled(stride)`."""
+        """Max-pool within windows, whose sides are even; the result is in the order of `after_pooling(stride)`."""
         return self.merge(
             [
                 pool_windows(windows, group.window_height, group.window_width, stride)
@@ -148,11 +151,11 @@ class Sam2UNetWindowLayout:
             ]
         )
 
-    def pooled(self, stride: list[int]) -> "Sam2UNetWindowLayout":
-        """Return the layout after `pool`."""
-        return type(self)(
+    def after_pooling(self, stride: list[int]) -> "Sam2UNetWindowLayout":
+        """Return the layout of the tokens that `pool` gives."""
+        return Sam2UNetWindowLayout(
             self.batch_size, self.height // stride[0], self.width // stride[1], self.window_size // stride[0]
         )
 
 
-__all__ = ["Sam2UNetWindowLayout", "WindowGroup", "in_chunks", "max_pool_tokens", "pool_windows"]
+__all__ = ["Sam2UNetWindowLayout", "WindowGroup", "in_chunks"]

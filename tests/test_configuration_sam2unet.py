@@ -1,6 +1,7 @@
 import ast
 import functools
 import inspect
+import json
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,6 @@ def test_config_survives_saving(tmp_path, as_dict):
         regions=BRATS_REGIONS,
         freeze_encoder=False,
         auxiliary_loss_weights=[0.5, 0.25],
-        boundary_kernel_size=15,
-        boundary_weight=2.0,
         weight_bce=True,
         ignore_index=254,
     )
@@ -70,8 +69,11 @@ def test_unknown_preset_raises():
         ({"decoder_channels": "64"}, "decoder_channels"),
         ({"decoder_channels": 0}, "`decoder_channels` must be >= 1, got 0"),
         ({"adapter_hidden_size": -1}, "`adapter_hidden_size` must be >= 1, got -1"),
-        ({"boundary_kernel_size": 30}, "`boundary_kernel_size` must be odd and >= 1, got 30"),
-        ({"boundary_weight": -1.0}, "`boundary_weight` must be >= 0, got -1.0"),
+        ({"boundary_kernel_size": 15}, "`boundary_kernel_size` is no longer an option, .* always takes 31, got 15"),
+        (
+            {"boundary_weight": 2.0},
+            "`boundary_weight` is no longer an option, .* always takes 5.0, got 2.0. Remove it",
+        ),
         ({"auxiliary_loss_weights": [1.0]}, r"`auxiliary_loss_weights` must be two weights .* got \[1.0\]"),
         ({"regions": {"WT": [1, 255]}}, "holds `ignore_index` 255"),
         ({"regions": {"a": [1, 2], "b": [2, 3]}}, "must be nested or disjoint"),
@@ -119,6 +121,21 @@ def test_labels_that_no_region_writes_raise(tmp_path):
         with pytest.raises(StrictDataclassError, match=r"names the label ids \[2\], which .* `regions`, such as"):
             make(id2label=organs)
         assert make(id2label=organs, regions={"liver": [1], "spleen": [2]}).num_labels == 3
+
+
+def test_options_that_are_gone_load_with_the_value_that_is_left(tmp_path, recwarn):
+    Sam2UNetConfig().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "boundary_kernel_size": 31, "boundary_weight": 5.0}))
+    config = Sam2UNetConfig.from_pretrained(tmp_path)
+    assert not recwarn.list
+    assert not {"boundary_kernel_size", "boundary_weight"} & config.to_dict().keys()
+    with pytest.raises(ValueError, match="`boundary_weight` is no longer an option"):
+        Sam2UNetConfig.from_pretrained(tmp_path, boundary_weight=4.0)
+    path.write_text(json.dumps({**fields, "boundary_weight": 2.0}))
+    with pytest.raises(ValueError, match="`boundary_weight` is no longer an option, .* got 2.0. Remove it"):
+        AutoConfig.from_pretrained(tmp_path)
 
 
 def test_region_levels_write_as_nnunet_does():

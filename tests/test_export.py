@@ -11,7 +11,8 @@ import torch
 from common import BRATS_REGIONS, small_backbone_config, small_model
 from safetensors.torch import load_file, save_file
 
-from sam2unet_hf import Sam2UNetImageProcessor, export
+from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.export import OnnxExportError, __main__, check_onnx, export_onnx, graph, onnx
 
 
 PROCESSOR = {"size": {"height": 70, "width": 90}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
@@ -65,7 +66,7 @@ def programs():
 @pytest.fixture(scope="module")
 def files(onnxruntime, checkpoint, programs, tmp_path_factory):
     """A file for images of 70x90 and one for images of every size."""
-    convert = export.convert
+    convert = onnx.convert
 
     def keep_program(*args):
         programs[args[2]] = convert(*args)
@@ -73,9 +74,9 @@ def files(onnxruntime, checkpoint, programs, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("onnx") / "new"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(export, "convert", keep_program)
-        export.main([str(checkpoint), str(folder / "fixed.onnx")])
-        export.main([str(checkpoint), str(folder / "dynamic.onnx"), "--dynamic_size", "--image_size", "96"])
+        monkeypatch.setattr(onnx, "convert", keep_program)
+        __main__.main([str(checkpoint), str(folder / "fixed.onnx")])
+        __main__.main([str(checkpoint), str(folder / "dynamic.onnx"), "--dynamic_size", "--image_size", "96"])
     assert sorted(path.name for path in folder.iterdir()) == ["dynamic.onnx", "fixed.onnx"]
     return {"fixed": folder / "fixed.onnx", "dynamic": folder / "dynamic.onnx"}
 
@@ -107,12 +108,12 @@ def test_file_for_every_size_gives_the_models_logits(onnxruntime, files, model, 
 
 def test_padded_attention_equals_the_models():
     model = exported_model()
-    padded = export.AnySizeLogits(export.float32_copy(model))
+    padded = graph.AnySizeLogits(onnx.float32_copy(model))
     for size in [(70, 90), (352, 352)]:
         images = torch.randn(1, 3, *size)
         with torch.inference_mode():
             torch.testing.assert_close(padded(images), model(images).logits, atol=1e-5, rtol=0)
-    assert not any(isinstance(module, export.PaddedWindowAttention) for module in model.modules())
+    assert not any(isinstance(module, graph.PaddedWindowAttention) for module in model.modules())
 
 
 @pytest.mark.parametrize(("name", "size"), [("fixed", (70, 90)), ("dynamic", (96, 96))])
@@ -167,16 +168,14 @@ def test_file_holds_no_path_of_this_machine(files):
 @pytest.fixture
 def converted(monkeypatch, files, programs):
     """Have `export_onnx` take what was converted for `files`, and save the time."""
-    monkeypatch.setattr(export, "convert", lambda model, image_size, dynamic_size, opset: programs[dynamic_size])
+    monkeypatch.setattr(onnx, "convert", lambda model, image_size, dynamic_size: programs[dynamic_size])
 
 
 def test_file_that_fails_the_check_is_not_kept(converted, tmp_path):
     output = tmp_path / "model.onnx"
     output.write_bytes(b"before")
-    with pytest.raises(
-        export.OnnxExportError, match=r"logits of model.onnx for 1 images of 70x90.* differ .* by up to"
-    ):
-        export.export_onnx(exported_model(seed=1, regions=BRATS_REGIONS), output, image_size=(70, 90))
+    with pytest.raises(OnnxExportError, match=r"logits of model.onnx for 1 images of 70x90.* differ .* by up to"):
+        export_onnx(exported_model(seed=1, regions=BRATS_REGIONS), output, image_size=(70, 90))
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert output.read_bytes() == b"before"
 
@@ -184,9 +183,9 @@ def test_file_that_fails_the_check_is_not_kept(converted, tmp_path):
 def test_new_file_replaces_an_older_one(converted, model, tmp_path):
     output = tmp_path / "model.onnx"
     output.write_bytes(b"before")
-    assert 0 < export.export_onnx(model, output, image_size=(70, 90)) < 1e-4
+    assert 0 < export_onnx(model, output, image_size=(70, 90)) < 1e-4
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
-    assert export.check_onnx(output, model, [(2, 70, 90)]) < 1e-4
+    assert check_onnx(output, model, [(2, 70, 90)]) < 1e-4
 
 
 def test_weights_in_a_second_file_are_found(converted, model, monkeypatch, programs, tmp_path):
@@ -194,50 +193,44 @@ def test_weights_in_a_second_file_are_found(converted, model, monkeypatch, progr
     program = programs[False]
     monkeypatch.setattr(program, "save", lambda path: type(program).save(program, path, external_data=True))
     output = tmp_path / "model.onnx"
-    export.export_onnx(model, output, image_size=(70, 90))
+    export_onnx(model, output, image_size=(70, 90))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
-    assert export.check_onnx(output, model, [(2, 70, 90)]) < 1e-4
+    assert check_onnx(output, model, [(2, 70, 90)]) < 1e-4
 
 
 def test_check_finds_one_changed_weight(files, model):
-    changed = export.float32_copy(model)
+    changed = onnx.float32_copy(model)
     with torch.no_grad():
         changed.encoder.blocks[5].mlp.proj_out.bias[0] += 0.1
     for file in files.values():
-        with pytest.raises(export.OnnxExportError, match=r"differ from the model's by up to 0\.0"):
-            export.check_onnx(file, changed, [(1, 70, 90)])
+        with pytest.raises(OnnxExportError, match=r"differ from the model's by up to 0\.0"):
+            check_onnx(file, changed, [(1, 70, 90)])
 
 
 def test_check_finds_nan(files, model):
-    broken = export.float32_copy(model)
+    broken = onnx.float32_copy(model)
     with torch.no_grad():
         broken.decode_head.classifier.bias.fill_(float("nan"))
-    with pytest.raises(export.OnnxExportError, match="differ from the model's by up to nan"):
-        export.check_onnx(files["fixed"], broken, [(1, 70, 90)])
+    with pytest.raises(OnnxExportError, match="differ from the model's by up to nan"):
+        check_onnx(files["fixed"], broken, [(1, 70, 90)])
 
 
 def test_check_finds_another_number_of_regions(files):
-    with pytest.raises(export.OnnxExportError, match=r"of shape \(1, 3, 70, 90\), differ .* by up to inf"):
-        export.check_onnx(files["fixed"], exported_model(), [(1, 70, 90)])
+    with pytest.raises(OnnxExportError, match=r"of shape \(1, 3, 70, 90\), differ .* by up to inf"):
+        check_onnx(files["fixed"], exported_model(), [(1, 70, 90)])
 
 
 def test_check_finds_a_size_that_the_file_does_not_take(files, model):
-    with pytest.raises(export.OnnxExportError, match=r"cannot compute fixed.onnx for 1 images of 96x64: .*dimensions"):
-        export.check_onnx(files["fixed"], model, [(1, 70, 90), (1, 96, 64)])
+    with pytest.raises(OnnxExportError, match=r"cannot compute fixed.onnx for 1 images of 96x64: .*dimensions"):
+        check_onnx(files["fixed"], model, [(1, 70, 90), (1, 96, 64)])
 
 
 def test_model_of_any_type_and_mode_is_compared_in_float32(files, model, tmp_path):
     rounded = copy.deepcopy(model).half().train()
-    with pytest.raises(export.OnnxExportError, match="differ from the model's by up to 0.00"):
-        export.check_onnx(files["fixed"], rounded, [(1, 70, 90)])
+    with pytest.raises(OnnxExportError, match="differ from the model's by up to 0.00"):
+        check_onnx(files["fixed"], rounded, [(1, 70, 90)])
     assert rounded.training
     assert rounded.dtype == torch.float16
-
-
-def test_operators_that_cannot_be_written_raise(converted, model, tmp_path):
-    with pytest.raises(ValueError, match=r"`opset` must be a version that torch .* can write, got 99. Pass 20."):
-        export.export_onnx(model, tmp_path / "model.onnx", image_size=(70, 90), opset=99)
-    assert not list(tmp_path.iterdir())
 
 
 def test_model_that_torch_cannot_export_raises(onnxruntime, model, monkeypatch, tmp_path):
@@ -245,25 +238,21 @@ def test_model_that_torch_cannot_export_raises(onnxruntime, model, monkeypatch, 
         raise torch.onnx.OnnxExporterError("guards")
 
     monkeypatch.setattr(torch.onnx, "export", fail)
-    with pytest.raises(
-        export.OnnxExportError, match=r"torch \S+ cannot export the model: guards Leave `dynamic_size` out"
-    ):
-        export.export_onnx(model, tmp_path / "model.onnx", dynamic_size=True)
-    with pytest.raises(
-        export.OnnxExportError, match=r"torch \S+ cannot export the model: guards Install another torch."
-    ):
-        export.export_onnx(model, tmp_path / "model.onnx")
+    with pytest.raises(OnnxExportError, match=r"torch \S+ cannot export the model: guards Leave `dynamic_size` out"):
+        export_onnx(model, tmp_path / "model.onnx", dynamic_size=True)
+    with pytest.raises(OnnxExportError, match=r"torch \S+ cannot export the model: guards Install another torch."):
+        export_onnx(model, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_bad_arguments_raise(onnxruntime, model, tmp_path):
     with pytest.raises(ValueError, match="`image_size` must be at least 64 pixels high and wide, got 352x32"):
-        export.export_onnx(model, tmp_path / "model.onnx", image_size=(352, 32))
+        export_onnx(model, tmp_path / "model.onnx", image_size=(352, 32))
     with pytest.raises(IsADirectoryError, match=r"`output` must be a file, got the folder .*Pass .*model\.onnx"):
-        export.export_onnx(model, tmp_path)
+        export_onnx(model, tmp_path)
     processor = Sam2UNetImageProcessor(size={"shortest_edge": 96})
     with pytest.raises(ValueError, match=r"`size` must have a height and a width, got \{'shortest_edge': 96\}"):
-        export.export_onnx(model, tmp_path / "model.onnx", processor=processor)
+        export_onnx(model, tmp_path / "model.onnx", processor=processor)
     assert not list(tmp_path.iterdir())
 
 
@@ -271,35 +260,35 @@ def test_missing_packages_are_named(monkeypatch, model, tmp_path):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
     with pytest.raises(ImportError, match=r'needs .*onnxscript.* Run: pip install "sam2unet-hf\[onnx\]"'):
-        export.export_onnx(model, tmp_path / "model.onnx")
+        export_onnx(model, tmp_path / "model.onnx")
     with pytest.raises(SystemExit, match="error: ONNX export needs"):
-        export.main(["absent", str(tmp_path / "model.onnx")])
+        __main__.main(["absent", str(tmp_path / "model.onnx")])
 
 
 def test_checkpoint_is_loaded_in_float32_with_its_processor(model, checkpoint, tmp_path):
     copy.deepcopy(model).half().save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text((checkpoint / "preprocessor_config.json").read_text())
-    loaded, processor = export.load_checkpoint(str(tmp_path))
+    loaded, processor = __main__.load_checkpoint(str(tmp_path))
     assert loaded.dtype == torch.float32
     assert dict(processor.size) == PROCESSOR["size"]
 
 
 def test_checkpoint_without_processor_gets_the_default_one(model, tmp_path, caplog):
     model.save_pretrained(tmp_path)
-    with caplog.at_level("WARNING", logger=export.__name__):
-        _, processor = export.load_checkpoint(str(tmp_path))
+    with caplog.at_level("WARNING", logger=__main__.__name__):
+        _, processor = __main__.load_checkpoint(str(tmp_path))
     assert "has no image processor, taking the default one." in caplog.text
     assert dict(processor.size) == {"height": 352, "width": 352}
     assert processor.regions == BRATS_REGIONS
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(OSError, match="not a valid JSON"):
-        export.load_checkpoint(str(tmp_path))
+        __main__.load_checkpoint(str(tmp_path))
 
 
 def test_other_models_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "segformer"}')
     with pytest.raises(ValueError, match="must be a SAM2-UNet, got a model of type 'segformer'"):
-        export.load_checkpoint(str(tmp_path))
+        __main__.load_checkpoint(str(tmp_path))
 
 
 def test_checkpoint_that_lacks_a_weight_is_refused(model, tmp_path):
@@ -308,7 +297,7 @@ def test_checkpoint_that_lacks_a_weight_is_refused(model, tmp_path):
     del state_dict["decode_head.classifier.bias"]
     save_file(state_dict, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="lacks 1 weights, such as decode_head.classifier.bias"):
-        export.load_checkpoint(str(tmp_path))
+        __main__.load_checkpoint(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -316,12 +305,12 @@ def test_checkpoint_that_lacks_a_weight_is_refused(model, tmp_path):
 )
 def test_image_size_of_the_command_line(numbers, image_size):
     options = ["--image_size", *numbers] if numbers else []
-    assert export.parse_args(["model", "model.onnx", *options]).image_size == image_size
+    assert __main__.parse_args(["model", "model.onnx", *options]).image_size == image_size
 
 
 def test_bad_command_lines_end_with_a_message(onnxruntime, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        export.main(["model", "model.onnx", "--image_size", "1", "2", "3"])
+        __main__.main(["model", "model.onnx", "--image_size", "1", "2", "3"])
     assert "--image_size: expected one or two numbers, got 3" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="error: .*absent"):
-        export.main([str(tmp_path / "absent"), str(tmp_path / "model.onnx")])
+        __main__.main([str(tmp_path / "absent"), str(tmp_path / "model.onnx")])

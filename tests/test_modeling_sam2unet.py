@@ -9,7 +9,8 @@ from sam2unet_hf import (
     Sam2UNetConfig,
     Sam2UNetForSemanticSegmentation,
     deep_supervision_loss,
-    modeling_sam2unet,
+    encoder_sam2unet,
+    windows_sam2unet,
 )
 from sam2unet_hf.configuration_sam2unet import PRESETS, preset_backbone_config
 from sam2unet_hf.windows_sam2unet import Sam2UNetWindowLayout
@@ -234,8 +235,6 @@ def test_initialisation_is_pytorchs_for_decoder_and_adapters():
     "options",
     [
         {"weight_bce": True},
-        {"boundary_weight": 2.0},
-        {"boundary_kernel_size": 7},
         {"auxiliary_loss_weights": [0.5, 0.25]},
     ],
     ids=str,
@@ -260,9 +259,9 @@ def test_loss_options_of_the_config_are_those_of_the_loss(options):
 @pytest.mark.parametrize(("attn_implementation", "calls_per_block"), [("eager", 1), ("sdpa", 0)])
 def test_attention_implementation_is_the_one_that_runs(monkeypatch, attn_implementation, calls_per_block):
     calls = []
-    original = modeling_sam2unet.eager_attention
+    original = encoder_sam2unet.eager_attention
     monkeypatch.setattr(
-        modeling_sam2unet, "eager_attention", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+        encoder_sam2unet, "eager_attention", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
     )
     model = Sam2UNetForSemanticSegmentation(small_config(attn_implementation=attn_implementation))
     assert model.config._attn_implementation == attn_implementation
@@ -281,9 +280,9 @@ def test_gradient_checkpointing_runs_each_block_twice(monkeypatch):
     model.activation_checkpointing_enable()
     calls = []
     # A part of every block, since the forward of the block itself is wrapped by transformers.
-    original = modeling_sam2unet.Sam2UNetFeedForward.forward
+    original = encoder_sam2unet.Sam2UNetFeedForward.forward
     monkeypatch.setattr(
-        modeling_sam2unet.Sam2UNetFeedForward, "forward", lambda self, x: calls.append(1) or original(self, x)
+        encoder_sam2unet.Sam2UNetFeedForward, "forward", lambda self, x: calls.append(1) or original(self, x)
     )
     model(torch.randn(2, 3, 64, 64), labels=torch.ones(2, 64, 64, dtype=torch.long)).loss.backward()
     assert len(calls) == 2 * len(model.encoder.blocks)
@@ -415,15 +414,15 @@ def test_window_order_is_undone(height, width):
     assert tokens.shape == (2 * height * width, 3)
     assert torch.equal(layout.unpack(tokens), maps)
     assert torch.equal(layout.merge(layout.split(tokens)), tokens)
-    assert torch.equal(layout.from_images(layout.images(tokens)), tokens)
-    assert torch.equal(layout.images(tokens).sort(dim=1).values, maps.flatten(1, 2))
-    pooled = layout.pooled([2, 2]).unpack(layout.pool(tokens.float(), [2, 2]))
+    assert torch.equal(layout.from_sequences(layout.to_sequences(tokens)), tokens)
+    assert torch.equal(layout.to_sequences(tokens).sort(dim=1).values, maps.flatten(1, 2))
+    pooled = layout.after_pooling([2, 2]).unpack(layout.pool(tokens.float(), [2, 2]))
     expected = torch.nn.functional.max_pool2d(maps.permute(0, 3, 1, 2).float(), 2).permute(0, 2, 3, 1)
     assert torch.equal(pooled, expected)
 
 
 def test_batch_norm_in_training_mode_sees_the_whole_batch_without_gradients_too(monkeypatch):
-    monkeypatch.setattr(modeling_sam2unet, "MAX_TOKENS", 1)
+    monkeypatch.setattr(windows_sam2unet, "MAX_TOKENS", 1)
     model = small_model().train()
     pixel_values = torch.randn(3, 3, 64, 64)
     expected = model(pixel_values).logits
@@ -445,7 +444,7 @@ def test_a_batch_in_chunks_gives_what_each_image_gives(monkeypatch):
 
         monkeypatch.setattr(model.encoder, "run_stage", counted)
         # 24 x 16 tokens per image in the first stage, a quarter in the second.
-        monkeypatch.setattr(modeling_sam2unet, "MAX_TOKENS", 2 * 24 * 16)
+        monkeypatch.setattr(windows_sam2unet, "MAX_TOKENS", 2 * 24 * 16)
         chunked = model(pixel_values, output_auxiliary_logits=True, output_hidden_states=True)
     assert sizes == [(0, 2), (0, 2), (0, 1), (1, 5), (2, 5), (3, 5)]
     tensors = zip(

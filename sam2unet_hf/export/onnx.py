@@ -1,44 +1,29 @@
 """Writing a model as an ONNX file that is checked against it in onnxruntime."""
 
-# transformers types the fields of a config by what the constructor takes, not by what an instance holds.
-# mypy: disable-error-code="union-attr"
-
-import argparse
 import copy
 import importlib.util
 import json
-import logging
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 
-from .encoder_sam2unet import Sam2UNetWindowAttention
-from .image_processing_sam2unet import Sam2UNetImageProcessor
-from .modeling_sam2unet import (
-    MIN_IMAGE_SIZE,
-    STRIDE,
-    Sam2UNetForSemanticSegmentation,
-)
-from .regions_sam2unet import region_levels
-from .windows_sam2unet import Sam2UNetWindowLayout, max_pool_tokens, pool_windows
+from ..image_processing_sam2unet import Sam2UNetImageProcessor
+from ..modeling_sam2unet import MIN_IMAGE_SIZE, STRIDE, Sam2UNetForSemanticSegmentation
+from ..regions_sam2unet import region_levels
+from .graph import AnySizeLogits, FixedSizeLogits
 
-
-logger = logging.getLogger(__name__)
 
 # Largest difference of a logit between onnxruntime and PyTorch: absolute, and relative to the largest logit. Rounding
 # alone makes 1e-3 of logits of 1e3.
 ABSOLUTE_TOLERANCE = 1e-4
 RELATIVE_TOLERANCE = 1e-5
-# The first with an operator for GELU; onnxruntime reads it from 1.17 on.
-DEFAULT_OPSET = 20
+# The first version of the operators with one for GELU; onnxruntime reads it from 1.17 on.
+OPSET = 20
 MAX_SIZE = 2**31 - 1
 PROCESSOR_FIELDS = (
     "do_convert_rgb",
@@ -54,101 +39,6 @@ PROCESSOR_FIELDS = (
 
 class OnnxExportError(RuntimeError):
     """A model cannot be written as ONNX, or the file does not compute what the model does."""
-
-
-def missing_to_multiple(length: int, divisor: int) -> int:
-    """Return `-length % divisor` without a negative number: ONNX divides those towards zero, PyTorch towards minus."""
-    return (length + divisor - 1) // divisor * divisor - length
-
-
-def crop(tensor: torch.Tensor, dims: tuple[int, int], height: int, width: int) -> torch.Tensor:
-    """Return the top left part of a map; unlike that of a slice, torch.export knows its size to be what is asked."""
-    for dim, length in zip(dims, (height, width), strict=True):
-        tensor = tensor.index_select(dim, torch.arange(length))
-    return tensor
-
-
-class UnpackedLayout(Sam2UNetWindowLayout):
-    """Tokens that stay maps of shape `(batch_size, height, width, channels)`.
-
-    How many groups of windows the model's own layout cuts a map into depends on the size of the map, so its graph
-    holds for one size.
-    """
-
-    def __init__(self, batch_size: int, height: int, width: int, window_size: int):
-        self.batch_size, self.height, self.width, self.window_size = batch_size, height, width, window_size
-
-    def pack(self, maps: torch.Tensor) -> torch.Tensor:
-        """Return the maps."""
-        return maps
-
-    def unpack(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the maps."""
-        return tokens
-
-    def images(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the tokens of each image, `(batch_size, height * width, channels)`."""
-        return tokens.flatten(1, 2)
-
-    def from_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Undo `images`."""
-        return images.unflatten(1, (self.height, self.width))
-
-    def pool(self, tokens: torch.Tensor, stride: list[int]) -> torch.Tensor:
-        """Max-pool the maps."""
-        return max_pool_tokens(tokens, stride)
-
-
-class PaddedWindowAttention(Sam2UNetWindowAttention):
-    """Window attention on a map padded until windows tile it, as SAM 2 computes it.
-
-    It gives the same result as the model's own, up to rounding, by the same steps at every size.
-    """
-
-    def forward(self, hidden_states: torch.Tensor, layout: Sam2UNetWindowLayout) -> torch.Tensor:
-        if self.window_size == 0:
-            return super().forward(hidden_states, layout)
-        size = self.window_size
-        padding = (0, 0, 0, missing_to_multiple(layout.width, size), 0, missing_to_multiple(layout.height, size))
-        # (B, H, W, C) -> (B, rows, size, columns, size, C) -> (B * rows * columns, size * size, C)
-        windows = self.qkv(F.pad(hidden_states, padding)).unflatten(2, (-1, size)).unflatten(1, (-1, size))
-        batch_size, rows, _, columns = windows.shape[:4]
-        query, key, value = windows.transpose(2, 3).flatten(3, 4).flatten(0, 2).chunk(3, dim=-1)
-        if self.query_stride is not None:
-            query = pool_windows(query, size, size, self.query_stride)
-            layout = layout.pooled(self.query_stride)
-            size = size // self.query_stride[0]
-        attended = self.attend(query, key, value).unflatten(1, (size, size))
-        maps = attended.unflatten(0, (batch_size, rows, columns)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return self.proj(crop(maps, (1, 2), layout.height, layout.width))
-
-
-class FixedSizeLogits(nn.Module):
-    """A model whose input and output are one tensor."""
-
-    def __init__(self, model: Sam2UNetForSemanticSegmentation):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values, return_dict=True).logits
-
-
-class AnySizeLogits(FixedSizeLogits):
-    """The same by a graph that holds for images of every size; changes the model's window attention."""
-
-    def __init__(self, model: Sam2UNetForSemanticSegmentation):
-        super().__init__(model)
-        for module in model.modules():
-            if isinstance(module, Sam2UNetWindowAttention):
-                module.__class__ = PaddedWindowAttention
-        model.encoder.layout_class = UnpackedLayout
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        height, width = pixel_values.shape[-2:]
-        # The model pads only where it must, and whether it must would be decided once for all sizes.
-        padding = (0, missing_to_multiple(width, STRIDE), 0, missing_to_multiple(height, STRIDE))
-        return crop(super().forward(F.pad(pixel_values, padding)), (2, 3), height, width)
 
 
 def require_onnx() -> None:
@@ -186,7 +76,7 @@ def check_shapes(
 
 
 def convert(
-    model: Sam2UNetForSemanticSegmentation, image_size: tuple[int, int], dynamic_size: bool, opset: int
+    model: Sam2UNetForSemanticSegmentation, image_size: tuple[int, int], dynamic_size: bool
 ) -> torch.onnx.ONNXProgram:
     """Turn a model into an ONNX graph without metadata."""
     import onnxscript.optimizer
@@ -211,7 +101,7 @@ def convert(
             dynamic_shapes={"pixel_values": shape},
             input_names=["pixel_values"],
             output_names=["logits"],
-            opset_version=opset,
+            opset_version=OPSET,
             # Its rewriting rules take time quadratic in the number of nodes, over 10 minutes for the large preset.
             optimize=False,
             verbose=False,
@@ -270,7 +160,7 @@ def check_onnx(
     # Fatal errors alone: the others are raised.
     options.log_severity_level = 4
     name = Path(path).name
-    remedy = "Export with another `opset` or torch version, or with a fixed size."
+    remedy = "Export with another torch version, or with a fixed size."
     model = float32_copy(model)
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
@@ -310,7 +200,6 @@ def export_onnx(
     processor: Sam2UNetImageProcessor | None = None,
     image_size: tuple[int, int] | None = None,
     dynamic_size: bool = False,
-    opset: int = DEFAULT_OPSET,
 ) -> float:
     """Write a model as an ONNX file and check the file in onnxruntime.
 
@@ -329,7 +218,6 @@ def export_onnx(
         dynamic_size: Let the file take images of every size from 64x64 up, and only recommend `image_size`. It then
             computes attention on padded windows, as SAM 2 does, and so more than a file for one size. Needs a newer
             torch than 2.7.
-        opset: Version of the ONNX operators.
 
     Returns:
         The largest absolute difference of a logit between onnxruntime and PyTorch: at most 1e-4, or 1e-5 of the
@@ -340,7 +228,7 @@ def export_onnx(
         ImportError: If onnx, onnxruntime or onnxscript is not installed.
         OnnxExportError: If torch cannot export the model, or the file does not compute what the model does.
         OSError: If the file cannot be written.
-        ValueError: If `image_size` or `opset` cannot be exported.
+        ValueError: If `image_size` is too small, or `processor` has none.
     """
     require_onnx()
     output = Path(os.path.abspath(output))
@@ -360,11 +248,7 @@ def export_onnx(
             f"`image_size` must be at least {MIN_IMAGE_SIZE} pixels high and wide, got "
             f"{image_size[0]}x{image_size[1]}. Pass a larger one and resize the images to it."
         )
-    program = convert(model, image_size, dynamic_size, opset)
-    if program.model.opset_imports[""] != opset:
-        raise ValueError(
-            f"`opset` must be a version that torch {torch.__version__} can write, got {opset}. Pass {DEFAULT_OPSET}."
-        )
+    program = convert(model, image_size, dynamic_size)
     for node in program.model.graph.all_nodes():
         # Stack traces, with the paths of this machine.
         node.metadata_props.clear()
@@ -381,72 +265,4 @@ def export_onnx(
     return difference
 
 
-def load_checkpoint(source: str) -> tuple[Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor]:
-    """Load a model in float32 and its image processor, or the default one where there is none."""
-    model_type = Sam2UNetForSemanticSegmentation.config_class.get_config_dict(source)[0].get("model_type")
-    if model_type != "sam2unet":
-        raise ValueError(f"{source} must be a SAM2-UNet, got a model of type {model_type!r}.")
-    model, info = Sam2UNetForSemanticSegmentation.from_pretrained(
-        source, dtype=torch.float32, output_loading_info=True
-    )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"{source} lacks {len(missing)} weights, such as {missing[0]}. Save or download it again.")
-    try:
-        processor = Sam2UNetImageProcessor.from_pretrained(source)
-    except OSError:
-        if Path(source, "preprocessor_config.json").exists():
-            raise
-        logger.warning("%s has no image processor, taking the default one.", source)
-        processor = Sam2UNetImageProcessor(regions=model.config.regions)
-    return model, processor
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m sam2unet_hf.export", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help="SAM2-UNet: Hub id or folder")
-    parser.add_argument("output", metavar="OUTPUT", type=Path, help="ONNX file to write")
-    parser.add_argument(
-        "--image_size",
-        type=int,
-        nargs="+",
-        metavar="PIXELS",
-        help="side of the images, or height and width; default: that of the model's image processor",
-    )
-    parser.add_argument("--dynamic_size", action="store_true", help="take images of every size from 64x64 up")
-    parser.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="ONNX operators; default: %(default)s")
-    args = parser.parse_args(argv)
-    if args.image_size is not None:
-        if len(args.image_size) > 2:
-            parser.error(f"argument --image_size: expected one or two numbers, got {len(args.image_size)}")
-        args.image_size = (args.image_size[0], args.image_size[-1])
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line tool."""
-    logger.handlers = [logging.StreamHandler()]
-    logger.setLevel(logging.INFO)
-    args = parse_args(argv)
-    try:
-        require_onnx()
-        model, processor = load_checkpoint(args.model)
-        difference = export_onnx(
-            model,
-            args.output,
-            processor=processor,
-            image_size=args.image_size,
-            dynamic_size=args.dynamic_size,
-            opset=args.opset,
-        )
-    except (ImportError, OnnxExportError, OSError, ValueError) as err:
-        sys.exit(f"error: {err}")
-    logger.info("Wrote %s. Its logits differ from PyTorch's by at most %.1e.", args.output, difference)
-
-
 __all__ = ["OnnxExportError", "check_onnx", "export_onnx"]
-
-
-if __name__ == "__main__":
-    main()
