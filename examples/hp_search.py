@@ -1,13 +1,13 @@
 """Search of learning rate, batch size and optimiser with Optuna, for `run_segmentation.py --hp_search`."""
 
 import copy
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+from processes import from_main_process
+from provenance import write_json
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
@@ -66,11 +66,9 @@ def search(
     }
     score = f"eval_{str(training_args.metric_for_best_model).removeprefix('eval_')}"
     complete = [optuna.trial.TrialState.COMPLETE]
-    found: list[Any] = [None]
-    done = [0]
-    if training_args.process_index == 0:
-        done = [len(optuna.create_study(**study).get_trials(states=complete))]
-    left = num_trials - broadcast_object_list(done)[0]
+    left = num_trials - from_main_process(
+        training_args, lambda: len(optuna.create_study(**study).get_trials(states=complete))
+    )
     if left > 0:
         trainer.hyperparameter_search(
             hp_space=space,
@@ -83,14 +81,16 @@ def search(
             pruner=optuna.pruners.NopPruner(),
             **study,
         )
-    if training_args.process_index == 0:
+
+    def write_results() -> dict[str, Any]:
         finished = optuna.create_study(**study)
         trials = [
             {"number": trial.number, score: trial.value, **trial.params}
             for trial in finished.get_trials(states=complete)
         ]
-        found = [finished.best_params]
-        best = {"number": finished.best_trial.number, score: finished.best_value, **finished.best_params}
-        (folder / RESULTS).write_text(json.dumps({"best": best, "trials": trials}, indent=2) + "\n")
+        best = next(trial for trial in trials if trial["number"] == finished.best_trial.number)
+        write_json(folder / RESULTS, {"best": best, "trials": trials})
         logger.info("Best of %d trials: %s.", len(trials), best)
-    return broadcast_object_list(found)[0]
+        return finished.best_params
+
+    return from_main_process(training_args, write_results)

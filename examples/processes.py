@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -48,6 +49,13 @@ def report_error_once() -> Iterator[None]:
             err.__cause__ = None  # it says all there is to say
             get_error_handler().record_exception(err.with_traceback(None))
         raise
+
+
+def set_up_logging() -> None:
+    """Write what the script and transformers log to standard error, in one format."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
 
 
 def mute_process() -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from data_sources import file_bytes
+from data_checks import file_bytes, image_columns
 from transformers import TrainingArguments
 
-from sam2unet_hf.training.streaming import ParquetRows
+from sam2unet_hf.training import ParquetRows
 
 
 RECORD = "run.json"
@@ -77,7 +77,7 @@ def fingerprint(rows: datasets.Dataset | ParquetRows) -> str:
     if isinstance(rows, ParquetRows):
         return rows.fingerprint()
     digest = hashlib.sha256(repr(sorted(rows.column_names)).encode())
-    images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    images = image_columns(rows)
     for name in images:
         rows = rows.cast_column(name, datasets.Image(decode=False))
     for row in rows:
