@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if not training_args.should_log:
         mute_process()
     output_dir = Path(training_args.output_dir)
-    regions = requested_regions(model_args, data_args)
+    requested = requested_regions(model_args, data_args)
     arguments = resume_arguments(model_args, data_args, training_args)
     checkpoint = from_main_process(training_args, lambda: find_checkpoint(arguments, training_args))
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data = load_data(data_args)
     image_column, mask_column = find_columns(data, data_args)
     regions, label_mapping = from_main_process(
-        training_args, functools.partial(find_regions, data, image_column, mask_column, regions)
+        training_args, lambda: find_regions(data, image_column, mask_column, requested)
     )
 
     # Model and image processor
@@ -106,11 +106,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # Search of hyperparameters
     if training_args.hp_search:
-        start = functools.partial(load_model, model_args, regions)
-        best = search(make_trainer, lambda: start()[0], training_args, training_args.hp_search)
+        best = search(make_trainer, lambda: load_model(model_args, regions)[0], training_args, training_args.hp_search)
         for name, value in best.items():
             setattr(training_args, name, type(getattr(training_args, name))(value))
-        model, _ = start()
+        model, _ = load_model(model_args, regions)
         trainer = make_trainer(training_args)
     logger.info(
         "Images: %s. Parameters: %.2f M, %.2f M of them trained.",
@@ -135,21 +134,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # Evaluation
     keep("eval", trainer.evaluate())
-    shown = "test" if "test" in evaluation else "validation"
-    if shown == "test":
+    if "test" in evaluation:
         keep("test", trainer.evaluate(evaluation["test"], metric_key_prefix="test"))
 
-    # Pictures
+    # Pictures of the split that was scored last
     if trainer.is_world_process_zero():
         if trainer.is_fsdp_enabled:  # a process has only a part of the weights
             model = Sam2UNetForSemanticSegmentation.from_pretrained(output_dir).to(training_args.device)
-        dice = compute_metrics.image_dice.mean(axis=1)
-        plot_predictions(choose_cases(data[shown], dice, at_mask_size, model), regions, output_dir / "predictions.png")
+        rows = data["test" if "test" in data else "validation"]
+        cases = choose_cases(rows, compute_metrics.image_dice.mean(axis=1), at_mask_size, model)
+        plot_predictions(cases, regions, output_dir / "predictions.png")
         if training_args.do_train:
             plot_training_curve(history, output_dir / "training_curve.png")
         if training_args.do_predict:
             batch_size = training_args.per_device_eval_batch_size
-            write_predictions(output_dir / "predictions", data[shown], at_mask_size, model, batch_size)
+            write_predictions(output_dir / "predictions", rows, at_mask_size, model, batch_size)
 
     # Model card and Hub
     if training_args.do_train:
