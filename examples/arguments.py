@@ -19,7 +19,7 @@ from sam2unet_hf.training import AUGMENTATIONS
 from sam2unet_hf.training.trainer import HYPERPARAMETERS
 
 
-# Training on the phantom: minutes on two CPU cores, from scratch.
+# Defaults for the phantom, on which training from scratch takes minutes on two CPU cores.
 PHANTOM_RECIPE = {
     "slices": ["tumor"],
     "min_tumor_pixels": 20,
@@ -38,7 +38,7 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "SAM2-UNet to go on from: Hub id or folder."},
+        metadata={"help": "SAM2-UNet to start from: Hub id or folder."},
     )
     sam2_checkpoint: str | None = field(
         default=None,
@@ -48,14 +48,14 @@ class ModelArguments:
     )
     preset: str = field(
         default="tiny",
-        metadata={"help": "Encoder from scratch if there is no checkpoint.", "choices": list(PRESETS)},
+        metadata={"help": "Size of an encoder from scratch, without a checkpoint.", "choices": list(PRESETS)},
     )
     freeze_encoder: bool | None = field(
         default=None, metadata={"help": "Train adapters and decoder only. Default: yes, unless from scratch."}
     )
     image_size: int | None = field(
         default=None,
-        metadata={"help": "Height and width the images are resized to. Default: the checkpoint's, or else 352."},
+        metadata={"help": "Height and width to resize images to. Default: those of the checkpoint, else 352."},
     )
 
 
@@ -76,17 +76,17 @@ class SegmentationTrainingArguments(TrainingArguments):
     )
     sync_batch_norm: bool = field(
         default=False,
-        metadata={"help": "Normalise by the images of all processes, not by those of each. Needs GPUs."},
+        metadata={"help": "Normalise by the images of all processes instead of those of each. Needs GPUs."},
     )
     augmentation: list[str] = field(
         default_factory=lambda: ["flips"],
-        metadata={"help": "How training images are changed at random, or none.", "choices": ("none", *AUGMENTATIONS)},
+        metadata={"help": "Random changes of training images, or none.", "choices": ("none", *AUGMENTATIONS)},
     )
     hp_search: int = field(
         default=0,
         metadata={
-            "help": "Before training, try this many combinations of learning rate, batch size and optimiser, and "
-            "train with the one that scores best on the validation images. Needs optuna."
+            "help": "Try this many combinations of learning rate, batch size and optimiser first, and train with the "
+            "one that scores best on the validation images. Needs optuna."
         },
     )
     trainable_only: bool = field(
@@ -98,8 +98,8 @@ class SegmentationTrainingArguments(TrainingArguments):
     share_predictions: bool = field(
         default=False,
         metadata={
-            "help": "Show predictions.png, and so images of your data, in the model card, and upload it with "
-            "--push_to_hub. Always so for the phantom."
+            "help": "Show predictions.png, and with it images of your data, in the model card, and upload it with "
+            "--push_to_hub. The phantom's is always shown."
         },
     )
     license: str | None = field(
@@ -118,13 +118,17 @@ class SegmentationTrainingArguments(TrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one among them."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
-    metric_for_best_model: str | None = field(default="dice", metadata={"help": "Which score picks the best."})
+    metric_for_best_model: str | None = field(
+        default="dice", metadata={"help": "Metric that chooses the best checkpoint."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logged losses."})
     hub_strategy: str = field(
         default="end", metadata={"help": "When to upload with --push_to_hub, such as every_save."}
     )
-    batch_eval_metrics: bool = field(default=True, metadata={"help": "Score batch by batch, in bounded memory."})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must stay false: rows hold images."})
+    batch_eval_metrics: bool = field(default=True, metadata={"help": "Score batch by batch, which bounds the memory."})
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Must stay false, because rows hold images."}
+    )
 
     def __post_init__(self):
         for option, reason in (
@@ -145,20 +149,20 @@ class SegmentationTrainingArguments(TrainingArguments):
             )
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr": 1e-7}
-        # transformers takes everything but a loss for the better the larger.
+        # transformers considers larger values better unless the name ends in "loss".
         best_metric = (self.metric_for_best_model or "").removeprefix("eval_")
         if self.greater_is_better is None and best_metric.startswith("mae"):
             self.greater_is_better = False
         super().__post_init__()
-        # Pinned memory serves a GPU only; without one PyTorch warns at every epoch.
+        # Pinned memory speeds up copies to a GPU; without one PyTorch warns in every epoch.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, SegmentationTrainingArguments]:
-    """Read the command line; what it leaves open on a phantom run comes from `PHANTOM_RECIPE`."""
+    """Read the command line; without a source of data the defaults are those of `PHANTOM_RECIPE`."""
     parser = HfArgumentParser((ModelArguments, DataArguments, SegmentationTrainingArguments))
     if not is_main_process():
-        parser.error = sys.exit  # without the usage, which the main process prints
+        parser.error = sys.exit  # the main process prints the usage, once
     given, _ = parser.parse_known_args(argv)
     if given.dataset_name is not None and given.brats_dir is not None:
         parser.error("pass one of --dataset_name and --brats_dir")
@@ -179,7 +183,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
 
 
 def requested_regions(model_args: ModelArguments, data_args: DataArguments) -> dict[str, list[int]] | None:
-    """Return the regions that `--regions` names, else those of the model to go on from, if there is one."""
+    """Return the regions that `--regions` names, else those of the model to start from, if there is one."""
     if data_args.regions is not None:
         try:
             return parse_regions(data_args.regions)
@@ -196,8 +200,8 @@ def requested_regions(model_args: ModelArguments, data_args: DataArguments) -> d
 def resume_arguments(
     model_args: ModelArguments, data_args: DataArguments, training_args: SegmentationTrainingArguments
 ) -> dict[str, Any]:
-    """Return the arguments that a run must keep when it goes on, or it would be another one."""
+    """Return the arguments that must stay the same when a run is resumed, because they change its result."""
     names = [*HYPERPARAMETERS, "augmentation", "batch_norm_images", "sync_batch_norm", "trainable_only"]
     values = {name: getattr(training_args, name) for name in [*names, "eval_strategy"]}
-    plain = {name: getattr(value, "value", value) for name, value in values.items()}  # of enumerations
+    plain = {name: getattr(value, "value", value) for name, value in values.items()}  # JSON has no enumerations
     return {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args), **plain}

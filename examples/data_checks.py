@@ -1,4 +1,4 @@
-"""What is checked before training: each image and mask, where they come from, and leaks between splits."""
+"""Checks of data before training: every image and mask, the paths of images, and leaks between splits."""
 
 import hashlib
 import io
@@ -30,13 +30,16 @@ logger = logging.getLogger(__name__)
 def check_leaks(
     data: Mapping[str, datasets.Dataset | ParquetRows], image_column: str, has_patients: bool, allow_leaks: bool
 ) -> None:
-    """Refuse data where two splits share a patient or an image.
+    """Refuse data in which two splits share a patient or an image.
 
     Args:
-        data: Splits of the data set. Images of rows that are streamed are not compared, for that reads them all.
+        data: Splits of the data set. Images of streamed rows are not compared, because that would read all of them.
         image_column: Column of the images.
-        has_patients: The column `case_id`, if there is one, names patients.
+        has_patients: Whether the column `case_id`, if there is one, tells patients apart.
         allow_leaks: Warn instead.
+
+    Raises:
+        SystemExit: If there is a leak and `allow_leaks` is false.
     """
     leak, remedy = None, "Keep it in one split"
     if has_patients:
@@ -45,14 +48,14 @@ def check_leaks(
         leak, remedy = find_shared_image(data, image_column), "Remove one of the two"
     if leak is None:
         return
-    leak = f"{leak} A model is not to be scored on what it was trained on or chosen by."
+    leak = f"{leak} A model must not be scored on what it was trained on or chosen by."
     if not allow_leaks:
         raise SystemExit(f"{leak} {remedy}, or go on all the same with --allow_leaks.")
     logger.warning("%s --allow_leaks goes on all the same.", leak)
 
 
 def find_shared_patient(data: Mapping[str, datasets.Dataset | ParquetRows]) -> str | None:
-    """Say which patient two splits share, if any."""
+    """Describe the first patient that two splits share, if there is one."""
     first: dict[str, tuple[str, str]] = {}
     for split, rows in data.items():
         for case in sorted(set(case_ids(split, rows))):
@@ -66,7 +69,10 @@ def find_shared_patient(data: Mapping[str, datasets.Dataset | ParquetRows]) -> s
 
 
 def find_shared_image(data: Mapping[str, datasets.Dataset], image_column: str) -> str | None:
-    """Say which image is byte by byte in two splits, if any; images of one colour do not count."""
+    """Describe the first image whose file two splits share, if there is one.
+
+    Images of one colour do not count, because the outer slices of all scans are black.
+    """
     first: dict[bytes, tuple[str, str]] = {}
     for split, rows in data.items():
         files = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
@@ -81,7 +87,15 @@ def find_shared_image(data: Mapping[str, datasets.Dataset], image_column: str) -
 
 
 def file_bytes(file: dict[str, Any] | None, name: str) -> bytes:
-    """Return the bytes of an image as `datasets` holds it: in the row, or at a path, which may be in an archive."""
+    """Return the bytes of an image file.
+
+    Args:
+        file: Image as `datasets.Image(decode=False)` returns it: its bytes, or its path, which may be in an archive.
+        name: What errors call the image.
+
+    Raises:
+        SystemExit: If there is no image, or it cannot be read.
+    """
     file = file or {"bytes": None, "path": None}
     try:
         if file["bytes"] is not None:
@@ -97,17 +111,25 @@ def file_bytes(file: dict[str, Any] | None, name: str) -> bytes:
 
 
 def is_of_one_colour(content: bytes) -> bool:
-    """Whether there is nothing in an image, as in the first slices of a scan, or nothing to be read."""
+    """Whether all pixels of an image file are equal; also true of a file that is no image."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             extrema = image.getextrema()
-    except Exception:  # Pillow raises nearly anything for broken files, which are named where they are checked
+    except Exception:  # Pillow raises nearly anything for broken files, which `read_picture` reports
         return True
     return all(low == high for low, high in (extrema if isinstance(extrema[0], tuple) else [extrema]))
 
 
 def check_paths(data: datasets.DatasetDict, name: str) -> None:
-    """Raise a `ValueError` if a row takes its image from elsewhere than the data set: `datasets` opens any path."""
+    """Refuse rows that name an image outside of their data set, because `datasets` opens any path.
+
+    Args:
+        data: Splits of the data set.
+        name: Folder or Hub id of the data set. Files may be in this folder and in the caches of downloads.
+
+    Raises:
+        ValueError: If a row names another file.
+    """
     caches = [datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE]
     folders = [Path(os.path.abspath(folder)) for folder in (*caches, *([name] if Path(name).is_dir() else []))]
     for split, rows in data.items():
@@ -116,7 +138,7 @@ def check_paths(data: datasets.DatasetDict, name: str) -> None:
                 for path in pc.unique(chunk.field("path").filter(chunk.field("bytes").is_null())).to_pylist():
                     if path is None:  # an image that is missing
                         continue
-                    # In an archive of a data set it is `zip://<image>::<archive>`.
+                    # The path of an image in an archive is `zip://<image>::<archive>`.
                     file = re.fullmatch(r"(?:(?:zip|tar)://.*?::)?(.*)", path, re.DOTALL)[1]
                     place = Path(os.path.abspath(file))
                     if "::" in file or "://" in file or not any(map(place.is_relative_to, folders)):
@@ -127,17 +149,21 @@ def check_paths(data: datasets.DatasetDict, name: str) -> None:
 
 
 def image_columns(rows: datasets.Dataset) -> list[str]:
-    """Return the columns of images, masks among them."""
+    """Return the names of the columns that hold images or masks."""
     return [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
 
 
 def check_first_rows(
     data: Mapping[str, ParquetRows], image_column: str, mask_column: str, regions: dict[str, list[int]] | None
 ) -> None:
-    """Check the first rows of each split, and that it is said what to segment, for not all masks are read."""
+    """Check the first 100 rows of each streamed split, and that regions are given, because not all masks are read.
+
+    Raises:
+        SystemExit: If there are no regions, or an image or a mask cannot be used.
+    """
     if regions is None:
         raise SystemExit(
-            "--streaming does not read all masks beforehand to find the ids in them. Say what to segment, such as by "
+            "--streaming does not read all masks beforehand to find the ids in them. Name what to segment, such as by "
             "--regions foreground=1."
         )
     ids = {label_id for label_ids in regions.values() for label_id in label_ids}
@@ -151,7 +177,17 @@ def check_first_rows(
 
 
 def check_images_and_masks(split: str, rows: datasets.Dataset, image_column: str, mask_column: str) -> set[int]:
-    """Read every image and mask once, before hours of training, and return the ids in the masks."""
+    """Read every image and mask once before training, which takes hours, and return the label ids in the masks.
+
+    Args:
+        split: Name of the split, for errors.
+        rows: Rows of the split.
+        image_column: Column of the images.
+        mask_column: Column of the masks.
+
+    Raises:
+        SystemExit: If an image or a mask cannot be used; the error names it and the remedy.
+    """
     processor = Sam2UNetImageProcessor()
     to_label_ids = SegmentationTransform(processor).to_label_ids
     files = rows.select_columns(list({image_column: None, mask_column: None}))
@@ -170,7 +206,7 @@ def check_images_and_masks(split: str, rows: datasets.Dataset, image_column: str
         except ValueError as err:
             raise SystemExit(f"{name}: {err}") from err
         check_alignment(image, mask, name)
-        for part in label_map.split(1024):  # a sorted copy of the whole would take as much memory again
+        for part in label_map.split(1024):  # `unique` sorts a copy, which for a whole mask would double the memory
             found.update(part.unique().tolist())
         if beyond := sorted(label_id for label_id in found if not 0 <= label_id < 2**16):
             raise SystemExit(f"{name}: its mask holds the label {beyond[0]}. Label ids are 0 (background) to 65535.")
@@ -183,7 +219,7 @@ def check_images_and_masks(split: str, rows: datasets.Dataset, image_column: str
 
 
 class Picture(NamedTuple):
-    """An image as `datasets` decodes it, upright, and what the file said of it."""
+    """An image as `datasets` decodes it, turned upright, with format and EXIF orientation of its file."""
 
     image: Image.Image
     format: str | None
@@ -191,13 +227,23 @@ class Picture(NamedTuple):
 
 
 def read_picture(file: dict[str, Any] | None, name: str, what: str) -> Picture:
-    """Decode an image, and refuse what would be read in part or fill the memory."""
+    """Decode an image; refuse files that would be read in part only, or would fill the memory.
+
+    Args:
+        file: Image as `datasets.Image(decode=False)` returns it.
+        name: What errors call the row.
+        what: What errors call the image, such as "its mask".
+
+    Raises:
+        SystemExit: If the image cannot be used.
+    """
     content = file_bytes(file, name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content)) as opened:
-                pages = getattr(opened, "n_frames", 1) if opened.format != "MPO" else 1  # whose others are previews
+                # The other images of an MPO are previews.
+                pages = getattr(opened, "n_frames", 1) if opened.format != "MPO" else 1
                 form, orientation = opened.format, opened.getexif().get(ExifTags.Base.Orientation, 1)
             picture = Picture(datasets.Image().decode_example(file), form, orientation)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
@@ -209,7 +255,7 @@ def read_picture(file: dict[str, Any] | None, name: str, what: str) -> Picture:
         where = f"; {file['path']}" if file is not None and file["path"] else ""
         reason = f"{str(err) or type(err).__name__}{where}"
         raise SystemExit(f"{name}: {what} cannot be read ({reason}). Save it anew, or remove the pair.") from err
-    if form == "TIFF" and orientation in (5, 6, 7, 8):  # Pillow 12 reads rows of the wrong length, if from a path
+    if form == "TIFF" and orientation in (5, 6, 7, 8):  # Pillow 12 reads their rows with a wrong length from a path
         raise SystemExit(f"{name}: {what} is a TIFF with the EXIF orientation {orientation}. Save it upright, as PNG.")
     if pages > 1:
         raise SystemExit(f"{name}: {what} has {pages} pages, of which one would be read. Save them as files.")
@@ -217,7 +263,7 @@ def read_picture(file: dict[str, Any] | None, name: str, what: str) -> Picture:
 
 
 def check_alignment(image: Picture, mask: Picture, name: str) -> None:
-    """Refuse an image and a mask of different size, or of which EXIF turns one so that the size does not tell."""
+    """Refuse an image and a mask of different sizes, or that EXIF may have turned differently."""
     turned = image.orientation != mask.orientation
     width, height = mask.image.size
     if image.image.size != (width, height):
@@ -226,7 +272,8 @@ def check_alignment(image: Picture, mask: Picture, name: str) -> None:
             f"{name} is {image.image.height}x{image.image.width} pixels, its mask {height}x{width}.{hint} Resize "
             "one to the other, masks by nearest neighbour."
         )
-    # A quarter turn shows in the size, and the mask is upright as the image is.
+    # Equal sizes prove that both are upright if EXIF gives one a quarter turn, unless they are square. Half turns and
+    # mirroring do not show in the size.
     if turned and (height == width or not {image.orientation, mask.orientation} & {5, 6, 7, 8}):
         raise SystemExit(
             f"{name} has the EXIF orientation {image.orientation}, its mask {mask.orientation}: whether they lie "

@@ -1,4 +1,4 @@
-"""Where the examples get images and masks from: BraTS scans, a phantom, folders, or the Hub."""
+"""Images and masks for the examples: from BraTS scans, a phantom, folders, or the Hub."""
 
 import logging
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 @dataclass
 class DataArguments:
-    """Where the slices come from: a data set, BraTS scans, or a phantom."""
+    """Where images and masks come from: a data set, BraTS scans, or a phantom."""
 
     dataset_name: str | None = field(
         default=None,
@@ -43,35 +43,43 @@ class DataArguments:
     brats_dir: str | None = field(default=None, metadata={"help": "Folder of BraTS cases, in NIfTI."})
     streaming: bool = field(
         default=False,
-        metadata={"help": "Read the Parquet files of --dataset_name while training, keep nothing of them on disk."},
+        metadata={"help": "Read the Parquet files of --dataset_name while training, and keep no copy on disk."},
     )
     shuffle_buffer: int = field(
-        default=1000, metadata={"help": "With --streaming: rows that are shuffled together, and held by each reader."}
+        default=1000, metadata={"help": "Rows that --streaming shuffles together, and each reader holds in memory."}
     )
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images. Default: found by type."})
-    mask_column: str | None = field(default=None, metadata={"help": "Column of the masks. Default: found by name."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of the images. Default: the first column of images."}
+    )
+    mask_column: str | None = field(
+        default=None, metadata={"help": "Column of the masks. Default: mask, label or the like."}
+    )
     regions: list[str] | None = field(
         default=None,
         metadata={
-            "help": "What to segment, NAME=ID[,ID...] each, nested or disjoint. Default: WT=1,2,3 for BraTS, else one "
-            "region per id in the masks; with --model_name_or_path those of the model."
+            "help": "Regions to segment, NAME=ID[,ID...] each, nested or disjoint. Default: WT=1,2,3 for BraTS, else "
+            "one region per id in the masks; with --model_name_or_path those of the model."
         },
     )
     modalities: list[str] = field(
         default_factory=lambda: ["flair"],
-        metadata={"help": "For scans: one, or three as RGB.", "choices": MODALITIES},
+        metadata={"help": "Modality of the scans, or three of them as RGB.", "choices": MODALITIES},
     )
     slices: list[str] = field(
-        default_factory=lambda: ["95"], metadata={"help": "For scans: indices such as 90 95, or all, or tumor."}
+        default_factory=lambda: ["95"], metadata={"help": "Slices of the scans: indices such as 90 95, all, or tumor."}
     )
-    min_tumor_pixels: int = field(default=1, metadata={"help": "For --slices tumor: tumour a slice must show."})
-    plane: str = field(default="axial", metadata={"help": "For scans: how to cut.", "choices": sorted(PLANES)})
-    num_proc: int | None = field(default=None, metadata={"help": "For scans: processes that read them."})
-    skip_bad_cases: bool = field(default=False, metadata={"help": "For scans: leave out and list unusable cases."})
-    split_seed: int = field(default=0, metadata={"help": "Seed of the split by patient, where the data has none."})
+    min_tumor_pixels: int = field(
+        default=1, metadata={"help": "Least number of tumour pixels in a slice of --slices tumor."}
+    )
+    plane: str = field(default="axial", metadata={"help": "Plane of the slices.", "choices": sorted(PLANES)})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that read the scans."})
+    skip_bad_cases: bool = field(
+        default=False, metadata={"help": "Leave out scans that cannot be used, and list them."}
+    )
+    split_seed: int = field(default=0, metadata={"help": "Seed of the split by patient, for data without splits."})
     allow_leaks: bool = field(
         default=False,
-        metadata={"help": "Go on where a patient or an image is in two splits, which makes the scores too good."},
+        metadata={"help": "Accept a patient or an image in two splits, which makes the scores too good."},
     )
 
 
@@ -84,8 +92,8 @@ def load_data(args: DataArguments) -> datasets.DatasetDict | dict[str, ParquetRo
     """Load or build the data set, with the splits train, validation and, if there is enough, test.
 
     Raises:
-        SystemExit: If there is no such data, a split is empty, or, without `allow_leaks`, two splits share a patient
-            (by `case_id`, unless that is the name of a file of yours) or an image.
+        SystemExit: If there is no such data, a split is empty, or, without `allow_leaks`, two splits share an image
+            or a patient, whom `case_id` names except for images in folders.
     """
     folders = {} if args.dataset_name is None else image_mask_folders(Path(args.dataset_name))
     if args.streaming and (args.dataset_name is None or folders):
@@ -104,13 +112,13 @@ def load_data(args: DataArguments) -> datasets.DatasetDict | dict[str, ParquetRo
     else:
         data = with_all_splits(load_dataset(args), args.split_seed)
     image_column, _ = find_columns(data, args)
-    # The names of files are no patients: two of them may have a file of the same name.
+    # Images of two patients may have the same name, in two folders.
     check_leaks(data, image_column, has_patients=not folders, allow_leaks=args.allow_leaks)
     return data
 
 
 def slice_scans(args: DataArguments) -> datasets.DatasetDict:
-    """Cut BraTS scans, or those of a phantom, into slices."""
+    """Build the slices of BraTS scans, or of a phantom."""
     brats_dir = args.brats_dir or phantom_dir()
     words = " ".join(args.slices).split()
     try:
@@ -130,7 +138,7 @@ def slice_scans(args: DataArguments) -> datasets.DatasetDict:
 
 
 def phantom_dir() -> Path:
-    """Return the cached phantom cohort, drawn at the first run."""
+    """Return the folder of the phantom cohort, which is written at the first run."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / f"sam2unet-phantom-{VERSION}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +147,7 @@ def phantom_dir() -> Path:
 
 
 def load_dataset(args: DataArguments) -> datasets.DatasetDict:
-    """Load a data set of a folder or the Hub."""
+    """Load a data set from a folder or the Hub."""
     try:
         data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)  # nosec B615 # rows, no code
         check_paths(data, args.dataset_name)
@@ -149,7 +157,7 @@ def load_dataset(args: DataArguments) -> datasets.DatasetDict:
 
 
 def stream_data(args: DataArguments) -> dict[str, ParquetRows]:
-    """Open the splits of a data set of Parquet files, which must have train and validation."""
+    """Open the Parquet files of a data set, which must have the splits train and validation."""
     try:
         data = open_parquet(args.dataset_name, args.dataset_config_name, args.shuffle_buffer)
     except (OSError, ValueError) as err:
@@ -162,7 +170,7 @@ def stream_data(args: DataArguments) -> dict[str, ParquetRows]:
         )
     for split, rows in named.items():
         if split != "train":
-            rows.shuffle_buffer = 0  # nothing is to be held for shuffling
+            rows.shuffle_buffer = 0  # only training rows are shuffled, so the others need no buffer
     train = named["train"]
     held = train.num_bytes / len(train) * min(args.shuffle_buffer, len(train))
     logger.info("Streaming %d training rows; each reader holds about %.0f MB of them.", len(train), held / 1e6)
@@ -170,7 +178,11 @@ def stream_data(args: DataArguments) -> dict[str, ParquetRows]:
 
 
 def image_mask_folders(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """Find folders `images` and `masks`: `images`, `train/images` or `images/train`; none if there are none."""
+    """Return the folders of images and masks by split, if there are any.
+
+    They are `train/images` and `train/masks`, or `images/train` and `masks/train`, or `images` and `masks` for data
+    without splits.
+    """
     found: dict[str, tuple[Path, Path]] = {}
     for split, names in SPLITS.items():
         for name in names:
@@ -189,7 +201,7 @@ def image_mask_folders(folder: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def pair_images_and_masks(image_dir: Path, mask_dir: Path) -> datasets.Dataset:
-    """Pair the files of two folders by name, whatever their suffix."""
+    """Pair the files of two folders by name, without regard to the suffix."""
     if not mask_dir.is_dir():
         raise SystemExit(f"{image_dir} has no masks beside it: expected a folder {mask_dir}.")
     images, masks = find_images(image_dir), find_images(mask_dir)
@@ -213,7 +225,7 @@ def pair_images_and_masks(image_dir: Path, mask_dir: Path) -> datasets.Dataset:
 
 
 def find_images(folder: Path) -> dict[str, Path]:
-    """Return the images in a folder and those below it, by their path there without suffix."""
+    """Return the images in a folder and its subfolders by their relative path without suffix."""
     images: dict[str, Path] = {}
     others = []
     for path in sorted(folder.rglob("*")):
@@ -222,7 +234,7 @@ def find_images(folder: Path) -> dict[str, Path]:
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             others += [path] if path.is_file() else []
             continue
-        if not path.is_file():  # a pipe would be waited for without end
+        if not path.is_file():  # opening a pipe would wait forever
             raise SystemExit(f"{path} is not a file, or a link to none. Remove it.")
         name = str(path.relative_to(folder).with_suffix(""))
         if name in images:
@@ -234,7 +246,7 @@ def find_images(folder: Path) -> dict[str, Path]:
 
 
 def named_splits(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Name the splits as we do; leave out those of other names."""
+    """Name the splits train, validation and test; leave out those of other names."""
     named = {}
     for split, names in SPLITS.items():
         there = [name for name in names if name in data]
@@ -248,7 +260,7 @@ def named_splits(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_all_splits(data: datasets.DatasetDict, seed: int) -> datasets.DatasetDict:
-    """Name the splits as we do; cut off validation, and test if nothing else is there, by patient where known."""
+    """Name the splits train, validation and test; split the training rows, by patient, if there is no validation."""
     named = named_splits(data)
     if "train" not in named:
         raise SystemExit(f"The data set has no split named train, only {', '.join(data)}.")
@@ -256,7 +268,7 @@ def with_all_splits(data: datasets.DatasetDict, seed: int) -> datasets.DatasetDi
         train = named["train"]
         groups = [patient_of(case) for case in case_ids("train", train)] or list(map(str, range(len(train))))
         split_of = {group: split for split, names in split_patients(groups, seed).items() for group in names}
-        if "test" in named:  # the data has its own: what would be test is for training
+        if "test" in named:  # the data has its own test split, so train on what would be another
             split_of = {group: "train" if split == "test" else split for group, split in split_of.items()}
         for split in ("train", "validation", "test"):
             rows = [index for index, group in enumerate(groups) if split_of[group] == split]
@@ -273,7 +285,7 @@ def with_all_splits(data: datasets.DatasetDict, seed: int) -> datasets.DatasetDi
 
 
 def find_columns(data: Mapping[str, datasets.Dataset | ParquetRows], args: DataArguments) -> tuple[str, str]:
-    """Return the columns of images and masks."""
+    """Return the names of the columns of images and masks."""
     found = image_columns(data["train"])
     mask_column = args.mask_column or next((name for name in MASK_COLUMNS if name in found), None)
     image_column = args.image_column or next((name for name in found if name != mask_column), None)
@@ -292,10 +304,23 @@ def find_regions(
     mask_column: str,
     regions: dict[str, list[int]] | None,
 ) -> tuple[dict[str, list[int]], dict[int, int]]:
-    """Return the regions to segment, `regions` if given, and the ids to replace in the masks."""
+    """Check images and masks, and find what to segment in them.
+
+    Args:
+        data: Splits of the data set.
+        image_column: Column of the images.
+        mask_column: Column of the masks.
+        regions: Regions to segment; by default those of the data.
+
+    Returns:
+        The regions, and the ids to replace in the masks, such as `{255: 1}`.
+
+    Raises:
+        SystemExit: If an image or a mask cannot be used, or no mask holds an id of a region.
+    """
     mapping: dict[int, int] = {}
     hint = ""
-    if "wt_pixels" in data["train"].column_names:  # written by the BraTS builder, which checked it all
+    if "wt_pixels" in data["train"].column_names:  # the BraTS builder has checked its masks
         ids, hint = [1, 2, 3], " (BraTS' label 4 is 3 here)"
         regions = regions or {"WT": ids}
     elif isinstance(data["train"], ParquetRows):

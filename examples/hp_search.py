@@ -27,17 +27,17 @@ def search(
     training_args: TrainingArguments,
     num_trials: int,
 ) -> dict[str, Any]:
-    """Train `num_trials` times with other hyperparameters and return those of the best validation score.
+    """Train `num_trials` times with different hyperparameters, and return those of the best validation score.
 
-    Trials are noted in `hp_search.db` of the output folder, so a search that was stopped goes on where it was, and
-    listed in `hp_search.json`. They write no checkpoints.
+    The output folder keeps the trials in `hp_search.db`, so that a search that was stopped can be resumed, and lists
+    them in `hp_search.json`. Trials write no checkpoints.
 
     Args:
         make_trainer: Builds a trainer from training arguments.
         model_init: Builds the model that every trial starts from.
         training_args: Arguments that all trials share. Batches are of 1, 2 or 4 times
             `per_device_train_batch_size` images, learning rates from 1e-5 to 3e-3.
-        num_trials: Number of trials, those of an earlier search in the same folder among them.
+        num_trials: Number of trials, including those of a search in the same folder that is resumed.
     """
     import optuna
 
@@ -75,9 +75,9 @@ def search(
             compute_objective=lambda metrics: metrics[score],
             n_trials=left,
             backend="optuna",
-            # Seeded by what was tried before, so that a search that goes on does not repeat itself.
+            # The seed depends on the trials that are done, so that a resumed search does not repeat them.
             sampler=optuna.samplers.TPESampler(seed=training_args.seed + num_trials - left),
-            # Trials of other batch sizes cannot be compared half way.
+            # Unfinished trials of different batch sizes cannot be compared.
             pruner=optuna.pruners.NopPruner(),
             **study,
         )

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 - after the choice of backend
 
 
-# One colour per region, told apart also by the colour-blind (Okabe and Ito).
+# One colour per region, which the colour-blind can tell apart too (Okabe and Ito).
 COLOURS = ("#D55E00", "#56B4E9", "#F0E442", "#009E73", "#CC79A7")
 
 
@@ -43,7 +43,7 @@ def plot_training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
     for axes, corner in ((losses, "upper right"), (scores, "lower right")):
         axes.grid(alpha=0.3)
         if axes.has_data():
-            axes.legend(loc=corner)  # where curves that get better leave room
+            axes.legend(loc=corner)  # improving curves leave this corner free
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -54,7 +54,7 @@ def plot_predictions(cases: Sequence[ShownCase], regions: dict[str, list[int]], 
         len(cases), 4, figsize=(12, 3.3 * len(cases)), layout="constrained", squeeze=False, facecolor="white"
     )
     colours = [COLOURS[index % len(COLOURS)] for index in range(len(regions))]
-    # A single region has the second colour to spare for its prediction.
+    # The prediction of a single region takes the second colour, to differ from the reference.
     predicted_colours = [COLOURS[1]] if len(regions) == 1 else colours
     for row, case in zip(axes, cases, strict=True):
         # 16-bit and float images lose their range in `convert`.

@@ -1,4 +1,4 @@
-"""Predictions of images: label maps, their files, and the cases that `predictions.png` shows."""
+"""Predicted label maps, their files, and the cases that `predictions.png` shows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,16 @@ from sam2unet_hf.training import SegmentationTransform
 def predict_label_maps(
     model: PreTrainedModel, processor: Sam2UNetImageProcessor, images: Sequence[Image.Image]
 ) -> list[np.ndarray]:
-    """Segment images as a user of the checkpoint does: label maps at the images' own sizes."""
+    """Segment images as a user of the checkpoint does.
+
+    Args:
+        model: Model in the layout of SAM2-UNet's outputs.
+        processor: Image processor of the model.
+        images: Images of any sizes.
+
+    Returns:
+        A map of label ids for each image, of shape `(height, width)` of the image.
+    """
     inputs = processor(images, return_tensors="pt").to(model.device)
     sizes = [(image.height, image.width) for image in images]
     maps = processor.post_process_semantic_segmentation(model.eval()(**inputs), target_sizes=sizes)
@@ -34,7 +43,15 @@ def write_predictions(
     model: Sam2UNetForSemanticSegmentation,
     batch_size: int,
 ) -> None:
-    """Write the predicted label map of every row as PNG, in the ids of the masks, named after its case."""
+    """Write the predicted label map of every row as PNG, in the label ids of the masks.
+
+    Args:
+        folder: Folder to write to; files are named by [`~case_names.case_names`].
+        rows: Rows of a split.
+        transform: Transform of the rows, which knows the column of the images and the ids of the masks.
+        model: The model.
+        batch_size: Images at once.
+    """
     folder.mkdir(exist_ok=True)
     names = case_names(rows)
     for start in tqdm(range(0, len(rows), batch_size), desc="Writing predictions", unit="batch"):
@@ -53,7 +70,14 @@ def choose_cases(
     transform: SegmentationTransform,
     model: Sam2UNetForSemanticSegmentation,
 ) -> list[ShownCase]:
-    """Return the best, the median and the worst image by Dice among those with something to find."""
+    """Choose the best, the median and the worst image by Dice among those whose reference holds a region.
+
+    Args:
+        rows: Rows of a split.
+        dice: Dice of each row, of shape `(rows,)`.
+        transform: Transform of the rows, which knows the columns of images and masks.
+        model: The model.
+    """
     region_ids = [label_id for label_ids in model.config.regions.values() for label_id in label_ids]
 
     def reference(index: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The output folder of a run: which older run in it is gone on with, and how a run begins there."""
+"""The output folder of a run: find a run to resume in it, and begin a run in it."""
 
 import logging
 import shutil
@@ -14,8 +14,8 @@ from sam2unet_hf.training.resume import last_complete_checkpoint, why_incomplete
 
 logger = logging.getLogger(__name__)
 
-RESULTS_FILE = "all_results.json"  # written last: a folder that has it holds a finished run
-# What a run leaves in its folder besides the final checkpoint.
+RESULTS_FILE = "all_results.json"  # written last, so it tells that the run has finished
+# What a run writes besides the final checkpoint.
 RUN_FILES = (
     "checkpoint-*",
     "*_results.json",
@@ -31,14 +31,23 @@ RUN_FILES = (
 
 
 def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArguments) -> str | None:
-    """Return the checkpoint to resume from, if any; refuse to overwrite or mix runs unasked."""
+    """Return the checkpoint to resume from, if there is one; refuse to replace or mix runs unasked.
+
+    Args:
+        arguments: Arguments that must be those of the run that is resumed.
+        args: Training arguments, with the output folder.
+
+    Raises:
+        SystemExit: If the folder holds a finished run, or one of other arguments, or the checkpoint that is named is
+            incomplete.
+    """
     output_dir = Path(args.output_dir)
     last_checkpoint = last_complete_checkpoint(output_dir)
     if args.resume_from_checkpoint:
         if args.resume_from_checkpoint.lower() not in ("true", "last"):
             if fault := why_incomplete(args.resume_from_checkpoint):
                 raise SystemExit(
-                    f"--resume_from_checkpoint: {args.resume_from_checkpoint} is not whole ({fault}). Name another."
+                    f"--resume_from_checkpoint: {args.resume_from_checkpoint} is incomplete ({fault}). Name another."
                 )
             return args.resume_from_checkpoint
         if last_checkpoint is None:
@@ -65,13 +74,18 @@ def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArgumen
 
 
 def start_run(record: dict[str, Any], args: SegmentationTrainingArguments) -> None:
-    """Make the output folder, empty it of an older run if asked to, and note how this one was started."""
+    """Make the output folder, remove an older run if `overwrite_output_dir` says so, and write the record.
+
+    Args:
+        record: Record of the run, see [`~provenance.run_record`].
+        args: Training arguments, with the output folder.
+    """
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     if args.overwrite_output_dir and not args.resume_from_checkpoint:
         for path in [path for pattern in RUN_FILES for path in output_dir.glob(pattern)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (output_dir / RESULTS_FILE).unlink(missing_ok=True)  # of a run that is trained further
+    (output_dir / RESULTS_FILE).unlink(missing_ok=True)  # a finished run that is trained further is unfinished
     before = read_record(output_dir)
     for part in ("data", "versions", "git") if before else ():
         if changed := changed_values(before[part], record[part]):

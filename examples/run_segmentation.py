@@ -40,11 +40,11 @@ from sam2unet_hf.training.resume import StopOnSigterm, last_complete_checkpoint
 
 logger = logging.getLogger("run_segmentation")
 
-TIMINGS = ("_runtime", "_per_second")  # ends of names of figures that no other run repeats
+TIMINGS = ("_runtime", "_per_second")  # suffixes of metrics that differ when the same run is repeated
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Run the script; return what `all_results.json` holds."""
+    """Run the script; return the content of `all_results.json`, in the main process."""
     model_args, data_args, training_args = parse_arguments(argv)
     set_up_logging()
     if not training_args.should_log:
@@ -98,9 +98,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     try:
         trainer = make_trainer(training_args)
-    except (OSError, ValueError) as err:  # no right to push, no encoder to leave out, no such score
+    except (OSError, ValueError) as err:  # such as no right to push, or no such metric
         raise SystemExit(str(err)) from err
-    # Not before data, model and Trainer are there, so that a mistyped option costs nobody an older run.
+    # An older run is removed only once data, model and Trainer exist, so that a mistyped option does not cost it.
     if training_args.process_index == 0:
         start_run(run_record(arguments, training_args, data), training_args)
 
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     results: dict[str, float] = {}
 
     def keep(split: str, metrics: dict[str, float]) -> None:
-        """Log the scores of a split, write them to a file of its own, and keep those that another run would repeat."""
+        """Log and save the metrics of a split, and keep them for `all_results.json`, except for timings."""
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics, combined=False)
         results.update({name: value for name, value in metrics.items() if not name.endswith(TIMINGS)})
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # Training
     if training_args.do_train:
         keep("train", train(trainer, checkpoint).metrics)
-    # Without the evaluation of the best checkpoint that follows, which belongs to no epoch of its own.
+    # The curves leave out the final evaluation, which belongs to an earlier epoch, that of the best checkpoint.
     history = list(trainer.state.log_history)
 
     # Evaluation
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # Pictures of the split that was scored last
     if trainer.is_world_process_zero():
-        if trainer.is_fsdp_enabled:  # a process has only a part of the weights
+        if trainer.is_fsdp_enabled:  # each process holds a part of the weights
             model = Sam2UNetForSemanticSegmentation.from_pretrained(output_dir).to(training_args.device)
         rows = data["test" if "test" in data else "validation"]
         cases = choose_cases(rows, compute_metrics.image_dice.mean(axis=1), at_mask_size, model)
@@ -169,7 +169,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 def load_model(
     args: ModelArguments, regions: dict[str, list[int]]
 ) -> tuple[Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor]:
-    """Load or build the model and the processor that goes with it."""
+    """Load or build the model, and its image processor.
+
+    Args:
+        args: Which model to start from.
+        regions: Regions to segment, name -> label ids.
+
+    Raises:
+        SystemExit: If the model segments other regions, or there is no such encoder.
+    """
     size = {} if args.image_size is None else {"size": {"height": args.image_size, "width": args.image_size}}
     processor = Sam2UNetImageProcessor(regions=regions, **size)
     if args.model_name_or_path is not None:
@@ -182,7 +190,7 @@ def load_model(
         try:
             processor = Sam2UNetImageProcessor.from_pretrained(args.model_name_or_path, **size)
         except OSError:
-            logger.warning("%s has no image processor, taking the default one.", args.model_name_or_path)
+            logger.warning("%s has no image processor. Taking the default one.", args.model_name_or_path)
         if args.freeze_encoder is not None:
             model.freeze_encoder(args.freeze_encoder)
     elif args.sam2_checkpoint is not None:
@@ -206,7 +214,7 @@ def load_model(
 
 
 def keep_scan_settings(processor: Sam2UNetImageProcessor, data_args: DataArguments) -> None:
-    """Save contrasts and plane with the processor, and warn if the model was trained on others."""
+    """Keep modalities and plane with the processor, for volume inference; warn if the model was trained on others."""
     for name in ("modalities", "plane"):
         before, now = getattr(processor, name), getattr(data_args, name)
         if before not in (None, now):
@@ -215,7 +223,7 @@ def keep_scan_settings(processor: Sam2UNetImageProcessor, data_args: DataArgumen
 
 
 def train(trainer: Sam2UNetTrainer, checkpoint: str | None) -> TrainOutput:
-    """Train and save the model, or end the run where SIGTERM stopped it."""
+    """Train and save the model; after SIGTERM, exit with its status."""
     stop = StopOnSigterm(trainer.accelerator)
     trainer.add_callback(stop)
     try:
@@ -228,10 +236,10 @@ def train(trainer: Sam2UNetTrainer, checkpoint: str | None) -> TrainOutput:
                 ", without --overwrite_output_dir," if trainer.args.overwrite_output_dir else "",
                 last_complete_checkpoint(trainer.args.output_dir),
             )
-            trainer.accelerator.wait_for_everyone()  # a launcher ends all processes once one of them has ended
+            trainer.accelerator.wait_for_everyone()  # a launcher ends all processes when one of them ends
             raise SystemExit(128 + signal.SIGTERM)
         trainer.save_model(_internal_call=True)  # pushed at the end, with results and pictures
-    except (OSError, SafetensorError) as err:  # a full disk, a checkpoint of another encoder
+    except (OSError, SafetensorError) as err:  # such as a full disk, or a checkpoint of another encoder
         raise SystemExit(str(err)) from err
     trainer.save_state()
     return result
@@ -243,12 +251,12 @@ def card_arguments(
     model_args: ModelArguments,
     training_args: SegmentationTrainingArguments,
 ) -> dict[str, Any]:
-    """Return what the model card says of the data and of where the run started, for `create_model_card`."""
+    """Return the arguments of `create_model_card`: what the card says of the data and of the start of the run."""
     has_scans = data_args.dataset_name is None
     is_phantom = has_scans and data_args.brats_dir is None
     rows: dict[str, Any] = {}
     for split, images in data.items():
-        # Photographs have a name each, scans have many slices.
+        # The cases of photographs are the photographs, those of scans have many slices each.
         scans = f" of {len(set(images['case_id']))} scans" if "wt_pixels" in images.column_names else ""
         rows[f"{'training' if split == 'train' else split} images"] = f"{len(images)}{scans}"
     if has_scans:

@@ -262,9 +262,9 @@ def test_a_search_goes_on_with_the_same_arguments_alone(tmp_path):
         find_checkpoint(*arguments, "--image_size", "64")
 
 
-def test_a_checkpoint_that_is_named_must_be_whole(tmp_path):
+def test_a_checkpoint_that_is_named_must_be_complete(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(SystemExit, match=r"checkpoint-3 is not whole \(no trainer_state.json\)"):
+    with pytest.raises(SystemExit, match=r"checkpoint-3 is incomplete \(no trainer_state.json\)"):
         find_checkpoint("--resume_from_checkpoint", str(tmp_path / "checkpoint-3"), "--output_dir", str(tmp_path))
 
 
