@@ -103,9 +103,9 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, sort_keys: bool = True) -> None:
     """Write a JSON file in one step, so that an error leaves the old one; make its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
     os.replace(partial, path)
