@@ -29,10 +29,10 @@ import numpy as np
 import torch
 import transformers
 from baselines import build_baseline
-from data_sources import DataArguments, case_names, find_columns, find_regions, load_data
+from case_names import case_names
+from data_sources import DataArguments, find_columns, find_regions, load_data
 from plots import plot_comparison, plot_learning_curves, plot_systems
 from provenance import changed_values, fingerprint
-from run_segmentation import last_complete_checkpoint
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, TrainingArguments, set_seed
@@ -41,6 +41,7 @@ from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNe
 from sam2unet_hf.configuration_sam2unet import PRESETS
 from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform, collate
 from sam2unet_hf.training.augmentation import AUGMENTATIONS, augmentation
+from sam2unet_hf.training.resume import last_complete_checkpoint
 
 
 logger = logging.getLogger("compare_models")

@@ -27,7 +27,9 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from data_sources import DataArguments, case_names, find_columns, find_regions, load_data
+from arguments import PHANTOM_RECIPE
+from case_names import case_names
+from data_sources import DataArguments, find_columns, find_regions, load_data
 from error_plots import (
     CaseView,
     Example,
@@ -48,7 +50,6 @@ from error_plots import (
 from matplotlib.figure import Figure
 from PIL import Image
 from provenance import RECORD, read_record
-from run_segmentation import PHANTOM_RECIPE
 from scipy import ndimage
 from tqdm import tqdm
 from transformers import HfArgumentParser

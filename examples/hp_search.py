@@ -1,13 +1,13 @@
 """Search of learning rate, batch size and optimiser with Optuna, for `run_segmentation.py --hp_search`."""
 
 import copy
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+from processes import from_main_process
+from provenance import write_json
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
@@ -27,17 +27,17 @@ def search(
     training_args: TrainingArguments,
     num_trials: int,
 ) -> dict[str, Any]:
-    """Train `num_trials` times with other hyperparameters and return those of the best validation score.
+    """Train `num_trials` times with different hyperparameters, and return those of the best validation score.
 
-    Trials are noted in `hp_search.db` of the output folder, so a search that was stopped goes on where it was, and
-    listed in `hp_search.json`. They write no checkpoints.
+    The output folder keeps the trials in `hp_search.db`, so that a search that was stopped can be resumed, and lists
+    them in `hp_search.json`. Trials write no checkpoints.
 
     Args:
         make_trainer: Builds a trainer from training arguments.
         model_init: Builds the model that every trial starts from.
         training_args: Arguments that all trials share. Batches are of 1, 2 or 4 times
             `per_device_train_batch_size` images, learning rates from 1e-5 to 3e-3.
-        num_trials: Number of trials, those of an earlier search in the same folder among them.
+        num_trials: Number of trials, including those of a search in the same folder that is resumed.
     """
     import optuna
 
@@ -66,31 +66,31 @@ def search(
     }
     score = f"eval_{str(training_args.metric_for_best_model).removeprefix('eval_')}"
     complete = [optuna.trial.TrialState.COMPLETE]
-    found: list[Any] = [None]
-    done = [0]
-    if training_args.process_index == 0:
-        done = [len(optuna.create_study(**study).get_trials(states=complete))]
-    left = num_trials - broadcast_object_list(done)[0]
+    left = num_trials - from_main_process(
+        training_args, lambda: len(optuna.create_study(**study).get_trials(states=complete))
+    )
     if left > 0:
         trainer.hyperparameter_search(
             hp_space=space,
             compute_objective=lambda metrics: metrics[score],
             n_trials=left,
             backend="optuna",
-            # Seeded by what was tried before, so that a search that goes on does not repeat itself.
+            # The seed depends on the trials that are done, so that a resumed search does not repeat them.
             sampler=optuna.samplers.TPESampler(seed=training_args.seed + num_trials - left),
-            # Trials of other batch sizes cannot be compared half way.
+            # Unfinished trials of different batch sizes cannot be compared.
             pruner=optuna.pruners.NopPruner(),
             **study,
         )
-    if training_args.process_index == 0:
+
+    def write_results() -> dict[str, Any]:
         finished = optuna.create_study(**study)
         trials = [
             {"number": trial.number, score: trial.value, **trial.params}
             for trial in finished.get_trials(states=complete)
         ]
-        found = [finished.best_params]
-        best = {"number": finished.best_trial.number, score: finished.best_value, **finished.best_params}
-        (folder / RESULTS).write_text(json.dumps({"best": best, "trials": trials}, indent=2) + "\n")
+        best = next(trial for trial in trials if trial["number"] == finished.best_trial.number)
+        write_json(folder / RESULTS, {"best": best, "trials": trials})
         logger.info("Best of %d trials: %s.", len(trials), best)
-    return broadcast_object_list(found)[0]
+        return finished.best_params
+
+    return from_main_process(training_args, write_results)

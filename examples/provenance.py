@@ -1,4 +1,4 @@
-"""What a run was made of: arguments, versions, commit and data, kept beside its checkpoints."""
+"""The record of a run beside its checkpoints: arguments, versions, commit and data."""
 
 import hashlib
 import json
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from data_sources import file_bytes
+from data_checks import file_bytes, image_columns
 from transformers import TrainingArguments
 
-from sam2unet_hf.training.streaming import ParquetRows
+from sam2unet_hf.training import ParquetRows
 
 
 RECORD = "run.json"
@@ -24,10 +24,10 @@ RECORD = "run.json"
 def run_record(
     arguments: dict[str, Any], args: TrainingArguments, data: Mapping[str, datasets.Dataset | ParquetRows]
 ) -> dict[str, Any]:
-    """Return what repeats a run.
+    """Return what is needed to repeat a run.
 
     Args:
-        arguments: Those that a run must keep when it goes on.
+        arguments: Arguments that must stay the same when the run is resumed.
         args: All arguments of the training; tokens are left out.
         data: Splits of the data set.
     """
@@ -52,11 +52,11 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> dict[str, str | bool]:
-    """Return the commit of the checkout that this script is in, and whether files of it were changed since."""
+    """Return the commit of the checkout that holds this script, and whether tracked files differ from it."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        # The words are our own, and there is no shell.
+        # No argument comes from outside, and no shell reads them.
         found = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)  # nosec B603
         return found.stdout.strip()
 
@@ -66,18 +66,19 @@ def commit() -> dict[str, str | bool]:
             "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
         }
     except (OSError, subprocess.SubprocessError):
-        return {}  # installed without git, or copied
+        return {}  # there is no git, or no checkout
 
 
 def fingerprint(rows: datasets.Dataset | ParquetRows) -> str:
-    """Return the SHA-256 of what the rows hold, images as the bytes of their files; the same on every machine.
+    """Return the SHA-256 of the rows, which is the same on every machine.
 
-    Of rows that are streamed it is that of the footers of their files.
+    Images count by the bytes of their files. Streamed rows count by the footers of theirs, because reading all of them
+    would take too long.
     """
     if isinstance(rows, ParquetRows):
         return rows.fingerprint()
     digest = hashlib.sha256(repr(sorted(rows.column_names)).encode())
-    images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    images = image_columns(rows)
     for name in images:
         rows = rows.cast_column(name, datasets.Image(decode=False))
     for row in rows:
@@ -90,20 +91,21 @@ def fingerprint(rows: datasets.Dataset | ParquetRows) -> str:
 
 
 def changed_values(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Return the values that `before` has and `now` has not, by name."""
-    # As JSON has them, where tuples are lists.
+    """Return by name the values of `before` that differ now; `None` for names that are new."""
+    # `before` was read from JSON, which has lists for tuples.
     now = json.loads(json.dumps(now))
     return {name: before.get(name) for name in sorted({*before, *now}) if before.get(name) != now.get(name)}
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return the record of a run, if there is one."""
+    """Return the record of the run in a folder, if there is one."""
     path = folder / RECORD
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
+def write_json(path: Path, content: Any, sort_keys: bool = True) -> None:
+    """Write a JSON file in one step, so that an error leaves the old one; make its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
     os.replace(partial, path)

@@ -526,6 +526,7 @@ def load_modules(kinds):
         )
     if set(kinds) - set(NIFTI_KINDS):
         sys.path[:0] = [str(REPO), str(REPO / "examples")]
+        import data_checks
         import data_sources
         import datasets
 
@@ -534,7 +535,7 @@ def load_modules(kinds):
         from sam2unet_hf.scans_sam2unet import ScanError
 
         datasets.disable_progress_bars()
-        data_sources.tqdm = lambda items, **_: items
+        data_checks.tqdm = lambda items, **_: items
         plain = Sam2UNetImageProcessor(do_resize=False, do_normalize=False)
         modules |= {"pictures": (data_sources, plain), "builder": (BratsSlices, ScanError)}
     return modules

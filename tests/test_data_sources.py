@@ -21,10 +21,10 @@ from sam2unet_hf import Sam2UNetImageProcessor
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from data_sources import (  # noqa: E402 - the scripts are no package
+from case_names import case_names  # noqa: E402 - the scripts are no package
+from data_checks import check_images_and_masks  # noqa: E402
+from data_sources import (  # noqa: E402
     DataArguments,
-    case_names,
-    check_images_and_masks,
     find_regions,
     load_data,
     pair_images_and_masks,

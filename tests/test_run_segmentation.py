@@ -1,6 +1,5 @@
 """The fine-tuning script, run as a user runs it on small data."""
 
-import dataclasses
 import json
 import shutil
 import sys
@@ -21,10 +20,12 @@ from sam2unet_hf import Sam2UNetImageProcessor
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import run_segmentation  # noqa: E402 - the scripts are no package
+import run_folder  # noqa: E402 - the scripts are no package
+import run_segmentation  # noqa: E402
+from arguments import PHANTOM_RECIPE, parse_arguments, resume_arguments  # noqa: E402
+from case_names import case_names  # noqa: E402
 from data_sources import (  # noqa: E402
     DataArguments,
-    case_names,
     find_columns,
     find_regions,
     load_data,
@@ -168,20 +169,20 @@ def test_from_scratch_trains_everything(cohort, tmp_path, caplog, monkeypatch):
 
 def test_defaults_are_the_papers_recipe_and_the_phantoms(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    _, data_args, args = run_segmentation.parse_arguments(["--brats_dir", "BraTS2020"])
+    _, data_args, args = parse_arguments(["--brats_dir", "BraTS2020"])
     assert (args.num_train_epochs, args.learning_rate, args.weight_decay) == (30, 1e-4, 1e-4)
     assert args.per_device_train_batch_size == 1
     assert args.output_dir == "runs/BraTS2020"
     assert data_args.slices == ["95"]
-    model_args, data_args, args = run_segmentation.parse_arguments(["--learning_rate", "0.01"])
+    model_args, data_args, args = parse_arguments(["--learning_rate", "0.01"])
     assert (args.learning_rate, data_args.slices, args.output_dir) == (0.01, ["tumor"], "runs/phantom")
-    assert model_args.image_size == run_segmentation.PHANTOM_RECIPE["image_size"]
+    assert model_args.image_size == PHANTOM_RECIPE["image_size"]
 
 
 @pytest.mark.parametrize(("arguments", "frozen"), [([], True), (["--freeze_encoder", "false"], False)])
 def test_going_on_from_a_checkpoint_keeps_its_regions_and_size(checkpoint, arguments, frozen):
     start = checkpoint(regions={"TC": [1, 3], "ET": [3]})
-    model_args, data_args, _ = run_segmentation.parse_arguments(["--model_name_or_path", start, *arguments])
+    model_args, data_args, _ = parse_arguments(["--model_name_or_path", start, *arguments])
     model, processor = run_segmentation.load_model(model_args, {"TC": [1, 3], "ET": [3]})
     assert processor.size["height"] == 64
     assert model.config.freeze_encoder == frozen
@@ -192,14 +193,10 @@ def test_going_on_from_a_checkpoint_keeps_its_regions_and_size(checkpoint, argum
 
 
 def find_checkpoint(*arguments):
-    model_args, data_args, args = run_segmentation.parse_arguments(["--use_cpu", *arguments])
-    values = {
-        **dataclasses.asdict(model_args),
-        **dataclasses.asdict(data_args),
-        **run_segmentation.resume_arguments(args),
-    }
+    model_args, data_args, args = parse_arguments(["--use_cpu", *arguments])
+    values = resume_arguments(model_args, data_args, args)
     record = {"arguments": values, "data": {}, "versions": {}, "git": {}}
-    return run_segmentation.find_checkpoint(values, args), record, args
+    return run_folder.find_checkpoint(values, args), record, args
 
 
 def test_a_finished_run_is_not_overwritten_unasked(tmp_path):
@@ -212,7 +209,7 @@ def test_a_finished_run_is_not_overwritten_unasked(tmp_path):
         find_checkpoint("--output_dir", str(tmp_path))
     checkpoint, record, args = find_checkpoint("--output_dir", str(tmp_path), "--overwrite_output_dir")
     assert checkpoint is None
-    run_segmentation.start_run(record, args)
+    run_folder.start_run(record, args)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "run.json"]
 
 
@@ -257,23 +254,23 @@ def test_a_search_goes_on_with_the_same_arguments_alone(tmp_path):
     pytest.importorskip("optuna")
     arguments = ["--output_dir", str(tmp_path), "--hp_search", "3"]
     _, record, args = find_checkpoint(*arguments)
-    run_segmentation.start_run(record, args)
+    run_folder.start_run(record, args)
     assert find_checkpoint(*arguments, "--learning_rate", "0.1")[0] is None  # there is no trial yet
-    (tmp_path / run_segmentation.STUDY).touch()
+    (tmp_path / run_folder.STUDY).touch()
     assert find_checkpoint(*arguments)[0] is None
     with pytest.raises(SystemExit, match="unfinished run with other values of image_size.*image_size=96"):
         find_checkpoint(*arguments, "--image_size", "64")
 
 
-def test_a_checkpoint_that_is_named_must_be_whole(tmp_path):
+def test_a_checkpoint_that_is_named_must_be_complete(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(SystemExit, match=r"checkpoint-3 is not whole \(no trainer_state.json\)"):
+    with pytest.raises(SystemExit, match=r"checkpoint-3 is incomplete \(no trainer_state.json\)"):
         find_checkpoint("--resume_from_checkpoint", str(tmp_path / "checkpoint-3"), "--output_dir", str(tmp_path))
 
 
 def test_checkpoints_must_hold_what_resuming_needs(capsys):
     with pytest.raises(SystemExit):
-        run_segmentation.parse_arguments(["--save_only_model"])
+        parse_arguments(["--save_only_model"])
     assert "--save_only_model leaves nothing that a run could go on from" in capsys.readouterr().err
 
 
@@ -281,7 +278,7 @@ def test_an_unfinished_run_goes_on_with_the_same_arguments_alone(tmp_path):
     arguments = ["--output_dir", str(tmp_path), "--slices", "20", "21"]
     checkpoint, record, args = find_checkpoint(*arguments)
     assert checkpoint is None
-    run_segmentation.start_run(record, args)
+    run_folder.start_run(record, args)
     for step in (7, 14):
         (tmp_path / f"checkpoint-{step}").mkdir()
         for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
@@ -308,7 +305,7 @@ def test_an_unfinished_run_goes_on_with_the_same_arguments_alone(tmp_path):
 )
 def test_training_arguments_fit_each_other(arguments, name, value, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert getattr(run_segmentation.parse_arguments(arguments)[2], name) == value
+    assert getattr(parse_arguments(arguments)[2], name) == value
 
 
 def test_case_names_are_names_of_files():

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import error_analysis  # noqa: E402 - the scripts are no package
 import run_segmentation  # noqa: E402
+from arguments import ModelArguments  # noqa: E402
 from data_sources import DataArguments, load_data  # noqa: E402
 
 
@@ -145,7 +146,7 @@ LOADERS = {
     "model": lambda name: Sam2UNetForSemanticSegmentation.from_pretrained(name),
     "volume": lambda name: Sam2UNetVolumePipeline.from_pretrained(name, ["flair"]),
     "run_segmentation": lambda name: run_segmentation.load_model(
-        run_segmentation.ModelArguments(model_name_or_path=name), {"WT": [1, 2, 3]}
+        ModelArguments(model_name_or_path=name), {"WT": [1, 2, 3]}
     ),
     "error_analysis": lambda name: error_analysis.load_model(error_analysis.AnalysisArguments(model=name)),
 }

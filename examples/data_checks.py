@@ -1,0 +1,281 @@
+"""Checks of data before training: every image and mask, the paths of images, and leaks between splits."""
+
+import hashlib
+import io
+import logging
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import fsspec
+import pyarrow.compute as pc
+from case_names import case_ids, case_names
+from datasets.utils import tqdm
+from huggingface_hub.constants import HF_HUB_CACHE
+from PIL import ExifTags, Image
+
+from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.cases import patient_of
+from sam2unet_hf.training import ParquetRows, SegmentationTransform
+
+
+logger = logging.getLogger(__name__)
+
+
+def check_leaks(
+    data: Mapping[str, datasets.Dataset | ParquetRows], image_column: str, has_patients: bool, allow_leaks: bool
+) -> None:
+    """Refuse data in which two splits share a patient or an image.
+
+    Args:
+        data: Splits of the data set. Images of streamed rows are not compared, because that would read all of them.
+        image_column: Column of the images.
+        has_patients: Whether the column `case_id`, if there is one, tells patients apart.
+        allow_leaks: Warn instead.
+
+    Raises:
+        SystemExit: If there is a leak and `allow_leaks` is false.
+    """
+    leak, remedy = None, "Keep it in one split"
+    if has_patients:
+        leak = find_shared_patient(data)
+    if leak is None and not isinstance(data["train"], ParquetRows):
+        leak, remedy = find_shared_image(data, image_column), "Remove one of the two"
+    if leak is None:
+        return
+    leak = f"{leak} A model must not be scored on what it was trained on or chosen by."
+    if not allow_leaks:
+        raise SystemExit(f"{leak} {remedy}, or go on all the same with --allow_leaks.")
+    logger.warning("%s --allow_leaks goes on all the same.", leak)
+
+
+def find_shared_patient(data: Mapping[str, datasets.Dataset | ParquetRows]) -> str | None:
+    """Describe the first patient that two splits share, if there is one."""
+    first: dict[str, tuple[str, str]] = {}
+    for split, rows in data.items():
+        for case in sorted(set(case_ids(split, rows))):
+            other, other_case = first.setdefault(patient_of(case), (split, case))
+            if other != split:
+                return (
+                    f"Patient {patient_of(case)} is in the splits {other} (case {other_case}) and {split} "
+                    f"(case {case})."
+                )
+    return None
+
+
+def find_shared_image(data: Mapping[str, datasets.Dataset], image_column: str) -> str | None:
+    """Describe the first image whose file two splits share, if there is one.
+
+    Images of one colour do not count, because the outer slices of all scans are black.
+    """
+    first: dict[bytes, tuple[str, str]] = {}
+    for split, rows in data.items():
+        files = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        named = zip(case_names(rows), files, strict=True)
+        for name, row in tqdm(named, total=len(rows), desc=f"Comparing {split} images", unit="image"):
+            content = file_bytes(row[image_column], f"{split} image {name}")
+            digest = hashlib.blake2b(content, digest_size=16).digest()
+            other, other_name = first.setdefault(digest, (split, name))
+            if other != split and not is_of_one_colour(content):
+                return f"{split} image {name} is the same file as {other} image {other_name}."
+    return None
+
+
+def file_bytes(file: dict[str, Any] | None, name: str) -> bytes:
+    """Return the bytes of an image file.
+
+    Args:
+        file: Image as `datasets.Image(decode=False)` returns it: its bytes, or its path, which may be in an archive.
+        name: What errors call the image.
+
+    Raises:
+        SystemExit: If there is no image, or it cannot be read.
+    """
+    file = file or {"bytes": None, "path": None}
+    try:
+        if file["bytes"] is not None:
+            return file["bytes"]
+        if file["path"] is not None and "::" in file["path"]:
+            with fsspec.open(file["path"]) as opened:
+                return opened.read()
+        if file["path"] is not None:
+            return Path(file["path"]).read_bytes()
+    except (OSError, zipfile.BadZipFile) as err:
+        raise SystemExit(f"{name}: it cannot be read ({err}). Check its path and permissions.") from err
+    raise SystemExit(f"{name}: the row holds no image. Fill it, or remove the row.")
+
+
+def is_of_one_colour(content: bytes) -> bool:
+    """Whether all pixels of an image file are equal; also true of a file that is no image."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            extrema = image.getextrema()
+    except Exception:  # Pillow raises nearly anything for broken files, which `read_picture` reports
+        return True
+    return all(low == high for low, high in (extrema if isinstance(extrema[0], tuple) else [extrema]))
+
+
+def check_paths(data: datasets.DatasetDict, name: str) -> None:
+    """Refuse rows that name an image outside of their data set, because `datasets` opens any path.
+
+    Args:
+        data: Splits of the data set.
+        name: Folder or Hub id of the data set. Files may be in this folder and in the caches of downloads.
+
+    Raises:
+        ValueError: If a row names another file.
+    """
+    caches = [datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE]
+    folders = [Path(os.path.abspath(folder)) for folder in (*caches, *([name] if Path(name).is_dir() else []))]
+    for split, rows in data.items():
+        for column in image_columns(rows):
+            for chunk in rows.data.column(column).chunks:
+                for path in pc.unique(chunk.field("path").filter(chunk.field("bytes").is_null())).to_pylist():
+                    if path is None:  # an image that is missing
+                        continue
+                    # The path of an image in an archive is `zip://<image>::<archive>`.
+                    file = re.fullmatch(r"(?:(?:zip|tar)://.*?::)?(.*)", path, re.DOTALL)[1]
+                    place = Path(os.path.abspath(file))
+                    if "::" in file or "://" in file or not any(map(place.is_relative_to, folders)):
+                        raise ValueError(
+                            f"column {column!r} of split {split!r} names the file {path}, which is no part of the "
+                            "data set. Put the files into its folder, or the images into its rows."
+                        )
+
+
+def image_columns(rows: datasets.Dataset) -> list[str]:
+    """Return the names of the columns that hold images or masks."""
+    return [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+
+
+def check_first_rows(
+    data: Mapping[str, ParquetRows], image_column: str, mask_column: str, regions: dict[str, list[int]] | None
+) -> None:
+    """Check the first 100 rows of each streamed split, and that regions are given, because not all masks are read.
+
+    Raises:
+        SystemExit: If there are no regions, or an image or a mask cannot be used.
+    """
+    if regions is None:
+        raise SystemExit(
+            "--streaming does not read all masks beforehand to find the ids in them. Name what to segment, such as by "
+            "--regions foreground=1."
+        )
+    ids = {label_id for label_ids in regions.values() for label_id in label_ids}
+    for split, rows in data.items():
+        found = check_images_and_masks(split, rows.head(100), image_column, mask_column)
+        if 255 in found and not found & ids:
+            raise SystemExit(
+                f"The first masks of {split} hold {sorted(found)}, of which 255 is ignored, and none is of a region: "
+                f"{regions}. With --streaming masks must hold label ids, such as 1 for the foreground."
+            )
+
+
+def check_images_and_masks(split: str, rows: datasets.Dataset, image_column: str, mask_column: str) -> set[int]:
+    """Read every image and mask once before training, which takes hours, and return the label ids in the masks.
+
+    Args:
+        split: Name of the split, for errors.
+        rows: Rows of the split.
+        image_column: Column of the images.
+        mask_column: Column of the masks.
+
+    Raises:
+        SystemExit: If an image or a mask cannot be used; the error names it and the remedy.
+    """
+    processor = Sam2UNetImageProcessor()
+    to_label_ids = SegmentationTransform(processor).to_label_ids
+    files = rows.select_columns(list({image_column: None, mask_column: None}))
+    for column in files.column_names:
+        files = files.cast_column(column, datasets.Image(decode=False))
+    found: set[int] = set()
+    for index, case in enumerate(tqdm(case_names(rows), desc=f"Checking {split} images and masks", unit="image")):
+        row, name = files[index], f"{split} image {case}"
+        image = read_picture(row[image_column], name, "it")
+        mask = read_picture(row[mask_column], name, "its mask")
+        if mask.format in ("JPEG", "MPO"):
+            raise SystemExit(f"{name}: its mask is a JPEG, which blurs label ids. Save masks as PNG.")
+        try:
+            processor.process_image(image.image, do_convert_rgb=True, do_rescale=True)
+            label_map = to_label_ids(mask.image)
+        except ValueError as err:
+            raise SystemExit(f"{name}: {err}") from err
+        check_alignment(image, mask, name)
+        for part in label_map.split(1024):  # `unique` sorts a copy, which for a whole mask would double the memory
+            found.update(part.unique().tolist())
+        if beyond := sorted(label_id for label_id in found if not 0 <= label_id < 2**16):
+            raise SystemExit(f"{name}: its mask holds the label {beyond[0]}. Label ids are 0 (background) to 65535.")
+        if len(found) > 64:
+            raise SystemExit(
+                f"The masks up to {name} hold more than 64 different values, such as {sorted(found)[:8]}. Are they "
+                "photographs, or saved as JPEG, which blurs ids? Save label ids as PNG."
+            )
+    return found
+
+
+class Picture(NamedTuple):
+    """An image as `datasets` decodes it, turned upright, with format and EXIF orientation of its file."""
+
+    image: Image.Image
+    format: str | None
+    orientation: int
+
+
+def read_picture(file: dict[str, Any] | None, name: str, what: str) -> Picture:
+    """Decode an image; refuse files that would be read in part only, or would fill the memory.
+
+    Args:
+        file: Image as `datasets.Image(decode=False)` returns it.
+        name: What errors call the row.
+        what: What errors call the image, such as "its mask".
+
+    Raises:
+        SystemExit: If the image cannot be used.
+    """
+    content = file_bytes(file, name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content)) as opened:
+                # The other images of an MPO are previews.
+                pages = getattr(opened, "n_frames", 1) if opened.format != "MPO" else 1
+                form, orientation = opened.format, opened.getexif().get(ExifTags.Base.Orientation, 1)
+            picture = Picture(datasets.Image().decode_example(file), form, orientation)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
+        raise SystemExit(
+            f"{name}: {what} has more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit. Cut image and mask into "
+            "tiles, or make them smaller."
+        ) from err
+    except Exception as err:  # Pillow raises nearly anything for broken files
+        where = f"; {file['path']}" if file is not None and file["path"] else ""
+        reason = f"{str(err) or type(err).__name__}{where}"
+        raise SystemExit(f"{name}: {what} cannot be read ({reason}). Save it anew, or remove the pair.") from err
+    if form == "TIFF" and orientation in (5, 6, 7, 8):  # Pillow 12 reads their rows with a wrong length from a path
+        raise SystemExit(f"{name}: {what} is a TIFF with the EXIF orientation {orientation}. Save it upright, as PNG.")
+    if pages > 1:
+        raise SystemExit(f"{name}: {what} has {pages} pages, of which one would be read. Save them as files.")
+    return picture
+
+
+def check_alignment(image: Picture, mask: Picture, name: str) -> None:
+    """Refuse an image and a mask of different sizes, or that EXIF may have turned differently."""
+    turned = image.orientation != mask.orientation
+    width, height = mask.image.size
+    if image.image.size != (width, height):
+        hint = " One of them is turned by its EXIF orientation, the other is not." if turned else ""
+        raise SystemExit(
+            f"{name} is {image.image.height}x{image.image.width} pixels, its mask {height}x{width}.{hint} Resize "
+            "one to the other, masks by nearest neighbour."
+        )
+    # Equal sizes prove that both are upright if EXIF gives one a quarter turn, unless they are square. Half turns and
+    # mirroring do not show in the size.
+    if turned and (height == width or not {image.orientation, mask.orientation} & {5, 6, 7, 8}):
+        raise SystemExit(
+            f"{name} has the EXIF orientation {image.orientation}, its mask {mask.orientation}: whether they lie "
+            "on each other cannot be told. Save both upright (`PIL.ImageOps.exif_transpose`)."
+        )

@@ -1,0 +1,95 @@
+"""Predicted label maps, their files, and the cases that `predictions.png` shows."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from case_names import case_names
+from PIL import Image
+from plots import ShownCase
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from sam2unet_hf import Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
+from sam2unet_hf.training import SegmentationTransform
+
+
+@torch.inference_mode()
+def predict_label_maps(
+    model: PreTrainedModel, processor: Sam2UNetImageProcessor, images: Sequence[Image.Image]
+) -> list[np.ndarray]:
+    """Segment images as a user of the checkpoint does.
+
+    Args:
+        model: Model in the layout of SAM2-UNet's outputs.
+        processor: Image processor of the model.
+        images: Images of any sizes.
+
+    Returns:
+        A map of label ids for each image, of shape `(height, width)` of the image.
+    """
+    inputs = processor(images, return_tensors="pt").to(model.device)
+    sizes = [(image.height, image.width) for image in images]
+    maps = processor.post_process_semantic_segmentation(model.eval()(**inputs), target_sizes=sizes)
+    return [label_map.cpu().numpy() for label_map in maps]
+
+
+def write_predictions(
+    folder: Path,
+    rows: datasets.Dataset,
+    transform: SegmentationTransform,
+    model: Sam2UNetForSemanticSegmentation,
+    batch_size: int,
+) -> None:
+    """Write the predicted label map of every row as PNG, in the label ids of the masks.
+
+    Args:
+        folder: Folder to write to; files are named by [`~case_names.case_names`].
+        rows: Rows of a split.
+        transform: Transform of the rows, which knows the column of the images and the ids of the masks.
+        model: The model.
+        batch_size: Images at once.
+    """
+    folder.mkdir(exist_ok=True)
+    names = case_names(rows)
+    for start in tqdm(range(0, len(rows), batch_size), desc="Writing predictions", unit="batch"):
+        images = rows[start : start + batch_size][transform.image_column]
+        maps = predict_label_maps(model, transform.processor, images)
+        for name, label_map in zip(names[start : start + batch_size], maps, strict=True):
+            for original_id, label_id in transform.label_mapping.items():
+                label_map = np.where(label_map == label_id, original_id, label_map)
+            dtype = np.uint8 if label_map.max() < 256 else np.uint16
+            Image.fromarray(label_map.astype(dtype)).save(folder / f"{name}.png")
+
+
+def choose_cases(
+    rows: datasets.Dataset,
+    dice: np.ndarray,
+    transform: SegmentationTransform,
+    model: Sam2UNetForSemanticSegmentation,
+) -> list[ShownCase]:
+    """Choose the best, the median and the worst image by Dice among those whose reference holds a region.
+
+    Args:
+        rows: Rows of a split.
+        dice: Dice of each row, of shape `(rows,)`.
+        transform: Transform of the rows, which knows the columns of images and masks.
+        model: The model.
+    """
+    region_ids = [label_id for label_ids in model.config.regions.values() for label_id in label_ids]
+
+    def reference(index: int) -> np.ndarray:
+        return transform.to_label_ids(rows[index][transform.mask_column]).numpy()
+
+    foreground = [index for index in range(len(rows)) if np.isin(reference(index), region_ids).any()]
+    ranked = sorted(foreground or range(len(rows)), key=lambda index: -dice[index])
+    names = case_names(rows)
+    cases = []
+    for rank, index in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
+        image = rows[index][transform.image_column]
+        (prediction,) = predict_label_maps(model, transform.processor, [image])
+        title = f"{rank}: Dice {dice[index]:.3f}\n{names[index]}"
+        cases.append(ShownCase(title, image, reference(index), prediction))
+    return cases
