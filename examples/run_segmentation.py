@@ -37,9 +37,10 @@ from dataset_scripts.brats_slices.brats_slices import CITATION
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
 from sam2unet_hf.configuration_sam2unet import PRESETS
 from sam2unet_hf.regions_sam2unet import parse_regions
-from sam2unet_hf.training import HYPERPARAMETERS, Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform
+from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform
 from sam2unet_hf.training.augmentation import AUGMENTATIONS, augmentation
 from sam2unet_hf.training.resume import StopOnSigterm, last_complete_checkpoint, why_incomplete
+from sam2unet_hf.training.trainer import HYPERPARAMETERS
 
 
 logger = logging.getLogger("run_segmentation")
