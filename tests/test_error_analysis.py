@@ -22,24 +22,24 @@ from scipy.spatial.distance import cdist
 from dataset_scripts.brats_slices.__main__ import main as write_brats_slices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.scans_sam2unet import Volume
 from sam2unet_hf.training import SegmentationMetrics, SegmentationTransform
-from sam2unet_hf.volume import Sam2UNetVolumePipeline
+from sam2unet_hf.volume import Sam2UNetVolumePipeline, VolumeSegmentation
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import error_analysis  # noqa: E402 - the scripts are no package
 import run_segmentation  # noqa: E402
-from error_analysis import (  # noqa: E402
+from case_view import CaseView, bounding_box, largest_slice, segment_case  # noqa: E402
+from error_metrics import (  # noqa: E402
     Calibration,
     boundary_distances,
-    choose_examples,
-    contrast,
-    overlap,
+    contrast_to_noise,
     score_region,
-    segment_case,
     unmatched_lesions,
 )
-from error_plots import WIDTH, box, evenly_spread  # noqa: E402
+from error_plots import WIDTH, draw_case, evenly_spread, middle_slices  # noqa: E402
+from error_report import choose_examples  # noqa: E402
 
 
 REGIONS = {"WT": [1, 2, 3], "TC": [1, 3]}
@@ -95,10 +95,14 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def test_overlap():
-    assert overlap(mask_of((0, 2, 0, 2)), mask_of((0, 2, 1, 3))) == 0.5
-    assert overlap(mask_of(), mask_of()) == 1
-    assert overlap(mask_of(), mask_of((0, 1, 0, 1))) == 0
+def test_dice_is_one_without_region_and_prediction_and_zero_with_one_of_them():
+    def dice(truth, prediction):
+        record, _ = score_region(prediction * 1.0, truth, np.ones_like(truth), np.ones(truth.shape))
+        return record["dice"]
+
+    assert dice(mask_of((0, 2, 0, 2)), mask_of((0, 2, 1, 3))) == 0.5
+    assert dice(mask_of(), mask_of()) == 1
+    assert dice(mask_of(), mask_of((0, 1, 0, 1))) == 0
 
 
 def test_untouched_components_join_corners_and_know_size_and_place():
@@ -126,20 +130,22 @@ def test_contrast_is_against_the_ring_inside_the_head():
     grey[truth] = 85.0
     head = np.ones_like(truth)
     ring = mask_of((8, 12, 8, 10), (8, 12, 20, 22), (6, 8, 10, 20), (12, 14, 10, 20))
-    assert contrast(grey, truth, ring) == pytest.approx(2.5)
+    assert contrast_to_noise(grey, truth, ring) == pytest.approx(2.5)
     # Nothing farther than the width of the ring counts.
     far = grey.copy()
     far[mask_of((0, 20, 0, 30)) & ~mask_of((3, 17, 5, 25))] = 1000
-    assert contrast(far, truth, head, width=4) == pytest.approx(contrast(grey, truth, head, width=4))
-    assert contrast(far, truth, head, width=7) < 0
-    assert contrast(grey[:, ::-1] * 2 + 5, truth[:, ::-1], head, 4) == pytest.approx(contrast(grey, truth, head, 4))
+    assert contrast_to_noise(far, truth, head, width=4) == pytest.approx(contrast_to_noise(grey, truth, head, width=4))
+    assert contrast_to_noise(far, truth, head, width=7) < 0
+    assert contrast_to_noise(grey[:, ::-1] * 2 + 5, truth[:, ::-1], head, 4) == pytest.approx(
+        contrast_to_noise(grey, truth, head, 4)
+    )
 
 
 def test_contrast_without_tumour_or_surroundings_is_unknown():
     truth = mask_of((8, 12, 10, 20))
     grey = np.where(truth, 9.0, 3.0)
     for arguments in ((grey, mask_of(), ~mask_of()), (grey, truth, truth), (grey, truth, ~mask_of())):
-        assert math.isnan(contrast(*arguments))
+        assert math.isnan(contrast_to_noise(*arguments))
 
 
 def test_boundary_distances_of_shifted_squares():
@@ -236,8 +242,8 @@ def test_the_worst_are_of_different_cases_while_there_are_others():
 
 
 def test_box_and_spread():
-    assert box(mask_of((5, 9, 0, 7)), margin=2) == (slice(3, 11), slice(0, 9))
-    assert box(mask_of()) == (slice(None), slice(None))
+    assert bounding_box(mask_of((5, 9, 0, 7)), margin=2) == (slice(3, 11), slice(0, 9))
+    assert bounding_box(mask_of()) == (slice(None), slice(None))
     assert evenly_spread(10, 4).tolist() == [0, 3, 6, 9]
     assert evenly_spread(3, 9).tolist() == [0, 1, 2]
     assert evenly_spread(9, 1).tolist() == [4]
@@ -538,7 +544,7 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_the_work(
     what, cohort, slices, checkpoint, tmp_path, monkeypatch
 ):
     for name in ("Analysis", "segment_case"):
-        monkeypatch.setattr(error_analysis, name, lambda *_: pytest.fail("the work was done before"))
+        monkeypatch.setattr(error_analysis, name, lambda *_, **__: pytest.fail("the work was done before"))
     case = sorted(path for path in cohort.iterdir() if path.is_dir())[0]
     data = ["--dataset_name", str(slices)] if what == "data set" else ["--case", str(case)]
     (tmp_path / "file").touch()
@@ -555,17 +561,12 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_the_work(
 
 def test_figures_lie_in_their_folder_whatever_case_and_regions_are_named(tmp_path):
     shape = (4, 5, 6)
-    ball = np.ones(shape, bool)
-    view = error_analysis.CaseView(
-        name="../../up",
-        grey={"flair": np.arange(120, dtype=np.uint8).reshape(shape)},
-        shown="flair",
-        spacing_mm=(1.0, 1.0, 1.0),
-        truth={"/../WT": ball},
-        prediction={"/../WT": ball},
-        probabilities={"/../WT": ball.astype(np.float32)},
-    )
-    error_analysis.draw_case(view, tmp_path / "a" / "b" / "out", ["svg"])
+    grey = np.arange(120, dtype=np.uint8).reshape(shape)
+    scan = Volume("scan", grey, np.eye(4), np.diag([-1.0, -1.0, 1.0, 1.0]), header=None)
+    ball = np.ones(shape, np.uint8)
+    segmentation = VolumeSegmentation(ball, {"/../WT": [1]}, scan, ball[None].astype(np.float32))
+    view = CaseView("../../up", segmentation, {"flair": grey}, "flair", reference=ball)
+    draw_case(view, tmp_path / "a" / "b" / "out", ["svg"])
     kinds = ("contrasts", "probabilities", "errors_.._WT", "montage_.._WT", "planes_.._WT")
     names = {path.name for path in (tmp_path / "a" / "b" / "out").iterdir()}
     assert names == {f".._.._up_{kind.replace('_..', '__..')}.svg" for kind in kinds}
@@ -594,18 +595,19 @@ def test_figures_of_a_case(cohort, checkpoint, tmp_path):
 def test_a_case_is_seen_upright_and_as_the_mask_says(cohort, checkpoint):
     case = error_analysis.find_cases(cohort)[0]
     model, processor = error_analysis.load_model(error_analysis.parse_arguments(["--model", str(checkpoint)])[0])
-    view = segment_case(Sam2UNetVolumePipeline(model, processor), case, 8)
+    view = segment_case(Sam2UNetVolumePipeline(model, processor), case, return_probabilities=True)
     labels = case.read_mask().voxels
-    np.testing.assert_array_equal(view.truth["TC"], np.isin(labels, [1, 3]))
+    whole, prediction = view.masks("WT")
+    np.testing.assert_array_equal(view.masks("TC")[0], np.isin(labels, [1, 3]))
     assert list(view.grey) == ["t1", "t1ce", "t2", "flair"]
     for plane, axis in (("sagittal", 0), ("coronal", 1), ("axial", 2)):
         counts = np.moveaxis(labels > 0, axis, 0).sum(axis=(1, 2))
-        assert counts[view.largest_slice("WT", plane)] == counts.max()
-    indices = view.slices_of_tumour("WT", 3)
+        assert counts[largest_slice(plane, whole, prediction)] == counts.max()
+    indices = middle_slices(whole, 3)
     assert len(indices) == 3
-    assert all(view.truth["WT"][:, :, index].any() for index in indices)
+    assert all(whole[:, :, index].any() for index in indices)
     # Brighter than the model's threshold, hence tumour.
-    assert view.probabilities["WT"][view.prediction["WT"]].min() > 0.5
+    assert view.probability("WT")[prediction].min() > 0.5
 
 
 def test_a_case_without_mask_or_contrast_and_folders_that_are_none(cohort, checkpoint, tmp_path, caplog):
