@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import transformers
 from case_view import segment_case
@@ -80,21 +79,6 @@ class AnalysisArguments:
     )
 
 
-def load_rows(
-    args: AnalysisArguments, data_args: DataArguments, regions: dict[str, list[int]]
-) -> tuple[datasets.Dataset, str, str, dict[int, int]]:
-    """Return the rows to look at, the columns of images and masks, and the ids to replace in the masks."""
-    data = load_data(data_args)
-    if args.split not in data:
-        raise SystemExit(f"--split {args.split}: the data set has {', '.join(data)}. Pass one of them.")
-    image_column, mask_column = find_columns(data, data_args)
-    try:
-        _, mapping = find_regions(data, image_column, mask_column, regions)
-    except SystemExit as err:
-        raise SystemExit(f"{err} {args.model} segments {regions}: pass data with masks of these ids.") from err
-    return data[args.split], image_column, mask_column, mapping
-
-
 def load_case(path: str) -> BratsCase:
     """Return the one case of a folder."""
     cases = find_cases(path)
@@ -103,14 +87,16 @@ def load_case(path: str) -> BratsCase:
     return cases[0]
 
 
-def prepare_folder(folder: Path) -> None:
+def prepare_folder(path: str) -> Path:
     """Make the folder of the results, and try to write to it, while that costs nobody an analysis."""
+    folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as err:
         raise SystemExit(f"{folder} cannot be written to ({err}). Pass another folder by --output_dir.") from err
+    return folder
 
 
 def read_run(model: str) -> tuple[Path, dict[str, Any] | None]:
@@ -212,6 +198,53 @@ def load_model(args: AnalysisArguments) -> tuple[Sam2UNetForSemanticSegmentation
     return model.eval().to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
 
 
+def analyse_case(
+    args: AnalysisArguments,
+    data_args: DataArguments,
+    model: Sam2UNetForSemanticSegmentation,
+    processor: Sam2UNetImageProcessor,
+) -> None:
+    """Write the figures of one patient."""
+    try:
+        segment = Sam2UNetVolumePipeline(model, processor, data_args.modalities)
+    except ValueError as err:
+        raise SystemExit(f"--modalities: {err}") from err
+    try:
+        case = load_case(args.case)
+        folder = prepare_folder(args.output_dir)
+        if "seg" not in case.files:
+            logger.warning("Case %s has no expert's mask: its figures show the prediction alone.", case.case_id)
+        view = segment_case(segment, case, batch_size=args.batch_size, return_probabilities=True)
+    except (OSError, ValueError) as err:  # no case, or one that cannot be read
+        raise SystemExit(f"--case: {err}") from err
+    draw_case(view, folder, args.format)
+
+
+def analyse_split(
+    args: AnalysisArguments,
+    data_args: DataArguments,
+    model: Sam2UNetForSemanticSegmentation,
+    processor: Sam2UNetImageProcessor,
+) -> None:
+    """Write the report on a split of a data set."""
+    data_args.modalities = data_args.modalities or processor.modalities or ["flair"]
+    data = load_data(data_args)
+    if args.split not in data:
+        raise SystemExit(f"--split {args.split}: the data set has {', '.join(data)}. Pass one of them.")
+    rows, columns, regions = data[args.split], find_columns(data, data_args), model.config.regions
+    try:
+        _, mapping = find_regions(data, *columns, regions)
+    except SystemExit as err:
+        raise SystemExit(f"{err} {args.model} segments {regions}: pass data with masks of these ids.") from err
+    folder = prepare_folder(args.output_dir)
+    transform = SegmentationTransform(processor, *columns, label_mapping=mapping)
+    analysis = Analysis(model, processor, rows, transform, args.spacing_mm)
+    analysis.run(args.batch_size, args.max_images)
+    images = f"{len(analysis.records) // len(regions)} of {len(rows)} {args.split} images"
+    source = data_args.dataset_name or data_args.brats_dir or "the phantom"
+    write_report(analysis, folder, f"Errors of {args.model} on {images} of {source}", args.worst, args.format)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
@@ -221,38 +254,14 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load_model(args)
     regions = model.config.regions
     try:
-        if data_args.regions is not None and (given := parse_regions(data_args.regions)) != regions:
-            raise ValueError(f"{args.model} segments {regions}, not {given}. Leave out --regions.")
+        given = regions if data_args.regions is None else parse_regions(data_args.regions)
     except ValueError as err:
         raise SystemExit(f"--regions: {err}") from err
-    folder = Path(args.output_dir)
-    if args.case is not None:
-        try:
-            segment = Sam2UNetVolumePipeline(model, processor, data_args.modalities)
-        except ValueError as err:
-            raise SystemExit(f"--modalities: {err}") from err
-        try:
-            case = load_case(args.case)
-            prepare_folder(folder)
-            if "seg" not in case.files:
-                logger.warning("Case %s has no expert's mask: its figures show the prediction alone.", case.case_id)
-            view = segment_case(segment, case, batch_size=args.batch_size, return_probabilities=True)
-        except (OSError, ValueError) as err:  # no case, or one that cannot be read
-            raise SystemExit(f"--case: {err}") from err
-        draw_case(view, folder, args.format)
-    else:
-        data_args.modalities = data_args.modalities or processor.modalities or ["flair"]
-        rows, image_column, mask_column, mapping = load_rows(args, data_args, regions)
-        transform = SegmentationTransform(processor, image_column, mask_column, label_mapping=mapping)
-        prepare_folder(folder)
-        analysis = Analysis(model, processor, rows, transform, args.spacing_mm)
-        analysis.run(args.batch_size, args.max_images)
-        images = f"{len(analysis.records) // len(regions)} of {len(rows)} {args.split} images"
-        title = (
-            f"Errors of {args.model} on {images} of {data_args.dataset_name or data_args.brats_dir or 'the phantom'}"
-        )
-        write_report(analysis, folder, title, args.worst, args.format)
-    logger.info("The results are in %s.", folder)
+    if given != regions:
+        raise SystemExit(f"--regions: {args.model} segments {regions}, not {given}. Leave out --regions.")
+    analyse = analyse_split if args.case is None else analyse_case
+    analyse(args, data_args, model, processor)
+    logger.info("The results are in %s.", Path(args.output_dir))
 
 
 if __name__ == "__main__":
