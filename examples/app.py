@@ -35,8 +35,8 @@ WARNING = (
     "results stay on the server that runs this page, and are deleted about an hour after they came."
 )
 LIFETIME_S = 3600
-EVERYWHERE = "0.0.0.0"  # nosec B104 # not the default
-# Turning the wheel over a picture moves its slider.
+ALL_INTERFACES = "0.0.0.0"  # nosec B104 # not the default
+# The wheel over a picture moves its slider.
 WHEEL = """
 <script>
 document.addEventListener("wheel", (event) => {
@@ -104,12 +104,12 @@ def gather_case(paths: Sequence[str], modalities: Sequence[str], folder: Path) -
     """Bring uploaded files together as a case.
 
     Args:
-        paths: Scans under their BraTS names, and perhaps the mask; or one scan for a model of one contrast.
-        modalities: What the model takes.
+        paths: Scans under their BraTS names, and perhaps the mask; or one scan for a model of one modality.
+        modalities: Those that the model takes.
         folder: Empty, for links to the files.
 
     Raises:
-        ValueError: If they are no case of the model's contrasts.
+        ValueError: If they are no case of the model's modalities.
     """
     scans = [Path(path) for path in paths if path.endswith((".nii", ".nii.gz"))]
     if not scans:
@@ -134,13 +134,13 @@ def gather_case(paths: Sequence[str], modalities: Sequence[str], folder: Path) -
 
 
 def phantom_files() -> list[str]:
-    """Return the files of a patient that never was."""
+    """Return the files of the phantom patient."""
     return sorted(map(str, next(phantom_cohort().glob("Phantom_*")).iterdir()))
 
 
 @functools.cache
 def phantom_cohort() -> Path:
-    """Draw it once, in the size of the phantom that the examples train on."""
+    """Draw a phantom patient once, in the size of those that the examples train on."""
     folder = Path(tempfile.mkdtemp(prefix="phantom_")) / "cohort"
     return write_phantom_cohort(folder, num_patients=1, seed=1)
 
@@ -158,9 +158,9 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
     Args:
         load: Returns the pipeline of a model's name.
         models: Names to choose from.
-        planes: Planes that the model looks at, unless the user chooses others; without any that of its training.
+        planes: Planes to average over unless the user chooses others; if empty, the plane of the training.
     """
-    # Without usage statistics, which are sent to Gradio.
+    # Turn off usage statistics, which would be sent to Gradio.
     options: dict[str, Any] = {"analytics_enabled": False, "delete_cache": (LIFETIME_S // 6, LIFETIME_S)}
     with gr.Blocks(title=TITLE, fill_width=True, **options) as page:
         state = gr.State(None, time_to_live=LIFETIME_S)
@@ -296,9 +296,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
     parser.add_argument(
         "--server_name",
-        # Not what GRADIO_SERVER_NAME says, unseen. A Space is reached from outside only.
-        default=EVERYWHERE if "SPACE_ID" in os.environ else "127.0.0.1",
-        help=f"{EVERYWHERE} for others in the network; default: this machine alone",
+        # Do not take it from GRADIO_SERVER_NAME, as Gradio does unasked. A Space is reached from outside only.
+        default=ALL_INTERFACES if "SPACE_ID" in os.environ else "127.0.0.1",
+        help=f"{ALL_INTERFACES} for others in the network; default: this machine alone",
     )
     parser.add_argument("--server_port", type=int, help="default: the first free one from 7860 on")
     parser.add_argument("--share", action="store_true", help="through Gradio's public link: never with real patients")
@@ -308,7 +308,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the page until it is stopped."""
     args = parse_arguments(argv)
-    # Gradio would keep scans and results in the browser, for good.
+    # Turn off the history of Gradio, which keeps scans and results in the browser for good.
     os.environ["GRADIO_RUN_HISTORY"] = "False"
 
     @functools.lru_cache(maxsize=2)

@@ -1,4 +1,4 @@
-"""One segmented patient: volumes, the places to look at, and pictures of slices."""
+"""One segmented patient: its volumes, its slices with the most tumour, and pictures of slices."""
 
 import functools
 import itertools
@@ -22,7 +22,7 @@ ORIENTATION_LABELS = {  # left, right, top and bottom of `take_slice`
     "coronal": "RLSI",
     "sagittal": "APSI",
 }
-REGION_COLOURS = (COLOURS[2], COLOURS[0], COLOURS[1], *COLOURS[3:])  # the lightest for the region that is outermost
+REGION_COLOURS = (COLOURS[2], COLOURS[0], COLOURS[1], *COLOURS[3:])  # the outermost region has the lightest
 PICTURE_PIXELS = 480  # longest side of the head
 PICTURE_MARGIN = 3  # voxels around the head
 
@@ -33,7 +33,7 @@ class CaseView:
 
     Attributes:
         name: The case.
-        segmentation: The model's, on the grid of the file.
+        segmentation: What the model found, on the grid of the file.
         grey: 8-bit volume of each modality that there is.
         modality: The one to show behind masks: FLAIR if the model takes it, else the first that it takes.
         reference: Label ids of the expert's mask, or `None` if the case has none.
@@ -79,8 +79,8 @@ class CaseView:
     def _tight_head_box(self) -> tuple[slice, ...]:
         return bounding_box(np.any([volume != 0 for volume in self.grey.values()], axis=0))
 
-    def cut(self, volume: np.ndarray, plane: str, index: int, margin: int = 4) -> np.ndarray:
-        """Cut one slice, without what is farther from the head than a margin of voxels."""
+    def crop(self, volume: np.ndarray, plane: str, index: int, margin: int = 4) -> np.ndarray:
+        """Return one slice, cropped to the head with a margin of voxels."""
         box = list(self.head_box(margin))
         box[PLANES[plane]] = slice(None)
         return take_slice(volume[tuple(box)], plane, index)
@@ -97,7 +97,7 @@ def segment_case(segment: Sam2UNetVolumePipeline, case: BratsCase, **options: An
     Raises:
         ScanError: If a scan is missing, damaged or on another grid than the first.
     """
-    # Read all files first, since the segmentation takes minutes. Other scans must fit the first that is segmented.
+    # Read all files before the segmentation, which takes minutes. They must fit the first scan that is segmented.
     names = list(dict.fromkeys([*segment.modalities, *(name for name in MODALITIES if name in case.files)]))
     scans = dict(zip(names, case.read_images(names), strict=True))
     reference = case.read_mask(same_grid_as=scans[names[0]]).voxels if "seg" in case.files else None
@@ -138,7 +138,7 @@ def region_colours(regions: Iterable[str]) -> dict[str, str]:
 
 
 def to_file_name(text: str) -> str:
-    """Replace what a file's name should not hold, such as slashes and spaces."""
+    """Replace each run of characters other than letters, digits, `_`, `.` and `-` by `_`."""
     return re.sub(r"[^\w.-]+", "_", text)
 
 
@@ -166,13 +166,13 @@ def draw_slice(
         RGB picture of shape `(height, width, 3)`, `uint8`, at the same scale in mm along both axes and in all planes.
     """
     height_mm, width_mm = pixel_size_mm(view.spacing_mm, plane)
-    grey = np.ascontiguousarray(view.cut(view.grey[modality], plane, index, PICTURE_MARGIN))
+    grey = np.ascontiguousarray(view.crop(view.grey[modality], plane, index, PICTURE_MARGIN))
     scale = PICTURE_PIXELS / max(
         (part.stop - part.start) * mm for part, mm in zip(view.head_box(PICTURE_MARGIN), view.spacing_mm, strict=True)
     )
     size = (round(grey.shape[1] * width_mm * scale), round(grey.shape[0] * height_mm * scale))
     picture = Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR).convert("RGB")
-    labels = view.cut(labels, plane, index, PICTURE_MARGIN)
+    labels = view.crop(labels, plane, index, PICTURE_MARGIN)
     colours = region_colours(view.regions)
     rgba = np.zeros((*labels.shape, 4), np.uint8)
     for region in sorted(regions, key=lambda region: -len(view.regions[region])):

@@ -38,15 +38,21 @@ from sam2unet_hf.volume import Sam2UNetVolumePipeline
 
 logger = logging.getLogger("error_analysis")
 
-# Taken from the run where they are not given. Those of scans mean nothing to a run on a data set.
+# Options that are taken from the run unless they are given; those of scans only from a run on scans.
 SCAN_OPTIONS = ("slices", "plane", "min_tumor_pixels", "modalities", "skip_bad_cases")
 DATA_OPTIONS = ("dataset_name", "dataset_config_name", "brats_dir", "image_column", "mask_column", "split_seed")
-SPLIT_OPTIONS = ("split_seed", "slices", "plane", "min_tumor_pixels", "modalities")  # other values, another test split
+SPLIT_OPTIONS = (
+    "split_seed",
+    "slices",
+    "plane",
+    "min_tumor_pixels",
+    "modalities",
+)  # other values make another test split
 
 
 @dataclass
 class AnalysisArguments:
-    """Which model to look at, on which images, and what to write."""
+    """Model, images and output of an error analysis."""
 
     model: str = field(
         default="runs/phantom",
@@ -55,7 +61,7 @@ class AnalysisArguments:
             "folder; without one it is the phantom."
         },
     )
-    split: str = field(default="test", metadata={"help": "Split to look at: train, validation or test."})
+    split: str = field(default="test", metadata={"help": "Split to analyse: train, validation or test."})
     case: str | None = field(
         default=None, metadata={"help": "Folder of one patient's scans: draw the figures of this case instead."}
     )
@@ -63,7 +69,7 @@ class AnalysisArguments:
         default=None, metadata={"help": "Folder to write to. Default: errors in that of the model."}
     )
     max_images: int | None = field(
-        default=None, metadata={"help": "Look at this many images, evenly spread over the split."}
+        default=None, metadata={"help": "Analyse this many images, evenly spread over the split."}
     )
     worst: int = field(default=6, metadata={"help": "Worst images shown per region, of different cases if possible."})
     spacing_mm: list[float] | None = field(
@@ -71,11 +77,12 @@ class AnalysisArguments:
         metadata={"help": "Height and width of a pixel, or both in one number, for mm instead of pixels."},
     )
     format: list[str] = field(
-        default_factory=lambda: ["png"], metadata={"help": "Of the figures.", "choices": ("png", "pdf", "svg")}
+        default_factory=lambda: ["png"],
+        metadata={"help": "File formats of the figures.", "choices": ("png", "pdf", "svg")},
     )
-    batch_size: int = field(default=8, metadata={"help": "Images at once."})
+    batch_size: int = field(default=8, metadata={"help": "Images that the model takes at once."})
     device: str | None = field(
-        default=None, metadata={"help": "Such as cpu or cuda:1. Default: a GPU if there is one."}
+        default=None, metadata={"help": "Device, such as cpu or cuda:1. Default: a GPU if there is one."}
     )
 
 
@@ -88,7 +95,7 @@ def load_case(path: str) -> BratsCase:
 
 
 def prepare_folder(path: str) -> Path:
-    """Make the folder of the results, and try to write to it, while that costs nobody an analysis."""
+    """Make the folder of the results, and check before the analysis that it can be written to."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +107,10 @@ def prepare_folder(path: str) -> Path:
 
 
 def read_run(model: str) -> tuple[Path, dict[str, Any] | None]:
-    """Return the record of the run that a model is of, and its arguments; a checkpoint lies in the run's folder."""
+    """Return the path of the record of the run that trained a model, and the arguments in it, `None` without one.
+
+    The record of a checkpoint lies in the folder above it.
+    """
     folder = Path(model)
     if folder.resolve().name.startswith("checkpoint-") and not (folder / RECORD).exists():
         folder = folder.resolve().parent
@@ -121,7 +131,7 @@ def format_option(name: str, value: Any) -> str:
 
 
 def fill_from_run(model: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Return values for data options that are not given: those of the run, or the phantom's if there is nothing else.
+    """Return the data options of the run for those that are not given, or the phantom's without a run.
 
     Args:
         model: Folder of the model, or its Hub id.
@@ -156,10 +166,10 @@ def fill_from_run(model: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_arguments(argv: list[str]) -> tuple[AnalysisArguments, DataArguments]:
-    """Read the command line; data options that it leaves open are those of the run that trained the model."""
+    """Read the command line; take data options that are not given from the run that trained the model."""
     parser = HfArgumentParser((AnalysisArguments, DataArguments), description=__doc__.split("\n")[0])
     parser.set_defaults(modalities=None)  # those of the model
-    # Where a namespace has a value already, the parser sets no default: what is still open then was not given.
+    # The parser sets no default where the namespace has a value, so what is still open afterwards was not given.
     is_open = object()
     names = [option.name for option in fields(DataArguments)]
     found, _ = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(names, is_open)))
@@ -215,7 +225,7 @@ def analyse_case(
         if "seg" not in case.files:
             logger.warning("Case %s has no expert's mask: its figures show the prediction alone.", case.case_id)
         view = segment_case(segment, case, batch_size=args.batch_size, return_probabilities=True)
-    except (OSError, ValueError) as err:  # no case, or one that cannot be read
+    except (OSError, ValueError) as err:  # there is no case, or it cannot be read
         raise SystemExit(f"--case: {err}") from err
     draw_case(view, folder, args.format)
 

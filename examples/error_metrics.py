@@ -86,7 +86,8 @@ def boundary_distances(
     The first is the mean over the surface pixels of both masks of the distance to the nearest of the other; the second
     the larger of the 95th percentiles of the two directions.
 
-    The package's `hausdorff_distance_95` is of volumes: all of an image of one slice would be surface to it.
+    The package's `hausdorff_distance_95` takes volumes. In a volume of one slice each voxel is surface, since it lies
+    at the border, so the distances of images are computed here.
 
     Args:
         reference: Mask of shape `(height, width)`.
@@ -134,7 +135,7 @@ def score_region(
     Args:
         probability: Of shape `(height, width)`, in [0, 1].
         reference: Mask of the region.
-        valid: Pixels that count.
+        valid: Mask of the pixels that are scored.
         grey: The image, 0 outside the head.
         spacing_mm: Height and width of a pixel, for distances in mm and areas in mm2, or `None` for pixels.
     """
@@ -182,17 +183,17 @@ def grey_values(image: Image.Image) -> np.ndarray:
 
 
 class Analysis:
-    """The model on the rows of a data set.
+    """Scores of a model on the rows of a data set; [`run`] fills them.
 
     Args:
         model: The model.
         processor: Its image processor.
         rows: The images and masks.
-        transform: Knows the columns, and how to read masks.
+        transform: Names the columns, and reads the masks.
         spacing_mm: As in [`score_region`].
 
     Attributes:
-        records: A small record per image and region, in their order.
+        records: A record per image and region, in the order of the rows.
         lesions: Missed and false lesions.
         calibration: Of each region, over all images.
     """
@@ -239,7 +240,7 @@ class Analysis:
 
         Yields:
             What is known about an image, its grey values of shape `(height, width)`, probabilities and masks of shape
-            `(regions, height, width)`, and the pixels that count.
+            `(regions, height, width)`, and the mask of the pixels that are scored.
         """
         batch = self.rows[indices]
         images = batch[self.transform.image_column]

@@ -24,7 +24,7 @@ STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fonts
 REFERENCE, PREDICTION, BOTH = COLOURS[2], COLOURS[0], COLOURS[1]
 REFERENCE_LINE = {"colors": REFERENCE, "linestyles": "solid", "linewidths": 1.2}
 PREDICTION_LINE = {"colors": PREDICTION, "linestyles": [(0, (2.5, 1.2))], "linewidths": 1.2}
-# Light lines show on white matter and on bright tumours alike.
+# A shadow makes light lines show on white matter and on bright tumours alike.
 SHADOW = [patheffects.withStroke(linewidth=2.0, foreground="#00000080")]
 # Legends: colour and style of lines, colour of areas.
 OUTLINES = {"expert": (REFERENCE, "-"), "model": (PREDICTION, "--")}
@@ -52,7 +52,7 @@ def evenly_spread(length: int, count: int) -> np.ndarray:
 def middle_slices(mask: np.ndarray, count: int) -> list[int]:
     """Return up to `count` axial slices through a mask, the middles of parts of equal length.
 
-    At its very ends there is little of it to see.
+    The slices at the very ends are left out, since they show little of the mask.
     """
     found = np.flatnonzero(mask.any(axis=(0, 1)))
     middles = (np.arange(count) + 0.5) / count * len(found)
@@ -60,7 +60,7 @@ def middle_slices(mask: np.ndarray, count: int) -> list[int]:
 
 
 def escape_mathtext(text: str) -> str:
-    """Return text that matplotlib does not take for a formula."""
+    """Escape what matplotlib would take for a formula."""
     return text.replace("$", r"\$")
 
 
@@ -70,7 +70,7 @@ def shorten(text: str, length: int = 26) -> str:
 
 
 def save_figure(figure: Figure, folder: Path, name: str, formats: Sequence[str]) -> None:
-    """Write a figure in each format, and forget it."""
+    """Write a figure in each format, and close it."""
     for suffix in formats:
         figure.savefig(folder / f"{name}.{suffix}", dpi=DPI)
     plt.close(figure)
@@ -105,7 +105,7 @@ def draw_errors(axis: plt.Axes, reference: np.ndarray, prediction: np.ndarray) -
 
 
 def add_legend(figure: Figure, lines: Mapping[str, tuple[str, str]], areas: Mapping[str, str]) -> None:
-    """Put a legend below a figure of images; on grey, or yellow and light blue do not show on paper."""
+    """Put a legend below a figure of images, on grey since yellow and light blue do not show on white paper."""
     handles: list[plt.Artist] = [
         plt.Line2D([], [], color=colour, linestyle=style, label=escape_mathtext(label))
         for label, (colour, style) in lines.items()
@@ -250,14 +250,14 @@ def plot_calibration(curves: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray,
 
 
 def draw_case(view: CaseView, folder: Path, formats: Sequence[str]) -> None:
-    """Write the figures of a case; those of a region that is nowhere are left out."""
+    """Write the figures of a case; leave out those of a region that neither reference nor prediction holds."""
     folder.mkdir(parents=True, exist_ok=True)
     start = to_file_name(view.name)
     save_figure(plot_modalities(view), folder, f"{start}_contrasts", formats)
     save_figure(plot_probabilities(view), folder, f"{start}_probabilities", formats)
     for region in view.regions:
         if not marked(view, region).any():
-            logger.warning("Case %s has no %s in truth or prediction: no figures of it.", view.name, region)
+            logger.warning("Case %s has no %s in reference or prediction: no figures of it.", view.name, region)
             continue
         end = to_file_name(region)
         if view.reference is not None:
@@ -275,7 +275,7 @@ def marked(view: CaseView, region: str) -> np.ndarray:
 def case_grid(
     view: CaseView, rows: int, columns: int, width: float = WIDTH, beside: float = 0.0, below: float = 0.35
 ) -> tuple[Figure, np.ndarray]:
-    """Return axes for axial slices, in a figure as high as they are; `beside` and `below` are inches for the rest."""
+    """Return a figure and axes for axial slices; `beside` and `below` are the inches that labels and legend take."""
     height_mm, width_mm = size_mm(view, "axial")
     gap = 2 * plt.rcParams["figure.constrained_layout.w_pad"]
     panel = ((width - beside) / columns - gap) * height_mm / width_mm
@@ -285,14 +285,14 @@ def case_grid(
 
 def size_mm(view: CaseView, plane: str) -> tuple[float, float]:
     """Return height and width of the slices of a plane."""
-    height, width = view.cut(view.grey[view.modality], plane, 0).shape
+    height, width = view.crop(view.grey[view.modality], plane, 0).shape
     pixel_mm = pixel_size_mm(view.spacing_mm, plane)
     return height * pixel_mm[0], width * pixel_mm[1]
 
 
 def draw_case_slice(axis: plt.Axes, view: CaseView, plane: str, index: int, modality: str | None = None) -> None:
     """Draw a slice of a case, in the modality of its figures unless another is given."""
-    grey = view.cut(view.grey[modality or view.modality], plane, index)
+    grey = view.crop(view.grey[modality or view.modality], plane, index)
     draw_grey(axis, grey, pixel_size_mm(view.spacing_mm, plane))
 
 
@@ -301,7 +301,7 @@ def draw_case_outlines(
 ) -> None:
     """Draw a slice of a case with the outlines of reference and prediction."""
     draw_case_slice(axis, view, plane, index)
-    draw_outlines(axis, *(None if mask is None else view.cut(mask, plane, index) for mask in masks))
+    draw_outlines(axis, *(None if mask is None else view.crop(mask, plane, index) for mask in masks))
 
 
 def draw_scale(axis: plt.Axes, view: CaseView) -> None:
@@ -328,7 +328,7 @@ def plot_modalities(view: CaseView) -> Figure:
     for axis, modality in zip(axes[0], view.grey, strict=True):
         draw_case_slice(axis, view, "axial", index, modality)
         for region, colour in colours.items():
-            mask = np.isin(view.cut(view.reference, "axial", index), view.regions[region])
+            mask = np.isin(view.crop(view.reference, "axial", index), view.regions[region])
             if mask.any():
                 axis.contour(mask, levels=[0.5], colors=colour, linewidths=1.2).set_path_effects(SHADOW)
         axis.set_title(MODALITY_TITLES.get(modality, modality.upper()))
@@ -347,7 +347,7 @@ def plot_case_errors(view: CaseView, region: str, count: int = 5) -> Figure:
     for column, index in zip(axes.T, indices, strict=True):
         for axis in column:
             draw_case_slice(axis, view, "axial", index)
-        masks = [view.cut(mask, "axial", index) for mask in (reference, prediction)]
+        masks = [view.crop(mask, "axial", index) for mask in (reference, prediction)]
         draw_mask(column[1], masks[0], REFERENCE)
         draw_mask(column[2], masks[1], PREDICTION)
         draw_errors(column[3], *masks)
@@ -372,8 +372,8 @@ def plot_probabilities(view: CaseView) -> Figure:
         for axis in row[:-1]:
             draw_case_slice(axis, view, "axial", index)
         if reference is not None:
-            draw_mask(row[1], view.cut(reference, "axial", index), REFERENCE)
-        probability = view.cut(view.probability(region), "axial", index)
+            draw_mask(row[1], view.crop(reference, "axial", index), REFERENCE)
+        probability = view.crop(view.probability(region), "axial", index)
         drawn = row[-1].imshow(probability, cmap="cividis", vmin=0, vmax=1, aspect=height_mm / width_mm)
         row[-1].set(xticks=[], yticks=[])
         row[0].set_ylabel(f"{escape_mathtext(region)}, slice {index}")

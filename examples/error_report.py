@@ -125,7 +125,7 @@ def choose_examples(records: list[dict[str, Any]], worst: int) -> list[tuple[str
 
 
 def draw_report(analysis: Analysis, worst: int) -> Iterator[tuple[str, str, Figure | None]]:
-    """Yield file name, caption and figure, or `None` for one that is left out, whose caption says why."""
+    """Yield file name, caption and figure; a figure that is left out is `None`, and its caption says why."""
     regions = analysis.regions
     for region in regions:
         name = f"overlays_{to_file_name(region)}"
@@ -163,7 +163,7 @@ def draw_report(analysis: Analysis, worst: int) -> Iterator[tuple[str, str, Figu
 
 
 def draw_dice(analysis: Analysis, regions: Sequence[str]) -> Iterator[tuple[str, str, Figure | None]]:
-    """Yield the figures of Dice against other values, of images whose reference holds the region, as `draw_report`."""
+    """Yield as `draw_report` the figures of Dice against other values, of images whose reference holds the region."""
     size = ("truth_mm2", "tumour size (mm²)") if analysis.spacing_mm else ("truth_pixels", "tumour size (pixels)")
     variables = [
         ("dice_size", *size, "Dice against tumour size"),
@@ -177,7 +177,7 @@ def draw_dice(analysis: Analysis, regions: Sequence[str]) -> Iterator[tuple[str,
             continue
         points = {}
         for region in regions:
-            values = analysis.column(region, key, with_tumour=True).astype(float)  # `None` is not-a-number then
+            values = analysis.column(region, key, with_tumour=True).astype(float)  # turns `None` into not-a-number
             known = ~np.isnan(values)
             points[region] = (values[known], dice[region][known])
         if any(values.size for values, _ in points.values()):
@@ -199,14 +199,14 @@ def draw_dice(analysis: Analysis, regions: Sequence[str]) -> Iterator[tuple[str,
 
 
 def as_text(value: Any, digits: int = 6) -> str:
-    """Return a value as it stands in tables: with so many digits, nothing for not-a-number."""
+    """Return a value as text for tables: numbers with this many digits, and an empty text for not-a-number."""
     if isinstance(value, (float, np.floating)):
         return "" if math.isnan(value) else f"{value:.{digits}g}"
     return "" if value is None else str(value)
 
 
 def write_csv(path: Path, records: list[dict[str, Any]], columns: Sequence[str] = ()) -> None:
-    """Write records with the same keys; `columns` are those of an empty table."""
+    """Write records with the same keys; `columns` are the header of an empty table."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(records[0] if records else columns)

@@ -78,7 +78,7 @@ def test_a_picture_shows_the_scan_its_regions_and_its_sides(view, monkeypatch):
     assert max(plain.shape) <= case_view.PICTURE_PIXELS
     np.testing.assert_array_equal(plain, draw(list(REGIONS), 0.0))
     full = draw(list(REGIONS), 1.0)
-    labels = view.cut(view.reference, "axial", index, case_view.PICTURE_MARGIN)
+    labels = view.crop(view.reference, "axial", index, case_view.PICTURE_MARGIN)
     rows, columns = np.indices(labels.shape)
     scale = np.array(full.shape[:2]) / labels.shape
     at = [((grid + 0.5) * factor).astype(int) for grid, factor in zip((rows, columns), scale, strict=True)]

@@ -1,4 +1,4 @@
-"""The error analysis: measures on masks drawn by hand, the report of a data set, the figures of a case."""
+"""The error analysis: metrics on masks drawn by hand, the report of a data set, the figures of a case."""
 
 import csv
 import dataclasses
@@ -96,8 +96,8 @@ def read_csv(path):
 
 
 def test_dice_is_one_without_region_and_prediction_and_zero_with_one_of_them():
-    def dice(truth, prediction):
-        record, _ = score_region(prediction * 1.0, truth, np.ones_like(truth), np.ones(truth.shape))
+    def dice(reference, prediction):
+        record, _ = score_region(prediction * 1.0, reference, np.ones_like(reference), np.ones(reference.shape))
         return record["dice"]
 
     assert dice(mask_of((0, 2, 0, 2)), mask_of((0, 2, 1, 3))) == 0.5
@@ -105,55 +105,57 @@ def test_dice_is_one_without_region_and_prediction_and_zero_with_one_of_them():
     assert dice(mask_of(), mask_of((0, 1, 0, 1))) == 0
 
 
-def test_untouched_components_join_corners_and_know_size_and_place():
-    truth = mask_of((0, 2, 0, 2), (2, 4, 2, 4), (10, 13, 10, 15), (18, 20, 28, 30))
+def test_unmatched_lesions_join_corners_and_know_size_and_place():
+    reference = mask_of((0, 2, 0, 2), (2, 4, 2, 4), (10, 13, 10, 15), (18, 20, 28, 30))
     prediction = mask_of((3, 5, 3, 5), (10, 13, 15, 20))  # the second only lies beside
-    assert unmatched_lesions(truth, prediction) == (
+    assert unmatched_lesions(reference, prediction) == (
         3,
         [
             {"pixels": 15, "centre_row": 11.0, "centre_column": 12.0},
             {"pixels": 4, "centre_row": 18.5, "centre_column": 28.5},
         ],
     )
-    assert unmatched_lesions(prediction, truth) == (
+    assert unmatched_lesions(prediction, reference) == (
         2,
         [{"pixels": 15, "centre_row": 11.0, "centre_column": 17.0}],
     )
-    assert unmatched_lesions(mask_of(), truth) == (0, [])
-    assert unmatched_lesions(truth, mask_of())[0] == 3
+    assert unmatched_lesions(mask_of(), reference) == (0, [])
+    assert unmatched_lesions(reference, mask_of())[0] == 3
 
 
 def test_contrast_is_against_the_ring_inside_the_head():
-    truth = mask_of((8, 12, 10, 20))
-    grey = np.full(truth.shape, 50.0)
+    reference = mask_of((8, 12, 10, 20))
+    grey = np.full(reference.shape, 50.0)
     grey[:, ::2] = 70.0  # mean 60, standard deviation 10
-    grey[truth] = 85.0
-    head = np.ones_like(truth)
+    grey[reference] = 85.0
+    head = np.ones_like(reference)
     ring = mask_of((8, 12, 8, 10), (8, 12, 20, 22), (6, 8, 10, 20), (12, 14, 10, 20))
-    assert contrast_to_noise(grey, truth, ring) == pytest.approx(2.5)
+    assert contrast_to_noise(grey, reference, ring) == pytest.approx(2.5)
     # Nothing farther than the width of the ring counts.
     far = grey.copy()
     far[mask_of((0, 20, 0, 30)) & ~mask_of((3, 17, 5, 25))] = 1000
-    assert contrast_to_noise(far, truth, head, width=4) == pytest.approx(contrast_to_noise(grey, truth, head, width=4))
-    assert contrast_to_noise(far, truth, head, width=7) < 0
-    assert contrast_to_noise(grey[:, ::-1] * 2 + 5, truth[:, ::-1], head, 4) == pytest.approx(
-        contrast_to_noise(grey, truth, head, 4)
+    assert contrast_to_noise(far, reference, head, width=4) == pytest.approx(
+        contrast_to_noise(grey, reference, head, width=4)
+    )
+    assert contrast_to_noise(far, reference, head, width=7) < 0
+    assert contrast_to_noise(grey[:, ::-1] * 2 + 5, reference[:, ::-1], head, 4) == pytest.approx(
+        contrast_to_noise(grey, reference, head, 4)
     )
 
 
 def test_contrast_without_tumour_or_surroundings_is_unknown():
-    truth = mask_of((8, 12, 10, 20))
-    grey = np.where(truth, 9.0, 3.0)
-    for arguments in ((grey, mask_of(), ~mask_of()), (grey, truth, truth), (grey, truth, ~mask_of())):
+    reference = mask_of((8, 12, 10, 20))
+    grey = np.where(reference, 9.0, 3.0)
+    for arguments in ((grey, mask_of(), ~mask_of()), (grey, reference, reference), (grey, reference, ~mask_of())):
         assert math.isnan(contrast_to_noise(*arguments))
 
 
 def test_boundary_distances_of_shifted_squares():
-    truth, prediction = mask_of((5, 6, 5, 6)), mask_of((8, 9, 9, 10))
-    assert boundary_distances(truth, prediction) == (5, 5)
-    assert boundary_distances(truth, prediction, (2, 1)) == pytest.approx((52**0.5, 52**0.5))
-    assert boundary_distances(truth, truth) == (0, 0)
-    assert np.isnan(boundary_distances(truth, mask_of())).all()
+    reference, prediction = mask_of((5, 6, 5, 6)), mask_of((8, 9, 9, 10))
+    assert boundary_distances(reference, prediction) == (5, 5)
+    assert boundary_distances(reference, prediction, (2, 1)) == pytest.approx((52**0.5, 52**0.5))
+    assert boundary_distances(reference, reference) == (0, 0)
+    assert np.isnan(boundary_distances(reference, mask_of())).all()
     assert np.isnan(boundary_distances(mask_of(), mask_of())).all()
     # A line of 10 pixels and its first 5: nothing from the short one, 0 0 0 0 0 1 2 3 4 5 from the long one.
     average, hausdorff = boundary_distances(mask_of((3, 4, 0, 10)), mask_of((3, 4, 0, 5)))
@@ -170,9 +172,9 @@ def surface_points(mask):
     return np.stack([rows, columns], axis=1)[on_surface]
 
 
-def by_pairs(truth, prediction, spacing):
+def by_pairs(reference, prediction, spacing):
     """Distances of all surface pixels to all others."""
-    distances = cdist(surface_points(truth) * np.array(spacing), surface_points(prediction) * np.array(spacing))
+    distances = cdist(surface_points(reference) * np.array(spacing), surface_points(prediction) * np.array(spacing))
     ways = distances.min(axis=1), distances.min(axis=0)
     return np.concatenate(ways).mean(), max(np.percentile(way, 95) for way in ways)
 
@@ -180,11 +182,11 @@ def by_pairs(truth, prediction, spacing):
 def test_boundary_distances_are_those_of_all_pairs():
     generator = np.random.default_rng(0)
     for _ in range(5):
-        truth, prediction = generator.random((2, 20, 30)) > 0.9
-        for mask in (truth, prediction):
+        reference, prediction = generator.random((2, 20, 30)) > 0.9
+        for mask in (reference, prediction):
             mask[5:12, 6:15] = True
-        assert boundary_distances(truth, prediction, (1.5, 0.5)) == pytest.approx(
-            by_pairs(truth, prediction, (1.5, 0.5))
+        assert boundary_distances(reference, prediction, (1.5, 0.5)) == pytest.approx(
+            by_pairs(reference, prediction, (1.5, 0.5))
         )
 
 
@@ -192,10 +194,10 @@ def test_calibration_of_calibrated_pixels_has_no_error():
     generator = np.random.default_rng(0)
     whole, parts = Calibration(), Calibration()
     probabilities = generator.random((400, 500)).astype(np.float32)
-    truth = generator.random((400, 500)) < probabilities
-    whole.add(probabilities, truth)
+    reference = generator.random((400, 500)) < probabilities
+    whole.add(probabilities, reference)
     for rows in (slice(0, 7), slice(7, 400)):
-        parts.add(probabilities[rows], truth[rows])
+        parts.add(probabilities[rows], reference[rows])
     assert whole.error() < 0.005
     assert parts.error() == pytest.approx(whole.error())
     pixels, mean, share = whole.curve()
@@ -214,17 +216,17 @@ def test_calibration_weights_pixels_equally():
 
 
 def test_a_region_without_prediction_and_with_pixels_that_do_not_count():
-    truth = mask_of((2, 6, 2, 6), (10, 12, 10, 12))
-    grey = np.where(truth, 9.0, np.arange(30) % 3)
+    reference = mask_of((2, 6, 2, 6), (10, 12, 10, 12))
+    grey = np.where(reference, 9.0, np.arange(30) % 3)
     valid = ~mask_of((9, 20, 0, 30))
-    record, lesions = score_region(np.zeros(truth.shape), truth, valid, grey, (2.0, 0.5))
+    record, lesions = score_region(np.zeros(reference.shape), reference, valid, grey, (2.0, 0.5))
     assert record["found_in"] == "truth only"
     assert (record["truth_pixels"], record["truth_mm2"], record["dice"]) == (16, 16.0, 0.0)
     assert math.isnan(record["surface_distance_mm"])
     assert [(lesion["kind"], lesion["pixels"], lesion["mm2"]) for lesion in lesions] == [("missed", 16, 16.0)]
-    record, lesions = score_region(np.where(truth, 0.51, 0.5), truth, valid, grey)
+    record, lesions = score_region(np.where(reference, 0.51, 0.5), reference, valid, grey)
     assert (record["found_in"], record["dice"], record["hausdorff95_px"], lesions) == ("both", 1, 0, [])
-    assert score_region(np.zeros(truth.shape), mask_of(), valid, grey)[0]["found_in"] == "neither"
+    assert score_region(np.zeros(reference.shape), mask_of(), valid, grey)[0]["found_in"] == "neither"
 
 
 def record_of(case, number, dice, wrong=0, found_in="both"):
@@ -276,29 +278,31 @@ def test_report_of_a_data_set(slices, checkpoint, tmp_path):
         probabilities = torch.nn.functional.interpolate(logits, (40, 40), mode="bilinear")[0].sigmoid().numpy()
         for number, (region, label_ids) in enumerate(REGIONS.items()):
             record = records[2 * index + number]
-            truth, prediction = np.isin(np.asarray(row["mask"]), label_ids), probabilities[number] > 0.5
+            reference, prediction = np.isin(np.asarray(row["mask"]), label_ids), probabilities[number] > 0.5
             assert (record["region"], record["case_id"]) == (region, row["case_id"])
             assert int(record["slice_index"]) == row["slice_index"]
             assert float(record["dice"]) == pytest.approx(dice[number], abs=1e-5)
-            assert int(record["true_positive_pixels"]) == (truth & prediction).sum()
-            if truth.any() and prediction.any():
+            assert int(record["true_positive_pixels"]) == (reference & prediction).sum()
+            if reference.any() and prediction.any():
                 found = float(record["surface_distance_px"]), float(record["hausdorff95_px"])
-                assert found == pytest.approx(by_pairs(truth, prediction, (1, 1)), rel=1e-5)
+                assert found == pytest.approx(by_pairs(reference, prediction, (1, 1)), rel=1e-5)
             else:
                 assert record["surface_distance_px"] == record["hausdorff95_px"] == ""
             for kind in ("missed", "false"):
                 lesions[kind, region] += int(record[f"{kind}_lesions"])
             pixels[region][0].append(probabilities[number][grey > 0])
-            pixels[region][1].append(truth[grey > 0])
+            pixels[region][1].append(reference[grey > 0])
 
     listed = read_csv(first / "lesions.csv")
     assert sum(lesions.values()) > 5
     for (kind, region), count in lesions.items():
         assert sum((lesion["kind"], lesion["region"]) == (kind, region) for lesion in listed) == count
     for summary in read_csv(first / "summary.csv"):
-        probability, truth = map(np.concatenate, pixels[summary["region"]])
+        probability, reference = map(np.concatenate, pixels[summary["region"]])
         bins = np.digitize(probability, np.linspace(0, 1, 16)[1:-1])
-        gaps = [abs(probability[bins == b].mean() - truth[bins == b].mean()) * (bins == b).mean() for b in set(bins)]
+        gaps = [
+            abs(probability[bins == b].mean() - reference[bins == b].mean()) * (bins == b).mean() for b in set(bins)
+        ]
         assert float(summary["calibration_error"]) == pytest.approx(sum(gaps), rel=1e-3)
         ours = [record for record in records if record["region"] == summary["region"]]
         assert float(summary["mean_dice"]) == pytest.approx(np.mean([float(row["dice"]) for row in ours]), rel=1e-5)
