@@ -15,8 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from sam2unet_hf import Sam2UNetConfig
 from sam2unet_hf.configuration_sam2unet import PRESETS
 from sam2unet_hf.regions_sam2unet import parse_regions
-from sam2unet_hf.training import AUGMENTATIONS
-from sam2unet_hf.training.trainer import HYPERPARAMETERS
+from sam2unet_hf.training import AUGMENTATIONS, HYPERPARAMETERS
 
 
 # Defaults for the phantom, on which training from scratch takes minutes on two CPU cores.

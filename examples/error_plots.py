@@ -1,96 +1,46 @@
 """Figures that `error_analysis.py` writes, at the size they have in print."""
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from case_names import to_file_name
+from case_view import PLANE_ORDER, CaseView, bounding_box, largest_slice, region_colours
 from matplotlib import patheffects
 from matplotlib.figure import Figure
 from plots import COLOURS, plt
 
-from sam2unet_hf.scans_sam2unet import PLANES, pixel_size_mm, take_slice
+from sam2unet_hf.scans_sam2unet import pixel_size_mm
 
+
+logger = logging.getLogger("error_analysis")
 
 DPI = 200
 WIDTH = 7.0  # inches: a text block of two columns
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 8, "figure.facecolor": "white"}
-# What only the truth has is missed, what only the prediction has is false, so these share a colour.
-TRUTH, PREDICTION, BOTH = COLOURS[2], COLOURS[0], COLOURS[1]
-TRUTH_LINE = {"colors": TRUTH, "linestyles": "solid", "linewidths": 1.2}
+# What only the reference has is missed, what only the prediction has is false, so these share a colour.
+REFERENCE, PREDICTION, BOTH = COLOURS[2], COLOURS[0], COLOURS[1]
+REFERENCE_LINE = {"colors": REFERENCE, "linestyles": "solid", "linewidths": 1.2}
 PREDICTION_LINE = {"colors": PREDICTION, "linestyles": [(0, (2.5, 1.2))], "linewidths": 1.2}
-# Light lines show on white matter and on bright tumours alike.
+# A shadow makes light lines show on white matter and on bright tumours alike.
 SHADOW = [patheffects.withStroke(linewidth=2.0, foreground="#00000080")]
-OUTLINES = [("expert", TRUTH, "-"), ("model", PREDICTION, "--")]
+# Legends: colour and style of lines, colour of areas.
+OUTLINES = {"expert": (REFERENCE, "-"), "model": (PREDICTION, "--")}
+ERRORS = {"true positive": BOTH, "false positive": PREDICTION, "false negative": REFERENCE}
+MODALITY_TITLES = {"t1ce": "T1 with contrast agent"}  # of the others it is the name
 
 
 @dataclass
 class Example:
-    """One image of the overlays: title, grey values, and the masks of truth and prediction, all of one size."""
+    """One image of the overlays: title, grey values, and the masks of reference and prediction, all of one size."""
 
     title: str
     grey: np.ndarray
-    truth: np.ndarray
+    reference: np.ndarray
     prediction: np.ndarray
-
-
-@dataclass
-class CaseView:
-    """One patient for the figures of a case, all volumes of shape `(left, posterior, superior)`.
-
-    Attributes:
-        name: The case.
-        grey: 8-bit volume of each contrast that there is.
-        shown: The contrast behind masks and outlines.
-        spacing_mm: Voxel size along the three axes.
-        truth: Mask of each region, or nothing if the case has no expert's mask.
-        prediction: Mask of each region.
-        probabilities: Of each region, in [0, 1].
-    """
-
-    name: str
-    grey: dict[str, np.ndarray]
-    shown: str
-    spacing_mm: tuple[float, ...]
-    truth: dict[str, np.ndarray]
-    prediction: dict[str, np.ndarray]
-    probabilities: dict[str, np.ndarray]
-
-    def marked(self, region: str) -> np.ndarray:
-        """Return the voxels of a region that truth or prediction name."""
-        return self.truth[region] | self.prediction[region] if self.truth else self.prediction[region]
-
-    def largest_slice(self, region: str, plane: str = "axial") -> int:
-        """Return the slice with most of a region in the truth, else in the prediction, else that in the middle."""
-        others = tuple(axis for axis in range(3) if axis != PLANES[plane])
-        for masks in (self.truth, self.prediction):
-            pixels = np.count_nonzero(masks[region], axis=others) if masks else np.zeros(1)
-            if pixels.any():
-                return int(pixels.argmax())
-        return self.grey[self.shown].shape[PLANES[plane]] // 2
-
-    def slices_of_tumour(self, region: str, count: int) -> list[int]:
-        """Return up to `count` axial slices through a region of the truth, else of the prediction."""
-        masks = self.truth if self.truth and self.truth[region].any() else self.prediction
-        found = np.flatnonzero(masks[region].any(axis=(0, 1)))
-        # The middles of parts of equal length: at its very ends there is little of it to see.
-        middles = (np.arange(count) + 0.5) / count * len(found)
-        return np.unique(found[middles.astype(int)]).tolist()
-
-    def slices_of_all(self, region: str, count: int) -> list[int]:
-        """Return up to `count` axial slices, evenly spread over a region in truth and prediction."""
-        found = np.flatnonzero(self.marked(region).any(axis=(0, 1)))
-        return found[evenly_spread(len(found), count)].tolist()
-
-    def pixel_mm(self, plane: str) -> tuple[float, float]:
-        """Return height and width of a pixel."""
-        return pixel_size_mm(self.spacing_mm, plane)
-
-    def crop(self, plane: str) -> tuple[slice, slice]:
-        """Return the rows and columns of a plane that the head takes, with a margin."""
-        head = (self.grey[self.shown] != 0).any(axis=PLANES[plane], keepdims=True)
-        return box(take_slice(head, plane, 0))
 
 
 def evenly_spread(length: int, count: int) -> np.ndarray:
@@ -100,17 +50,18 @@ def evenly_spread(length: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, length - 1, count).round().astype(int)) if length else np.zeros(0, int)
 
 
-def box(mask: np.ndarray, margin: int = 4) -> tuple[slice, slice]:
-    """Return the rows and columns that a mask takes, with a margin; all of them if it is empty."""
-    if not mask.any():
-        return slice(None), slice(None)
-    ends = [np.flatnonzero(mask.any(axis=axis))[[0, -1]] for axis in (1, 0)]
-    rows, columns = (slice(max(first - margin, 0), last + margin + 1) for first, last in ends)
-    return rows, columns
+def middle_slices(mask: np.ndarray, count: int) -> list[int]:
+    """Return up to `count` axial slices through a mask, the middles of parts of equal length.
+
+    The slices at the very ends are left out, since they show little of the mask.
+    """
+    found = np.flatnonzero(mask.any(axis=(0, 1)))
+    middles = (np.arange(count) + 0.5) / count * len(found)
+    return np.unique(found[middles.astype(int)]).tolist()
 
 
-def plain(text: str) -> str:
-    """Return text that matplotlib does not take for a formula."""
+def escape_mathtext(text: str) -> str:
+    """Escape what matplotlib would take for a formula."""
     return text.replace("$", r"\$")
 
 
@@ -120,7 +71,7 @@ def shorten(text: str, length: int = 26) -> str:
 
 
 def save_figure(figure: Figure, folder: Path, name: str, formats: Sequence[str]) -> None:
-    """Write a figure in each format, and forget it."""
+    """Write a figure in each format, and close it."""
     for suffix in formats:
         figure.savefig(folder / f"{name}.{suffix}", dpi=DPI)
     plt.close(figure)
@@ -140,42 +91,27 @@ def draw_mask(axis: plt.Axes, mask: np.ndarray, colour: str, opacity: float = 0.
     axis.imshow(rgba, interpolation="nearest", aspect=axis.get_aspect())
 
 
-def draw_outlines(axis: plt.Axes, truth: np.ndarray | None, prediction: np.ndarray | None) -> None:
+def draw_outlines(axis: plt.Axes, reference: np.ndarray | None, prediction: np.ndarray) -> None:
     """Draw the outlines of masks; one that is empty or fills the image has none."""
-    for mask, line in ((truth, TRUTH_LINE), (prediction, PREDICTION_LINE)):
+    for mask, line in ((reference, REFERENCE_LINE), (prediction, PREDICTION_LINE)):
         if mask is not None and mask.any() and not mask.all():
             axis.contour(mask, levels=[0.5], **line).set_path_effects(SHADOW)
 
 
-def draw_errors(axis: plt.Axes, truth: np.ndarray, prediction: np.ndarray) -> None:
+def draw_errors(axis: plt.Axes, reference: np.ndarray, prediction: np.ndarray) -> None:
     """Lay true positives, false positives and false negatives over an image."""
-    for mask, colour in ((truth & prediction, BOTH), (prediction & ~truth, PREDICTION), (truth & ~prediction, TRUTH)):
-        draw_mask(axis, mask, colour, 0.75)
+    draw_mask(axis, reference & prediction, BOTH, 0.75)
+    draw_mask(axis, prediction & ~reference, PREDICTION, 0.75)
+    draw_mask(axis, reference & ~prediction, REFERENCE, 0.75)
 
 
-def draw_scale(axis: plt.Axes, pixel_mm: tuple[float, float], width: int) -> None:
-    """Draw a scale bar of about a third of the width into the lower left corner."""
-    length = max((mm for mm in (1, 2, 5, 10, 20, 50, 100) if mm <= width * pixel_mm[1] / 2.5), default=1)
-    end = 0.04 + length / pixel_mm[1] / width
-    axis.plot([0.04, end], [0.05, 0.05], color="white", linewidth=2, transform=axis.transAxes, solid_capstyle="butt")
-    where = {"transform": axis.transAxes, "color": "white", "fontsize": 7}
-    axis.text((0.04 + end) / 2, 0.07, f"{length} mm", ha="center", va="bottom", **where)
-
-
-def outline_handles(has_truth: bool = True) -> list[plt.Line2D]:
-    """Return the legend of outlines."""
-    shown = OUTLINES if has_truth else OUTLINES[1:]
-    return [plt.Line2D([], [], color=colour, linestyle=style, label=label) for label, colour, style in shown]
-
-
-def error_handles() -> list[plt.Rectangle]:
-    """Return the legend of error maps."""
-    kinds = (("true positive", BOTH), ("false positive", PREDICTION), ("false negative", TRUTH))
-    return [plt.Rectangle((0, 0), 1, 1, color=colour, label=label) for label, colour in kinds]
-
-
-def add_legend(figure: Figure, handles: list) -> None:
-    """Put a legend below a figure of images; on grey, or yellow and light blue do not show on paper."""
+def add_legend(figure: Figure, lines: Mapping[str, tuple[str, str]], areas: Mapping[str, str]) -> None:
+    """Put a legend below a figure of images, on grey since yellow and light blue do not show on white paper."""
+    handles: list[plt.Artist] = [
+        plt.Line2D([], [], color=colour, linestyle=style, label=escape_mathtext(label))
+        for label, (colour, style) in lines.items()
+    ]
+    handles += [plt.Rectangle((0, 0), 1, 1, color=colour, label=label) for label, colour in areas.items()]
     legend = figure.legend(
         handles=handles, loc="outside lower center", ncols=len(handles), facecolor="#555555", labelcolor="white"
     )
@@ -184,25 +120,25 @@ def add_legend(figure: Figure, handles: list) -> None:
 
 @plt.rc_context(STYLE)
 def plot_overlays(examples: list[Example], columns: int = 4) -> Figure:
-    """Draw each image with the outlines of truth and prediction, and its errors below."""
+    """Draw each image with the outlines of reference and prediction, and its errors below."""
     columns = min(columns, len(examples))
     blocks = math.ceil(len(examples) / columns)
-    crops = [box((example.grey != 0) | example.truth | example.prediction) for example in examples]
-    shapes = [example.grey[crop].shape for example, crop in zip(examples, crops, strict=True)]
+    shown = [bounding_box((example.grey != 0) | example.reference | example.prediction, 4) for example in examples]
+    shapes = [example.grey[box].shape for example, box in zip(examples, shown, strict=True)]
     panel = WIDTH / 4 * min(max(height / width for height, width in shapes), 2)
     size = (WIDTH * max(columns, 2) / 4, blocks * (2 * panel + 0.35) + 0.4)
     figure, grid = plt.subplots(2 * blocks, columns, figsize=size, layout="constrained", squeeze=False)
     for axis in grid.flat:
         axis.set_axis_off()
-    for number, (example, crop) in enumerate(zip(examples, crops, strict=True)):
+    for number, (example, box) in enumerate(zip(examples, shown, strict=True)):
         row, column = 2 * (number // columns), number % columns
-        grey, truth, prediction = (array[crop] for array in (example.grey, example.truth, example.prediction))
+        grey, reference, prediction = (array[box] for array in (example.grey, example.reference, example.prediction))
         for axis in grid[row : row + 2, column]:
             draw_grey(axis, grey)
-        draw_outlines(grid[row, column], truth, prediction)
-        draw_errors(grid[row + 1, column], truth, prediction)
-        grid[row, column].set_title(plain(example.title))
-    add_legend(figure, outline_handles() + error_handles())
+        draw_outlines(grid[row, column], reference, prediction)
+        draw_errors(grid[row + 1, column], reference, prediction)
+        grid[row, column].set_title(escape_mathtext(example.title))
+    add_legend(figure, OUTLINES, ERRORS)
     return figure
 
 
@@ -214,7 +150,7 @@ def region_panels(regions: Sequence[str], height: float = 2.6) -> tuple[Figure, 
     )
     panels = dict(zip(regions, axes[0], strict=True))
     for region, axis in panels.items():
-        axis.set(title=plain(region) if len(regions) > 1 else None, ylim=(-0.03, 1.03))
+        axis.set(title=escape_mathtext(region) if len(regions) > 1 else None, ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("Dice")
     return figure, panels
@@ -258,7 +194,9 @@ def draw_strips(axis: plt.Axes, groups: dict[str, np.ndarray]) -> None:
         )
         jitter = shuffle.uniform(-0.18, 0.18, len(values))
         axis.plot(position + jitter, values, "o", markersize=3, color=COLOURS[1], alpha=0.6, markeredgewidth=0)
-    axis.set_xticks(range(len(groups)), [plain(f"{name}\nn = {len(values)}") for name, values in groups.items()])
+    axis.set_xticks(
+        range(len(groups)), [escape_mathtext(f"{name}\nn = {len(values)}") for name, values in groups.items()]
+    )
     axis.set_xlim(-0.6, len(groups) - 0.4)
 
 
@@ -274,11 +212,11 @@ def plot_groups(groups: dict[str, dict[str, np.ndarray]], label: str) -> Figure:
 
 @plt.rc_context(STYLE)
 def plot_boundaries(distances: dict[str, dict[str, np.ndarray]], unit: str) -> Figure:
-    """Draw surface distances by region, a panel per measure."""
+    """Draw surface distances by region, a panel per metric."""
     figure, axes = plt.subplots(1, len(distances), figsize=(5.2, 2.6), layout="constrained", squeeze=False)
-    for axis, (measure, groups) in zip(axes[0], distances.items(), strict=True):
+    for axis, (metric, groups) in zip(axes[0], distances.items(), strict=True):
         draw_strips(axis, groups)
-        axis.set(ylabel=f"{measure} ({unit})")
+        axis.set(ylabel=f"{metric} ({unit})")
         axis.set_ylim(0, None)
         axis.grid(alpha=0.3, axis="y")
     return figure
@@ -301,7 +239,7 @@ def plot_calibration(curves: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray,
         colour = ("#0072B2", COLOURS[0], COLOURS[3], COLOURS[4], COLOURS[1])[number % 5]
         marker = "osD^v"[number % 5]
         filled = pixels > 0
-        label = plain(f"{region}, ECE {error:.4f}")
+        label = escape_mathtext(f"{region}, ECE {error:.4f}")
         axis.plot(probability[filled], share[filled], marker=marker, markersize=4, color=colour, label=label)
         counts.stairs(pixels, np.linspace(0, 1, len(pixels) + 1), color=colour)
     axis.set(ylabel="share of tumour", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
@@ -312,141 +250,172 @@ def plot_calibration(curves: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray,
     return figure
 
 
-def case_images(view: CaseView, plane: str, index: int) -> tuple[dict[str, np.ndarray], tuple[slice, slice]]:
-    """Return a slice of each contrast, cut to the head, and the cut."""
-    crop = view.crop(plane)
-    return {name: take_slice(grey, plane, index)[crop] for name, grey in view.grey.items()}, crop
+def draw_case(view: CaseView, folder: Path, formats: Sequence[str]) -> None:
+    """Write the figures of a case; leave out those of a region that neither reference nor prediction holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    start = to_file_name(view.name)
+    save_figure(plot_modalities(view), folder, f"{start}_contrasts", formats)
+    save_figure(plot_probabilities(view), folder, f"{start}_probabilities", formats)
+    for region in view.regions:
+        if not marked(view, region).any():
+            logger.warning("Case %s has no %s in reference or prediction: no figures of it.", view.name, region)
+            continue
+        end = to_file_name(region)
+        if view.reference is not None:
+            save_figure(plot_case_errors(view, region), folder, f"{start}_errors_{end}", formats)
+        save_figure(plot_montage(view, region), folder, f"{start}_montage_{end}", formats)
+        save_figure(plot_planes(view, region), folder, f"{start}_planes_{end}", formats)
 
 
-def image_grid(
+def marked(view: CaseView, region: str) -> np.ndarray:
+    """Return the voxels of a region in reference or prediction."""
+    reference, prediction = view.masks(region)
+    return prediction if reference is None else reference | prediction
+
+
+def case_grid(
     view: CaseView, rows: int, columns: int, width: float = WIDTH, beside: float = 0.0, below: float = 0.35
 ) -> tuple[Figure, np.ndarray]:
-    """Return axes for axial slices, in a figure as high as they are; `beside` and `below` are inches for the rest."""
-    height, length = take_slice(view.grey[view.shown], "axial", 0)[view.crop("axial")].shape
-    pixel_mm = view.pixel_mm("axial")
+    """Return a figure and axes for axial slices; `beside` and `below` are the inches that labels and legend take."""
+    height_mm, width_mm = size_mm(view, "axial")
     gap = 2 * plt.rcParams["figure.constrained_layout.w_pad"]
-    panel = ((width - beside) / columns - gap) * (height * pixel_mm[0]) / (length * pixel_mm[1])
+    panel = ((width - beside) / columns - gap) * height_mm / width_mm
     size = (width, rows * (panel + gap) + 0.2 + below)
     return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
 
 
+def size_mm(view: CaseView, plane: str) -> tuple[float, float]:
+    """Return height and width of the slices of a plane."""
+    height, width = view.crop(view.grey[view.modality], plane, 0).shape
+    pixel_mm = pixel_size_mm(view.spacing_mm, plane)
+    return height * pixel_mm[0], width * pixel_mm[1]
+
+
+def draw_case_slice(axis: plt.Axes, view: CaseView, plane: str, index: int, modality: str | None = None) -> None:
+    """Draw a slice of a case, in the modality of its figures unless another is given."""
+    grey = view.crop(view.grey[modality or view.modality], plane, index)
+    draw_grey(axis, grey, pixel_size_mm(view.spacing_mm, plane))
+
+
+def draw_case_outlines(
+    axis: plt.Axes, view: CaseView, masks: Sequence[np.ndarray | None], plane: str, index: int
+) -> None:
+    """Draw a slice of a case with the outlines of reference and prediction."""
+    draw_case_slice(axis, view, plane, index)
+    draw_outlines(axis, *(None if mask is None else view.crop(mask, plane, index) for mask in masks))
+
+
+def draw_scale(axis: plt.Axes, view: CaseView) -> None:
+    """Draw a scale bar of about a third of the width into the lower left corner of an axial slice."""
+    _, width_mm = size_mm(view, "axial")
+    length = max((mm for mm in (1, 2, 5, 10, 20, 50, 100) if mm <= width_mm / 2.5), default=1)
+    end = 0.04 + length / width_mm
+    axis.plot([0.04, end], [0.05, 0.05], color="white", linewidth=2, transform=axis.transAxes, solid_capstyle="butt")
+    where = {"transform": axis.transAxes, "color": "white", "fontsize": 7}
+    axis.text((0.04 + end) / 2, 0.07, f"{length} mm", ha="center", va="bottom", **where)
+
+
+def case_outlines(view: CaseView) -> dict[str, tuple[str, str]]:
+    """Return the legend of the outlines that a case has."""
+    return OUTLINES if view.reference is not None else {"model": OUTLINES["model"]}
+
+
 @plt.rc_context(STYLE)
-def plot_contrasts(view: CaseView) -> Figure:
-    """Draw the contrasts of a case side by side, with the expert's outlines."""
-    index = view.largest_slice(next(iter(view.prediction)))
-    images, crop = case_images(view, "axial", index)
-    figure, axes = image_grid(view, 1, len(images))
-    names = {"t1": "T1", "t1ce": "T1 with contrast agent", "t2": "T2", "flair": "FLAIR"}
-    colours = dict(zip(view.truth, (TRUTH, PREDICTION, BOTH, *COLOURS[3:]), strict=False))
-    for axis, (name, image) in zip(axes[0], images.items(), strict=True):
-        draw_grey(axis, image, view.pixel_mm("axial"))
+def plot_modalities(view: CaseView) -> Figure:
+    """Draw the modalities of a case side by side, with the outlines of the reference."""
+    index = largest_slice("axial", *view.masks(next(iter(view.regions))))
+    figure, axes = case_grid(view, 1, len(view.grey))
+    colours = {} if view.reference is None else region_colours(view.regions)
+    for axis, modality in zip(axes[0], view.grey, strict=True):
+        draw_case_slice(axis, view, "axial", index, modality)
         for region, colour in colours.items():
-            mask = take_slice(view.truth[region], "axial", index)[crop]
+            mask = np.isin(view.crop(view.reference, "axial", index), view.regions[region])
             if mask.any():
                 axis.contour(mask, levels=[0.5], colors=colour, linewidths=1.2).set_path_effects(SHADOW)
-        axis.set_title(names[name])
-    draw_scale(axes[0, 0], view.pixel_mm("axial"), image.shape[1])
+        axis.set_title(MODALITY_TITLES.get(modality, modality.upper()))
+    draw_scale(axes[0, 0], view)
     if colours:
-        lines = colours.items()
-        add_legend(
-            figure, [plt.Line2D([], [], color=colour, label=plain(f"{name}, expert")) for name, colour in lines]
-        )
+        add_legend(figure, {f"{region}, expert": (colour, "-") for region, colour in colours.items()}, {})
     return figure
 
 
 @plt.rc_context(STYLE)
 def plot_case_errors(view: CaseView, region: str, count: int = 5) -> Figure:
-    """Draw image, truth, prediction and errors, a column per axial slice through the region."""
-    indices = view.slices_of_tumour(region, count)
-    figure, axes = image_grid(view, 4, len(indices), WIDTH * max(len(indices), 2) / count, beside=0.2)
+    """Draw image, reference, prediction and errors, a column per axial slice through the region."""
+    reference, prediction = view.masks(region)
+    indices = middle_slices(reference if reference.any() else prediction, count)
+    figure, axes = case_grid(view, 4, len(indices), WIDTH * max(len(indices), 2) / count, beside=0.2)
     for column, index in zip(axes.T, indices, strict=True):
-        images, crop = case_images(view, "axial", index)
-        truth, prediction = (take_slice(side[region], "axial", index)[crop] for side in (view.truth, view.prediction))
         for axis in column:
-            draw_grey(axis, images[view.shown], view.pixel_mm("axial"))
-        draw_mask(column[1], truth, TRUTH)
-        draw_mask(column[2], prediction, PREDICTION)
-        draw_errors(column[3], truth, prediction)
+            draw_case_slice(axis, view, "axial", index)
+        masks = [view.crop(mask, "axial", index) for mask in (reference, prediction)]
+        draw_mask(column[1], masks[0], REFERENCE)
+        draw_mask(column[2], masks[1], PREDICTION)
+        draw_errors(column[3], *masks)
         column[0].set_title(f"slice {index}")
-    for axis, label in zip(axes[:, 0], (view.shown.upper(), "expert", "model", "errors"), strict=True):
+    for axis, label in zip(axes[:, 0], (view.modality.upper(), "expert", "model", "errors"), strict=True):
         axis.set_ylabel(label)
-    draw_scale(axes[0, 0], view.pixel_mm("axial"), images[view.shown].shape[1])
-    add_legend(figure, error_handles())
+    draw_scale(axes[0, 0], view)
+    add_legend(figure, {}, ERRORS)
     return figure
 
 
 @plt.rc_context(STYLE)
 def plot_probabilities(view: CaseView) -> Figure:
-    """Draw image, truth and probabilities of the largest axial slice, a row per region."""
-    columns = 3 if view.truth else 2
-    figure, axes = image_grid(view, len(view.prediction), columns, WIDTH * 0.8 * columns / 3, beside=0.9, below=0)
-    for row, region in zip(axes, view.prediction, strict=True):
-        index = view.largest_slice(region)
-        images, crop = case_images(view, "axial", index)
+    """Draw image, reference and probabilities of the largest axial slice, a row per region."""
+    titles = (view.modality.upper(), *(() if view.reference is None else ("expert",)), "model")
+    width = WIDTH * 0.8 * len(titles) / 3
+    figure, axes = case_grid(view, len(view.regions), len(titles), width, beside=0.9, below=0)
+    height_mm, width_mm = pixel_size_mm(view.spacing_mm, "axial")
+    for row, region in zip(axes, view.regions, strict=True):
+        reference, prediction = view.masks(region)
+        index = largest_slice("axial", reference, prediction)
         for axis in row[:-1]:
-            draw_grey(axis, images[view.shown], view.pixel_mm("axial"))
-        if view.truth:
-            draw_mask(row[1], take_slice(view.truth[region], "axial", index)[crop], TRUTH)
-        probability = take_slice(view.probabilities[region], "axial", index)[crop]
-        height, width = view.pixel_mm("axial")
-        drawn = row[-1].imshow(probability, cmap="cividis", vmin=0, vmax=1, aspect=height / width)
+            draw_case_slice(axis, view, "axial", index)
+        if reference is not None:
+            draw_mask(row[1], view.crop(reference, "axial", index), REFERENCE)
+        probability = view.crop(view.probability(region), "axial", index)
+        drawn = row[-1].imshow(probability, cmap="cividis", vmin=0, vmax=1, aspect=height_mm / width_mm)
         row[-1].set(xticks=[], yticks=[])
-        row[0].set_ylabel(f"{plain(region)}, slice {index}")
-    titles = (view.shown.upper(), "expert", "model") if view.truth else (view.shown.upper(), "model")
+        row[0].set_ylabel(f"{escape_mathtext(region)}, slice {index}")
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title)
-    draw_scale(axes[0, 0], view.pixel_mm("axial"), images[view.shown].shape[1])
+    draw_scale(axes[0, 0], view)
     figure.colorbar(drawn, ax=axes[:, -1], label="probability of tumour", shrink=0.9)
     return figure
 
 
 @plt.rc_context(STYLE)
 def plot_montage(view: CaseView, region: str, columns: int = 5, count: int = 20) -> Figure:
-    """Draw axial slices from the lowest to the highest with the region, with the outlines of truth and prediction."""
-    indices = view.slices_of_all(region, count)
+    """Draw axial slices from the lowest to the highest with the region, and the outlines of both masks."""
+    masks = view.masks(region)
+    found = np.flatnonzero(marked(view, region).any(axis=(0, 1)))
+    indices = found[evenly_spread(len(found), count)].tolist()
     columns = min(columns, len(indices))
     rows = math.ceil(len(indices) / columns)
-    figure, axes = image_grid(view, rows, columns, WIDTH * max(columns, 2) / 5, below=0.2)
+    figure, axes = case_grid(view, rows, columns, WIDTH * max(columns, 2) / 5, below=0.2)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, index in zip(axes.flat, indices, strict=False):
-        images, crop = case_images(view, "axial", index)
-        draw_grey(axis, images[view.shown], view.pixel_mm("axial"))
-        sides = [
-            take_slice(side[region], "axial", index)[crop] if side else None for side in (view.truth, view.prediction)
-        ]
-        draw_outlines(axis, *sides)
+        draw_case_outlines(axis, view, masks, "axial", index)
         axis.text(0.03, 0.97, str(index), color="white", fontsize=7, ha="left", va="top", transform=axis.transAxes)
-    draw_scale(axes[0, 0], view.pixel_mm("axial"), images[view.shown].shape[1])
-    add_legend(figure, outline_handles(bool(view.truth)))
+    draw_scale(axes[0, 0], view)
+    add_legend(figure, case_outlines(view), {})
     return figure
 
 
 @plt.rc_context(STYLE)
 def plot_planes(view: CaseView, region: str) -> Figure:
     """Draw the slice with most of the region in each plane, all at one scale."""
-    shapes = {}
-    for plane in ("axial", "coronal", "sagittal"):
-        height, width = take_slice(view.grey[view.shown], plane, 0)[view.crop(plane)].shape
-        shapes[plane] = (height * view.pixel_mm(plane)[0], width * view.pixel_mm(plane)[1])
-    total = sum(width for _, width in shapes.values())
-    size = (WIDTH, WIDTH / total * max(height for height, _ in shapes.values()) + 0.6)
-    figure, axes = plt.subplots(
-        1, 3, figsize=size, layout="constrained", width_ratios=[width for _, width in shapes.values()]
-    )
-    for axis, plane in zip(axes, shapes, strict=True):
-        index = view.largest_slice(region, plane)
-        images, crop = case_images(view, plane, index)
-        pixel_mm = view.pixel_mm(plane)
-        draw_grey(axis, images[view.shown], pixel_mm)
-        sides = [
-            take_slice(side[region], plane, index)[crop] if side else None for side in (view.truth, view.prediction)
-        ]
-        draw_outlines(axis, *sides)
+    masks = view.masks(region)
+    heights_mm, widths_mm = zip(*(size_mm(view, plane) for plane in PLANE_ORDER), strict=True)
+    size = (WIDTH, WIDTH / sum(widths_mm) * max(heights_mm) + 0.6)
+    figure, axes = plt.subplots(1, 3, figsize=size, layout="constrained", width_ratios=widths_mm)
+    for axis, plane in zip(axes, PLANE_ORDER, strict=True):
+        index = largest_slice(plane, *masks)
+        draw_case_outlines(axis, view, masks, plane, index)
         axis.set_title(f"{plane}, slice {index}")
         axis.set_anchor("S")
-    draw_scale(
-        axes[0], view.pixel_mm("axial"), take_slice(view.grey[view.shown], "axial", 0)[view.crop("axial")].shape[1]
-    )
-    add_legend(figure, outline_handles(bool(view.truth)))
+    draw_scale(axes[0], view)
+    add_legend(figure, case_outlines(view), {})
     return figure

@@ -26,6 +26,8 @@ gr = pytest.importorskip("gradio")
 httpx = pytest.importorskip("httpx")
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import app  # noqa: E402 - the scripts are no package
+import case_view  # noqa: E402
+from case_view import PLANE_ORDER, REGION_COLOURS, draw_slice, largest_slice, segment_case  # noqa: E402
 
 
 REGIONS = {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}
@@ -53,7 +55,7 @@ def segment():
 
 @pytest.fixture(scope="module")
 def view(cohort, segment):
-    return app.look_at(find_cases(cohort)[0], segment)
+    return segment_case(segment, find_cases(cohort)[0])
 
 
 def test_uploads_are_linked_by_their_last_name_alone(tmp_path):
@@ -66,18 +68,22 @@ def test_uploads_are_linked_by_their_last_name_alone(tmp_path):
 
 
 def test_a_picture_shows_the_scan_its_regions_and_its_sides(view, monkeypatch):
-    monkeypatch.setattr(app, "draw_orientation_labels", lambda picture, letters: None)
-    index = int((view.label_maps["expert"] == 3).sum(axis=(0, 1)).argmax())
-    plain = view.picture("expert", "axial", index, "flair", [], 0.5)
-    assert max(plain.shape) <= app.PICTURE_PIXELS
-    np.testing.assert_array_equal(plain, view.picture("expert", "axial", index, "flair", list(REGIONS), 0.0))
-    full = view.picture("expert", "axial", index, "flair", list(REGIONS), 1.0)
-    labels = view.in_head(view.label_maps["expert"], "axial", index)
+    monkeypatch.setattr(case_view, "draw_orientation_labels", lambda picture, letters: None)
+    index = int((view.reference == 3).sum(axis=(0, 1)).argmax())
+
+    def draw(regions, opacity):
+        return draw_slice(view, view.reference, "axial", index, "flair", regions, opacity)
+
+    plain = draw([], 0.5)
+    assert max(plain.shape) <= case_view.PICTURE_PIXELS
+    np.testing.assert_array_equal(plain, draw(list(REGIONS), 0.0))
+    full = draw(list(REGIONS), 1.0)
+    labels = view.crop(view.reference, "axial", index, case_view.PICTURE_MARGIN)
     rows, columns = np.indices(labels.shape)
     scale = np.array(full.shape[:2]) / labels.shape
     at = [((grid + 0.5) * factor).astype(int) for grid, factor in zip((rows, columns), scale, strict=True)]
     # Id 1 is in TC, 2 in WT alone, 3 in ET.
-    colours = {0: None, 1: app.COLOURS[1], 2: app.COLOURS[0], 3: app.COLOURS[2]}
+    colours = {0: None, 1: REGION_COLOURS[1], 2: REGION_COLOURS[0], 3: REGION_COLOURS[2]}
     for label_id, colour in colours.items():
         inside = labels == label_id
         assert inside.any(), label_id
@@ -86,10 +92,10 @@ def test_a_picture_shows_the_scan_its_regions_and_its_sides(view, monkeypatch):
         if colour is not None:
             expected = np.broadcast_to(tuple(bytes.fromhex(colour[1:])), shown.shape)
         np.testing.assert_array_equal(shown, expected)
-    half = view.picture("expert", "axial", index, "flair", ["ET"], 0.5).astype(int)
+    half = draw(["ET"], 0.5).astype(int)
     changed = (half != plain).any(axis=-1)
     np.testing.assert_array_equal(changed[at[0], at[1]], labels == 3)
-    mixed = (plain.astype(int) + tuple(bytes.fromhex(app.COLOURS[2][1:]))) / 2
+    mixed = (plain.astype(int) + tuple(bytes.fromhex(REGION_COLOURS[2][1:]))) / 2
     assert np.abs(half - mixed)[changed].max() <= 1.5
 
 
@@ -102,8 +108,8 @@ def test_pictures_are_at_one_scale_whatever_the_voxels(cohort, segment, tmp_path
         affine = image.affine @ np.diag([1, 1, 2, 1])
         paths[name] = tmp_path / f"Thick_{name}.nii.gz"
         nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[:, :, ::2], affine), paths[name])
-    thin = app.look_at(case, segment).picture("model", "coronal", 20, "flair", [], 0)
-    thick = app.look_at(find_cases(tmp_path)[0], segment).picture("model", "coronal", 20, "flair", [], 0)
+    views = [segment_case(segment, found) for found in (case, find_cases(tmp_path)[0])]
+    thin, thick = (draw_slice(view, view.prediction, "coronal", 20, "flair", [], 0) for view in views)
     ratio = np.divide(*thin.shape[:2]) / np.divide(*thick.shape[:2])
     assert ratio == pytest.approx(1, abs=0.25)  # the margin around the head is of voxels
 
@@ -114,7 +120,7 @@ def test_a_mark_on_the_patients_left_is_where_l_stands():
     marks["L"][-1] = marks["R"][0] = marks["A"][:, 0] = marks["P"][:, -1] = marks["S"][:, :, -1] = marks["I"][
         :, :, 0
     ] = True
-    for plane, letters in app.EDGES.items():
+    for plane, letters in case_view.ORIENTATION_LABELS.items():
         left, right, top, bottom = (take_slice(marks[letter], plane, 4) for letter in letters)
         assert left[:, 0].all()
         assert right[:, -1].all()
@@ -122,28 +128,32 @@ def test_a_mark_on_the_patients_left_is_where_l_stands():
         assert bottom[-1].all()
 
 
+def start(view, plane):
+    """Where the page starts."""
+    return largest_slice(plane, view.prediction, view.reference)
+
+
 def test_pages_start_where_the_most_tumour_is(view):
-    labels = view.label_maps["model"]
+    labels = view.prediction
     for axis, plane in enumerate(("sagittal", "coronal", "axial")):
         pixels = np.count_nonzero(np.moveaxis(labels, axis, 0), axis=(1, 2))
-        assert pixels[view.start(plane)] == pixels.max()
-    assert view.start("axial") == view.found.largest_slice
+        assert pixels[start(view, plane)] == pixels.max()
+    assert start(view, "axial") == view.segmentation.largest_slice
 
 
 def test_a_model_of_many_regions_has_colours_for_all_and_names_are_text():
     names = [f"<b>{number}" for number in range(7)]
-    assert app.region_colours(names)[names[6]] == app.COLOURS[1]
+    assert case_view.region_colours(names)[names[6]] == REGION_COLOURS[1]
     assert "<b>" not in app.legend(names)
     assert app.legend(names).count("background:") == 7
 
 
 def test_the_table_has_volumes_and_dice(view):
-    rows = [line.strip("| ").split(" | ") for line in view.table().splitlines()[2:]]
+    rows = [line.strip("| ").split(" | ") for line in app.volume_table(view).splitlines()[2:]]
     assert [row[0] for row in rows] == list(REGIONS)
-    truth = view.label_maps["expert"]
-    voxel_ml = np.prod(view.found.scan.spacing_mm) / 1000
+    voxel_ml = np.prod(view.spacing_mm) / 1000
     for region, volume, expert, dice in rows:
-        masks = [np.isin(labels, REGIONS[region]) for labels in (view.label_maps["model"], truth)]
+        masks = [np.isin(labels, REGIONS[region]) for labels in (view.prediction, view.reference)]
         assert (float(volume), float(expert)) == pytest.approx([mask.sum() * voxel_ml for mask in masks], abs=0.051)
         overlap = 2 * (masks[0] & masks[1]).sum() / (masks[0].sum() + masks[1].sum())
         assert float(dice) == pytest.approx(overlap, abs=6e-4)
@@ -346,14 +356,15 @@ def test_a_user_segments_scrolls_toggles_and_downloads(browser, address, cohort,
     page.one("#run").click()
 
     def expected(plane, index, regions=tuple(REGIONS), side="model", opacity=0.5):
-        return view.picture(side, plane, index, "flair", regions, opacity)
+        labels = view.prediction if side == "model" else view.reference
+        return draw_slice(view, labels, plane, index, "flair", regions, opacity)
 
-    start = {plane: view.start(plane) for plane in app.SHOWN}
-    for plane in app.SHOWN:
+    starts = {plane: start(view, plane) for plane in PLANE_ORDER}
+    for plane in PLANE_ORDER:
         for side in ("model", "expert"):
-            page.wait_for(f"{plane}-{side}", expected(plane, start[plane], side=side))
+            page.wait_for(f"{plane}-{side}", expected(plane, starts[plane], side=side))
     table = page.one("#volumes").text
-    assert all(f"{volume:.1f}" in table for volume in view.found.volumes_ml.values())
+    assert all(f"{volume:.1f}" in table for volume in view.segmentation.volumes_ml.values())
 
     # The wheel over a picture: toward the feet, in that plane alone, and the page stays.
     browser.execute_script(
@@ -361,17 +372,17 @@ def test_a_user_segments_scrolls_toggles_and_downloads(browser, address, cohort,
         "for (let i = 0; i < 2; i++) document.querySelector('#axial-model img').dispatchEvent("
         "new WheelEvent('wheel', {deltaY: 100, bubbles: true, cancelable: true}));"
     )
-    page.wait_for("axial-model", expected("axial", start["axial"] - 2))
-    page.wait_for("axial-expert", expected("axial", start["axial"] - 2, side="expert"))
-    np.testing.assert_array_equal(page.picture("coronal-model"), expected("coronal", start["coronal"]))
+    page.wait_for("axial-model", expected("axial", starts["axial"] - 2))
+    page.wait_for("axial-expert", expected("axial", starts["axial"] - 2, side="expert"))
+    np.testing.assert_array_equal(page.picture("coronal-model"), expected("coronal", starts["coronal"]))
     # The slider, by the keyboard.
     slider = page.one("#coronal input[type=range]")
     slider.send_keys("\ue014")  # arrow right
-    page.wait_for("coronal-model", expected("coronal", start["coronal"] + 1))
+    page.wait_for("coronal-model", expected("coronal", starts["coronal"] + 1))
 
     page.one("#regions input[type=checkbox]").click()
-    page.wait_for("axial-model", expected("axial", start["axial"] - 2, ["TC", "ET"]))
-    page.wait_for("sagittal-expert", expected("sagittal", start["sagittal"], ["TC", "ET"], side="expert"))
+    page.wait_for("axial-model", expected("axial", starts["axial"] - 2, ["TC", "ET"]))
+    page.wait_for("sagittal-expert", expected("sagittal", starts["sagittal"], ["TC", "ET"], side="expert"))
 
     page.one("#download").click()
     path = wait(lambda: list(browser.downloads.glob("*.nii.gz")))[0]
@@ -383,6 +394,11 @@ def test_a_user_segments_scrolls_toggles_and_downloads(browser, address, cohort,
     assert np.asarray(written.dataobj).any()
 
 
+def first_picture(view, plane):
+    """The model's picture that the page shows first."""
+    return draw_slice(view, view.prediction, plane, start(view, plane), "flair", REGIONS, 0.5)
+
+
 def test_a_phone_shows_all_without_scrolling_sideways(browser, address, cohort, view):
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
@@ -390,9 +406,9 @@ def test_a_phone_shows_all_without_scrolling_sideways(browser, address, cohort, 
     page = Page(browser, address)
     page.upload(sorted((cohort / "Phantom_001").iterdir()))
     page.one("#run").click()
-    page.wait_for("sagittal-model", view.picture("model", "sagittal", view.start("sagittal"), "flair", REGIONS, 0.5))
+    page.wait_for("sagittal-model", first_picture(view, "sagittal"))
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
-    boxes = [page.one(f"#{plane}-model img").rect for plane in app.SHOWN]
+    boxes = [page.one(f"#{plane}-model img").rect for plane in PLANE_ORDER]
     assert all(box["width"] > 250 for box in boxes)
     assert boxes[0]["y"] < boxes[1]["y"] < boxes[2]["y"]
 
@@ -409,6 +425,6 @@ def test_what_is_wrong_is_said_and_can_be_put_right(browser, address, cohort, vi
     page = Page(browser, address)
     page.upload([path for path in files if "_seg" not in path.name])
     page.one("#run").click()
-    page.wait_for("axial-model", view.picture("model", "axial", view.start("axial"), "flair", REGIONS, 0.5))
+    page.wait_for("axial-model", first_picture(view, "axial"))
     assert not [image for image in page.all("#axial-expert img") if image.is_displayed()]
     assert "Dice" not in page.one("#volumes").text

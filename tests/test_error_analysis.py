@@ -1,4 +1,4 @@
-"""The error analysis: measures on masks drawn by hand, the report of a data set, the figures of a case."""
+"""The error analysis: metrics on masks drawn by hand, the report of a data set, the figures of a case."""
 
 import csv
 import dataclasses
@@ -22,24 +22,24 @@ from scipy.spatial.distance import cdist
 from dataset_scripts.brats_slices.__main__ import main as write_brats_slices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.scans_sam2unet import Volume
 from sam2unet_hf.training import SegmentationMetrics, SegmentationTransform
-from sam2unet_hf.volume import Sam2UNetVolumePipeline
+from sam2unet_hf.volume import Sam2UNetVolumePipeline, VolumeSegmentation
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import error_analysis  # noqa: E402 - the scripts are no package
 import run_segmentation  # noqa: E402
-from error_analysis import (  # noqa: E402
+from case_view import CaseView, bounding_box, largest_slice, segment_case  # noqa: E402
+from error_metrics import (  # noqa: E402
     Calibration,
     boundary_distances,
-    choose_examples,
-    contrast,
-    overlap,
+    contrast_to_noise,
     score_region,
-    segment_case,
     unmatched_lesions,
 )
-from error_plots import WIDTH, box, evenly_spread  # noqa: E402
+from error_plots import WIDTH, draw_case, evenly_spread, middle_slices  # noqa: E402
+from error_report import choose_examples  # noqa: E402
 
 
 REGIONS = {"WT": [1, 2, 3], "TC": [1, 3]}
@@ -95,59 +95,67 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def test_overlap():
-    assert overlap(mask_of((0, 2, 0, 2)), mask_of((0, 2, 1, 3))) == 0.5
-    assert overlap(mask_of(), mask_of()) == 1
-    assert overlap(mask_of(), mask_of((0, 1, 0, 1))) == 0
+def test_dice_is_one_without_region_and_prediction_and_zero_with_one_of_them():
+    def dice(reference, prediction):
+        record, _ = score_region(prediction * 1.0, reference, np.ones_like(reference), np.ones(reference.shape))
+        return record["dice"]
+
+    assert dice(mask_of((0, 2, 0, 2)), mask_of((0, 2, 1, 3))) == 0.5
+    assert dice(mask_of(), mask_of()) == 1
+    assert dice(mask_of(), mask_of((0, 1, 0, 1))) == 0
 
 
-def test_untouched_components_join_corners_and_know_size_and_place():
-    truth = mask_of((0, 2, 0, 2), (2, 4, 2, 4), (10, 13, 10, 15), (18, 20, 28, 30))
+def test_unmatched_lesions_join_corners_and_know_size_and_place():
+    reference = mask_of((0, 2, 0, 2), (2, 4, 2, 4), (10, 13, 10, 15), (18, 20, 28, 30))
     prediction = mask_of((3, 5, 3, 5), (10, 13, 15, 20))  # the second only lies beside
-    assert unmatched_lesions(truth, prediction) == (
+    assert unmatched_lesions(reference, prediction) == (
         3,
         [
             {"pixels": 15, "centre_row": 11.0, "centre_column": 12.0},
             {"pixels": 4, "centre_row": 18.5, "centre_column": 28.5},
         ],
     )
-    assert unmatched_lesions(prediction, truth) == (
+    assert unmatched_lesions(prediction, reference) == (
         2,
         [{"pixels": 15, "centre_row": 11.0, "centre_column": 17.0}],
     )
-    assert unmatched_lesions(mask_of(), truth) == (0, [])
-    assert unmatched_lesions(truth, mask_of())[0] == 3
+    assert unmatched_lesions(mask_of(), reference) == (0, [])
+    assert unmatched_lesions(reference, mask_of())[0] == 3
 
 
 def test_contrast_is_against_the_ring_inside_the_head():
-    truth = mask_of((8, 12, 10, 20))
-    grey = np.full(truth.shape, 50.0)
+    reference = mask_of((8, 12, 10, 20))
+    grey = np.full(reference.shape, 50.0)
     grey[:, ::2] = 70.0  # mean 60, standard deviation 10
-    grey[truth] = 85.0
-    head = np.ones_like(truth)
+    grey[reference] = 85.0
+    head = np.ones_like(reference)
     ring = mask_of((8, 12, 8, 10), (8, 12, 20, 22), (6, 8, 10, 20), (12, 14, 10, 20))
-    assert contrast(grey, truth, ring) == pytest.approx(2.5)
+    assert contrast_to_noise(grey, reference, ring) == pytest.approx(2.5)
     # Nothing farther than the width of the ring counts.
     far = grey.copy()
     far[mask_of((0, 20, 0, 30)) & ~mask_of((3, 17, 5, 25))] = 1000
-    assert contrast(far, truth, head, width=4) == pytest.approx(contrast(grey, truth, head, width=4))
-    assert contrast(far, truth, head, width=7) < 0
-    assert contrast(grey[:, ::-1] * 2 + 5, truth[:, ::-1], head, 4) == pytest.approx(contrast(grey, truth, head, 4))
+    assert contrast_to_noise(far, reference, head, width=4) == pytest.approx(
+        contrast_to_noise(grey, reference, head, width=4)
+    )
+    assert contrast_to_noise(far, reference, head, width=7) < 0
+    assert contrast_to_noise(grey[:, ::-1] * 2 + 5, reference[:, ::-1], head, 4) == pytest.approx(
+        contrast_to_noise(grey, reference, head, 4)
+    )
 
 
 def test_contrast_without_tumour_or_surroundings_is_unknown():
-    truth = mask_of((8, 12, 10, 20))
-    grey = np.where(truth, 9.0, 3.0)
-    for arguments in ((grey, mask_of(), ~mask_of()), (grey, truth, truth), (grey, truth, ~mask_of())):
-        assert math.isnan(contrast(*arguments))
+    reference = mask_of((8, 12, 10, 20))
+    grey = np.where(reference, 9.0, 3.0)
+    for arguments in ((grey, mask_of(), ~mask_of()), (grey, reference, reference), (grey, reference, ~mask_of())):
+        assert math.isnan(contrast_to_noise(*arguments))
 
 
 def test_boundary_distances_of_shifted_squares():
-    truth, prediction = mask_of((5, 6, 5, 6)), mask_of((8, 9, 9, 10))
-    assert boundary_distances(truth, prediction) == (5, 5)
-    assert boundary_distances(truth, prediction, (2, 1)) == pytest.approx((52**0.5, 52**0.5))
-    assert boundary_distances(truth, truth) == (0, 0)
-    assert np.isnan(boundary_distances(truth, mask_of())).all()
+    reference, prediction = mask_of((5, 6, 5, 6)), mask_of((8, 9, 9, 10))
+    assert boundary_distances(reference, prediction) == (5, 5)
+    assert boundary_distances(reference, prediction, (2, 1)) == pytest.approx((52**0.5, 52**0.5))
+    assert boundary_distances(reference, reference) == (0, 0)
+    assert np.isnan(boundary_distances(reference, mask_of())).all()
     assert np.isnan(boundary_distances(mask_of(), mask_of())).all()
     # A line of 10 pixels and its first 5: nothing from the short one, 0 0 0 0 0 1 2 3 4 5 from the long one.
     average, hausdorff = boundary_distances(mask_of((3, 4, 0, 10)), mask_of((3, 4, 0, 5)))
@@ -164,9 +172,9 @@ def surface_points(mask):
     return np.stack([rows, columns], axis=1)[on_surface]
 
 
-def by_pairs(truth, prediction, spacing):
+def by_pairs(reference, prediction, spacing):
     """Distances of all surface pixels to all others."""
-    distances = cdist(surface_points(truth) * np.array(spacing), surface_points(prediction) * np.array(spacing))
+    distances = cdist(surface_points(reference) * np.array(spacing), surface_points(prediction) * np.array(spacing))
     ways = distances.min(axis=1), distances.min(axis=0)
     return np.concatenate(ways).mean(), max(np.percentile(way, 95) for way in ways)
 
@@ -174,11 +182,11 @@ def by_pairs(truth, prediction, spacing):
 def test_boundary_distances_are_those_of_all_pairs():
     generator = np.random.default_rng(0)
     for _ in range(5):
-        truth, prediction = generator.random((2, 20, 30)) > 0.9
-        for mask in (truth, prediction):
+        reference, prediction = generator.random((2, 20, 30)) > 0.9
+        for mask in (reference, prediction):
             mask[5:12, 6:15] = True
-        assert boundary_distances(truth, prediction, (1.5, 0.5)) == pytest.approx(
-            by_pairs(truth, prediction, (1.5, 0.5))
+        assert boundary_distances(reference, prediction, (1.5, 0.5)) == pytest.approx(
+            by_pairs(reference, prediction, (1.5, 0.5))
         )
 
 
@@ -186,10 +194,10 @@ def test_calibration_of_calibrated_pixels_has_no_error():
     generator = np.random.default_rng(0)
     whole, parts = Calibration(), Calibration()
     probabilities = generator.random((400, 500)).astype(np.float32)
-    truth = generator.random((400, 500)) < probabilities
-    whole.add(probabilities, truth)
+    reference = generator.random((400, 500)) < probabilities
+    whole.add(probabilities, reference)
     for rows in (slice(0, 7), slice(7, 400)):
-        parts.add(probabilities[rows], truth[rows])
+        parts.add(probabilities[rows], reference[rows])
     assert whole.error() < 0.005
     assert parts.error() == pytest.approx(whole.error())
     pixels, mean, share = whole.curve()
@@ -208,17 +216,17 @@ def test_calibration_weights_pixels_equally():
 
 
 def test_a_region_without_prediction_and_with_pixels_that_do_not_count():
-    truth = mask_of((2, 6, 2, 6), (10, 12, 10, 12))
-    grey = np.where(truth, 9.0, np.arange(30) % 3)
+    reference = mask_of((2, 6, 2, 6), (10, 12, 10, 12))
+    grey = np.where(reference, 9.0, np.arange(30) % 3)
     valid = ~mask_of((9, 20, 0, 30))
-    record, lesions = score_region(np.zeros(truth.shape), truth, valid, grey, (2.0, 0.5))
+    record, lesions = score_region(np.zeros(reference.shape), reference, valid, grey, (2.0, 0.5))
     assert record["found_in"] == "truth only"
     assert (record["truth_pixels"], record["truth_mm2"], record["dice"]) == (16, 16.0, 0.0)
     assert math.isnan(record["surface_distance_mm"])
     assert [(lesion["kind"], lesion["pixels"], lesion["mm2"]) for lesion in lesions] == [("missed", 16, 16.0)]
-    record, lesions = score_region(np.where(truth, 0.51, 0.5), truth, valid, grey)
+    record, lesions = score_region(np.where(reference, 0.51, 0.5), reference, valid, grey)
     assert (record["found_in"], record["dice"], record["hausdorff95_px"], lesions) == ("both", 1, 0, [])
-    assert score_region(np.zeros(truth.shape), mask_of(), valid, grey)[0]["found_in"] == "neither"
+    assert score_region(np.zeros(reference.shape), mask_of(), valid, grey)[0]["found_in"] == "neither"
 
 
 def record_of(case, number, dice, wrong=0, found_in="both"):
@@ -236,8 +244,8 @@ def test_the_worst_are_of_different_cases_while_there_are_others():
 
 
 def test_box_and_spread():
-    assert box(mask_of((5, 9, 0, 7)), margin=2) == (slice(3, 11), slice(0, 9))
-    assert box(mask_of()) == (slice(None), slice(None))
+    assert bounding_box(mask_of((5, 9, 0, 7)), margin=2) == (slice(3, 11), slice(0, 9))
+    assert bounding_box(mask_of()) == (slice(None), slice(None))
     assert evenly_spread(10, 4).tolist() == [0, 3, 6, 9]
     assert evenly_spread(3, 9).tolist() == [0, 1, 2]
     assert evenly_spread(9, 1).tolist() == [4]
@@ -270,29 +278,31 @@ def test_report_of_a_data_set(slices, checkpoint, tmp_path):
         probabilities = torch.nn.functional.interpolate(logits, (40, 40), mode="bilinear")[0].sigmoid().numpy()
         for number, (region, label_ids) in enumerate(REGIONS.items()):
             record = records[2 * index + number]
-            truth, prediction = np.isin(np.asarray(row["mask"]), label_ids), probabilities[number] > 0.5
+            reference, prediction = np.isin(np.asarray(row["mask"]), label_ids), probabilities[number] > 0.5
             assert (record["region"], record["case_id"]) == (region, row["case_id"])
             assert int(record["slice_index"]) == row["slice_index"]
             assert float(record["dice"]) == pytest.approx(dice[number], abs=1e-5)
-            assert int(record["true_positive_pixels"]) == (truth & prediction).sum()
-            if truth.any() and prediction.any():
+            assert int(record["true_positive_pixels"]) == (reference & prediction).sum()
+            if reference.any() and prediction.any():
                 found = float(record["surface_distance_px"]), float(record["hausdorff95_px"])
-                assert found == pytest.approx(by_pairs(truth, prediction, (1, 1)), rel=1e-5)
+                assert found == pytest.approx(by_pairs(reference, prediction, (1, 1)), rel=1e-5)
             else:
                 assert record["surface_distance_px"] == record["hausdorff95_px"] == ""
             for kind in ("missed", "false"):
                 lesions[kind, region] += int(record[f"{kind}_lesions"])
             pixels[region][0].append(probabilities[number][grey > 0])
-            pixels[region][1].append(truth[grey > 0])
+            pixels[region][1].append(reference[grey > 0])
 
     listed = read_csv(first / "lesions.csv")
     assert sum(lesions.values()) > 5
     for (kind, region), count in lesions.items():
         assert sum((lesion["kind"], lesion["region"]) == (kind, region) for lesion in listed) == count
     for summary in read_csv(first / "summary.csv"):
-        probability, truth = map(np.concatenate, pixels[summary["region"]])
+        probability, reference = map(np.concatenate, pixels[summary["region"]])
         bins = np.digitize(probability, np.linspace(0, 1, 16)[1:-1])
-        gaps = [abs(probability[bins == b].mean() - truth[bins == b].mean()) * (bins == b).mean() for b in set(bins)]
+        gaps = [
+            abs(probability[bins == b].mean() - reference[bins == b].mean()) * (bins == b).mean() for b in set(bins)
+        ]
         assert float(summary["calibration_error"]) == pytest.approx(sum(gaps), rel=1e-3)
         ours = [record for record in records if record["region"] == summary["region"]]
         assert float(summary["mean_dice"]) == pytest.approx(np.mean([float(row["dice"]) for row in ours]), rel=1e-5)
@@ -538,7 +548,7 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_the_work(
     what, cohort, slices, checkpoint, tmp_path, monkeypatch
 ):
     for name in ("Analysis", "segment_case"):
-        monkeypatch.setattr(error_analysis, name, lambda *_: pytest.fail("the work was done before"))
+        monkeypatch.setattr(error_analysis, name, lambda *_, **__: pytest.fail("the work was done before"))
     case = sorted(path for path in cohort.iterdir() if path.is_dir())[0]
     data = ["--dataset_name", str(slices)] if what == "data set" else ["--case", str(case)]
     (tmp_path / "file").touch()
@@ -555,17 +565,12 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_the_work(
 
 def test_figures_lie_in_their_folder_whatever_case_and_regions_are_named(tmp_path):
     shape = (4, 5, 6)
-    ball = np.ones(shape, bool)
-    view = error_analysis.CaseView(
-        name="../../up",
-        grey={"flair": np.arange(120, dtype=np.uint8).reshape(shape)},
-        shown="flair",
-        spacing_mm=(1.0, 1.0, 1.0),
-        truth={"/../WT": ball},
-        prediction={"/../WT": ball},
-        probabilities={"/../WT": ball.astype(np.float32)},
-    )
-    error_analysis.draw_case(view, tmp_path / "a" / "b" / "out", ["svg"])
+    grey = np.arange(120, dtype=np.uint8).reshape(shape)
+    scan = Volume("scan", grey, np.eye(4), np.diag([-1.0, -1.0, 1.0, 1.0]), header=None)
+    ball = np.ones(shape, np.uint8)
+    segmentation = VolumeSegmentation(ball, {"/../WT": [1]}, scan, ball[None].astype(np.float32))
+    view = CaseView("../../up", segmentation, {"flair": grey}, "flair", reference=ball)
+    draw_case(view, tmp_path / "a" / "b" / "out", ["svg"])
     kinds = ("contrasts", "probabilities", "errors_.._WT", "montage_.._WT", "planes_.._WT")
     names = {path.name for path in (tmp_path / "a" / "b" / "out").iterdir()}
     assert names == {f".._.._up_{kind.replace('_..', '__..')}.svg" for kind in kinds}
@@ -594,18 +599,19 @@ def test_figures_of_a_case(cohort, checkpoint, tmp_path):
 def test_a_case_is_seen_upright_and_as_the_mask_says(cohort, checkpoint):
     case = error_analysis.find_cases(cohort)[0]
     model, processor = error_analysis.load_model(error_analysis.parse_arguments(["--model", str(checkpoint)])[0])
-    view = segment_case(Sam2UNetVolumePipeline(model, processor), case, 8)
+    view = segment_case(Sam2UNetVolumePipeline(model, processor), case, return_probabilities=True)
     labels = case.read_mask().voxels
-    np.testing.assert_array_equal(view.truth["TC"], np.isin(labels, [1, 3]))
+    whole, prediction = view.masks("WT")
+    np.testing.assert_array_equal(view.masks("TC")[0], np.isin(labels, [1, 3]))
     assert list(view.grey) == ["t1", "t1ce", "t2", "flair"]
     for plane, axis in (("sagittal", 0), ("coronal", 1), ("axial", 2)):
         counts = np.moveaxis(labels > 0, axis, 0).sum(axis=(1, 2))
-        assert counts[view.largest_slice("WT", plane)] == counts.max()
-    indices = view.slices_of_tumour("WT", 3)
+        assert counts[largest_slice(plane, whole, prediction)] == counts.max()
+    indices = middle_slices(whole, 3)
     assert len(indices) == 3
-    assert all(view.truth["WT"][:, :, index].any() for index in indices)
+    assert all(whole[:, :, index].any() for index in indices)
     # Brighter than the model's threshold, hence tumour.
-    assert view.probabilities["WT"][view.prediction["WT"]].min() > 0.5
+    assert view.probability("WT")[prediction].min() > 0.5
 
 
 def test_a_case_without_mask_or_contrast_and_folders_that_are_none(cohort, checkpoint, tmp_path, caplog):

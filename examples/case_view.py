@@ -1,0 +1,186 @@
+"""One segmented patient: its volumes, its slices with the most tumour, and pictures of slices."""
+
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageColor, ImageDraw
+from plots import COLOURS
+
+from sam2unet_hf.cases import BratsCase
+from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES, intensity_window, pixel_size_mm, take_slice
+from sam2unet_hf.volume import Sam2UNetVolumePipeline, VolumeSegmentation
+
+
+PLANE_ORDER = ("axial", "coronal", "sagittal")
+ORIENTATION_LABELS = {  # left, right, top and bottom of `take_slice`
+    "axial": "RLAP",
+    "coronal": "RLSI",
+    "sagittal": "APSI",
+}
+REGION_COLOURS = (COLOURS[2], COLOURS[0], COLOURS[1], *COLOURS[3:])  # the outermost region has the lightest
+PICTURE_PIXELS = 480  # longest side of the head
+PICTURE_MARGIN = 3  # voxels around the head
+
+
+@dataclass(eq=False)
+class CaseView:
+    """One segmented patient, with volumes of shape `(left, posterior, superior)`.
+
+    Attributes:
+        name: The case.
+        segmentation: What the model found, on the grid of the file.
+        grey: 8-bit volume of each modality that there is.
+        modality: The one to show behind masks: FLAIR if the model takes it, else the first that it takes.
+        reference: Label ids of the expert's mask, or `None` if the case has none.
+    """
+
+    name: str
+    segmentation: VolumeSegmentation
+    grey: dict[str, np.ndarray]
+    modality: str
+    reference: np.ndarray | None = None
+
+    @property
+    def regions(self) -> dict[str, list[int]]:
+        """The label ids of each region."""
+        return self.segmentation.regions
+
+    @property
+    def spacing_mm(self) -> tuple[float, ...]:
+        """Voxel size along the three axes."""
+        return self.segmentation.scan.spacing_mm
+
+    @functools.cached_property
+    def prediction(self) -> np.ndarray:
+        """Label ids that the model found."""
+        return self.segmentation.scan.from_file_grid(self.segmentation.label_map)
+
+    def probability(self, region: str) -> np.ndarray:
+        """Return the probabilities of a region, in [0, 1], if the case was segmented with them."""
+        number = list(self.regions).index(region)
+        return self.segmentation.scan.from_file_grid(self.segmentation.probabilities[number])
+
+    def masks(self, region: str) -> tuple[np.ndarray | None, np.ndarray]:
+        """Return the voxels of a region in the reference, `None` without one, and in the prediction."""
+        label_ids = self.regions[region]
+        reference = None if self.reference is None else np.isin(self.reference, label_ids)
+        return reference, np.isin(self.prediction, label_ids)
+
+    def head_box(self, margin: int) -> tuple[slice, ...]:
+        """Return the box around the head with a margin of voxels; its far ends may lie beyond the volume."""
+        return tuple(slice(max(part.start - margin, 0), part.stop + margin) for part in self._tight_head_box)
+
+    @functools.cached_property
+    def _tight_head_box(self) -> tuple[slice, ...]:
+        return bounding_box(np.any([volume != 0 for volume in self.grey.values()], axis=0))
+
+    def crop(self, volume: np.ndarray, plane: str, index: int, margin: int = 4) -> np.ndarray:
+        """Return one slice, cropped to the head with a margin of voxels."""
+        box = list(self.head_box(margin))
+        box[PLANES[plane]] = slice(None)
+        return take_slice(volume[tuple(box)], plane, index)
+
+
+def segment_case(segment: Sam2UNetVolumePipeline, case: BratsCase, **options: Any) -> CaseView:
+    """Segment a case, and read the modalities and the expert's mask that it has.
+
+    Args:
+        segment: The pipeline.
+        case: Its files.
+        **options: Arguments of the pipeline, such as `planes` and `return_probabilities`.
+
+    Raises:
+        ScanError: If a scan is missing, damaged or on another grid than the first.
+    """
+    # Read all files before the segmentation, which takes minutes. They must fit the first scan that is segmented.
+    names = list(dict.fromkeys([*segment.modalities, *(name for name in MODALITIES if name in case.files)]))
+    scans = dict(zip(names, case.read_images(names), strict=True))
+    reference = case.read_mask(same_grid_as=scans[names[0]]).voxels if "seg" in case.files else None
+    segmentation = segment(case, **options)
+    grey = {name: intensity_window(scans[name]).apply(scans[name].voxels) for name in MODALITIES if name in scans}
+    modality = "flair" if "flair" in segment.modalities else segment.modalities[0]
+    return CaseView(case.case_id, segmentation, grey, modality, reference)
+
+
+def largest_slice(plane: str, *masks: np.ndarray | None) -> int:
+    """Return the slice with most of the first mask that is not empty, or else the one in the middle.
+
+    Args:
+        plane: `"axial"`, `"coronal"` or `"sagittal"`.
+        *masks: Masks or label ids of shape `(left, posterior, superior)`, `None` for one that is missing.
+    """
+    volumes = [mask for mask in masks if mask is not None]
+    marked = next((volume for volume in volumes if volume.any()), None)
+    if marked is None:
+        return volumes[0].shape[PLANES[plane]] // 2
+    return int(np.count_nonzero(np.moveaxis(marked, PLANES[plane], 0), axis=(1, 2)).argmax())
+
+
+def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...]:
+    """Return the smallest box that holds a mask of any number of axes, with a margin; all of it if it is empty."""
+    if not mask.any():
+        return (slice(None),) * mask.ndim
+    box = []
+    for axis in range(mask.ndim):
+        inside = np.flatnonzero(np.moveaxis(mask, axis, 0).any(axis=tuple(range(1, mask.ndim))))
+        box.append(slice(max(int(inside[0]) - margin, 0), int(inside[-1]) + margin + 1))
+    return tuple(box)
+
+
+def region_colours(regions: Iterable[str]) -> dict[str, str]:
+    """Return a colour for each region; from the sixth on they come again."""
+    return dict(zip(regions, itertools.cycle(REGION_COLOURS)))
+
+
+def draw_slice(
+    view: CaseView,
+    labels: np.ndarray,
+    plane: str,
+    index: int,
+    modality: str,
+    regions: Sequence[str],
+    opacity: float,
+) -> np.ndarray:
+    """Draw a slice with its regions.
+
+    Args:
+        view: The patient.
+        labels: Label ids of its prediction or of its reference.
+        plane: `"axial"`, `"coronal"` or `"sagittal"`.
+        index: Position along the axis that the plane cuts.
+        modality: The scan to show.
+        regions: Those to colour; of nested ones the innermost has its colour.
+        opacity: In [0, 1].
+
+    Returns:
+        RGB picture of shape `(height, width, 3)`, `uint8`, at the same scale in mm along both axes and in all planes.
+    """
+    height_mm, width_mm = pixel_size_mm(view.spacing_mm, plane)
+    grey = np.ascontiguousarray(view.crop(view.grey[modality], plane, index, PICTURE_MARGIN))
+    scale = PICTURE_PIXELS / max(
+        (part.stop - part.start) * mm for part, mm in zip(view.head_box(PICTURE_MARGIN), view.spacing_mm, strict=True)
+    )
+    size = (round(grey.shape[1] * width_mm * scale), round(grey.shape[0] * height_mm * scale))
+    picture = Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR).convert("RGB")
+    labels = view.crop(labels, plane, index, PICTURE_MARGIN)
+    colours = region_colours(view.regions)
+    rgba = np.zeros((*labels.shape, 4), np.uint8)
+    for region in sorted(regions, key=lambda region: -len(view.regions[region])):
+        rgba[np.isin(labels, view.regions[region])] = (*ImageColor.getrgb(colours[region]), round(255 * opacity))
+    overlay = Image.fromarray(rgba).resize(size, Image.Resampling.NEAREST)
+    picture.paste(overlay, (0, 0), overlay)
+    draw_orientation_labels(picture, ORIENTATION_LABELS[plane])
+    return np.asarray(picture)
+
+
+def draw_orientation_labels(picture: Image.Image, letters: str) -> None:
+    """Write which side of the patient lies left, right, at the top and at the bottom."""
+    draw = ImageDraw.Draw(picture)
+    middle = (picture.width // 2, picture.height // 2)
+    places = [(4, middle[1]), (picture.width - 4, middle[1]), (middle[0], 3), (middle[0], picture.height - 3)]
+    for letter, place, anchor in zip(letters, places, ("lm", "rm", "ma", "md"), strict=True):
+        draw.text(place, letter, fill="white", font_size=15, anchor=anchor, stroke_width=1, stroke_fill="black")
