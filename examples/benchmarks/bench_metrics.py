@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Time all seven measures against `py_sod_metrics`, in turn, on one thread.
 
-python examples/benchmarks/metrics.py
+python examples/benchmarks/bench_metrics.py
 """
 
 import os
