@@ -6,6 +6,7 @@ segmentation_models_pytorch would have them in the encoder alone. Mask R-CNN is 
 feature pyramid.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,22 +52,10 @@ class BaselineConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-def unet(num_regions: int, weights: str | None) -> nn.Module:
+def smp_network(name: str, num_regions: int, weights: str | None) -> nn.Module:
     import segmentation_models_pytorch as smp
 
-    return smp.Unet(encoder_weights=weights, classes=num_regions)
-
-
-def unet_plus_plus(num_regions: int, weights: str | None) -> nn.Module:
-    import segmentation_models_pytorch as smp
-
-    return smp.UnetPlusPlus(encoder_weights=weights, classes=num_regions)
-
-
-def deeplab(num_regions: int, weights: str | None) -> nn.Module:
-    import segmentation_models_pytorch as smp
-
-    return smp.DeepLabV3(encoder_weights=weights, classes=num_regions)
+    return getattr(smp, name)(encoder_weights=weights, classes=num_regions)
 
 
 def residual_unet(num_regions: int, weights: str | None) -> nn.Module:
@@ -100,10 +89,10 @@ def mask_rcnn(num_regions: int, weights: str | None) -> nn.Module:
 
 
 BASELINES: dict[str, Callable[[int, str | None], nn.Module]] = {
-    "unet": unet,
-    "unetplusplus": unet_plus_plus,
+    "unet": functools.partial(smp_network, "Unet"),
+    "unetplusplus": functools.partial(smp_network, "UnetPlusPlus"),
     "maskrcnn": mask_rcnn,
-    "deeplabv3": deeplab,
+    "deeplabv3": functools.partial(smp_network, "DeepLabV3"),
     "resunet": residual_unet,
 }
 
