@@ -6,7 +6,7 @@ python examples/compare_models.py --data my_slices --minutes 12
 python examples/compare_models.py --data my_slices --seeds 0 1 2 --sam2_checkpoint facebook/sam2-hiera-large
 
 All systems get the same splits, transforms, optimiser and number of steps, or as many steps as fit into the same time.
-A comparison that was stopped goes on where it was when it is started again with the same command on the same data.
+A comparison that was stopped resumes when the same command is run on the same data.
 """
 
 import argparse
@@ -39,10 +39,10 @@ from sam2unet_hf.training.resume import last_complete_checkpoint
 
 logger = logging.getLogger("compare_models")
 
-# How the test images are scored: options of `SegmentationMetrics` by protocol.
+# Options of `SegmentationMetrics` by protocol of scoring the test images.
 PROTOCOLS = {"plain": {"zero_division": 1.0}, "paper": {"zero_division": 0.0, "normalize": "minmax"}}
 QUICK = {"steps": 60, "image_size": 96, "batch_size": 8, "learning_rate": ["5e-4"], "evaluations": 3, "warmup": 10}
-# What may be other in a comparison that goes on.
+# Arguments that may differ when a comparison resumes.
 RESUMABLE_ARGUMENTS = ("systems", "seeds", "output_dir", "measure", "allow_leaks")
 SAM2UNET_ONLY = ("sam2_checkpoint", "preset", "freeze_encoder")
 
@@ -50,7 +50,7 @@ SAM2UNET_ONLY = ("sam2_checkpoint", "preset", "freeze_encoder")
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of the builder, or Hub id; default: a phantom")
-    parser.add_argument("--allow_leaks", action="store_true", help="go on where splits share a patient or an image")
+    parser.add_argument("--allow_leaks", action="store_true", help="accept splits that share a patient or an image")
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each system is trained once per seed")
     length = parser.add_mutually_exclusive_group()
@@ -61,25 +61,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, default=352)
     parser.add_argument("--batch_size", type=int, default=4, help="at least 2, for DeepLabV3's batch norm")
     parser.add_argument(
-        "--learning_rate", nargs="+", default=["1e-4"], help="a number, and SYSTEM=NUMBER where another is to be taken"
+        "--learning_rate", nargs="+", default=["1e-4"], help="a number, and SYSTEM=NUMBER for each exception"
     )
     parser.add_argument(
         "--augmentation",
         nargs="+",
         default=["flips"],
         choices=["none", *AUGMENTATIONS],
-        help="how training images are changed at random",
+        help="random changes of training images",
     )
     parser.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
-    parser.add_argument("--evaluations", type=int, default=10, help="how often validation chooses the best checkpoint")
+    parser.add_argument("--evaluations", type=int, default=10, help="how often the best checkpoint is chosen")
     parser.add_argument("--weights", choices=["imagenet"], help="pretrained encoders for the other systems")
-    parser.add_argument("--sam2_checkpoint", help="pretrained encoder of SAM2-UNet, frozen; else it is from scratch")
+    parser.add_argument("--sam2_checkpoint", help="pretrained encoder of SAM2-UNet, frozen; default: from scratch")
     parser.add_argument("--preset", default="tiny", choices=list(PRESETS), help="size of SAM2-UNet from scratch")
-    parser.add_argument("--freeze_encoder", action="store_true", help="of SAM2-UNet from scratch, too")
+    parser.add_argument(
+        "--freeze_encoder", action="store_true", help="freeze the encoder even of a SAM2-UNet from scratch"
+    )
     parser.add_argument("--bf16", action="store_true", help="train and score under bfloat16 autocast")
-    parser.add_argument("--use_cpu", action="store_true", help="even where there is a GPU")
+    parser.add_argument("--use_cpu", action="store_true", help="run on the CPU even if there is a GPU")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that load images")
-    parser.add_argument("--quick", action="store_true", help="60 steps at 96x96, for a look at it all in minutes")
+    parser.add_argument("--quick", action="store_true", help="train 60 steps at 96x96, which takes minutes")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/comparison"))
     parser.add_argument("--measure", choices=list(SYSTEMS), help=argparse.SUPPRESS)
     if "--quick" in (sys.argv[1:] if argv is None else argv):
@@ -106,7 +108,7 @@ def learning_rate(args: argparse.Namespace, system: str) -> float:
 
 
 def build_model(args: argparse.Namespace, system: str, regions: dict[str, list[int]]) -> PreTrainedModel:
-    """Build a system."""
+    """Build a system, whose output has one channel per region."""
     if system != "sam2unet":
         return build_baseline(system, regions, args.weights)
     if args.sam2_checkpoint is not None:
@@ -116,7 +118,7 @@ def build_model(args: argparse.Namespace, system: str, regions: dict[str, list[i
 
 
 def measure(args: argparse.Namespace, system: str) -> dict[str, float]:
-    """Measure what a system costs; run in a process of its own, since memory is that of the process."""
+    """Measure what a system costs; call it in a new process, because the peak memory is that of the process."""
     data = ComparisonData(args)
     set_seed(0)
     device = "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
@@ -126,7 +128,7 @@ def measure(args: argparse.Namespace, system: str) -> dict[str, float]:
 
 
 def measure_costs(args: argparse.Namespace, system: str, argv: Sequence[str]) -> dict[str, float]:
-    """Return what a system costs, measured once, and the number of its training steps."""
+    """Return what a system costs and how many steps it trains; measure it if `costs.json` does not tell."""
     path = args.output_dir / system / "costs.json"
     if not path.exists():
         logger.info("%s: measuring what it costs.", SYSTEMS[system].name)
@@ -141,7 +143,7 @@ def measure_costs(args: argparse.Namespace, system: str, argv: Sequence[str]) ->
 
 
 def training_arguments(args: argparse.Namespace, system: str, seed: int, steps: int) -> TrainingArguments:
-    """Return the arguments of a training, which are the same for all systems but for the learning rate."""
+    """Return the arguments of a training; systems differ in the learning rate only."""
     every = max(1, steps // args.evaluations)
     return TrainingArguments(
         output_dir=str(args.output_dir / system / f"seed-{seed}"),
@@ -174,7 +176,7 @@ def training_arguments(args: argparse.Namespace, system: str, seed: int, steps: 
 
 
 def run(args: argparse.Namespace, data: ComparisonData, system: str, seed: int, steps: int) -> None:
-    """Train and score a system, or go on with it; the result is in `result.json` of its folder."""
+    """Train and score a system, or resume it, and write `result.json` and `examples.npz` into its folder."""
     folder = args.output_dir / system / f"seed-{seed}"
     if (folder / "result.json").exists():
         logger.info("%s, seed %d: finished before.", SYSTEMS[system].name, seed)
@@ -209,7 +211,11 @@ def run(args: argparse.Namespace, data: ComparisonData, system: str, seed: int, 
 
 
 def check_arguments(args: argparse.Namespace) -> dict[Path, dict[str, Any]]:
-    """Return what the file of each system is to note, or refuse to go on with one of other arguments."""
+    """Return the arguments to note of each system by path.
+
+    Raises:
+        SystemExit: If a system was begun with other arguments.
+    """
     notes = {}
     for system in args.systems:
         path = args.output_dir / system / "arguments.json"
@@ -228,12 +234,16 @@ def check_arguments(args: argparse.Namespace) -> dict[Path, dict[str, Any]]:
 
 
 def check_data(data: ComparisonData, notes: dict[Path, dict[str, Any]]) -> None:
-    """Note arguments and data of each system, or refuse to go on with one of other data."""
+    """Note arguments and fingerprints of the data of each system.
+
+    Raises:
+        SystemExit: If a system was begun on other data; then nothing is noted.
+    """
     now = {split: fingerprint(rows) for split, rows in data.splits.items()}
     for path in notes:
         before = json.loads(path.read_text()).get("fingerprints") if path.exists() else now
         if before is None:
-            logger.warning("%s does not tell which data its run began on. Taking it for the same as now.", path)
+            logger.warning("%s does not tell which data its run began on. The data of now is taken for it.", path)
         elif changed := changed_values(before, now):
             raise SystemExit(
                 f"{path.parent} holds a run on other data: it differs in the split {', '.join(changed)}. Choose "
@@ -255,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     notes = check_arguments(args)
     data = ComparisonData(args)
     check_data(data, notes)
-    # First of all, so that a missing library is known before hours of training.
+    # Measure all systems before training any, because it shows a missing library within minutes.
     costs = {system: measure_costs(args, system, argv) for system in args.systems}
     for seed in args.seeds:
         for system in args.systems:

@@ -81,7 +81,7 @@ def measure_model(
         "parameters": model.num_parameters(),
         "trained_parameters": model.num_parameters(only_trainable=True),
     }
-    # Not in inference mode: the model is trained afterwards, and could not be with tensors that it kept.
+    # Do not use inference mode, because the model is trained next, which fails with inference tensors that it keeps.
     with torch.no_grad():
         costs["flops"] = count_flops(model, image)
         costs["seconds_per_image"] = median_seconds(segment, device)

@@ -36,7 +36,7 @@ NOTE = """\
 Published: Pidishetti, Amjad, Sheng, Appl. Sci. 2025, 15, 3267, Table 3, BraTS 2020. Over one set of images mIoU cannot
 be below D / (2 - D) for mean Dice D. The rows of SAM2-UNet (0.771 needs 0.627) and Mask R-CNN (0.746 needs 0.595)
 break this; they are quoted as published."""
-# What the table of scores shows: by protocol, the key of `SegmentationMetrics` and its title.
+# Columns of the table of scores: by protocol, the key of `SegmentationMetrics` and its title.
 SHOWN = {
     "plain": {"dice": "Dice", "iou": "IoU", "mae": "MAE"},
     "paper": {"mean_dice": "mDice", "mean_iou": "mIoU", "mae": "MAE"},
@@ -216,19 +216,19 @@ def plot_systems(
     regions: Mapping[str, Sequence[int]],
     path: Path,
 ) -> None:
-    """Draw images with the outlines of truth and prediction, one row per image, one column per system."""
+    """Draw images with the outlines of reference and prediction, one row per image, one column per system."""
     columns = 1 + len(predictions)
     size = (2.2 * columns, 2.45 * len(examples) + 0.6)
     figure, axes = plt.subplots(len(examples), columns, figsize=size, layout="constrained", squeeze=False)
     colours = [COLOURS[index % len(COLOURS)] for index in range(len(regions))]
-    # A single region has the second colour to spare for its prediction.
+    # Draw the prediction of a single region in the second colour, which no other region needs.
     kinds = {
-        "truth": (colours, "solid"),
+        "reference": (colours, "solid"),
         "prediction": ([COLOURS[1]] if len(regions) == 1 else colours, "dashed"),
     }
     for number, (row, example) in enumerate(zip(axes, examples, strict=True)):
         image = example.image
-        # 16-bit and float images lose their range in `convert`.
+        # Do not convert 16-bit and float images, which would lose their range.
         pixels = np.asarray(image if image.mode.startswith(("I", "F")) else image.convert("L"), dtype=float)
         for axis, found in zip(row, [None, *predictions.values()], strict=True):
             axis.imshow(pixels, cmap="gray")
@@ -240,7 +240,7 @@ def plot_systems(
                     if mask.any() and not mask.all():
                         axis.contour(mask, levels=[0.5], colors=[colour], linestyles=style, linewidths=1.2)
         row[0].set_ylabel(example.name, fontsize=7)
-    for axis, title in zip(axes[0], ["truth", *predictions], strict=True):
+    for axis, title in zip(axes[0], ["reference", *predictions], strict=True):
         axis.set_title(title)
     handles = [
         plt.Line2D([], [], color=colour, linestyle=style, label=f"{name}, {kind}")

@@ -60,10 +60,10 @@ def build(brats_dir: Path, num_proc: int | None) -> int:
 
 
 def link_copies(cases: list[BratsCase], copies: int, folder: Path) -> None:
-    """Link each case so many times over, under other names: as many files to read as a larger cohort has."""
+    """Link each case `copies` times under other names, to read as many files as a larger cohort has."""
     for case in cases:
         for copy in range(copies):
-            # Before the id, whose end may tell the timepoint.
+            # Put the number before the id, whose end may tell the timepoint.
             case_id = f"Copy{copy}{case.case_id}"
             (folder / case_id).mkdir()
             for name in ("flair", "seg"):
@@ -74,8 +74,8 @@ def link_copies(cases: list[BratsCase], copies: int, folder: Path) -> None:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = make_parser(__doc__, rounds=3, device=False)
     parser.add_argument("--brats_dir", type=Path, required=True, help="folder that holds the cases")
-    parser.add_argument("--num_proc", type=int, default=2, help="also build with so many processes")
-    parser.add_argument("--copies", type=int, default=1, help="read each case so many times over")
+    parser.add_argument("--num_proc", type=int, default=2, help="number of processes of the second build")
+    parser.add_argument("--copies", type=int, default=1, help="how many times each case is read")
     args = parser.parse_args(argv)
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Count the floating-point operations of a forward pass, and say what share of the matmul rate it reaches.
+"""Count the floating-point operations of a forward pass, and report which share of the matmul rate it reaches.
 
 python examples/benchmarks/bench_flops.py
 

@@ -30,7 +30,7 @@ def train(
     model: Sam2UNetForSemanticSegmentation, loader: DataLoader, args: argparse.Namespace, dtype: str
 ) -> list[float]:
     """Train and return the loss of each step."""
-    torch.manual_seed(args.seed)  # order and flips
+    torch.manual_seed(args.seed)  # sets the order of images and their flips
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=1e-4, fused=True)
     model.train()
@@ -55,18 +55,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = make_parser(__doc__)
     parser.add_argument("--dataset", required=True, help="folder or Hub id, with columns `image` and `mask`")
     parser.add_argument("--preset", default="large", choices=list(PRESETS))
-    parser.add_argument(
-        "--sam2_checkpoint", help="pretrained encoder; without one it is random, and frozen all the same"
-    )
+    parser.add_argument("--sam2_checkpoint", help="pretrained encoder, frozen; default: a random one, frozen too")
     parser.add_argument("--image_size", type=int, default=352)
     parser.add_argument("--dtypes", nargs=2, default=["float32", "bfloat16"], choices=list(DTYPES))
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--window", type=int, default=20, help="steps of which mean losses are compared")
+    parser.add_argument("--window", type=int, default=20, help="number of steps whose mean losses are compared")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--num_workers", type=int, default=0)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", type=Path, help="save the model of the first dtype here, with its processor")
+    parser.add_argument("--save", type=Path, help="folder for the model of the first dtype and its processor")
     args = parser.parse_args(argv)
     if args.steps < args.window:
         parser.error(f"--steps must be at least --window ({args.window}), got {args.steps}")

@@ -75,7 +75,7 @@ def padded_variant(model: Sam2UNetForSemanticSegmentation) -> Sam2UNetForSemanti
 
 
 class Reference(nn.Module):
-    """The reference's `SAM2UNet` from a file of the user's, with this package's loss; for the large encoder."""
+    """The `SAM2UNet` of the reference implementation, from its file, with the plain loss; for the large encoder."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -95,12 +95,12 @@ def build(preset: str, reference: Path | None, names: list[str], image_size: int
     """Build the competitors with the same random weights."""
     torch.manual_seed(0)
     model = Sam2UNetForSemanticSegmentation(Sam2UNetConfig.from_preset(preset, regions={"WT": [1]})).eval()
-    # A fresh adapter and fresh position embeddings would be easy on the numbers.
+    # Make position embeddings large, because fresh ones are near 0 and would hide differences.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "pos_embed" in name:
                 parameter.normal_(std=0.1)
-        # Statistics of batch norm as after training, so that the logits depend on the image.
+        # Estimate batch norm as after training, so that the logits depend on the image.
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None
@@ -151,7 +151,7 @@ def training_step(model: nn.Module, pixel_values: torch.Tensor, autocast: torch.
 
 def compare(args: argparse.Namespace, preset: str, mode: str, dtype: str, batch_size: int) -> dict[str, Any]:
     """Time one case for all competitors."""
-    # The baseline runs in float32, what a user of the reference has, and in the case's dtype.
+    # Run the others in float32 too, as the reference implementation does.
     models = build(preset, args.reference, ["ours", "padded", "reference"], args.image_size)
     pixel_values = torch.randn(batch_size, 3, args.image_size, args.image_size, device=args.device)
     competitors: dict[str, Callable[[], Any]] = {}
@@ -228,7 +228,7 @@ def peak_memory(args: argparse.Namespace, name: str) -> float:
         torch.cuda.reset_peak_memory_stats()
         run(), run()
         return torch.cuda.max_memory_allocated() / 1e9
-    # Building takes more than one copy of the weights; that is over, and Linux lets the peak be forgotten.
+    # Reset the peak, because building the model takes more than one copy of the weights.
     Path("/proc/self/clear_refs").write_text("5")
     run(), run()
     peaks = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
@@ -262,7 +262,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, default=352)
     parser.add_argument("--compile", action="store_true", help="compile ours with torch.compile")
     parser.add_argument("--channels_last", action="store_true", help="on a GPU, weights of convolutions channels last")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="in the training of ours")
+    parser.add_argument(
+        "--gradient_checkpointing", action="store_true", help="checkpoint activations of ours in training"
+    )
     parser.add_argument("--memory", action="store_true", help="measure the peak memory too")
     parser.add_argument("--reference", type=Path, help="SAM2UNet.py of the reference implementation")
     parser.add_argument("--peak_memory_of", help=argparse.SUPPRESS)

@@ -33,7 +33,7 @@ from sam2unet_hf.training.streaming import RowGroupSampler, open_parquet
 
 
 class Batcher:
-    """Turns rows into `pixel_values` and the sizes of the images."""
+    """Collate rows to `pixel_values` and the sizes of the images."""
 
     def __init__(self, processor: Sam2UNetImageProcessor):
         self.processor = processor
@@ -115,7 +115,7 @@ def time_segmentation(args: argparse.Namespace) -> tuple[dict[str, Any], list[di
     else:
         model = Sam2UNetForSemanticSegmentation.from_pretrained(args.model)
         processor = Sam2UNetImageProcessor.from_pretrained(args.model, **size_option(args))
-    # Each dtype from the float32 weights, or one would get what another has rounded.
+    # Cast each copy from the float32 weights, so that none gets what another dtype has rounded.
     models = {dtype: copy.deepcopy(model).to(args.device, DTYPES[dtype]).eval() for dtype in args.dtypes}
     for variant in models.values():
         variant.fuse_for_inference()

@@ -53,7 +53,7 @@ def run_facts(script: str, argv: list[str] | None, device: str = "cpu") -> dict[
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait for the queued work of the device."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -61,7 +61,7 @@ def synchronize(device: str) -> None:
 def time_in_turn(
     competitors: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Time functions one after the other, `rounds` times over, so that a busy machine is busy for all of them.
+    """Time functions in turn, `rounds` times, so that all of them run under the same load of the machine.
 
     Returns:
         Seconds of each call by name.
