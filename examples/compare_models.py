@@ -27,8 +27,8 @@ from comparison_costs import measure_model
 from comparison_data import ComparisonData
 from comparison_report import SYSTEMS, write_report
 from provenance import changed_values, fingerprint, write_json
-from run_segmentation import predict_label_maps
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from run_segmentation import SegmentationTrainingArguments, predict_label_maps
+from transformers import PreTrainedModel, set_seed
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation
 from sam2unet_hf.configuration_sam2unet import PRESETS
@@ -142,29 +142,22 @@ def measure_costs(args: argparse.Namespace, system: str, argv: Sequence[str]) ->
     return json.loads(path.read_text())
 
 
-def training_arguments(args: argparse.Namespace, system: str, seed: int, steps: int) -> TrainingArguments:
-    """Return the arguments of a training; systems differ in the learning rate only."""
+def training_arguments(args: argparse.Namespace, system: str, seed: int, steps: int) -> SegmentationTrainingArguments:
+    """Return the recipe of a training; systems differ in the learning rate only."""
     every = max(1, steps // args.evaluations)
-    return TrainingArguments(
+    return SegmentationTrainingArguments(
         output_dir=str(args.output_dir / system / f"seed-{seed}"),
         max_steps=steps,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
         learning_rate=learning_rate(args, system),
-        weight_decay=1e-4,
         warmup_steps=min(args.warmup, steps // 5),
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr": 1e-7},
         eval_strategy="steps",
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
         save_total_limit=1,
         logging_steps=max(1, steps // 100),
-        load_best_model_at_end=True,
-        metric_for_best_model="dice",
-        batch_eval_metrics=True,
-        remove_unused_columns=False,
         dataloader_drop_last=True,
         dataloader_num_workers=args.num_workers,
         dataloader_pin_memory=torch.cuda.is_available() and not args.use_cpu,

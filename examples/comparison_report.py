@@ -49,14 +49,7 @@ Results = Mapping[str, Sequence[Mapping[str, Any]]]
 def write_report(
     args: argparse.Namespace, data: ComparisonData, costs: Mapping[str, Mapping[str, float]], command: str
 ) -> None:
-    """Write and print the report of a finished comparison.
-
-    Args:
-        args: Options of the comparison.
-        data: Its data.
-        costs: What each system costs.
-        command: Command that the report names.
-    """
+    """Write and print tables and figures of all results; `command` is named in the report."""
     folder = args.output_dir
     results = {
         system: [json.loads((folder / system / f"seed-{seed}" / "result.json").read_text()) for seed in args.seeds]
@@ -90,11 +83,8 @@ def report_text(
         f"{len(rows)} {split}" + (f" of {len(set(rows['case_id']))} cases" if "case_id" in rows.column_names else "")
         for split, rows in data.splits.items()
     )
-    titles = [f"{title} ({protocol})" for protocol, shown in SHOWN.items() for title in shown.values()]
-    scores = [["system", *titles, "published mDice", "mIoU", "MAE"]]
-    scores += [score_row(SYSTEMS[system], runs) for system, runs in results.items()]
-    prices = [["system", "parameters", "trained", "GFLOP", "s/image", "s/step", "steps", "peak memory"]]
-    prices += [cost_row(SYSTEMS[system], costs[system]) for system in results]
+    scores = [score_row(SYSTEMS[system], runs) for system, runs in results.items()]
+    prices = [cost_row(SYSTEMS[system], costs[system]) for system in results]
     return f"""# Comparison of {len(results)} systems
 
 `{command}`
@@ -124,28 +114,29 @@ The same test images through all systems:
 """
 
 
-def score_row(system: System, runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the scores of a system, and those that were published."""
-    scores = [
-        format_mean_std([found["scores"][protocol][key] for found in runs])
+def score_row(system: System, runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the scores of a system, and those that were published, by title."""
+    scores = {
+        f"{title} ({protocol})": format_mean_std([found["scores"][protocol][key] for found in runs])
         for protocol, shown in SHOWN.items()
-        for key in shown
-    ]
-    return [system.name, *scores, *(f"{value:.3f}" for value in (system.mean_dice, system.mean_iou, system.mae))]
+        for key, title in shown.items()
+    }
+    published = {"published mDice": system.mean_dice, "mIoU": system.mean_iou, "MAE": system.mae}
+    return {"system": system.name, **scores, **{title: f"{value:.3f}" for title, value in published.items()}}
 
 
-def cost_row(system: System, costs: Mapping[str, float]) -> list[str]:
-    """Return what a system costs."""
-    return [
-        system.name,
-        f"{costs['parameters'] / 1e6:.2f} M",
-        f"{costs['trained_parameters'] / 1e6:.2f} M",
-        f"{costs['flops'] / 1e9:.1f}",
-        f"{costs['seconds_per_image']:.3f}",
-        f"{costs['seconds_per_step']:.3f}",
-        str(costs["steps"]),
-        f"{costs['peak_memory_gb']:.2f} GB",
-    ]
+def cost_row(system: System, costs: Mapping[str, float]) -> dict[str, str]:
+    """Return what a system costs, by title."""
+    return {
+        "system": system.name,
+        "parameters": f"{costs['parameters'] / 1e6:.2f} M",
+        "trained": f"{costs['trained_parameters'] / 1e6:.2f} M",
+        "GFLOP": f"{costs['flops'] / 1e9:.1f}",
+        "s/image": f"{costs['seconds_per_image']:.3f}",
+        "s/step": f"{costs['seconds_per_step']:.3f}",
+        "steps": str(costs["steps"]),
+        "peak memory": f"{costs['peak_memory_gb']:.2f} GB",
+    }
 
 
 def format_mean_std(values: Sequence[float]) -> str:
@@ -154,10 +145,10 @@ def format_mean_std(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Format rows, the first the titles, as a table."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:]])
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Format rows of the same titles as a table."""
+    lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write_scores(results: Results, seeds: Sequence[int], path: Path) -> None:
