@@ -1,11 +1,12 @@
 """The systems that the paper compares SAM2-UNet with, each as a model of `pixel_values` and `labels`.
 
 U-Net, U-Net++ and DeepLabV3 are those of segmentation_models_pytorch with its default encoder, a ResNet-34. ResUNet is
-MONAI's U-Net of residual units, for it has them in encoder and decoder, as arXiv 1711.10684 describes; a U-Net of
-segmentation_models_pytorch would have them in the encoder alone. Mask R-CNN is torchvision's, on a ResNet-50 with a
-feature pyramid.
+MONAI's U-Net of residual units, because it has them in encoder and decoder, as arXiv 1711.10684 describes; a U-Net of
+segmentation_models_pytorch has them in the encoder alone. Mask R-CNN is torchvision's, on a ResNet-50 with a feature
+pyramid.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from sam2unet_hf import Sam2UNetForSemanticSegmentation
 from sam2unet_hf.modeling_sam2unet import Sam2UNetOutput
 
 
-# The deepest stride of the networks.
+# Height and width of the input must be multiples of the deepest stride of the networks.
 STRIDE = 32
 
 
@@ -44,29 +45,17 @@ class BaselineConfig(PreTrainedConfig):
         self.system = system
         self.regions = regions or {"WT": [1, 2, 3]}
         self.weights = weights
-        # The loss is that of SAM2-UNet for one output.
+        # Train with the loss of SAM2-UNet for one output.
         self.auxiliary_loss_weights: list[float] = []
         self.weight_bce = False
         self.ignore_index = 255
         super().__init__(**kwargs)
 
 
-def unet(num_regions: int, weights: str | None) -> nn.Module:
+def smp_network(name: str, num_regions: int, weights: str | None) -> nn.Module:
     import segmentation_models_pytorch as smp
 
-    return smp.Unet(encoder_weights=weights, classes=num_regions)
-
-
-def unet_plus_plus(num_regions: int, weights: str | None) -> nn.Module:
-    import segmentation_models_pytorch as smp
-
-    return smp.UnetPlusPlus(encoder_weights=weights, classes=num_regions)
-
-
-def deeplab(num_regions: int, weights: str | None) -> nn.Module:
-    import segmentation_models_pytorch as smp
-
-    return smp.DeepLabV3(encoder_weights=weights, classes=num_regions)
+    return getattr(smp, name)(encoder_weights=weights, classes=num_regions)
 
 
 def residual_unet(num_regions: int, weights: str | None) -> nn.Module:
@@ -74,8 +63,8 @@ def residual_unet(num_regions: int, weights: str | None) -> nn.Module:
 
     channels = (64, 128, 256, 512, 1024)
     network = UNet(2, 3, channels[0], channels, strides=(2, 2, 2, 2), num_res_units=2, norm="BATCH")
-    # The last unit normalises as many channels as come out. Of one per region that would bound the logits, and the
-    # background stays near 0.5, so a convolution follows, as in the paper.
+    # End with a convolution, as the paper does: the last unit normalises its output channels, and with one channel per
+    # region this would bound the logits and leave the background near 0.5.
     return nn.Sequential(network, nn.BatchNorm2d(channels[0]), nn.PReLU(), nn.Conv2d(channels[0], num_regions, 1))
 
 
@@ -83,33 +72,33 @@ def mask_rcnn(num_regions: int, weights: str | None) -> nn.Module:
     from torchvision.models import ResNet50_Weights
     from torchvision.models.detection import maskrcnn_resnet50_fpn
 
-    # The images come normalised and at their size, and are left so.
+    # Leave the images as they are, because the image processor normalises and resizes them.
     return maskrcnn_resnet50_fpn(
         weights_backbone=None if weights is None else ResNet50_Weights.IMAGENET1K_V1,
         num_classes=num_regions + 1,
         image_mean=[0.0] * 3,
         image_std=[1.0] * 3,
-        # A slice shows a handful of tumours, not the hundred things of a photograph.
+        # Propose fewer boxes than for photographs, because a slice shows few tumours.
         rpn_post_nms_top_n_train=256,
         rpn_post_nms_top_n_test=256,
         box_batch_size_per_image=128,
-        # Masks are weighted by their scores, so none is dropped for a low one.
+        # Drop no instance for a low score, because masks are weighted by their scores.
         box_score_thresh=0.0,
         box_detections_per_img=20,
     )
 
 
 BASELINES: dict[str, Callable[[int, str | None], nn.Module]] = {
-    "unet": unet,
-    "unetplusplus": unet_plus_plus,
+    "unet": functools.partial(smp_network, "Unet"),
+    "unetplusplus": functools.partial(smp_network, "UnetPlusPlus"),
     "maskrcnn": mask_rcnn,
-    "deeplabv3": deeplab,
+    "deeplabv3": functools.partial(smp_network, "DeepLabV3"),
     "resunet": residual_unet,
 }
 
 
 class Baseline(PreTrainedModel):
-    """A network that gives one channel per region, trained with the loss of SAM2-UNet."""
+    """A network with one output channel per region, trained with the loss of SAM2-UNet."""
 
     config_class = BaselineConfig
     main_input_name = "pixel_values"
@@ -119,7 +108,7 @@ class Baseline(PreTrainedModel):
         self.network = BASELINES[config.system](len(config.regions), config.weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leave the weights as the network's library initialises them."""
+        """Keep the initial weights of the network's library."""
 
     region_masks = Sam2UNetForSemanticSegmentation.region_masks
     compute_loss = Sam2UNetForSemanticSegmentation.compute_loss
@@ -141,42 +130,42 @@ def instances(masks: torch.Tensor) -> dict[str, torch.Tensor]:
         masks: Masks of one image of shape `(num_regions, height, width)` in {0, 1}.
 
     Returns:
-        `boxes` of shape `(instances, 4)` as `(left, top, right, bottom)` in pixels, `labels` from 1, the first
-        region's, and `masks` of shape `(instances, height, width)`, `uint8`.
+        `boxes` of shape `(instances, 4)` as `(left, top, right, bottom)` in pixels, `labels` of shape `(instances,)`,
+        which are 1 for the first region, and `masks` of shape `(instances, height, width)`, `uint8`.
     """
-    boxes, labels, found = [], [], []
+    boxes, labels, instance_masks = [], [], []
     for label, mask in enumerate(masks.bool().cpu().numpy(), start=1):
-        components, _ = ndimage.label(mask, structure=[[1, 1, 1]] * 3)  # pixels that touch at a corner are one
+        components, _ = ndimage.label(mask, structure=[[1, 1, 1]] * 3)  # join pixels that touch at a corner
         for number, (rows, columns) in enumerate(ndimage.find_objects(components), start=1):
             boxes.append([columns.start, rows.start, columns.stop, rows.stop])
             labels.append(label)
-            found.append(torch.from_numpy(components == number))
+            instance_masks.append(torch.from_numpy(components == number))
     device = masks.device
     return {
         "boxes": torch.tensor(boxes, dtype=torch.float32, device=device).reshape(-1, 4),
         "labels": torch.tensor(labels, dtype=torch.int64, device=device),
-        "masks": torch.stack(found).to(device, torch.uint8) if found else masks[:0].to(torch.uint8),
+        "masks": (torch.stack(instance_masks) if instance_masks else masks[:0]).to(device, torch.uint8),
     }
 
 
 class MaskRCNNBaseline(Baseline):
     """Mask R-CNN, trained on connected components by its own losses.
 
-    Its probability of a pixel is the largest of its instances' mask probabilities there, each times its score.
+    The probability of a pixel is the maximum over instances of mask probability times score.
     """
 
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | Sequence[torch.Tensor] | None = None
     ) -> Sam2UNetOutput:
-        """As [`Baseline.forward`]; in training mode with labels there are no logits, as torchvision computes none."""
+        """Segment as [`Baseline.forward`] does, but return no logits in training mode with labels: there are none."""
         height, width = pixel_values.shape[-2:]
-        # The network resizes to these, here to what the images have.
+        # The network resizes images to these sizes; set those of the images.
         self.network.transform.min_size, self.network.transform.max_size = (min(height, width),), max(height, width)
         if self.training and labels is not None:
             masks, _ = self.region_masks(labels)
             losses = self.network(list(pixel_values), [instances(image_masks) for image_masks in masks])
             return Sam2UNetOutput(loss=torch.stack(list(losses.values())).sum())
-        # Detections in training mode too, where batch norm is estimated anew.
+        # Detect in training mode too, in which batch norm is estimated anew.
         parts = (self.network, self.network.transform, self.network.rpn, self.network.roi_heads)
         modes = [part.training for part in parts]
         for part in parts:

@@ -10,24 +10,25 @@ import torch
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
-import data as data_benchmark  # noqa: E402 - the scripts are no package
-import flops  # noqa: E402
-import loss_curves  # noqa: E402
-import model as model_benchmark  # noqa: E402
-import throughput  # noqa: E402
-from timing import markdown_table, time_in_turn  # noqa: E402
+import bench_data  # noqa: E402 - the scripts are no package
+import bench_flops  # noqa: E402
+import bench_loss_curves  # noqa: E402
+import bench_model  # noqa: E402
+import bench_throughput  # noqa: E402
+from timing import markdown_table, mask_iou, time_in_turn  # noqa: E402
 
 from dataset_scripts.brats_slices import BratsSlices  # noqa: E402
 from dataset_scripts.brats_slices.__main__ import write_dataset  # noqa: E402
 from dataset_scripts.phantom import write_phantom_cohort  # noqa: E402
 from sam2unet_hf import deep_supervision_loss  # noqa: E402
+from sam2unet_hf.cases import find_cases  # noqa: E402
 
 
 SMALL = ["--image_size", "64", "--device", "cpu", "--rounds", "1"]
 
 
 def test_the_padded_variant_gives_the_same_logits_and_gradients():
-    models = model_benchmark.build("tiny", None, ["ours", "padded"], 96)
+    models = bench_model.build("tiny", None, ["ours", "padded"], 96)
     image = torch.randn(2, 3, 96, 96)
     with torch.inference_mode():
         logits = [model.eval()(image).logits for model in models.values()]
@@ -41,12 +42,12 @@ def test_the_plain_loss_is_that_of_the_package():
     outputs = [torch.randn(2, 2, 48, 40) for _ in range(3)]
     labels = (torch.rand(2, 2, 48, 40) > 0.7).float()
     expected = deep_supervision_loss(outputs, labels, output_weights=[1.0, 1.0, 1.0])
-    torch.testing.assert_close(model_benchmark.plain_loss(outputs, labels), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(bench_model.plain_loss(outputs, labels), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_model_benchmark_writes_ratios_and_agreement(tmp_path):
     arguments = ["--presets", "tiny", "--batch_sizes", "1", "--output", str(tmp_path / "out.json"), *SMALL]
-    results = model_benchmark.main(arguments)
+    results = bench_model.main(arguments)
     assert json.loads((tmp_path / "out.json").read_text()) == results
     assert [(case["mode"], case["dtype"]) for case in results["cases"]] == [
         (mode, dtype) for mode in ("forward", "training") for dtype in ("float32", "bfloat16")
@@ -61,8 +62,8 @@ def test_model_benchmark_writes_ratios_and_agreement(tmp_path):
 
 def test_peak_memory_is_that_of_a_process_of_its_own(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
-    args = model_benchmark.parse_args(["--presets", "tiny", *SMALL])
-    peaks = model_benchmark.compare_memory(args, "tiny", "forward", "float32", 1)["peak_gb"]
+    args = bench_model.parse_args(["--presets", "tiny", *SMALL])
+    peaks = bench_model.compare_memory(args, "tiny", "forward", "float32", 1)["peak_gb"]
     assert peaks.keys() == {"ours", "padded"}
     assert all(0.2 < peak < 3 for peak in peaks.values())
 
@@ -77,15 +78,15 @@ def test_a_reference_module_is_run_from_its_file(tmp_path):
         "    def forward(self, x):\n"
         "        return self.scale * x[:, :1], x[:, :1], x[:, :1]\n"
     )
-    reference = model_benchmark.Reference(tmp_path / "SAM2UNet.py")
+    reference = bench_model.Reference(tmp_path / "SAM2UNet.py")
     image = torch.randn(1, 3, 64, 64)
-    assert torch.equal(model_benchmark.forward_pass(reference, image)(), image[:, :1])
-    model_benchmark.training_step(reference, image, None)()
+    assert torch.equal(bench_model.forward_pass(reference, image)(), image[:, :1])
+    bench_model.training_step(reference, image, None)()
     assert reference.model.scale.item() != 1
 
 
 def test_flops_are_fewer_than_those_of_the_padded_variant():
-    (case,) = flops.main(["--presets", "tiny", "--dtypes", "float32", *SMALL])["cases"]
+    (case,) = bench_flops.main(["--presets", "tiny", "--dtypes", "float32", *SMALL])["cases"]
     # An image of 64 pixels is 4 tokens wide in the third stage, its windows 14.
     assert case["flops"]["ours"] < 0.5 * case["flops"]["padded"]
     assert 0 < case["share"] < 1.5
@@ -112,7 +113,7 @@ def test_loss_curves_and_throughput(slices, tmp_path):
     """One trains a model and saves it, the other segments with it."""
     options = ["--dataset", slices, "--device", "cpu", "--batch_size", "2", "--image_size", "64"]
     training = ["--preset", "tiny", "--steps", "6", "--window", "2", "--learning_rate", "3e-3"]
-    curves = loss_curves.main([*options, *training, "--save", str(tmp_path / "model")])
+    curves = bench_loss_curves.main([*options, *training, "--save", str(tmp_path / "model")])
     losses = curves["losses"]
     # The same images in the same order; autocast rounds.
     assert losses["float32"] != losses["bfloat16"]
@@ -122,7 +123,7 @@ def test_loss_curves_and_throughput(slices, tmp_path):
     assert curves["largest_difference"] == pytest.approx(max(differences))
     assert losses["float32"][-1] < losses["float32"][0]
 
-    found = throughput.main(
+    found = bench_throughput.main(
         [*options, "--model", str(tmp_path / "model"), "--rounds", "1", "--output", str(tmp_path / "out.json")]
     )
     assert json.loads((tmp_path / "out.json").read_text()) == found
@@ -135,7 +136,7 @@ def test_loss_curves_and_throughput(slices, tmp_path):
 
 def test_reading_is_timed_cached_and_streamed(slices, tmp_path):
     options = ["--dataset", slices, "--split", "train", "--reading", "--image_size", "64", "--rounds", "1"]
-    found = throughput.main([*options, "--num_workers", "0", "--output", str(tmp_path / "out.json")])
+    found = bench_throughput.main([*options, "--num_workers", "0", "--output", str(tmp_path / "out.json")])
     assert json.loads((tmp_path / "out.json").read_text()) == found
     assert [case["reader"] for case in found["cases"]] == ["datasets", "streamed"]
     files = sum(path.stat().st_size for path in Path(slices, "data").glob("train-*"))
@@ -148,13 +149,13 @@ def test_reading_is_timed_cached_and_streamed(slices, tmp_path):
 def test_mask_iou_is_over_all_images():
     masks = [np.array([[1, 1, 0]]), np.array([[0, 0]])]
     others = [np.array([[0, 3, 0]]), np.array([[0, 1]])]
-    assert throughput.mask_iou(masks, others) == pytest.approx(1 / 3)
+    assert mask_iou(masks, others) == pytest.approx(1 / 3)
 
 
 def test_data_benchmark_makes_the_same_slices_both_ways(tmp_path):
     write_phantom_cohort(tmp_path / "brats", 4, (48, 48, 31))
     arguments = ["--brats_dir", str(tmp_path / "brats"), "--rounds", "1", "--output", str(tmp_path / "out.json")]
-    results = data_benchmark.main(arguments)
+    results = bench_data.main(arguments)
     assert json.loads((tmp_path / "out.json").read_text()) == results
     assert results["cases"] == 4
     assert results["slices"] > 4
@@ -164,7 +165,7 @@ def test_data_benchmark_makes_the_same_slices_both_ways(tmp_path):
 
 def test_data_benchmark_reads_copies_as_other_cases(tmp_path):
     write_phantom_cohort(tmp_path / "brats", 2, (48, 48, 31))
-    results = data_benchmark.main(["--brats_dir", str(tmp_path / "brats"), "--copies", "3", "--rounds", "1"])
-    once = data_benchmark.plain_loop(data_benchmark.brats_cases.find_cases(tmp_path / "brats"))
+    results = bench_data.main(["--brats_dir", str(tmp_path / "brats"), "--copies", "3", "--rounds", "1"])
+    once = bench_data.plain_loop(find_cases(tmp_path / "brats"))
     assert results["cases"] == 6
     assert results["slices"] == 3 * once

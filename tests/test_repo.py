@@ -299,11 +299,41 @@ def test_no_file_and_no_class_is_too_long():
 
 
 # Every private name of another library that is overridden or used, and why no public one will do.
-PRIVATE_NAMES = {}
+PRIVATE_NAMES = {
+    # transformers: the Trainer
+    "_save_checkpoint": "no callback runs before a checkpoint is written, to note the losses, or when that fails",
+    "_save_rng_state": "all processes have written before trainer_state.json marks a checkpoint as complete",
+    "_internal_call": "saving with push_to_hub must not push before results and pictures are there",
+    # transformers: models, documented for models of one's own
+    "_attn_implementation": "documented: what the user chose",
+    "_can_set_attn_implementation": "transformers guesses from the source of the attention class, wrongly here",
+    "_init_weights": "documented: initialisation",
+    "_keys_to_ignore_on_save": "documented: what a checkpoint leaves out",
+    "_no_split_modules": "documented: layers that stay on one device",
+    "_supports_sdpa": "documented: attention implementations",
+    # transformers: image processors, whose public `preprocess` knows no masks
+    "_preprocess": "prepares images and returns them; the public method converts them twice",
+    "_preprocess_image_like_inputs": "documented for processors that take more than images",
+    "_raise_exceptions_for_missing_entries": "the public function raises where a file is optional",
+    # torch and torchvision
+    "_get_pos_embed": "a benchmark runs transformers' encoder step by step",
+    "_is_amx_tile_supported": "a benchmark names what the processor has",
+    "_load_from_state_dict": "loading must undo the fusion of batch norm, of a part of the model too",
+    "_transformed_types": "documented: the types that a transform changes",
+    # datasets and evaluate: abstract methods, and what their caches are made of
+    "_info": "abstract",
+    "_split_generators": "abstract",
+    "_generate_examples": "abstract",
+    "_download_and_prepare": "an error of a case must reach the user without the traceback of datasets around it",
+    "_fs": "files beside the cached data, wherever the cache is",
+    "_output_dir": "files beside the cached data",
+}
+# Documented in spite of their names.
+PUBLIC_NAMES = {"_exit", "_replace", "_asdict", "_fields"}
 
 
 def is_private(name):
-    return name.startswith("_") and not name.startswith("__") and name != "_"
+    return name.startswith("_") and not name.startswith("__") and name not in {"_", *PUBLIC_NAMES}
 
 
 def upstream_names(cls):
@@ -359,17 +389,9 @@ def test_private_names_are_found():
 
 
 def test_private_names_of_other_libraries_are_in_the_ledger():
-    own = {
-        name
-        for path in python_files(*PACKAGES, "examples")
-        for node in ast.walk(ast.parse(path.read_text()))
-        for name in [getattr(node, "name", None) if isinstance(node, ast.FunctionDef) else getattr(node, "attr", None)]
-        if name and (isinstance(node, ast.FunctionDef) or isinstance(node.ctx, ast.Store))
-    }
     touched = {}
     for path in python_files(*PACKAGES, "examples"):
         for name in touched_names(path):
             touched.setdefault(name, set()).add(str(path.relative_to(ROOT)))
-    print(touched, own & set(touched))
     assert {name: files for name, files in touched.items() if name not in PRIVATE_NAMES} == {}
     assert [name for name in PRIVATE_NAMES if name not in touched] == [], "no longer touched"

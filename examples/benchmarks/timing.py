@@ -1,10 +1,11 @@
-"""What the benchmarks share: timing in turn, the machine in words, tables."""
+"""What the benchmarks share: their options, timing in turn, agreement of masks, and the report."""
 
+import argparse
 import gc
 import json
 import os
 import platform
-import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
@@ -15,9 +16,31 @@ import torch
 import transformers
 
 
-def machine(device: str = "cpu") -> dict[str, Any]:
-    """Say what the figures were measured on."""
-    facts: dict[str, Any] = {
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def make_parser(description: str | None, rounds: int | None = None, device: bool = True) -> argparse.ArgumentParser:
+    """Return a parser with the options that benchmarks share.
+
+    Args:
+        description: Docstring of the script.
+        rounds: Default of `--rounds`; without it the script has no such option.
+        device: Whether the script can run on a GPU.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help="how often each competitor is timed")
+    if device:
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        parser.add_argument("--device", default=default, choices=["cpu", "cuda"])
+    parser.add_argument("--output", type=Path, help="write the results to this JSON file, and a table beside it")
+    return parser
+
+
+def run_facts(script: str, argv: list[str] | None, device: str = "cpu") -> dict[str, Any]:
+    """Return the command, and the machine that the figures are measured on."""
+    words = sys.argv[1:] if argv is None else argv
+    machine: dict[str, Any] = {
         "date": date.today().isoformat(),
         "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
         "bf16": "AMX" if torch.cpu._is_amx_tile_supported() else "no AMX",
@@ -25,12 +48,12 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "transformers": transformers.__version__,
     }
     if device == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name()
-    return facts
+        machine["gpu"] = torch.cuda.get_device_name()
+    return {"command": " ".join(["python", f"examples/benchmarks/{Path(script).name}", *words]), "machine": machine}
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait for the queued work of the device."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -38,7 +61,7 @@ def synchronize(device: str) -> None:
 def time_in_turn(
     competitors: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Time functions one after the other, `rounds` times over, so that a busy machine is busy for all of them.
+    """Time functions in turn, `rounds` times, so that all of them run under the same load of the machine.
 
     Returns:
         Seconds of each call by name.
@@ -58,9 +81,12 @@ def time_in_turn(
     return seconds
 
 
-def median(values: Sequence[float]) -> float:
-    """Return the median."""
-    return statistics.median(values)
+def mask_iou(masks: Sequence[Any], others: Sequence[Any]) -> float:
+    """Return the IoU of the foreground (> 0) over all arrays or tensors together; 1 if there is none."""
+    pairs = [(mask > 0, other > 0) for mask, other in zip(masks, others, strict=True)]
+    intersection = sum(int((mask & other).sum()) for mask, other in pairs)
+    union = sum(int((mask | other).sum()) for mask, other in pairs)
+    return intersection / union if union else 1.0
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:

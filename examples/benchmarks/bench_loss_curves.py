@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train the same model on the same images in the same order in two dtypes, and compare the loss curves.
 
-python examples/benchmarks/loss_curves.py --dataset my_slices
-python examples/benchmarks/loss_curves.py --dataset my_slices --preset tiny --steps 50 --save trained
+python examples/benchmarks/bench_loss_curves.py --dataset my_slices
+python examples/benchmarks/bench_loss_curves.py --dataset my_slices --preset tiny --steps 50 --save trained
 
 The data set is a folder written by `python -m dataset_scripts.brats_slices`. Weights are float32 in both;
 bfloat16 and float16 are the dtype of autocast.
@@ -10,15 +10,13 @@ bfloat16 and float16 are the dtype of autocast.
 
 import argparse
 import copy
-import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from model import DTYPES
-from timing import machine, report
+from timing import DTYPES, make_parser, report, run_facts
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -32,7 +30,7 @@ def train(
     model: Sam2UNetForSemanticSegmentation, loader: DataLoader, args: argparse.Namespace, dtype: str
 ) -> list[float]:
     """Train and return the loss of each step."""
-    torch.manual_seed(args.seed)  # order and flips
+    torch.manual_seed(args.seed)  # sets the order of images and their flips
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=1e-4, fused=True)
     model.train()
@@ -54,23 +52,19 @@ def train(
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--dataset", required=True, help="folder or Hub id, with columns `image` and `mask`")
     parser.add_argument("--preset", default="large", choices=list(PRESETS))
-    parser.add_argument(
-        "--sam2_checkpoint", help="pretrained encoder; without one it is random, and frozen all the same"
-    )
+    parser.add_argument("--sam2_checkpoint", help="pretrained encoder, frozen; default: a random one, frozen too")
     parser.add_argument("--image_size", type=int, default=352)
     parser.add_argument("--dtypes", nargs=2, default=["float32", "bfloat16"], choices=list(DTYPES))
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--window", type=int, default=20, help="steps of which mean losses are compared")
+    parser.add_argument("--window", type=int, default=20, help="number of steps whose mean losses are compared")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--num_workers", type=int, default=0)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--save", type=Path, help="save the model of the first dtype here, with its processor")
-    parser.add_argument("--output", type=Path, help="write the results to this JSON file, and a table beside it")
+    parser.add_argument("--save", type=Path, help="folder for the model of the first dtype and its processor")
     args = parser.parse_args(argv)
     if args.steps < args.window:
         parser.error(f"--steps must be at least --window ({args.window}), got {args.steps}")
@@ -98,10 +92,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         np.array([np.mean(losses[d][start : start + args.window]) for start in windows]) for d in args.dtypes
     )
     differences = np.abs(second - first) / first
-    command = "python examples/benchmarks/loss_curves.py " + " ".join(sys.argv[1:] if argv is None else argv)
     results = {
-        "command": command,
-        "machine": machine(args.device),
+        **run_facts(__file__, argv, args.device),
         "losses": losses,
         "largest_difference": float(differences.max()),
     }

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Time all seven measures against `py_sod_metrics`, in turn, on one thread.
+"""Time all seven metrics against `py_sod_metrics`, in turn, on one thread.
 
-python examples/benchmarks/metrics.py
+python examples/benchmarks/bench_metrics.py
 """
 
 import os
 
 
-# Before NumPy is imported.
+# Set them before NumPy is imported, which reads them once.
 for library in ("OMP", "OPENBLAS", "MKL"):
     os.environ[f"{library}_NUM_THREADS"] = "1"
 
@@ -30,13 +30,19 @@ from sam2unet_hf.metrics import functional
 SIZES = (352, 240)
 
 
-def make_pair(size: int, seed: int, background: float = -9, scattered: bool = False) -> tuple:
-    """Draw a mask and a noisy prediction of it.
+def make_pair(size: int, seed: int, background: float = -9, scattered: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a reference and a noisy prediction of it.
 
-    The mask is one lesion of 2 to 8 % of the image, as tumours in BraTS slices are. The prediction is a sigmoid,
-    nowhere exactly 0 or 1, whose logit is about 7 in the lesion and `background` outside, with a soft edge: -9 is a
-    trained network, whose 8-bit maps are 0 far from the lesion; at -4 they are so nowhere. `scattered` draws spots
-    all over the image instead, on which the distance transform takes longest.
+    Args:
+        size: Height and width in pixels.
+        seed: Seed of the random numbers.
+        background: Logit of the prediction far from the lesion; in it the logit is about 7. At -9, as of a trained
+            network, 8-bit maps are 0 far from the lesion, at -4 they are 0 nowhere.
+        scattered: Draw spots all over the image, on which the distance transform takes longest, instead of one lesion.
+            Either covers 2 to 8 % of the image, as tumours in BraTS slices do.
+
+    Returns:
+        Probabilities in (0, 1) and the boolean reference, both of shape `(size, size)`.
     """
     generator = np.random.default_rng(seed)
     field = ndimage.gaussian_filter(generator.standard_normal((size, size)), size / 16)
@@ -44,37 +50,40 @@ def make_pair(size: int, seed: int, background: float = -9, scattered: bool = Fa
         row, column = generator.uniform(0.3, 0.7, 2) * size
         rows, columns = np.ogrid[:size, :size]
         field = field / field.std() - np.hypot(rows - row, columns - column) / (0.05 * size)
-    mask = field > np.quantile(field, 1 - generator.uniform(0.02, 0.08))
+    reference = field > np.quantile(field, 1 - generator.uniform(0.02, 0.08))
     noise = ndimage.gaussian_filter(generator.standard_normal((size, size)), 4) * 12
-    logits = ndimage.gaussian_filter(np.where(mask, 7.0, background), 3) + noise
-    return 1 / (1 + np.exp(-logits)), mask
+    logits = ndimage.gaussian_filter(np.where(reference, 7.0, background), 3) + noise
+    return 1 / (1 + np.exp(-logits)), reference
 
 
 def to_8_bit(pairs: list) -> list:
-    return [((prediction * 255).round().astype(np.uint8), mask.astype(np.uint8) * 255) for prediction, mask in pairs]
+    return [
+        ((prediction * 255).round().astype(np.uint8), reference.astype(np.uint8) * 255)
+        for prediction, reference in pairs
+    ]
 
 
-class Field:
-    """The same measures by `py_sod_metrics`, one histogram shared as far as it allows."""
+class PySodMetrics:
+    """The same metrics by `py_sod_metrics`, which share a histogram as far as it allows."""
 
     def __init__(self, normalize: bool):
-        cuts = {"with_dynamic": True, "with_adaptive": True, "with_binary": True}
+        thresholds = {"with_dynamic": True, "with_adaptive": True, "with_binary": True}
         handlers = {
-            "dice": py_sod_metrics.DICEHandler(**cuts),
-            "iou": py_sod_metrics.IOUHandler(**cuts),
-            "f_beta": py_sod_metrics.FmeasureHandler(**cuts, beta=0.3),
+            "dice": py_sod_metrics.DICEHandler(**thresholds),
+            "iou": py_sod_metrics.IOUHandler(**thresholds),
+            "f_beta": py_sod_metrics.FmeasureHandler(**thresholds, beta=0.3),
         }
         self.normalize = normalize
-        self.cuts = py_sod_metrics.FmeasureV2(handlers)
+        self.thresholds = py_sod_metrics.FmeasureV2(handlers)
         self.e_measure, self.s_measure = py_sod_metrics.Emeasure(), py_sod_metrics.Smeasure()
         self.weighted, self.mae = py_sod_metrics.WeightedFmeasure(), py_sod_metrics.MAE()
 
     def add(self, prediction: np.ndarray, reference: np.ndarray) -> None:
-        for metric in (self.cuts, self.e_measure, self.s_measure, self.weighted, self.mae):
+        for metric in (self.thresholds, self.e_measure, self.s_measure, self.weighted, self.mae):
             metric.step(prediction, reference, normalize=self.normalize)
 
     def result(self) -> dict[str, float]:
-        values = {f"mean_{name}": value["dynamic"].mean() for name, value in self.cuts.get_results().items()}
+        values = {f"mean_{name}": value["dynamic"].mean() for name, value in self.thresholds.get_results().items()}
         values |= {"mean_e_measure": self.e_measure.get_results()["em"]["curve"].mean()}
         values |= {"s_measure": self.s_measure.get_results()["sm"], "mae": self.mae.get_results()["mae"]}
         return values | {"weighted_f_beta": self.weighted.get_results()["wfm"]}
@@ -114,7 +123,7 @@ def seconds(function: Callable, *arguments) -> float:
     return time.perf_counter() - start
 
 
-def score_all(metric: Field | Ours | Evaluate, pairs: list) -> dict[str, float]:
+def score_all(metric: PySodMetrics | Ours | Evaluate, pairs: list) -> dict[str, float]:
     """Score a data set, as a user does."""
     for pair in pairs:
         metric.add(*pair)
@@ -122,30 +131,30 @@ def score_all(metric: Field | Ours | Evaluate, pairs: list) -> dict[str, float]:
 
 
 def compare(pairs: list, normalize: bool, ours: type, rounds: int) -> dict[str, float]:
-    """Time both on all pairs in turn, and hold their results against each other."""
-    mine, theirs = score_all(ours(normalize), pairs), score_all(Field(normalize), pairs)
+    """Time both on all pairs in turn, and check that their results agree."""
+    mine, theirs = score_all(ours(normalize), pairs), score_all(PySodMetrics(normalize), pairs)
     difference = max(abs(mine[name] - value) for name, value in theirs.items())
     if difference > 1e-9:
         raise SystemExit(f"The results differ by {difference:g}.")
-    times = [[seconds(score_all, kind(normalize), pairs) for kind in (ours, Field)] for _ in range(rounds)]
+    times = [[seconds(score_all, kind(normalize), pairs) for kind in (ours, PySodMetrics)] for _ in range(rounds)]
     fast, slow = np.median(times, axis=0) / len(pairs) * 1e3
     return {"ours_ms": round(fast, 3), "py_sod_metrics_ms": round(slow, 3), "ratio": round(slow / fast, 2)}
 
 
-def profile(prediction: np.ndarray, mask: np.ndarray, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each part of ours, on probabilities."""
-    pair = functional.make_pair(prediction, mask)
+def profile(prediction: np.ndarray, reference: np.ndarray, rounds: int) -> dict[str, float]:
+    """Return the median milliseconds of each part of ours, on probabilities."""
+    pair = functional.make_pair(prediction, reference)
     counts = functional.count_at_thresholds(pair)
-    scores = functional.score(prediction, mask)
+    scores = functional.score(prediction, reference)
     accumulator = functional.Accumulator()
     accumulator.add(scores)
-    background = ~mask
+    background = ~reference
     parts: dict[str, Callable] = {
-        "all": lambda: functional.score(prediction, mask),
-        "conversion and checks": lambda: functional.make_pair(prediction, mask),
-        "counts at 258 cuts": lambda: functional.count_at_thresholds(pair),
+        "all": lambda: functional.score(prediction, reference),
+        "conversion and checks": lambda: functional.make_pair(prediction, reference),
+        "counts at 258 thresholds": lambda: functional.count_at_thresholds(pair),
         "Dice, IoU and F of the counts": lambda: [
-            measure(counts) for measure in (functional.dice, functional.iou, functional.f_beta)
+            metric(counts) for metric in (functional.dice, functional.iou, functional.f_beta)
         ],
         "E-measure of the counts": lambda: functional.e_measure(counts),
         "S-measure": lambda: functional.s_measure(pair),
@@ -169,7 +178,7 @@ def main() -> dict:
     parser.add_argument("--output", type=Path, help="write the results to this JSON file")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    # As in a process that has seen a batch of images: freed memory of this size stays with it, for either library.
+    # Free much memory once, which the process keeps for either library, as one does that has seen a batch of images.
     np.ones(2**21).sum()
     results: dict = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, one used", "numpy": np.__version__}
     for size in SIZES:

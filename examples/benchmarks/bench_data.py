@@ -1,18 +1,17 @@
 #!/usr/bin/env python
 """Time the builder against a plain loop of nibabel, NumPy and Pillow over the same slices, in turn.
 
-python examples/benchmarks/data.py --brats_dir BraTS2020_TrainingData
-python examples/benchmarks/data.py --brats_dir BraTS2020_TrainingData --num_proc 4
-python examples/benchmarks/data.py --brats_dir a/few/cases --copies 16
+python examples/benchmarks/bench_data.py --brats_dir BraTS2020_TrainingData
+python examples/benchmarks/bench_data.py --brats_dir BraTS2020_TrainingData --num_proc 4
+python examples/benchmarks/bench_data.py --brats_dir a/few/cases --copies 16
 
 Both read FLAIR and mask of each case, cut the slices that show tumour, scale intensities and encode PNGs; the builder
 also writes its Arrow file. Where MONAI is installed, reading alone is timed with its `LoadImage` too.
 """
 
-import argparse
 import importlib.util
 import io
-import sys
+import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +21,13 @@ import datasets
 import nibabel as nib
 import numpy as np
 from PIL import Image
-from timing import machine, median, report, time_in_turn
+from timing import make_parser, report, run_facts, time_in_turn
 
 from dataset_scripts.brats_slices import BratsSlices
-from sam2unet_hf import cases as brats_cases
+from sam2unet_hf.cases import BratsCase, find_cases
 
 
-def plain_loop(cases: list[brats_cases.BratsCase]) -> int:
+def plain_loop(cases: list[BratsCase]) -> int:
     """Make the slices as a script would that reads with nibabel; return how many."""
     count = 0
     for case in cases:
@@ -43,7 +42,7 @@ def plain_loop(cases: list[brats_cases.BratsCase]) -> int:
     return count
 
 
-def monai_reading(cases: list[brats_cases.BratsCase]) -> None:
+def monai_reading(cases: list[BratsCase]) -> None:
     """Read the same files with MONAI."""
     from monai.transforms import LoadImage
 
@@ -60,11 +59,11 @@ def build(brats_dir: Path, num_proc: int | None) -> int:
         return sum(split.num_examples for split in builder.info.splits.values())
 
 
-def link_copies(cases: list[brats_cases.BratsCase], copies: int, folder: Path) -> None:
-    """Link each case so many times over, under other names: as many files to read as a larger cohort has."""
+def link_copies(cases: list[BratsCase], copies: int, folder: Path) -> None:
+    """Link each case `copies` times under other names, to read as many files as a larger cohort has."""
     for case in cases:
         for copy in range(copies):
-            # Before the id, whose end may tell the timepoint.
+            # Put the number before the id, whose end may tell the timepoint.
             case_id = f"Copy{copy}{case.case_id}"
             (folder / case_id).mkdir()
             for name in ("flair", "seg"):
@@ -73,20 +72,18 @@ def link_copies(cases: list[brats_cases.BratsCase], copies: int, folder: Path) -
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=3, device=False)
     parser.add_argument("--brats_dir", type=Path, required=True, help="folder that holds the cases")
-    parser.add_argument("--num_proc", type=int, default=2, help="also build with so many processes")
-    parser.add_argument("--copies", type=int, default=1, help="read each case so many times over")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="write the results to this JSON file, and a table beside it")
+    parser.add_argument("--num_proc", type=int, default=2, help="number of processes of the second build")
+    parser.add_argument("--copies", type=int, default=1, help="how many times each case is read")
     args = parser.parse_args(argv)
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         brats_dir = args.brats_dir
         if args.copies > 1:
             brats_dir = Path(folder)
-            link_copies(brats_cases.find_cases(args.brats_dir), args.copies, brats_dir)
-        cases = brats_cases.find_cases(brats_dir)
+            link_copies(find_cases(args.brats_dir), args.copies, brats_dir)
+        cases = find_cases(brats_dir)
         slices = {"plain loop": plain_loop(cases), "builder": build(brats_dir, None)}
         if len(set(slices.values())) > 1:
             raise SystemExit(f"Not the same slices were made: {slices}.")
@@ -97,11 +94,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         }
         if importlib.util.find_spec("monai") is not None:
             competitors["MONAI, reading alone"] = lambda: monai_reading(cases)
-        medians = {name: median(values) for name, values in time_in_turn(competitors, args.rounds, warmup=0).items()}
-    command = "python examples/benchmarks/data.py " + " ".join(sys.argv[1:] if argv is None else argv)
+        seconds = time_in_turn(competitors, args.rounds, warmup=0)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     results = {
-        "command": command,
-        "machine": machine(),
+        **run_facts(__file__, argv),
         "cases": len(cases),
         "slices": slices["builder"],
         "seconds": medians,
@@ -111,11 +107,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rows = [
         {
             "what": name,
-            "time": f"{seconds:.2f} s",
-            "slices/s": f"{slices['builder'] / seconds:.0f}",
-            "against the plain loop": f"{medians['plain loop'] / seconds:.2f}x",
+            "time": f"{median:.2f} s",
+            "slices/s": f"{slices['builder'] / median:.0f}",
+            "against the plain loop": f"{medians['plain loop'] / median:.2f}x",
         }
-        for name, seconds in medians.items()
+        for name, median in medians.items()
     ]
     report(results, rows, args.output)
     return results

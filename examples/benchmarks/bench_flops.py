@@ -1,20 +1,19 @@
 #!/usr/bin/env python
-"""Count the floating-point operations of a forward pass, and say what share of the matmul rate it reaches.
+"""Count the floating-point operations of a forward pass, and report which share of the matmul rate it reaches.
 
-python examples/benchmarks/flops.py
+python examples/benchmarks/bench_flops.py
 
 The rate is the best that `torch.mm` reaches here on matrices of the encoder's sizes. A share of 1 would be a model
 that does nothing but multiply matrices at that rate.
 """
 
-import argparse
-import sys
-from pathlib import Path
+import copy
+import statistics
 from typing import Any
 
 import torch
-from model import DTYPES, build, forward_pass
-from timing import machine, median, report, time_in_turn
+from bench_model import build, forward_pass
+from timing import DTYPES, make_parser, report, run_facts, time_in_turn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sam2unet_hf.configuration_sam2unet import PRESETS
@@ -22,10 +21,11 @@ from sam2unet_hf.configuration_sam2unet import PRESETS
 
 def count_flops(model: torch.nn.Module, pixel_values: torch.Tensor) -> int:
     """Count multiplications and additions of matrix products, convolutions and attention."""
-    # Attention as products of matrices, which the counter knows on every device.
-    model.set_attn_implementation("eager") if hasattr(model, "set_attn_implementation") else None
+    # Run attention as matrix products, which the counter knows on every device.
+    model.set_attn_implementation("eager")
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(pixel_values)
+    model.set_attn_implementation("sdpa")
     return counter.get_total_flops()
 
 
@@ -44,27 +44,22 @@ def matmul_rate(preset: str, tokens: int, dtype: torch.dtype, device: str, round
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=10)
     parser.add_argument("--presets", nargs="+", default=["large"], choices=list(PRESETS))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES))
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--image_size", type=int, default=352)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--output", type=Path, help="write the results to this JSON file, and a table beside it")
     args = parser.parse_args(argv)
-    command = "python examples/benchmarks/flops.py " + " ".join(sys.argv[1:] if argv is None else argv)
-    results: dict[str, Any] = {"command": command.strip(), "machine": machine(args.device), "cases": []}
+    results: dict[str, Any] = {**run_facts(__file__, argv, args.device), "cases": []}
     rows = []
     for preset in args.presets:
         models = build(preset, None, ["ours", "padded"], args.image_size)
         shape = (args.batch_size, 3, args.image_size, args.image_size)
-        with torch.inference_mode():
-            flops = {name: count_flops(model.eval(), torch.zeros(shape)) for name, model in models.items()}
+        flops = {name: count_flops(model.eval(), torch.zeros(shape)) for name, model in models.items()}
         for dtype in args.dtypes:
-            model = build(preset, None, ["ours"], args.image_size)["ours"].to(args.device, DTYPES[dtype])
+            model = copy.deepcopy(models["ours"]).to(args.device, DTYPES[dtype])
             run = forward_pass(model, torch.randn(shape, device=args.device, dtype=DTYPES[dtype]))
-            seconds = median(time_in_turn({"ours": run}, args.rounds, args.device)["ours"])
+            seconds = statistics.median(time_in_turn({"ours": run}, args.rounds, args.device)["ours"])
             tokens = args.batch_size * (args.image_size // 4) ** 2
             rate = matmul_rate(preset, tokens, DTYPES[dtype], args.device, args.rounds)
             case = {"preset": preset, "dtype": dtype, "flops": flops, "seconds": seconds, "matmul_flops_per_s": rate}

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Time forward passes and training steps against a plain, padded SAM2-UNet, in turn in one process.
 
-python examples/benchmarks/model.py
-python examples/benchmarks/model.py --presets tiny --batch_sizes 8 --dtypes bfloat16 --compile
-python examples/benchmarks/model.py --reference path/to/SAM2UNet.py
+python examples/benchmarks/bench_model.py
+python examples/benchmarks/bench_model.py --presets tiny --batch_sizes 8 --dtypes bfloat16 --compile
+python examples/benchmarks/bench_model.py --reference path/to/SAM2UNet.py
 
 The padded variant is transformers' own `Sam2HieraDetModel` with the same adapters and the same decoder, and equal
 weights, trained with the loss as the paper writes it. Peak memory is measured in processes of their own.
@@ -12,7 +12,9 @@ weights, trained with the loss as the paper writes it. Peak memory is measured i
 import argparse
 import copy
 import importlib.util
+import itertools
 import resource
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -21,15 +23,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import machine, median, report, time_in_turn
+from timing import DTYPES, make_parser, mask_iou, report, run_facts, time_in_turn
 from torch import nn
 from transformers import Sam2HieraDetModel
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation
 from sam2unet_hf.configuration_sam2unet import PRESETS
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class PaddedEncoder(nn.Module):
@@ -76,7 +75,7 @@ def padded_variant(model: Sam2UNetForSemanticSegmentation) -> Sam2UNetForSemanti
 
 
 class Reference(nn.Module):
-    """The reference's `SAM2UNet` from a file of the user's, with this package's loss; for the large encoder."""
+    """The `SAM2UNet` of the reference implementation, from its file, with the plain loss; for the large encoder."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -96,12 +95,12 @@ def build(preset: str, reference: Path | None, names: list[str], image_size: int
     """Build the competitors with the same random weights."""
     torch.manual_seed(0)
     model = Sam2UNetForSemanticSegmentation(Sam2UNetConfig.from_preset(preset, regions={"WT": [1]})).eval()
-    # A fresh adapter and fresh position embeddings would be easy on the numbers.
+    # Make position embeddings large, because fresh ones are near 0 and would hide differences.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "pos_embed" in name:
                 parameter.normal_(std=0.1)
-        # Statistics of batch norm as after training, so that the logits depend on the image.
+        # Estimate batch norm as after training, so that the logits depend on the image.
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None
@@ -152,7 +151,7 @@ def training_step(model: nn.Module, pixel_values: torch.Tensor, autocast: torch.
 
 def compare(args: argparse.Namespace, preset: str, mode: str, dtype: str, batch_size: int) -> dict[str, Any]:
     """Time one case for all competitors."""
-    # The baseline runs in float32, what a user of the reference has, and in the case's dtype.
+    # Run the others in float32 too, as the reference implementation does.
     models = build(preset, args.reference, ["ours", "padded", "reference"], args.image_size)
     pixel_values = torch.randn(batch_size, 3, args.image_size, args.image_size, device=args.device)
     competitors: dict[str, Callable[[], Any]] = {}
@@ -183,14 +182,13 @@ def compare(args: argparse.Namespace, preset: str, mode: str, dtype: str, batch_
     if mode == "forward":
         own = competitors[f"ours {dtype}"]().float()
         base = competitors["padded float32"]().float()
-        union = ((own > 0) | (base > 0)).sum().item()
         agreement = {
             "largest_difference": (own - base).abs().max().item(),
             "largest_logit": base.abs().max().item(),
-            "mask_iou": ((own > 0) & (base > 0)).sum().item() / union if union else 1.0,
+            "mask_iou": mask_iou([own], [base]),
         }
     seconds = time_in_turn(competitors, args.rounds, args.device)
-    medians = {name: median(values) for name, values in seconds.items()}
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     ours = medians[f"ours {dtype}"]
     return {
         "preset": preset,
@@ -230,7 +228,7 @@ def peak_memory(args: argparse.Namespace, name: str) -> float:
         torch.cuda.reset_peak_memory_stats()
         run(), run()
         return torch.cuda.max_memory_allocated() / 1e9
-    # Building takes more than one copy of the weights; that is over, and Linux lets the peak be forgotten.
+    # Reset the peak, because building the model takes more than one copy of the weights.
     Path("/proc/self/clear_refs").write_text("5")
     run(), run()
     peaks = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
@@ -256,20 +254,19 @@ def compare_memory(args: argparse.Namespace, preset: str, mode: str, dtype: str,
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=5)
     parser.add_argument("--presets", nargs="+", default=["large"], choices=list(PRESETS))
     parser.add_argument("--modes", nargs="+", default=["forward", "training"], choices=["forward", "training"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES))
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--image_size", type=int, default=352)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=5, help="how often each competitor is timed")
     parser.add_argument("--compile", action="store_true", help="compile ours with torch.compile")
     parser.add_argument("--channels_last", action="store_true", help="on a GPU, weights of convolutions channels last")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="in the training of ours")
+    parser.add_argument(
+        "--gradient_checkpointing", action="store_true", help="checkpoint activations of ours in training"
+    )
     parser.add_argument("--memory", action="store_true", help="measure the peak memory too")
     parser.add_argument("--reference", type=Path, help="SAM2UNet.py of the reference implementation")
-    parser.add_argument("--output", type=Path, help="write the results to this JSON file, and a table beside it")
     parser.add_argument("--peak_memory_of", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -279,24 +276,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.peak_memory_of:
         print(peak_memory(args, args.peak_memory_of))
         return {}
-    command = "python examples/benchmarks/model.py " + " ".join(sys.argv[1:] if argv is None else argv)
-    results: dict[str, Any] = {"command": command.strip(), "machine": machine(args.device), "cases": []}
+    results: dict[str, Any] = {**run_facts(__file__, argv, args.device), "cases": []}
     rows = []
-    for preset in args.presets:
-        for mode in args.modes:
-            for dtype in args.dtypes:
-                for batch_size in args.batch_sizes:
-                    case = compare(args, preset, mode, dtype, batch_size)
-                    if args.memory:
-                        case |= compare_memory(args, preset, mode, dtype, batch_size)
-                    results["cases"].append(case)
-                    row = {key: case[key] for key in ("preset", "mode", "dtype", "batch_size")}
-                    row["ours"] = f"{case['seconds'][f'ours {dtype}']:.3f} s"
-                    row["faster than"] = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in case["ratios"].items())
-                    if args.memory:
-                        row["peak memory"] = ", ".join(f"{k} {v:.2f} GB" for k, v in case["peak_gb"].items())
-                    rows.append(row)
-                    print(row, file=sys.stderr)
+    for preset, mode, dtype, batch_size in itertools.product(args.presets, args.modes, args.dtypes, args.batch_sizes):
+        case = compare(args, preset, mode, dtype, batch_size)
+        row = {key: case[key] for key in ("preset", "mode", "dtype", "batch_size")}
+        row["ours"] = f"{case['seconds'][f'ours {dtype}']:.3f} s"
+        row["faster than"] = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in case["ratios"].items())
+        if args.memory:
+            case |= compare_memory(args, preset, mode, dtype, batch_size)
+            row["peak memory"] = ", ".join(f"{name} {peak:.2f} GB" for name, peak in case["peak_gb"].items())
+        results["cases"].append(case)
+        rows.append(row)
+        print(row, file=sys.stderr)
     report(results, rows, args.output)
     return results
 

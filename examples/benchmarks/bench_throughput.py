@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Time the whole path from a data set on disk to label maps at the images' own size, and compare the masks by dtype.
 
-python examples/benchmarks/throughput.py --dataset my_slices --model runs/BRATS
-python examples/benchmarks/throughput.py --dataset my_slices --preset large --batch_size 32 --num_workers 8
-python examples/benchmarks/throughput.py --dataset my_slices --split train --reading
+python examples/benchmarks/bench_throughput.py --dataset my_slices --model runs/BRATS
+python examples/benchmarks/bench_throughput.py --dataset my_slices --preset large --batch_size 32 --num_workers 8
+python examples/benchmarks/bench_throughput.py --dataset my_slices --split train --reading
 
 The data set is a folder written by `python -m dataset_scripts.brats_slices`, or any other with a column `image`. Idle
 is the share of the time in which the model waits for images. With `--reading` the time is that of reading alone: from
@@ -14,17 +14,15 @@ import argparse
 import copy
 import functools
 import itertools
-import sys
+import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from model import DTYPES
-from timing import machine, median, report, synchronize, time_in_turn
+from timing import DTYPES, make_parser, mask_iou, report, run_facts, synchronize, time_in_turn
 from torch.utils.data import DataLoader
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
@@ -35,7 +33,7 @@ from sam2unet_hf.training.streaming import RowGroupSampler, open_parquet
 
 
 class Batcher:
-    """Turns rows into `pixel_values` and the sizes of the images."""
+    """Collate rows to `pixel_values` and the sizes of the images."""
 
     def __init__(self, processor: Sam2UNetImageProcessor):
         self.processor = processor
@@ -68,17 +66,14 @@ def segment(
     return seconds, label_maps
 
 
-def mask_iou(masks: list[np.ndarray], others: list[np.ndarray]) -> float:
-    """Return the IoU of the foreground over all images together."""
-    intersection = sum(int(((mask > 0) & (other > 0)).sum()) for mask, other in zip(masks, others, strict=True))
-    union = sum(int(((mask > 0) | (other > 0)).sum()) for mask, other in zip(masks, others, strict=True))
-    return intersection / union if union else 1.0
+def size_option(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the image size for the processor, unless its own is to be kept."""
+    return {} if args.image_size is None else {"size": {"height": args.image_size, "width": args.image_size}}
 
 
-def time_reading(args: argparse.Namespace, command: str) -> dict[str, Any]:
+def time_reading(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Return how many images per second are read for training, from the cache of `datasets` and streamed."""
-    size = args.image_size or 352
-    processor = Sam2UNetImageProcessor(size={"height": size, "width": size})
+    processor = Sam2UNetImageProcessor(**size_option(args))
     transform = SegmentationTransform(processor, augment=augmentation("flips"))
     streamed = open_parquet(args.dataset)[args.split].with_transform(transform)
     sampler = RowGroupSampler(streamed, args.batch_size, num_workers=args.num_workers, shuffle=True)
@@ -98,61 +93,29 @@ def time_reading(args: argparse.Namespace, command: str) -> dict[str, Any]:
 
     rounds = time_in_turn({name: functools.partial(read, loader) for name, loader in loaders.items()}, args.rounds)
     bytes_per_image = streamed.num_bytes / len(streamed)
-    cases = []
+    cases, table = [], []
     for name, seconds in rounds.items():
-        rate = count / median(seconds)
-        cases.append({"reader": name, "images_per_second": rate, "megabytes_per_second": rate * bytes_per_image / 1e6})
-    results = {
-        "command": command,
-        "machine": machine(),
-        "images": count,
-        "bytes_per_image": bytes_per_image,
-        "cases": cases,
-    }
-    table = [
-        {
-            "reader": case["reader"],
-            "images/s": f"{case['images_per_second']:.1f}",
-            "MB/s": f"{case['megabytes_per_second']:.2f}",
-        }
-        for case in cases
-    ]
-    report(results, table, args.output)
-    return results
+        rate = count / statistics.median(seconds)
+        megabytes = rate * bytes_per_image / 1e6
+        cases.append({"reader": name, "images_per_second": rate, "megabytes_per_second": megabytes})
+        table.append({"reader": name, "images/s": f"{rate:.1f}", "MB/s": f"{megabytes:.2f}"})
+    return {"images": count, "bytes_per_image": bytes_per_image, "cases": cases}, table
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True, help="folder or Hub id, with a column `image`")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--reading", action="store_true", help="time reading for training, without a model")
-    parser.add_argument("--model", help="checkpoint of SAM2-UNet; without one the weights are random")
-    parser.add_argument("--preset", default="large", choices=list(PRESETS), help="without --model")
-    parser.add_argument("--image_size", type=int, help="default: the checkpoint's, or else 352")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES))
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--num_workers", type=int, default=1, help="processes that read images")
-    parser.add_argument("--max_images", type=int)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="write the results to this JSON file, and a table beside it")
-    args = parser.parse_args(argv)
-    command = "python examples/benchmarks/throughput.py " + " ".join(sys.argv[1:] if argv is None else argv)
-    if args.reading:
-        return time_reading(args, command)
+def time_segmentation(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Return how many images per second are read and segmented in each dtype, and how well the masks agree."""
     rows = datasets.load_dataset(args.dataset, split=args.split)  # nosec B615 # rows, no code
     rows = rows.select_columns("image")
     if args.max_images is not None:
         rows = rows.select(range(min(args.max_images, len(rows))))
-    size = {} if args.image_size is None else {"size": {"height": args.image_size, "width": args.image_size}}
     if args.model is None:
         torch.manual_seed(0)
         model = Sam2UNetForSemanticSegmentation(Sam2UNetConfig.from_preset(args.preset, regions={"WT": [1, 2, 3]}))
-        processor = Sam2UNetImageProcessor(regions=model.config.regions, **size)
+        processor = Sam2UNetImageProcessor(regions=model.config.regions, **size_option(args))
     else:
         model = Sam2UNetForSemanticSegmentation.from_pretrained(args.model)
-        processor = Sam2UNetImageProcessor.from_pretrained(args.model, **size)
-    # Each dtype from the float32 weights, or one would get what another has rounded.
+        processor = Sam2UNetImageProcessor.from_pretrained(args.model, **size_option(args))
+    # Cast each copy from the float32 weights, so that none gets what another dtype has rounded.
     models = {dtype: copy.deepcopy(model).to(args.device, DTYPES[dtype]).eval() for dtype in args.dtypes}
     for variant in models.values():
         variant.fuse_for_inference()
@@ -172,9 +135,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             seconds, found[dtype] = segment(models[dtype], processor, loader, args.device)
             if turn:
                 rounds[dtype].append(seconds)
-    cases = []
+    cases, table = [], []
     for dtype in args.dtypes:
-        seconds = {name: median([one[name] for one in rounds[dtype]]) for name in rounds[dtype][0]}
+        seconds = {name: statistics.median([one[name] for one in rounds[dtype]]) for name in rounds[dtype][0]}
         case = {
             "dtype": dtype,
             "images_per_second": len(rows) / sum(seconds.values()),
@@ -184,17 +147,33 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "mask_iou": mask_iou(found[dtype], found[args.dtypes[0]]),
         }
         cases.append(case)
-    results = {"command": command, "machine": machine(args.device), "images": len(rows), "cases": cases}
-    table = [
-        {
-            "dtype": case["dtype"],
-            "images/s": f"{case['images_per_second']:.2f}",
-            "idle": f"{100 * case['idle']:.1f} %",
-            "foreground": f"{100 * case['foreground']:.2f} %",
-            f"mask IoU with {args.dtypes[0]}": f"{case['mask_iou']:.4f}",
-        }
-        for case in cases
-    ]
+        table.append(
+            {
+                "dtype": dtype,
+                "images/s": f"{case['images_per_second']:.2f}",
+                "idle": f"{100 * case['idle']:.1f} %",
+                "foreground": f"{100 * case['foreground']:.2f} %",
+                f"mask IoU with {args.dtypes[0]}": f"{case['mask_iou']:.4f}",
+            }
+        )
+    return {"images": len(rows), "cases": cases}, table
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = make_parser(__doc__, rounds=3)
+    parser.add_argument("--dataset", required=True, help="folder or Hub id, with a column `image`")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--reading", action="store_true", help="time reading for training, without a model")
+    parser.add_argument("--model", help="checkpoint of SAM2-UNet; without one the weights are random")
+    parser.add_argument("--preset", default="large", choices=list(PRESETS), help="without --model")
+    parser.add_argument("--image_size", type=int, help="default: the checkpoint's, or else 352")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES))
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--num_workers", type=int, default=1, help="processes that read images")
+    parser.add_argument("--max_images", type=int)
+    args = parser.parse_args(argv)
+    found, table = (time_reading if args.reading else time_segmentation)(args)
+    results = {**run_facts(__file__, argv, "cpu" if args.reading else args.device), **found}
     report(results, table, args.output)
     return results
 

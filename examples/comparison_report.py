@@ -1,0 +1,243 @@
+"""The tables and figures of a comparison."""
+
+import argparse
+import csv
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from comparison_data import ComparisonData, Example
+from plots import COLOURS, plt
+
+
+class System(NamedTuple):
+    """Name of a system, and its scores on BraTS 2020 as published: doi 10.3390/app15063267, Table 3."""
+
+    name: str
+    mean_dice: float
+    mean_iou: float
+    mae: float
+
+
+SYSTEMS = {
+    "sam2unet": System("SAM2-UNet", 0.771, 0.569, 0.046),
+    "unet": System("U-Net", 0.563, 0.392, 0.178),
+    "unetplusplus": System("U-Net++", 0.610, 0.439, 0.167),
+    "maskrcnn": System("Mask R-CNN", 0.746, 0.571, 0.094),
+    "deeplabv3": System("DeepLabV3", 0.709, 0.549, 0.062),
+    "resunet": System("ResUNet", 0.591, 0.419, 0.183),
+}
+NOTE = """\
+Published: Pidishetti, Amjad, Sheng, Appl. Sci. 2025, 15, 3267, Table 3, BraTS 2020. Over one set of images mIoU cannot
+be below D / (2 - D) for mean Dice D. The rows of SAM2-UNet (0.771 needs 0.627) and Mask R-CNN (0.746 needs 0.595)
+break this; they are quoted as published."""
+# Columns of the table of scores: by protocol, the key of `SegmentationMetrics` and its title.
+SHOWN = {
+    "plain": {"dice": "Dice", "iou": "IoU", "mae": "MAE"},
+    "paper": {"mean_dice": "mDice", "mean_iou": "mIoU", "mae": "MAE"},
+}
+TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+# The results of each system, one per seed, as `result.json` holds them.
+Results = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def write_report(
+    args: argparse.Namespace, data: ComparisonData, costs: Mapping[str, Mapping[str, float]], command: str
+) -> None:
+    """Write and print tables and figures of all results; `command` is named in the report."""
+    folder = args.output_dir
+    results = {
+        system: [json.loads((folder / system / f"seed-{seed}" / "result.json").read_text()) for seed in args.seeds]
+        for system in args.systems
+    }
+    text = report_text(args, data, results, costs, command)
+    (folder / "comparison.md").write_text(text)
+    write_scores(results, args.seeds, folder / "comparison.csv")
+    plot_comparison(results, folder / "comparison.png")
+    plot_learning_curves(results, folder / "learning_curves.png")
+    maps = {system: np.load(folder / system / f"seed-{args.seeds[0]}" / "examples.npz") for system in results}
+    predictions = {
+        SYSTEMS[system].name: [found[str(example.row)] for example in data.examples] for system, found in maps.items()
+    }
+    plot_systems(data.examples, predictions, data.regions, folder / "systems.png")
+    print(text)
+
+
+def report_text(
+    args: argparse.Namespace,
+    data: ComparisonData,
+    results: Results,
+    costs: Mapping[str, Mapping[str, float]],
+    command: str,
+) -> str:
+    """Return the report as Markdown."""
+    device = f"CPU, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available() and not args.use_cpu:
+        device = torch.cuda.get_device_name()
+    images = ", ".join(
+        f"{len(rows)} {split}" + (f" of {len(set(rows['case_id']))} cases" if "case_id" in rows.column_names else "")
+        for split, rows in data.splits.items()
+    )
+    scores = [score_row(SYSTEMS[system], runs) for system, runs in results.items()]
+    prices = [cost_row(SYSTEMS[system], costs[system]) for system in results]
+    return f"""# Comparison of {len(results)} systems
+
+`{command}`
+
+{date.today().isoformat()}, {device}, torch {torch.__version__}. Seeds: {", ".join(map(str, args.seeds))}.
+Images: {images}.
+
+Scores of the test images, each at its mask's own size, averaged over images; (plain): Dice and IoU of the mask at
+probability > 0.5, (paper): means over 256 thresholds, each prediction stretched to its full range first.
+
+{markdown_table(scores)}
+
+{NOTE}
+
+![scores](comparison.png)
+
+Floating-point operations and seconds are of one image of {args.image_size}x{args.image_size}, a step is one of
+{args.batch_size} images with loading, memory is the peak of a process that trains.
+
+{markdown_table(prices)}
+
+![learning curves](learning_curves.png)
+
+The same test images through all systems:
+
+![predictions](systems.png)
+"""
+
+
+def score_row(system: System, runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the scores of a system, and those that were published, by title."""
+    scores = {
+        f"{title} ({protocol})": format_mean_std([found["scores"][protocol][key] for found in runs])
+        for protocol, shown in SHOWN.items()
+        for key, title in shown.items()
+    }
+    published = {"published mDice": system.mean_dice, "mIoU": system.mean_iou, "MAE": system.mae}
+    return {"system": system.name, **scores, **{title: f"{value:.3f}" for title, value in published.items()}}
+
+
+def cost_row(system: System, costs: Mapping[str, float]) -> dict[str, str]:
+    """Return what a system costs, by title."""
+    return {
+        "system": system.name,
+        "parameters": f"{costs['parameters'] / 1e6:.2f} M",
+        "trained": f"{costs['trained_parameters'] / 1e6:.2f} M",
+        "GFLOP": f"{costs['flops'] / 1e9:.1f}",
+        "s/image": f"{costs['seconds_per_image']:.3f}",
+        "s/step": f"{costs['seconds_per_step']:.3f}",
+        "steps": str(costs["steps"]),
+        "peak memory": f"{costs['peak_memory_gb']:.2f} GB",
+    }
+
+
+def format_mean_std(values: Sequence[float]) -> str:
+    """Format a mean and, of several seeds, the standard deviation."""
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Format rows of the same titles as a table."""
+    lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_scores(results: Results, seeds: Sequence[int], path: Path) -> None:
+    """Write every score of every run as CSV."""
+    first = next(iter(results.values()))[0]["scores"]
+    keys = [(protocol, key) for protocol in SHOWN for key in first[protocol] if key not in TIMINGS]
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["system", "seed", "steps", "best_step", *(f"{protocol}_{key}" for protocol, key in keys)])
+        for system, runs in results.items():
+            for seed, found in zip(seeds, runs, strict=True):
+                scores = [found["scores"][protocol][key] for protocol, key in keys]
+                writer.writerow([system, seed, found["steps"], found["best_step"], *scores])
+
+
+def plot_comparison(results: Results, path: Path) -> None:
+    """Draw mean Dice by system, a dot per seed, beside what was published."""
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    positions = np.arange(len(results))
+    scores = [[found["scores"]["paper"]["mean_dice"] for found in runs] for runs in results.values()]
+    published = [SYSTEMS[system].mean_dice for system in results]
+    axes.bar(positions - 0.2, [np.mean(values) for values in scores], 0.4, color=COLOURS[1], label="here")
+    axes.bar(positions + 0.2, published, 0.4, color="#BBBBBB", label="published, BraTS 2020")
+    for position, values in zip(positions, scores, strict=True):
+        axes.plot([position - 0.2] * len(values), values, "k.", label="one seed" if position == 0 else None)
+    axes.set(xticks=positions, ylabel="mDice", ylim=(0, 1), title="Test images, 256 thresholds, predictions stretched")
+    axes.set_xticklabels(SYSTEMS[system].name for system in results)
+    axes.grid(alpha=0.3, axis="y")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_learning_curves(results: Results, path: Path) -> None:
+    """Draw training loss and validation Dice over steps, a colour per system, a line per seed."""
+    figure, (losses, scores) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for (system, runs), colour in zip(results.items(), (*COLOURS, "#000000"), strict=False):
+        for number, found in enumerate(runs):
+            for axes, key in ((losses, "loss"), (scores, "eval_dice")):
+                points = [(entry["step"], entry[key]) for entry in found["curve"] if key in entry]
+                label = SYSTEMS[system].name if number == 0 else None
+                if points:
+                    axes.plot(*zip(*points, strict=True), color=colour, label=label, alpha=0.9)
+    losses.set(xlabel="step", ylabel="loss, each system's own", title="Training loss", yscale="log")
+    scores.set(xlabel="step", ylabel="Dice at probability > 0.5", title="Validation", ylim=(0, 1))
+    for axes in (losses, scores):
+        axes.grid(alpha=0.3)
+    figure.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_systems(
+    examples: Sequence[Example],
+    predictions: Mapping[str, Sequence[np.ndarray]],
+    regions: Mapping[str, Sequence[int]],
+    path: Path,
+) -> None:
+    """Draw images with the outlines of reference and prediction, one row per image, one column per system."""
+    columns = 1 + len(predictions)
+    size = (2.2 * columns, 2.45 * len(examples) + 0.6)
+    figure, axes = plt.subplots(len(examples), columns, figsize=size, layout="constrained", squeeze=False)
+    colours = [COLOURS[index % len(COLOURS)] for index in range(len(regions))]
+    # Draw the prediction of a single region in the second colour, which no other region needs.
+    kinds = {
+        "reference": (colours, "solid"),
+        "prediction": ([COLOURS[1]] if len(regions) == 1 else colours, "dashed"),
+    }
+    for number, (row, example) in enumerate(zip(axes, examples, strict=True)):
+        image = example.image
+        # Do not convert 16-bit and float images, which would lose their range.
+        pixels = np.asarray(image if image.mode.startswith(("I", "F")) else image.convert("L"), dtype=float)
+        for axis, found in zip(row, [None, *predictions.values()], strict=True):
+            axis.imshow(pixels, cmap="gray")
+            axis.set(xticks=[], yticks=[])
+            label_maps = [example.reference] if found is None else [example.reference, found[number]]
+            for label_map, (kind_colours, style) in zip(label_maps, kinds.values(), strict=False):
+                for label_ids, colour in zip(regions.values(), kind_colours, strict=True):
+                    mask = np.isin(label_map, label_ids)
+                    if mask.any() and not mask.all():
+                        axis.contour(mask, levels=[0.5], colors=[colour], linestyles=style, linewidths=1.2)
+        row[0].set_ylabel(example.name, fontsize=7)
+    for axis, title in zip(axes[0], ["reference", *predictions], strict=True):
+        axis.set_title(title)
+    handles = [
+        plt.Line2D([], [], color=colour, linestyle=style, label=f"{name}, {kind}")
+        for kind, (kind_colours, style) in kinds.items()
+        for name, colour in zip(regions, kind_colours, strict=True)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2 * len(regions), frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
