@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-from data_sources import DataArguments, case_ids, case_names, find_columns, find_regions, load_data
+from case_names import case_ids, case_names
+from data_sources import DataArguments, find_columns, find_regions, load_data
 from PIL import Image
 from torch.utils.data import DataLoader
 
