@@ -74,4 +74,4 @@ def estimate_batch_norm(model: nn.Module, loader: DataLoader, num_images: int, a
         cast("torch.Tensor", norm.running_var).copy_(statistics[1])
 
 
-__all__ = ["batch_norm_loader", "estimate_batch_norm"]
+__all__ = ["estimate_batch_norm"]

@@ -307,15 +307,7 @@ def row_group_loader(
     collate: Callable[[Any], Any],
     is_training: bool = False,
 ) -> DataLoader:
-    """Return a loader that reads each row group once, of all processes together until accelerate prepares it.
-
-    Args:
-        rows: The rows.
-        args: Arguments of the training; the loader follows those that begin with `dataloader_`.
-        batch_size: Rows in a batch of one process.
-        collate: Makes a batch of rows.
-        is_training: Shuffle, seed the workers, and drop the last batch if `dataloader_drop_last` says so.
-    """
+    """Return a loader that reads each row group once, of all processes together until accelerate prepares it."""
     names = ("num_workers", "pin_memory", "prefetch_factor", "multiprocessing_context", "in_order")
     options = {name: getattr(args, f"dataloader_{name}") for name in names if hasattr(args, f"dataloader_{name}")}
     if is_training:
@@ -357,4 +349,4 @@ def open_parquet(name: str, config_name: str | None = None, shuffle_buffer: int 
     return splits
 
 
-__all__ = ["ParquetRows", "RowGroupSampler", "open_parquet", "row_group_loader"]
+__all__ = ["ParquetRows", "RowGroupSampler", "open_parquet"]
