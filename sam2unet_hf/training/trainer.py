@@ -92,13 +92,13 @@ class Sam2UNetTrainer(HubTrainer):
         kwargs: Arguments of [`~transformers.Trainer`]. `data_collator` and `compute_metrics` have the right defaults.
 
     Data sets may be [`~streaming.ParquetRows`], of which each process reads its share. With FSDP, which needs GPUs,
-    checkpoints still hold the whole model. With `push_to_hub=True` only checkpoint, code, card and the pictures that the card shows are uploaded, and nothing
-    that is a pickle. (`hub_strategy="checkpoint"` and `"all_checkpoints"` also upload what resuming needs.)
+    checkpoints still hold the whole model. With `push_to_hub=True` checkpoint, code, card and the pictures in the card
+    are uploaded, and no pickle. (`hub_strategy="checkpoint"` and `"all_checkpoints"` upload what resuming needs, too.)
 
     Raises:
         OSError: With `trainable_only=True`, if the encoder's source cannot be reached.
-        ValueError: If an argument would drop the images or the scores, or cannot be had on this device, or with
-            `trainable_only=True` the encoder is trained or not that of its source.
+        ValueError: If an argument would drop images or scores, or cannot be had on this device, or if, with
+            `trainable_only=True`, the encoder is trained or not that of its source.
     """
 
     def __init__(
