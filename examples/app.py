@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dataset_scripts.phantom import write_phantom_cohort
-from sam2unet_hf.cases import BratsCase, find_cases
+from sam2unet_hf.cases_sam2unet import BratsCase, find_cases
 from sam2unet_hf.metrics import score_volume
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES, intensity_window, pixel_size_mm, take_slice
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, VolumeSegmentation

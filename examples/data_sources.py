@@ -23,7 +23,7 @@ from PIL import ExifTags, Image
 from dataset_scripts.brats_slices import BratsSlices, split_patients
 from dataset_scripts.phantom import VERSION, write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
-from sam2unet_hf.cases import patient_of
+from sam2unet_hf.cases_sam2unet import patient_of
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
 from sam2unet_hf.training import SegmentationTransform
 from sam2unet_hf.training.streaming import ParquetRows, open_parquet

@@ -520,7 +520,7 @@ def load_modules(kinds):
         # The package itself imports PyTorch, so that it is stood in for.
         sys.modules["scans"] = types.ModuleType("scans")
         sys.modules["scans"].__path__ = [str(REPO / "sam2unet_hf")]
-        found = [importlib.import_module(f"scans.{name}") for name in ("scans_sam2unet", "cases")]
+        found = [importlib.import_module(f"scans.{name}") for name in ("scans_sam2unet", "cases_sam2unet")]
         modules["nifti"] = types.SimpleNamespace(
             **vars(found[0]), **{k: v for k, v in vars(found[1]).items() if k not in vars(found[0])}
         )

@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 from isal import isal_zlib
 
-from sam2unet_hf.cases import BratsCase, find_cases
+from sam2unet_hf.cases_sam2unet import BratsCase, find_cases
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES, ScanError, Volume, intensity_window, take_slice
 
 
@@ -155,8 +155,9 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
     The cache folder depends on the options and on name, size and time of every file used.
 
     Args:
-        data_dir: Folder that holds the cases, in any layout that `sam2unet_hf.cases.find_cases` knows: BraTS from
-            2017 to 2023, or Task01_BrainTumour of the Medical Segmentation Decathlon, less its cases without masks.
+        data_dir: Folder that holds the cases, in any layout that `sam2unet_hf.cases_sam2unet.find_cases` knows:
+            BraTS from 2017 to 2023, or Task01_BrainTumour of the Medical Segmentation Decathlon, less its cases
+            without masks.
         **config_kwargs: Options, see `BratsSlicesConfig`, and the arguments of `datasets.DatasetBuilder`.
 
     Raises:

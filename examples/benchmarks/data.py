@@ -25,7 +25,7 @@ from PIL import Image
 from timing import machine, median, report, time_in_turn
 
 from dataset_scripts.brats_slices import BratsSlices
-from sam2unet_hf import cases as brats_cases
+from sam2unet_hf import cases_sam2unet as brats_cases
 
 
 def plain_loop(cases: list[brats_cases.BratsCase]) -> int:
