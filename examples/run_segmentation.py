@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
-from dataset_scripts.brats_slices.brats_slices import CITATION
+from dataset_scripts.brats_slices import CITATION
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
 from sam2unet_hf.configuration_sam2unet import PRESETS
 from sam2unet_hf.regions_sam2unet import parse_regions

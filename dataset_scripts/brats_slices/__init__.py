@@ -4,6 +4,7 @@ In Python use `BratsSlices`, on the command line `python -m dataset_scripts.brat
 """
 
 from .brats_slices import BratsSlices, BratsSlicesConfig, split_patients
+from .citations import CITATION
 
 
-__all__ = ["BratsSlices", "BratsSlicesConfig", "split_patients"]
+__all__ = ["CITATION", "BratsSlices", "BratsSlicesConfig", "split_patients"]
