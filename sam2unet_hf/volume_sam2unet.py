@@ -1,13 +1,4 @@
-"""From a patient's scans to a label volume: SAM2-UNet slice by slice.
-
-```python
->>> from sam2unet_hf.volume import Sam2UNetVolumePipeline
-
->>> segment = Sam2UNetVolumePipeline.from_pretrained("runs/phantom")  # doctest: +SKIP
->>> segment("BraTS20_Training_001").save("BraTS20_Training_001_prediction.nii.gz")  # doctest: +SKIP
-
-```
-"""
+"""From a patient's scans to a label volume: SAM2-UNet slice by slice."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -232,9 +223,10 @@ class Sam2UNetVolumePipeline:
             if len(cases) > 1:
                 raise ValueError(f"`{case}` holds {len(cases)} cases. Pass them one by one: `find_cases` lists them.")
             (case,) = cases
-        if isinstance(case, BratsCase):
+        if not isinstance(case, (str, os.PathLike, Mapping)):
+            # No check for `BratsCase`, of which code that was loaded from a checkpoint has a class of its own.
             return case.read_images(self.modalities)
-        if isinstance(case, (str, os.PathLike)):
+        if not isinstance(case, Mapping):
             if len(self.modalities) > 1:
                 raise ValueError(
                     f"The model segments {', '.join(self.modalities)} together, got the one file `{case}`. Pass a "

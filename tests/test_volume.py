@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -354,6 +355,12 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(cohort, segment, tmp_
         write_nifti(path, found.label_map, found.scan.affine, found.scan.header)
     assert [path.name for path in tmp_path.iterdir()] == ["seg.nii.gz"]
     assert path.read_bytes() == b"older"
+
+
+def test_a_case_of_another_copy_of_the_code_is_a_case(cohort, segment):
+    case = find_cases(cohort)[0]
+    other = SimpleNamespace(read_images=case.read_images)
+    assert np.array_equal(segment(other, progress=False).label_map, segment(case, progress=False).label_map)
 
 
 # The arguments are the checkpoint, a folder of a case and where to write.
