@@ -23,7 +23,7 @@ from .scans_sam2unet import (
 
 logger = logging.getLogger(__name__)
 
-# Of each file of a case, in BraTS of 2017-2021 and from 2023 on.
+# The endings of the files of a case, in BraTS 2017-2021 and from 2023 on.
 _ENDINGS = {**MODALITIES, "seg": ("_seg", "-seg")}
 
 _NAME_OF_ENDING = {ending: name for name, endings in _ENDINGS.items() for ending in endings}
@@ -40,10 +40,10 @@ _DECATHLON_NAME = re.compile(r"(BRATS_\d+)\.nii(?:\.gz)?")
 
 _OLD_ENDINGS, _NEW_ENDINGS = (",".join(ending[1:] for ending in year) for year in zip(*_ENDINGS.values(), strict=True))
 
-_LAYOUT = f"""Expected one folder per case, at any depth, with one file per contrast:
+_LAYOUT = f"""Expected one folder per case, at any depth, with one file per modality:
   BraTS 2017-2021   BraTS20_Training_001/BraTS20_Training_001_{{{_OLD_ENDINGS}}}.nii[.gz]
   BraTS 2023 on     BraTS-GLI-00000-000/BraTS-GLI-00000-000-{{{_NEW_ENDINGS}}}.nii[.gz]
-or all contrasts of a case in one file, as the Medical Segmentation Decathlon has them:
+or all modalities of a case in one file, as the Medical Segmentation Decathlon has them:
   Task01_BrainTumour   imagesTr/BRATS_001.nii[.gz] and labelsTr/BRATS_001.nii[.gz]; imagesTs, which has no masks,
                        must be named itself
 The scans are free for research after registration: https://www.synapse.org/brats (all years) or
@@ -119,7 +119,7 @@ class BratsCase:
         return volumes
 
     def read_mask(self, same_grid_as: Volume | None = None) -> Volume:
-        """Read the expert's mask as `uint8` label ids: 0 background, 1 NCR/NET, 2 ED, 3 ET.
+        """Read the reference, the expert's mask, as `uint8` label ids: 0 background, 1 NCR/NET, 2 ED, 3 ET.
 
         Args:
             same_grid_as: Another volume of the case, which must cover the same voxels in space.

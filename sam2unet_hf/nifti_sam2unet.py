@@ -30,7 +30,7 @@ except ImportError:
 # volumes of 256 x 256 x 256 in double precision. Reading, scaling and windowing one takes less than 2 GB.
 MAX_VOLUME_BYTES = 2**29
 
-MAX_TRAILING_BYTES = 4096  # behind the voxels, where some writers pad; more means that the header lies
+MAX_TRAILING_BYTES = 4096  # some writers pad behind the voxels; more means that the header is wrong
 
 
 class ScanError(ValueError):
@@ -75,7 +75,7 @@ class NiftiHeader:
 
 @contextlib.contextmanager
 def open_nifti(path: str | os.PathLike, name: str) -> Iterator[BinaryIO]:
-    """Open a file, gunzipped if its first bytes say so, whatever its name says; name it in the errors of reading.
+    """Open a file, and decompress it if its first bytes are those of gzip, whatever its name is.
 
     Args:
         path: The file.
@@ -86,7 +86,7 @@ def open_nifti(path: str | os.PathLike, name: str) -> Iterator[BinaryIO]:
     """
     try:
         mode = os.stat(path).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe would be waited for without end
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a pipe could block forever
             raise ScanError(f"{name} cannot be read (it is no regular file). Check the path.")
         with open(path, "rb") as file:
             if file.peek(2)[:2] != b"\x1f\x8b":
@@ -103,7 +103,7 @@ def open_nifti(path: str | os.PathLike, name: str) -> Iterator[BinaryIO]:
 
 
 def read_header(file: BinaryIO, name: str) -> NiftiHeader:
-    """Read and check the header at the begin of a file.
+    """Read and check the header at the start of a file.
 
     Args:
         file: As `open_nifti` opens it.
@@ -126,7 +126,7 @@ def read_header(file: BinaryIO, name: str) -> NiftiHeader:
         shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
         slope, intercept = header.get_slope_inter()
         affine = header.get_best_affine()
-        sizes_mm = header_class(data, check=False)["pixdim"][1:4]  # as they are, where nibabel puts 1 for 0
+        sizes_mm = header_class(data, check=False)["pixdim"][1:4]  # unchecked, because nibabel replaces 0 by 1
         if header["sform_code"] == 0 and not (sizes_mm > 0).all():
             raise HeaderDataError(f"voxels of {' x '.join(map(str, sizes_mm))} mm")
         if offset < len(data):
@@ -139,7 +139,7 @@ def read_header(file: BinaryIO, name: str) -> NiftiHeader:
 
 
 def read_voxels(file: BinaryIO, header: NiftiHeader, name: str) -> bytes:
-    """Read the voxels, and on to the end of the file, where the checksum of a gzipped one is.
+    """Read the voxels, and the rest of the file, because the checksum of a gzipped one is at its end.
 
     Args:
         file: As `read_header` leaves it.

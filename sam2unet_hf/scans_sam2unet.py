@@ -16,8 +16,8 @@ from nibabel import orientations
 from .nifti_sam2unet import NiftiHeader, ScanError, open_nifti, read_header, read_voxels, write_nifti
 
 
-# The contrasts of a patient, and the endings of their files in BraTS of 2017-2021 and from 2023 on. A further one is a
-# line more: finding and checking, errors and help go by this table.
+# The modalities, and the endings of their files in BraTS 2017-2021 and from 2023 on. A further modality needs a line
+# here and nothing else: finding files, checks, errors and help follow this table.
 MODALITIES: dict[str, tuple[str, str]] = {
     "t1": ("_t1", "-t1n"),
     "t1ce": ("_t1ce", "-t1c"),
@@ -25,13 +25,13 @@ MODALITIES: dict[str, tuple[str, str]] = {
     "flair": ("_flair", "-t2f"),
 }
 
-DECATHLON_ORDER = ("flair", "t1", "t1ce", "t2")  # along the fourth axis of its files
+DECATHLON_ORDER = ("flair", "t1", "t1ce", "t2")  # of the modalities along the fourth axis of a file
 
-PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the axis that a slice index counts along
+PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the axis that the index of a slice refers to
 
 GRID_TOLERANCE_MM = 0.1
 
-_VOXEL_SIZES_MM = (1e-6, 1e6)  # beyond them an affine is damaged
+_VOXEL_SIZES_MM = (1e-6, 1e6)  # an affine with smaller or larger voxels is damaged
 
 _TO_LPS = orientations.axcodes2ornt("LPS")
 
@@ -129,7 +129,7 @@ def read_volumes(
     for part, index in parts.items():
         n_voxels = math.prod(shape)
         voxels = np.frombuffer(data, header.dtype, n_voxels, index * n_voxels * header.dtype.itemsize)
-        # Of several volumes a copy, so that those nobody asked for do not stay in memory.
+        # Copy one of several volumes, because a view would keep the others in memory.
         voxels = voxels.astype(header.dtype.newbyteorder("="), copy=modalities is not None)
         voxels = _to_values(voxels, header, part)
         voxels = orientations.apply_orientation(voxels.reshape(shape, order="F"), transform)  # a view
@@ -155,7 +155,7 @@ def _to_values(voxels: np.ndarray, header: NiftiHeader, name: str) -> np.ndarray
     """Scale voxels as their header says, and check that they are numbers that double precision holds."""
     if header.is_scaled:
         voxels = voxels.astype(header.scaled_dtype)
-        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is refused below
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite and NaN values are refused below
             voxels *= header.slope
             voxels += header.intercept
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
@@ -187,7 +187,7 @@ class IntensityWindow:
     Args:
         low: This and everything below becomes 0.
         high: This and everything above becomes 255.
-        background: The value of the voxels outside the head, which become 0 wherever the window lies.
+        background: The value of the voxels outside the head. They become 0, even if the window includes it.
     """
 
     low: float
@@ -199,10 +199,10 @@ class IntensityWindow:
         if self.high > self.low:
             low, high = self.low, self.high
             exponent = math.frexp(max(abs(low), abs(high)))[1]
-            with np.errstate(over="ignore"):  # far above or below the window, where it is cut
+            with np.errstate(over="ignore"):  # of values far outside the window, which are clipped
                 if abs(exponent) < 60:
                     grey = voxels.astype(np.result_type(voxels, np.float32))
-                else:  # the differences or their inverse could be beyond the type
+                else:  # the differences or their inverse could overflow the type
                     grey = np.ldexp(voxels.astype(np.float64), -exponent)
                     low, high = math.ldexp(low, -exponent), math.ldexp(high, -exponent)
                 grey -= low
@@ -245,14 +245,14 @@ def _in_memory_order(voxels: np.ndarray) -> np.ndarray:
 
 
 def _percentiles(values: np.ndarray, percents: tuple[float, ...]) -> list[float]:
-    """`np.percentile` on a 1-D array, which is reordered, without its overflows.
+    """Compute what `np.percentile` does of a 1-D array, which is reordered, but without overflows.
 
-    Of 16-bit integers, as BraTS has them, from a histogram, which is faster.
+    Those of 16-bit integers, the type of BraTS, come from a histogram, which is faster.
     """
     if values.dtype.kind == "f":
         with np.errstate(over="ignore", invalid="ignore"):
             found = np.percentile(values, percents, overwrite_input=True)
-            if not np.isfinite(found).all():  # neighbours lie further apart than the type reaches
+            if not np.isfinite(found).all():  # the difference of two neighbours overflows the type
                 found = 4 * np.percentile(values / 4, percents)
         return [float(value) for value in found]
     positions = [percent / 100 * (values.size - 1) for percent in percents]

@@ -31,7 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description="Segment the BraTS cases of a folder, and print the volume of each region in ml.",
     )
     parser.add_argument("model", help="Hub id or folder of a SAM2-UNet")
-    parser.add_argument("case", nargs="+", help="folder of one BraTS case or of many, or scan of a single contrast")
+    parser.add_argument("case", nargs="+", help="folder of one BraTS case or of many, or scan of a single modality")
     parser.add_argument("-o", "--output_dir", type=Path, required=True, help="folder for CASE_seg.nii.gz")
     parser.add_argument("--modalities", nargs="+", choices=MODALITIES, help="default: those the checkpoint names")
     parser.add_argument(
@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threshold", type=float, default=0.5, help="probability above which a voxel is tumour")
     parser.add_argument("--et_label", type=int, default=3, choices=[3, 4], help="3: BraTS from 2023 on, 4: before")
     parser.add_argument("--probabilities", action="store_true", help="write CASE_REGION_probability.nii.gz too")
-    parser.add_argument("--score", action="store_true", help="print Dice and the like against the expert's mask too")
+    parser.add_argument("--score", action="store_true", help="print Dice and other metrics against the reference too")
     parser.add_argument("--batch_size", type=int, default=8, help="slices at once")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
@@ -75,16 +75,16 @@ def _prepare_output_dir(output_dir: Path, cases: dict[str, str | BratsCase]) -> 
         folders = {file.parent.resolve() for file in case.files.values()} if isinstance(case, BratsCase) else set()
         if output_dir.resolve() in folders:
             raise SystemExit(
-                f"--output_dir {output_dir} holds the scans of {name}: the result would replace the expert's mask "
-                "there, or be taken for it. Name another folder."
+                f"--output_dir {output_dir} holds the scans of {name}: the result would replace the reference "
+                "there, or be mistaken for it. Name another folder."
             )
 
 
 def _read_reference(case: str | BratsCase) -> Volume:
-    """Read the expert's mask of a case before there is any work that it could cost."""
+    """Read the mask of a case before it is segmented, because a missing one makes that work useless."""
     if isinstance(case, BratsCase):
         return case.read_mask()
-    raise ScanError(f"`{case}` is a scan alone, without a mask to score it by. Give the folder of the case.")
+    raise ScanError(f"`{case}` is a scan alone, without a reference to score it by. Give the folder of the case.")
 
 
 def _save(found: VolumeSegmentation, name: str, args: argparse.Namespace) -> Path:
@@ -93,7 +93,7 @@ def _save(found: VolumeSegmentation, name: str, args: argparse.Namespace) -> Pat
     try:
         found.save(path, args.et_label)
         for region in found.regions if args.probabilities else ():
-            region_name = re.sub(r"[^\w.-]+", "_", region)  # a checkpoint may name it as it likes
+            region_name = re.sub(r"[^\w.-]+", "_", region)  # a checkpoint may hold any name
             found.save_probabilities(args.output_dir / f"{name}_{region_name}_probability.nii.gz", region)
     except OSError as err:  # a full disk
         raise SystemExit(f"{path} could not be written: {err}") from err
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
             found = segment(
                 case, args.planes, args.flips, args.batch_size, args.threshold, return_probabilities=args.probabilities
             )
-        except ScanError as err:  # the other cases are worth having
+        except ScanError as err:  # go on with the other cases
             logger.error("Left out: %s", err)
             failed += 1
             continue
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         line = {"case": name, "segmentation": str(path), "volumes_ml": volumes, "largest_slice": found.largest_slice}
         try:
             line |= {} if reference is None else _score(found, reference)
-        except ScanError as err:  # the segmentation is worth having
+        except ScanError as err:  # keep the segmentation
             logger.error("Not scored: %s", err)
             failed += 1
         sys.stdout.write(json.dumps(line) + "\n")

@@ -87,16 +87,16 @@ class VolumeSegmentation:
 class Sam2UNetVolumePipeline:
     """Segment a patient's scans slice by slice, with the intensities that the data set builder gives the model.
 
-    Scans may have any orientation and spacing. Slices in which all scans are background are taken for background.
+    Scans may have any orientation and spacing. Slices in which all scans are background become background unseen.
 
     Args:
         model: The model.
         processor: Its image processor.
-        modalities: The contrasts that the model was trained on: one, or three for the channels in their order.
-            Default: those that the processor names, as it does after `run_segmentation.py` on scans.
+        modalities: Those that the model was trained on: one, or three in the order of the channels.
+            Default: those that the processor names, which it does after training with `run_segmentation.py` on scans.
 
     Raises:
-        ValueError: If nothing tells the modalities, or there are neither one nor three of them.
+        ValueError: If neither `modalities` nor the processor names them, or if they are not one or three.
 
     Example:
         ```python
@@ -123,7 +123,7 @@ class Sam2UNetVolumePipeline:
         named = modalities or processor.modalities
         if not named:
             raise ValueError(
-                "The checkpoint does not say which contrasts it segments. Pass `modalities`, such as ['flair'] or "
+                "The checkpoint does not say which modalities it segments. Pass `modalities`, such as ['flair'] or "
                 "['t1ce', 't2', 'flair'], in the order of its training."
             )
         check_modalities(named)
@@ -168,8 +168,8 @@ class Sam2UNetVolumePipeline:
         """Segment one patient.
 
         Args:
-            case: Folder of a BraTS case, a case of [`~cases.find_cases`], the path of a scan if the model takes one
-                contrast, or a path for each contrast.
+            case: Folder of a BraTS case, a case of [`~cases_sam2unet.find_cases`], the path of a scan if the model
+                takes one modality, or a path for each modality.
             planes: Planes to cut, of axial, coronal and sagittal; probabilities are averaged over them. Default: the
                 one that the processor names, or axial.
             flips: Average over the slices and their mirror images (horizontal, vertical, both) too.
@@ -217,14 +217,14 @@ class Sam2UNetVolumePipeline:
         return VolumeSegmentation(on_grid, regions, scans[0], kept)
 
     def _read(self, case: str | os.PathLike | BratsCase | Mapping[str, str | os.PathLike]) -> list[Volume]:
-        """Read the scans of the model's contrasts."""
+        """Read the scans of the model's modalities."""
         if isinstance(case, (str, os.PathLike)) and Path(case).is_dir():
             cases = find_cases(case)
             if len(cases) > 1:
                 raise ValueError(f"`{case}` holds {len(cases)} cases. Pass them one by one: `find_cases` lists them.")
             (case,) = cases
         if not isinstance(case, (str, os.PathLike, Mapping)):
-            # No check for `BratsCase`, of which code that was loaded from a checkpoint has a class of its own.
+            # Do not ask for a `BratsCase`: code that was loaded from a checkpoint has its own class of this name.
             return case.read_images(self.modalities)
         if not isinstance(case, Mapping):
             if len(self.modalities) > 1:

@@ -39,7 +39,7 @@ def save(path, voxels):
 
 
 def make_case(root, case_id, seed=0):
-    """Write four contrasts, and a mask with tumour in the axial slices 2 (4 voxels) and 3 (1 voxel)."""
+    """Write four modalities, and a mask with tumour in the axial slices 2 (4 voxels) and 3 (1 voxel)."""
     rng = np.random.default_rng(seed)
     for name in ("t1", "t1ce", "t2", "flair"):
         voxels = rng.integers(100, 900, SHAPE).astype(np.int16)

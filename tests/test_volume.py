@@ -231,7 +231,7 @@ def test_command_writes_segmentations_and_leaves_out_bad_cases(cohort, segment, 
     assert len(list((tmp_path / "out").iterdir())) == 8
 
 
-def test_command_scores_by_the_experts_masks(cohort, segment, tmp_path, capsys):
+def test_command_scores_against_the_reference(cohort, segment, tmp_path, capsys):
     segment.model.save_pretrained(tmp_path / "model")
     segment.processor.save_pretrained(tmp_path / "model")
     case = find_cases(cohort)[0]
@@ -330,7 +330,7 @@ def test_wrong_use_says_what_to_do(cohort, segment, tmp_path):
         segment(case, threshold=1.5)
     with pytest.raises(ValueError, match="`enhancing_label` must be 3 where regions have a label 4 of their own"):
         check_enhancing_label(4, {"c3": [3], "c4": [4]})
-    with pytest.raises(ValueError, match="does not say which contrasts"):
+    with pytest.raises(ValueError, match="does not say which modalities"):
         Sam2UNetVolumePipeline(segment.model, segment.processor)
     with pytest.raises(ValueError, match=r"`modalities` must be one or three of .*, got \['flair', 't2'\]"):
         Sam2UNetVolumePipeline(segment.model, segment.processor, ["flair", "t2"])

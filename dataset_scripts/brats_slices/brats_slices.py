@@ -28,7 +28,7 @@ class BratsSlicesConfig(datasets.BuilderConfig):
     """Options of `BratsSlices`.
 
     Attributes:
-        modalities: One of `t1`, `t1ce`, `t2`, `flair` for grey images, or three of them as red, green and blue.
+        modalities: One of `sam2unet_hf.scans_sam2unet.MODALITIES` for grey images, or three as red, green and blue.
         slices: Index of a slice, a list of them, `"all"`, or `"tumor"` for the slices that show enough of it. See
             `sam2unet_hf.scans_sam2unet.take_slice` for where each plane counts from. 95 is the slice of the paper.
         min_tumor_pixels: How many pixels of tumour a slice must show; read with `slices="tumor"` alone.
@@ -82,7 +82,7 @@ class BratsSlicesConfig(datasets.BuilderConfig):
             for name in (*self.modalities, "seg"):
                 if name in case.files:
                     path = case.files[name]
-                    # A dangling link has neither; reading it names the case.
+                    # Take those of a dangling link itself; the error of reading it names the case.
                     stat = path.stat() if path.exists() else path.lstat()
                     digest.update(repr((name, path.name, stat.st_size, stat.st_mtime_ns)).encode())
         return digest.hexdigest()
@@ -115,7 +115,7 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
 
     Raises:
         FileNotFoundError: If `data_dir` does not exist or holds no case.
-        ValueError: If an option has no sense.
+        ValueError: If an option has an invalid value.
         ScanError: From `download_and_prepare`, if a case cannot be used and `skip_bad_cases` is false.
     """
 
@@ -205,13 +205,13 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
                 yield f"{case.case_id}/{row['slice_index']:03d}", row
 
     def _note_skipped(self, case: BratsCase, text: str) -> None:
-        """Write a file beside the data, which stays in the cache, as no variable does."""
+        """Write the reason to a file beside the data, so that a later process finds it in the cache."""
         path = f"{self._output_dir}/skipped/{case.case_id}.txt"
         self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         self._fs.write_text(path, text)
 
     def _download_and_prepare(self, dl_manager, verification_mode, **prepare_split_kwargs) -> None:
-        self.info.splits = None  # of an older build, whose bad cases may have been repaired
+        self.info.splits = None  # forget those of an older build, whose bad cases may have been repaired
         try:
             super()._download_and_prepare(dl_manager, verification_mode, **prepare_split_kwargs)
         except datasets.exceptions.DatasetGenerationError as err:
@@ -251,7 +251,7 @@ def split_patients(patients: Iterable[str], seed: int = 0) -> dict[str, list[str
 
 
 def _check_complete(cases: list[BratsCase], names: tuple[str, ...]) -> None:
-    """Raise for what the file names alone tell, rather than after minutes of reading."""
+    """Raise for what the file names alone tell, before minutes are spent on reading."""
     problems = []
     for case in cases:
         try:
@@ -273,7 +273,7 @@ def _read(case: BratsCase, config: BratsSlicesConfig) -> list[dict[str, Any]] | 
 
 
 def _rows(case: BratsCase, config: BratsSlicesConfig) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one case. The mask comes first: it may show that there is nothing to read the scans for."""
+    """Yield the rows of one case. Read the mask first: without tumour there may be no need to read the scans."""
     mask = case.read_mask()
     indices = _slice_indices(mask, config)
     if not indices:
@@ -308,7 +308,7 @@ def _slice_indices(mask: Volume, config: BratsSlicesConfig) -> list[int]:
         other_axes = tuple(other for other in range(3) if other != axis)
         wt_pixels = np.count_nonzero(mask.voxels, axis=other_axes)
         return np.flatnonzero(wt_pixels >= config.min_tumor_pixels).tolist()
-    indices = cast("list[int]", config.slices)  # `__post_init__` saw to that
+    indices = cast("list[int]", config.slices)  # checked by `__post_init__`
     if indices[-1] >= n_slices:
         raise ScanError(
             f"{mask.name} has {n_slices} {config.plane} slices, there is no slice {indices[-1]}. "

@@ -97,7 +97,7 @@ def write_dataset(
 
 
 def _remove_leftovers(folder: Path, prefix: str) -> None:
-    """Remove what builds of the same data set left that were killed; the lock of one that is running is held."""
+    """Remove what killed builds of the same data set left; a build that is running holds its lock."""
     for lock in folder.glob(f"{glob.escape(prefix)}*/{LOCK}"):
         try:
             with filelock.FileLock(lock, timeout=0):
@@ -170,7 +170,7 @@ def render_card(
 
 
 def prepare_repository(repo_id: str, public: bool = False) -> huggingface_hub.RepoUrl:
-    """Find or make a data set repository that may be written to, before hours are spent on what to put there.
+    """Find or make a data set repository that may be written to, before hours are spent on building the data set.
 
     Args:
         repo_id: `name` or `namespace/name`.
@@ -184,9 +184,10 @@ def prepare_repository(repo_id: str, public: bool = False) -> huggingface_hub.Re
         OSError: If the token is missing or has no right to write there.
     """
     api = huggingface_hub.HfApi()
-    api.whoami()  # says best that there is no token, or a wrong one
+    api.whoami()  # has the clearest error for a missing or wrong token
     url = api.create_repo(repo_id, repo_type="dataset", private=not public, exist_ok=True)
-    api.auth_check(url.repo_id, repo_type="dataset", write=True)  # `exist_ok` takes any one that can be read
+    # Check that it can be written to, because `exist_ok` accepts a repository that can only be read.
+    api.auth_check(url.repo_id, repo_type="dataset", write=True)
     if not public and not api.repo_info(url.repo_id, repo_type="dataset").private:
         raise ValueError(
             f"`{url.repo_id}` is public, and the terms of BraTS forbid to pass the scans on. Make the repository "

@@ -13,7 +13,7 @@ from sam2unet_hf.cases_sam2unet import BratsCase
 
 Rows = TypeVar("Rows")
 
-# Cases that are read before they are written: more than processes are likely to be, few enough to hold in memory.
+# Cases that are read ahead: more than there are likely to be processes, few enough to hold in memory.
 READ_AHEAD = 32
 
 
@@ -36,7 +36,7 @@ class CaseReaders(Generic[Rows]):
         self._waiting.extend(cases)
 
     def read(self, case: BratsCase) -> Rows:
-        """Return what reading a case gave, and let others be read meanwhile."""
+        """Return what reading a case gave, while others are being read."""
         while self._waiting and len(self._begun) < READ_AHEAD:
             following = self._waiting.popleft()
             self._begun[following.case_id] = self.pool.submit(self._read_case, following)
@@ -48,7 +48,7 @@ class CaseReaders(Generic[Rows]):
 
 
 def _end_with_parent() -> None:
-    """Let this process end when the one that started it was killed, and could not tell it to."""
+    """Let this process end when its parent does, because a parent that is killed cannot end it."""
     parent = cast("multiprocessing.Process", multiprocessing.parent_process())
 
     def wait() -> None:
