@@ -23,7 +23,7 @@ import gradio as gr
 from case_view import PLANE_ORDER, CaseView, draw_slice, largest_slice, region_colours, segment_case
 
 from dataset_scripts.phantom import write_phantom_cohort
-from sam2unet_hf.cases import BratsCase, find_cases
+from sam2unet_hf.cases_sam2unet import BratsCase, find_cases
 from sam2unet_hf.metrics.volume_functional import count_voxels, dice
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
 from sam2unet_hf.volume import Sam2UNetVolumePipeline

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 from plots import COLOURS
 
-from sam2unet_hf.cases import BratsCase
+from sam2unet_hf.cases_sam2unet import BratsCase
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES, intensity_window, pixel_size_mm, take_slice
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, VolumeSegmentation
 

@@ -20,7 +20,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import ExifTags, Image
 
 from sam2unet_hf import Sam2UNetImageProcessor
-from sam2unet_hf.cases import patient_of
+from sam2unet_hf.cases_sam2unet import patient_of
 from sam2unet_hf.training import ParquetRows, SegmentationTransform
 
 

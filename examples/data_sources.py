@@ -12,7 +12,7 @@ from data_checks import check_first_rows, check_images_and_masks, check_leaks, c
 
 from dataset_scripts.brats_slices import BratsSlices, split_patients
 from dataset_scripts.phantom import VERSION, write_phantom_cohort
-from sam2unet_hf.cases import patient_of
+from sam2unet_hf.cases_sam2unet import patient_of
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
 from sam2unet_hf.training import ParquetRows, open_parquet
 

@@ -30,7 +30,7 @@ from provenance import RECORD, read_record
 from transformers import HfArgumentParser
 
 from sam2unet_hf import Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
-from sam2unet_hf.cases import BratsCase, find_cases
+from sam2unet_hf.cases_sam2unet import BratsCase, find_cases
 from sam2unet_hf.regions_sam2unet import parse_regions
 from sam2unet_hf.training import SegmentationTransform
 from sam2unet_hf.volume import Sam2UNetVolumePipeline

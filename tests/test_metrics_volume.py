@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from sam2unet_hf import metrics
-from sam2unet_hf.cases import find_cases
+from sam2unet_hf.cases_sam2unet import find_cases
 from sam2unet_hf.metrics.volume_functional import (
     ONE_EMPTY_MM,
     VOLUME_MEASURES,
