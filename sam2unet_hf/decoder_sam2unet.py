@@ -8,6 +8,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from .configuration_sam2unet import Sam2UNetConfig
 
 
+def undo_fusion(module: "Sam2UNetConvNorm", incompatible_keys: object) -> None:
+    """Undo `fuse` after loading other weights; a function, so that the module can be pickled."""
+    module.fuse(False)
+
+
 class Sam2UNetConvNorm(nn.Module):
     """Convolution without bias, then batch norm; one convolution with bias between `fuse` and `train`."""
 
@@ -23,6 +28,7 @@ class Sam2UNetConvNorm(nn.Module):
         self.fused_bias: torch.Tensor | None
         self.register_buffer("fused_weight", None, persistent=False)
         self.register_buffer("fused_bias", None, persistent=False)
+        self.register_load_state_dict_post_hook(undo_fusion)
 
     @torch.no_grad()
     def fuse(self, fuse: bool = True) -> None:
@@ -41,10 +47,6 @@ class Sam2UNetConvNorm(nn.Module):
         if mode:
             self.fuse(False)
         return super().train(mode)
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self.fuse(False)
-        super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.fused_weight is not None:
