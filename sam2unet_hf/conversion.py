@@ -61,7 +61,7 @@ def convert_reference_checkpoint(
     Args:
         path_or_state_dict: `.pth` file as the reference's training script writes it, or its state dict.
         config: Configuration of the model. By default the encoder is the one of SAM 2's sizes that the shapes show,
-            and the output is one region `"foreground"` of label id 1, since the checkpoint does not say what it
+            and the output is one region `"foreground"` of label id 1, because the checkpoint does not say what it
             segments.
         **config_kwargs: Fields of [`Sam2UNetConfig`], such as `regions`, if there is no `config`.
 
@@ -109,12 +109,12 @@ def convert_reference_checkpoint(
 def convert_checkpoint(
     source: str | os.PathLike, output: str | os.PathLike, *, revision: str | None = None, **config_kwargs: Any
 ) -> Sam2UNetForSemanticSegmentation:
-    """Write a checkpoint folder from a reference SAM2-UNet or a SAM 2 encoder, and check that it loads as it was.
+    """Write a checkpoint folder from a reference SAM2-UNet or a SAM 2 encoder, and check that it can be loaded.
 
     Args:
         source: `.pth` file of the reference, or what [`Sam2UNetForSemanticSegmentation.from_sam2`] takes: a Hub id, a
             folder, or an original `.pt` file of SAM 2, to which adapters and decoder are new.
-        output: Folder to write, with model, code and image processor. It appears once it is whole.
+        output: Folder to write, with model, code and image processor. It appears only when it is complete.
         revision: Branch, tag or commit on the Hub.
         **config_kwargs: Fields of [`Sam2UNetConfig`], such as `regions`. The default is `{"foreground": [1]}` for a
             reference SAM2-UNet and `{"WT": [1, 2, 3]}` for a SAM 2 encoder.
@@ -126,7 +126,7 @@ def convert_checkpoint(
         FileExistsError: If the folder exists and is not empty.
         FileNotFoundError: If `source` is the path of a file that does not exist.
         OSError: If `source` is no folder with a checkpoint and no repository that can be reached.
-        RuntimeError: If what was written loads as something else.
+        RuntimeError: If the weights are not read back as they were written.
         ValueError: If the source is damaged, is neither of the two, or does not fit the fields.
     """
     output = Path(output)

@@ -8,21 +8,27 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from .configuration_sam2unet import Sam2UNetConfig
 
 
+def undo_fusion(module: "Sam2UNetConvNorm", incompatible_keys: object) -> None:
+    """Undo `fuse` after loading other weights; a function, so that the module can be pickled."""
+    module.fuse(False)
+
+
 class Sam2UNetConvNorm(nn.Module):
-    """Convolution without bias, then batch norm; one convolution with bias between `fuse` and `train`."""
+    """Convolution without bias and batch norm, which `fuse` turns into one convolution with bias until `train`."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], dilation: int = 1):
         super().__init__()
-        # "same" padding, written as numbers: the string cannot be exported.
+        # Write "same" padding as numbers, because the string cannot be exported.
         height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
         padding = (height // 2 * dilation, width // 2 * dilation)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
-        # Beside the parameters, not in their place, so that the model is saved and trained on as if never fused.
+        # Keep the parameters beside these, so that the model is saved and trained on as if never fused.
         self.fused_weight: torch.Tensor | None
         self.fused_bias: torch.Tensor | None
         self.register_buffer("fused_weight", None, persistent=False)
         self.register_buffer("fused_bias", None, persistent=False)
+        self.register_load_state_dict_post_hook(undo_fusion)
 
     @torch.no_grad()
     def fuse(self, fuse: bool = True) -> None:
@@ -33,7 +39,7 @@ class Sam2UNetConvNorm(nn.Module):
             weight, bias = fuse_conv_bn_weights(
                 conv.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             )
-            # Without `detach` they would be parameters.
+            # Detach them, because parameters would be saved and trained.
             self.fused_weight, self.fused_bias = weight.detach(), bias.detach()
 
     def train(self, mode: bool = True) -> "Sam2UNetConvNorm":
@@ -41,10 +47,6 @@ class Sam2UNetConvNorm(nn.Module):
         if mode:
             self.fuse(False)
         return super().train(mode)
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self.fuse(False)
-        super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.fused_weight is not None:
@@ -134,7 +136,9 @@ class Sam2UNetDecodeHead(nn.Module):
             decoded.append(hidden_states)
         auxiliary = []
         if output_auxiliary_logits:
-            auxiliary = [head(side) for head, side in zip(self.auxiliary_classifiers, decoded[:2], strict=True)]
+            auxiliary = [
+                classifier(side) for classifier, side in zip(self.auxiliary_classifiers, decoded[:2], strict=True)
+            ]
         return self.classifier(hidden_states), *auxiliary
 
 

@@ -88,7 +88,7 @@ class Sam2UNetWindowAttention(nn.Module):
         qkv = self.qkv(hidden_states)
         pooled = layout if self.query_stride is None else layout.after_pooling(self.query_stride)
         if self.window_size == 0:
-            # The order of the tokens of an image is of no importance to attention over all of them.
+            # Attention over all tokens of an image does not depend on their order.
             query, key, value = layout.to_sequences(qkv).chunk(3, dim=-1)
             if self.query_stride is not None:
                 query = pooled.to_sequences(layout.pool(qkv.chunk(3, dim=-1)[0], self.query_stride))
@@ -209,11 +209,11 @@ class Sam2UNetEncoder(nn.Module):
         return (background + window).permute(0, 2, 3, 1)
 
     def run_stage(self, maps: torch.Tensor, stage: int) -> tuple[torch.Tensor, ...]:
-        """Run a stage but for its first block, and the first block of the next, whose windows are those of this one.
+        """Run a stage without its first block, then the first block of the next, which has the windows of this one.
 
         Args:
             maps: Tokens `(batch_size, height, width, channels)`.
-            stage: From 0; the first stage is run from its first block on.
+            stage: Index from 0. The first stage is run with its first block.
 
         Returns:
             The feature map of the stage and, but for the last stage, the tokens after the next stage's first block,

@@ -158,7 +158,7 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
     ) -> BatchFeature:
         if kwargs["do_center_crop"] or kwargs["do_pad"]:
             raise ValueError(
-                "`do_center_crop` and `do_pad` must be False: masks that come out would not lie on the images. Crop "
+                "`do_center_crop` and `do_pad` must be False, because masks would no longer lie on their images. Crop "
                 "or pad images and masks together first."
             )
         prepared = [self.process_image(image, **kwargs) for image in to_list(images)]
@@ -173,7 +173,7 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
             if device is not None:
                 label_maps = [label_map.to(device) for label_map in label_maps]
             if kwargs["do_resize"]:
-                # Nearest, so that no label id is invented between two others.
+                # Take the nearest pixel, so that no label id is invented between two others.
                 options = {"resample": InterpolationMode.NEAREST_EXACT, "antialias": False}
                 label_maps = [self.resize(item[None], kwargs["size"], **options)[0].long() for item in label_maps]
             features["labels"] = label_maps
@@ -229,14 +229,14 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
 
         Args:
             outputs: As in [`~Sam2UNetImageProcessor.post_process_regions`].
-            target_sizes: As there.
+            target_sizes: As in [`~Sam2UNetImageProcessor.post_process_regions`].
             threshold: A pixel belongs to a region if its probability is above this, in [0, 1].
 
         Returns:
             One tensor of label ids per image of shape `(height, width)`, int64; 0 is the background.
 
         Raises:
-            ValueError: As there, or if `threshold` is not in [0, 1].
+            ValueError: As in [`~Sam2UNetImageProcessor.post_process_regions`], or if `threshold` is not in [0, 1].
         """
         found = self.post_process_regions(outputs, target_sizes)
         return [self.regions_to_label_map(probabilities, threshold) for probabilities in found]
@@ -246,7 +246,7 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
 
         Args:
             probabilities: Of shape `(num_regions, height, width)`, in the order of `regions`.
-            threshold: As there.
+            threshold: As in [`~Sam2UNetImageProcessor.post_process_semantic_segmentation`].
 
         Returns:
             Label ids of shape `(height, width)`, int64.

@@ -29,7 +29,7 @@ def to_channels_first(
         ValueError: If it is no array, not of real numbers, empty, or of another shape.
     """
     if isinstance(image, np.ndarray) and image.dtype.kind in "biuf":
-        # A copy, because torch can hold neither big-endian values nor negative strides, and warns of read-only ones.
+        # Copy, because torch can hold neither big-endian values nor negative strides, and warns of read-only ones.
         image = torch.from_numpy(np.array(image, dtype=image.dtype.newbyteorder("="), order="C"))
     if not isinstance(image, torch.Tensor) or image.is_complex():
         got = f"{image.dtype} values" if isinstance(image, (np.ndarray, torch.Tensor)) else type(image).__name__
@@ -64,7 +64,7 @@ def to_byte_range(image: torch.Tensor) -> torch.Tensor:
     values = image.float()
     low, high = values.min().item(), values.max().item()
     limit = 255 if image.is_floating_point() else 65535
-    # A comparison with NaN is false.
+    # Ask for what must hold, because a comparison with NaN is false.
     if not (low >= 0 and high <= limit):
         kind = "float images must be finite and in 0..1 or 0..255" if limit == 255 else "integer images in 0..65535"
         raise ValueError(
@@ -75,8 +75,8 @@ def to_byte_range(image: torch.Tensor) -> torch.Tensor:
     if image.is_floating_point():
         if 1 < high < 2:
             warnings.warn(
-                f"A float image has values up to {high:g}, which are taken as parts of 255: it will be nearly black. "
-                "Clip it to 1, or scale it to 0..255.",
+                f"A float image has values up to {high:g}, which are taken as parts of 255, so that it will be nearly "
+                "black. Clip it to 1, or scale it to 0..255.",
                 stacklevel=2,
             )
         return values * 255 if high <= 1 else values
@@ -111,12 +111,12 @@ def to_label_map(segmentation_map: Any) -> torch.Tensor:
         if mode in ("LA", "La", "PA"):
             segmentation_map = segmentation_map[..., 0]
     label_map = to_channels_first(segmentation_map, layout)
-    # Colours, whatever the alpha.
+    # Compare the colours only, because alpha may differ.
     if not bool((label_map[1:3] == label_map[:1]).all()):
         raise ValueError(
             "A segmentation map must have one channel of label ids, got colours. Map colours to ids first."
         )
-    # A comparison with NaN is false.
+    # Ask for what must hold, because a comparison with NaN is false.
     whole = (label_map == label_map.round()) & (label_map.abs() < 2**31) if label_map.is_floating_point() else None
     if whole is not None and not bool(whole.all()):
         raise ValueError(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 
-# Tokens of the images that inference on a CPU runs at once. From here on larger batches gained no speed when timed.
+# Tokens of the images that inference on a CPU runs at once. Larger batches were timed and gained no speed.
 MAX_TOKENS = 8192
 
 

@@ -10,12 +10,12 @@ from ..windows_sam2unet import max_pool_tokens, pool_windows
 
 
 def missing_to_multiple(length: int, divisor: int) -> int:
-    """Return `-length % divisor` without a negative number: ONNX divides those towards zero, PyTorch towards minus."""
+    """Return `-length % divisor` without a negative number, because ONNX rounds its quotient towards zero."""
     return (length + divisor - 1) // divisor * divisor - length
 
 
 def crop(tensor: torch.Tensor, dims: tuple[int, int], height: int, width: int) -> torch.Tensor:
-    """Return the top left part of a map; unlike that of a slice, torch.export knows its size to be what is asked."""
+    """Return the top left part of a map by `index_select`, because torch.export does not know the size of a slice."""
     for dim, length in zip(dims, (height, width), strict=True):
         tensor = tensor.index_select(dim, torch.arange(length))
     return tensor
@@ -32,7 +32,7 @@ class UnpackedLayout:
 class PaddedWindowAttention(nn.Module):
     """Window attention on a map padded until windows tile it, as SAM 2 computes it.
 
-    It gives the result of `attention`, whose layers it shares, up to rounding, by the same steps at every size.
+    It shares the layers of `attention` and gives the same result, up to rounding, by the same steps at every size.
     """
 
     def __init__(self, attention: Sam2UNetWindowAttention):
@@ -65,9 +65,10 @@ class PaddedWindowAttention(nn.Module):
 
 
 class AnySizeEncoder(nn.Module):
-    """An encoder by a graph that holds for images of every size; shares all layers of `encoder`, and changes it.
+    """Encoder with the layers of `encoder`, whose attention it replaces, and a graph for images of every size.
 
-    The encoder itself cuts a map into groups of windows, whose number depends on the size of the map.
+    The graph of the encoder itself is for one size, because the size of a map decides into how many groups of windows
+    it is cut.
     """
 
     def __init__(self, encoder: Sam2UNetEncoder):
@@ -107,7 +108,7 @@ class FixedSizeLogits(nn.Module):
 
 
 class AnySizeLogits(FixedSizeLogits):
-    """The same by a graph that holds for images of every size; changes the model's encoder."""
+    """A model with a graph for images of every size, which replaces the model's encoder."""
 
     def __init__(self, model: Sam2UNetForSemanticSegmentation):
         super().__init__(model)
@@ -116,6 +117,6 @@ class AnySizeLogits(FixedSizeLogits):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the logits, of the size of the images."""
         height, width = pixel_values.shape[-2:]
-        # The model pads only where it must, and whether it must would be decided once for all sizes.
+        # Pad always, because the model pads only where it must, which the graph would decide once for all sizes.
         padding = (0, missing_to_multiple(width, STRIDE), 0, missing_to_multiple(height, STRIDE))
         return crop(super().forward(F.pad(pixel_values, padding)), (2, 3), height, width)

@@ -82,14 +82,14 @@ def convert(
     import onnxscript.optimizer
 
     model = float32_copy(model)
-    # Without a largest size torch 2.7 compares with infinity, and fails.
+    # Give a largest size, because torch 2.7 compares with infinity without one, and fails.
     shape: dict[int, Any] = {0: torch.export.Dim("batch", max=MAX_SIZE)}
     module = FixedSizeLogits(model)
     if dynamic_size:
         for axis, name in ((2, "height"), (3, "width")):
             shape[axis] = torch.export.Dim(name, min=MIN_IMAGE_SIZE, max=MAX_SIZE)
         module = AnySizeLogits(model)
-        # Several windows a side, and padding: a count of 0 or 1 would be taken as fixed.
+        # Trace several windows a side, and padding, because a count of 0 or 1 would be taken as fixed.
         side = 2 * largest_window(model)
         image_size = (side + 42, side + 74)
     pixel_values = torch.zeros(2, model.config.backbone_config.num_channels, *image_size)
@@ -102,7 +102,7 @@ def convert(
             input_names=["pixel_values"],
             output_names=["logits"],
             opset_version=OPSET,
-            # Its rewriting rules take time quadratic in the number of nodes, over 10 minutes for the large preset.
+            # The rewriting rules take time quadratic in the number of nodes, over 10 minutes for the large preset.
             optimize=False,
             verbose=False,
         )
@@ -157,7 +157,7 @@ def check_onnx(
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Fatal errors alone: the others are raised.
+    # Log fatal errors only, because the others are raised.
     options.log_severity_level = 4
     name = Path(path).name
     remedy = "Export with another torch version, or with a fixed size."
@@ -183,7 +183,7 @@ def check_onnx(
         same_shape = actual.shape == expected.shape
         difference = (actual - expected).abs().max().item() if same_shape else float("inf")
         allowed = max(ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE * expected.abs().max().item())
-        # A comparison with NaN is false.
+        # Ask for what must hold, because a comparison with NaN is false.
         if not difference <= allowed:
             raise OnnxExportError(
                 f"The logits of {name} for {batch_size} images of {height}x{width}, of shape {tuple(output.shape)}, "
@@ -216,8 +216,7 @@ def export_onnx(
         processor: How images are prepared, for the metadata. By default the default processor.
         image_size: Height and width of the images in pixels, from 64 up. By default those of `processor`.
         dynamic_size: Let the file take images of every size from 64x64 up, and only recommend `image_size`. It then
-            computes attention on padded windows, as SAM 2 does, and so more than a file for one size. Needs a newer
-            torch than 2.7.
+            computes attention on padded windows, as SAM 2 does, and so more than a file for one size.
 
     Returns:
         The largest absolute difference of a logit between onnxruntime and PyTorch: at most 1e-4, or 1e-5 of the
@@ -250,7 +249,7 @@ def export_onnx(
         )
     program = convert(model, image_size, dynamic_size)
     for node in program.model.graph.all_nodes():
-        # Stack traces, with the paths of this machine.
+        # Remove stack traces, because they hold local paths.
         node.metadata_props.clear()
     program.model.metadata_props.update(onnx_metadata(model, processor, image_size))
 
@@ -259,7 +258,7 @@ def export_onnx(
         program.save(Path(staging, output.name))
         del program
         difference = check_onnx(Path(staging, output.name), model, check_shapes(model, image_size, dynamic_size))
-        # The graph last, after the weights it may name.
+        # Move the graph last, because it may name the file of the weights.
         for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == output.name):
             os.replace(path, output.parent / path.name)
     return difference
