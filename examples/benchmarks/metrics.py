@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Time all seven measures against `py_sod_metrics`, in turn, on one thread.
+"""Time all seven metrics against `py_sod_metrics`, in turn, on one thread.
 
 python examples/benchmarks/metrics.py
 """
@@ -24,7 +24,7 @@ import numpy as np
 import py_sod_metrics
 from scipy import ndimage
 
-from sam2unet_hf.metrics import functional
+from sam2unet_hf.metrics import Accumulator, functional
 
 
 SIZES = (352, 240)
@@ -55,26 +55,26 @@ def to_8_bit(pairs: list) -> list:
 
 
 class Field:
-    """The same measures by `py_sod_metrics`, one histogram shared as far as it allows."""
+    """The same metrics by `py_sod_metrics`, one histogram shared as far as it allows."""
 
     def __init__(self, normalize: bool):
-        cuts = {"with_dynamic": True, "with_adaptive": True, "with_binary": True}
+        options = {"with_dynamic": True, "with_adaptive": True, "with_binary": True}
         handlers = {
-            "dice": py_sod_metrics.DICEHandler(**cuts),
-            "iou": py_sod_metrics.IOUHandler(**cuts),
-            "f_beta": py_sod_metrics.FmeasureHandler(**cuts, beta=0.3),
+            "dice": py_sod_metrics.DICEHandler(**options),
+            "iou": py_sod_metrics.IOUHandler(**options),
+            "f_beta": py_sod_metrics.FmeasureHandler(**options, beta=0.3),
         }
         self.normalize = normalize
-        self.cuts = py_sod_metrics.FmeasureV2(handlers)
+        self.thresholded = py_sod_metrics.FmeasureV2(handlers)
         self.e_measure, self.s_measure = py_sod_metrics.Emeasure(), py_sod_metrics.Smeasure()
         self.weighted, self.mae = py_sod_metrics.WeightedFmeasure(), py_sod_metrics.MAE()
 
     def add(self, prediction: np.ndarray, reference: np.ndarray) -> None:
-        for metric in (self.cuts, self.e_measure, self.s_measure, self.weighted, self.mae):
+        for metric in (self.thresholded, self.e_measure, self.s_measure, self.weighted, self.mae):
             metric.step(prediction, reference, normalize=self.normalize)
 
     def result(self) -> dict[str, float]:
-        values = {f"mean_{name}": value["dynamic"].mean() for name, value in self.cuts.get_results().items()}
+        values = {f"mean_{name}": value["dynamic"].mean() for name, value in self.thresholded.get_results().items()}
         values |= {"mean_e_measure": self.e_measure.get_results()["em"]["curve"].mean()}
         values |= {"s_measure": self.s_measure.get_results()["sm"], "mae": self.mae.get_results()["mae"]}
         return values | {"weighted_f_beta": self.weighted.get_results()["wfm"]}
@@ -85,7 +85,7 @@ class Ours:
 
     def __init__(self, normalize: bool):
         self.normalize = "minmax" if normalize else None
-        self.accumulator = functional.Accumulator()
+        self.accumulator = Accumulator()
 
     def add(self, prediction: np.ndarray, reference: np.ndarray) -> None:
         self.accumulator.add(functional.score(prediction, reference, normalize=self.normalize))
@@ -137,15 +137,15 @@ def profile(prediction: np.ndarray, mask: np.ndarray, rounds: int) -> dict[str, 
     pair = functional.make_pair(prediction, mask)
     counts = functional.count_at_thresholds(pair)
     scores = functional.score(prediction, mask)
-    accumulator = functional.Accumulator()
+    accumulator = Accumulator()
     accumulator.add(scores)
     background = ~mask
     parts: dict[str, Callable] = {
         "all": lambda: functional.score(prediction, mask),
         "conversion and checks": lambda: functional.make_pair(prediction, mask),
-        "counts at 258 cuts": lambda: functional.count_at_thresholds(pair),
+        "counts at 258 thresholds": lambda: functional.count_at_thresholds(pair),
         "Dice, IoU and F of the counts": lambda: [
-            measure(counts) for measure in (functional.dice, functional.iou, functional.f_beta)
+            metric(counts) for metric in (functional.dice, functional.iou, functional.f_beta)
         ],
         "E-measure of the counts": lambda: functional.e_measure(counts),
         "S-measure": lambda: functional.s_measure(pair),
