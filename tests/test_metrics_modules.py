@@ -259,6 +259,8 @@ def test_a_wrong_image_costs_nothing_and_is_named(images):
         metric.compute(predictions=predictions[1:], references=references[2:])
     with pytest.raises(TypeError, match="`predictions` and `references` together"):
         metric.compute(predictions=predictions)
+    with pytest.raises(TypeError, match="`prediction` and `reference` together"):
+        metric.add(prediction=predictions[0])
     assert len(metric) == 1
     assert metric.compute(predictions=predictions[1:], references=references[1:]) == expected
 

@@ -181,14 +181,6 @@ class SegmentationMetric(StreamingMetric):
         "the authors' code and `py_sod_metrics` do; a perfect score is then n / (n - 1), and an image of one pixel "
         "scores 0 or 4.5e15. 0 is the equation of the paper, which stays in [0, 1].",
     }
-    refused_inputs = (
-        "Values out of range, references that look like label ids, colour images, shapes that differ and NaN"
-    )
-    notes = (
-        "Values are those of [`py_sod_metrics`](https://github.com/lartpang/PySODMetrics), which papers on SAM2-UNet "
-        "use; images are scored as they are added, and only sums are kept, whose averages do not depend on order or "
-        "batches."
-    )
     output_notes = "With regions each key is the mean over them, and comes once more per region as `<key>_<region>`."
     # Images, and stacks of regions. They tell `evaluate` the names; nothing goes through Arrow.
     input_features = [

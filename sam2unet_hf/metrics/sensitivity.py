@@ -5,46 +5,41 @@ from .volume_functional import score_volume
 from .volume_metric import BRATS_CITATION, VolumeMetric
 
 
-FACTS = MetricFacts(
-    title="Sensitivity",
-    description="""
-        Sensitivity (recall) of predicted regions in label volumes: the share of the reference that was found, per
-        region and patient, averaged over patients.
-    """,
-    range="0 to 1, higher is better.",
-    special_cases={
-        "Reference empty": "1, whatever was predicted, since there was nothing to miss. The code of BraTS 2023 has 1 "
-        "if nothing was predicted, else 0.",
-        "Prediction empty, reference not": "0.",
-        "Region fills the volume": "as any other.",
-    },
-    example="""
-        >>> prediction, reference = [[[2, 1, 0, 0], [2, 2, 0, 0]]], [[[2, 0, 0, 0], [2, 0, 0, 0]]]
-        >>> scores = metric.compute(predictions=[prediction], references=[reference])
-        >>> round(scores["sensitivity_WT"], 4)
-        1.0
-    """,
-    further_example=(
-        "One mask in place of label ids, with the scores of each patient:",
-        """
-        >>> found, mask = [[[True, False, True]]], [[[True, True, False]]]
-        >>> metric = evaluate.load("./sensitivity.py", regions={"lesion": [1]})
-        >>> scores = metric.compute(predictions=[found, mask], references=[mask, mask])
-        >>> scores["sensitivity"], scores["sensitivity_per_patient"]
-        (0.75, {'lesion': [0.5, 1.0]})
-        """,
-    ),
-    citation=BRATS_CITATION,
-)
-
-
 class Sensitivity(VolumeMetric):
     """Sensitivity of tumour regions in volumes, per patient."""
 
     score_function = staticmethod(score_volume)
     metrics = ("sensitivity",)
     options = ("regions",)
-    facts = FACTS
+    facts = MetricFacts(
+        title="Sensitivity",
+        description="""
+            Sensitivity (recall) of predicted regions in label volumes: the share of the reference that was found, per
+            region and patient, averaged over patients.
+        """,
+        range="0 to 1, higher is better.",
+        special_cases={
+            "Reference empty": "1, whatever was predicted, since there was nothing to miss. The code of BraTS 2023 "
+            "has 1 if nothing was predicted, else 0.",
+            "Prediction empty, reference not": "0.",
+            "Region fills the volume": "as any other.",
+        },
+        example="""
+            >>> prediction, reference = [[[2, 1, 0, 0], [2, 2, 0, 0]]], [[[2, 0, 0, 0], [2, 0, 0, 0]]]
+            >>> scores = metric.compute(predictions=[prediction], references=[reference])
+            >>> round(scores["sensitivity_WT"], 4)
+            1.0
+        """,
+        further_use="One mask in place of label ids, with the scores of each patient:",
+        further_example="""
+            >>> found, mask = [[[True, False, True]]], [[[True, True, False]]]
+            >>> metric = evaluate.load("./sensitivity.py", regions={"lesion": [1]})
+            >>> scores = metric.compute(predictions=[found, mask], references=[mask, mask])
+            >>> scores["sensitivity"], scores["sensitivity_per_patient"]
+            (0.75, {'lesion': [0.5, 1.0]})
+        """,
+        citation=BRATS_CITATION,
+    )
 
 
 __all__ = ["Sensitivity"]

@@ -6,15 +6,18 @@ import re
 import shutil
 from pathlib import Path
 
-from .streaming_metric import StreamingMetric, wrap
+from huggingface_hub import SpaceCard, SpaceCardData
+
+from .streaming_metric import StreamingMetric
 
 
 _PACKAGE = importlib.import_module(__name__.rpartition(".")[0])
 _EXPORTS = [getattr(_PACKAGE, name) for name in _PACKAGE.__all__]
 # Name of its file -> metric, of all that the package exports.
 METRIC_CLASSES: dict[str, type[StreamingMetric]] = {
-    value.name_of_file(): value for value in _EXPORTS if inspect.isclass(value) and issubclass(value, StreamingMetric)
+    value.file_name(): value for value in _EXPORTS if inspect.isclass(value) and issubclass(value, StreamingMetric)
 }
+_TEMPLATE = Path(__file__).with_name("metric_card.md")
 _REQUIREMENTS = "datasets>=5.1\nevaluate>=0.4.6\nnumpy>=2.0\nscipy>=1.13\n"
 _APP = '''"""Try the metric in a browser."""
 
@@ -26,71 +29,6 @@ from evaluate.utils import launch_gradio_widget
 
 launch_gradio_widget(evaluate.load(str(Path(__file__).with_name("{name}.py"))))
 '''
-_CARD = """\
----
-title: {title}
-emoji: 🧠
-colorFrom: blue
-colorTo: gray
-sdk: gradio
-sdk_version: 3.19.1
-app_file: app.py
-pinned: false
-license: apache-2.0
-tags:
-  - evaluate
-  - metric
-  - image-segmentation
-description: >-
-{front_matter_description}
----
-
-# {title}
-
-{paragraphs}
-
-## How to use
-
-In the folder of `{name}.py`, or with the id of a Space in place of its path:
-
-```python
->>> import evaluate
->>> metric = evaluate.load("./{name}.py")
-{example}
-
-```
-
-{further_use}
-
-```python
-{further_example}
-
-```
-
-## Inputs
-
-{inputs}
-
-{rules}
-
-## Output
-
-{range}
-
-| key | value |
-| --- | --- |
-{outputs}
-
-## Special {sample_data}s
-
-{special_cases}
-
-## Citation
-
-```bibtex
-{citation}
-```
-"""
 
 
 def render_metric_card(name: str) -> str:
@@ -100,26 +38,30 @@ def render_metric_card(name: str) -> str:
         name: Name of the module, a key of `METRIC_CLASSES`.
     """
     metric = METRIC_CLASSES[name]
-    facts, inputs = metric.facts, metric.inputs()
-    further_use, further_example = facts.further_example
-    also = "".join(f"; `{name}` also to `add` and `add_batch`" for name in metric.sample_options if name in inputs)
-    rules = f"Options go to `evaluate.load` or to `compute`{also}. {metric.refused_inputs} raise an error."
-    return _CARD.format(
-        name=name,
-        title=facts.title,
-        front_matter_description=wrap(facts.description, "  ", "  "),
-        paragraphs="\n\n".join(wrap(text) for text in (facts.description, facts.details, metric.notes) if text),
-        example=inspect.cleandoc(facts.example),
-        further_use=wrap(further_use),
-        further_example=inspect.cleandoc(further_example),
-        inputs="\n".join(wrap(f"`{argument}`: {text}", "- ", "  ") for argument, text in inputs.items()),
-        rules=wrap(rules),
-        range=wrap(f"A dictionary; range: {facts.range} {metric.output_notes}"),
-        outputs="\n".join(f"| {keys} | {text} |" for keys, text in metric.outputs().items()),
-        sample_data=metric.sample_data,
-        special_cases="\n".join(wrap(f"{case}: {text}", "- ", "  ") for case, text in facts.special_cases.items()),
-        citation=inspect.cleandoc(facts.citation),
+    card_data = SpaceCardData(
+        title=metric.facts.title,
+        emoji="🧠",
+        colorFrom="blue",
+        colorTo="gray",
+        sdk="gradio",
+        sdk_version="3.19.1",
+        app_file="app.py",
+        pinned=False,
+        license="apache-2.0",
+        tags=["evaluate", "metric", "image-segmentation"],
+        description=metric.facts.description,
     )
+    card = SpaceCard.from_template(
+        card_data,
+        template_path=str(_TEMPLATE),
+        name=name,
+        sample_data=metric.sample_data,
+        facts=metric.facts,
+        inputs=metric.inputs(),
+        outputs=metric.outputs(),
+        output_notes=metric.output_notes,
+    )
+    return str(card)
 
 
 def write_metric_space(name: str, folder: str | Path) -> list[Path]:

@@ -5,48 +5,43 @@ from .volume_functional import score_volume
 from .volume_metric import BRATS_CITATION, VolumeMetric
 
 
-FACTS = MetricFacts(
-    title="Specificity",
-    description="""
-        Specificity of predicted regions in label volumes: the share of the volume outside the reference that was left
-        empty, per region and patient, averaged over patients.
-    """,
-    range="""
-        0 to 1, higher is better. Tumours are small, so it is close to 1 for any prediction, and depends on how much
-        air the volume has.
-    """,
-    special_cases={
-        "Reference fills the volume": "1, since there was no background to get wrong.",
-        "Reference empty": "the share of voxels not predicted.",
-        "Prediction empty": "1.",
-    },
-    example="""
-        >>> prediction, reference = [[[2, 1, 0, 0], [2, 2, 0, 0]]], [[[2, 0, 0, 0], [2, 0, 0, 0]]]
-        >>> scores = metric.compute(predictions=[prediction], references=[reference])
-        >>> round(scores["specificity_WT"], 4)
-        0.6667
-    """,
-    further_example=(
-        "One mask in place of label ids, with the scores of each patient:",
-        """
-        >>> found, mask = [[[True, False, True]]], [[[True, False, False]]]
-        >>> metric = evaluate.load("./specificity.py", regions={"lesion": [1]})
-        >>> scores = metric.compute(predictions=[found, mask], references=[mask, mask])
-        >>> scores["specificity"], scores["specificity_per_patient"]
-        (0.75, {'lesion': [0.5, 1.0]})
-        """,
-    ),
-    citation=BRATS_CITATION,
-)
-
-
 class Specificity(VolumeMetric):
     """Specificity of tumour regions in volumes, per patient."""
 
     score_function = staticmethod(score_volume)
     metrics = ("specificity",)
     options = ("regions",)
-    facts = FACTS
+    facts = MetricFacts(
+        title="Specificity",
+        description="""
+            Specificity of predicted regions in label volumes: the share of the volume outside the reference that was
+            left empty, per region and patient, averaged over patients.
+        """,
+        range="""
+            0 to 1, higher is better. Tumours are small, so it is close to 1 for any prediction, and depends on how
+            much air the volume has.
+        """,
+        special_cases={
+            "Reference fills the volume": "1, since there was no background to get wrong.",
+            "Reference empty": "the share of voxels not predicted.",
+            "Prediction empty": "1.",
+        },
+        example="""
+            >>> prediction, reference = [[[2, 1, 0, 0], [2, 2, 0, 0]]], [[[2, 0, 0, 0], [2, 0, 0, 0]]]
+            >>> scores = metric.compute(predictions=[prediction], references=[reference])
+            >>> round(scores["specificity_WT"], 4)
+            0.6667
+        """,
+        further_use="One mask in place of label ids, with the scores of each patient:",
+        further_example="""
+            >>> found, mask = [[[True, False, True]]], [[[True, False, False]]]
+            >>> metric = evaluate.load("./specificity.py", regions={"lesion": [1]})
+            >>> scores = metric.compute(predictions=[found, mask], references=[mask, mask])
+            >>> scores["specificity"], scores["specificity_per_patient"]
+            (0.75, {'lesion': [0.5, 1.0]})
+        """,
+        citation=BRATS_CITATION,
+    )
 
 
 __all__ = ["Specificity"]

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import evaluate
 
 
-@dataclass(frozen=True)
+@dataclass
 class MetricFacts:
     """What there is to know of a module; its docstring and its card are made of that.
 
-    Texts may be indented, and all but examples and citation are wrapped anew.
+    Texts may be indented and have line breaks; examples and citation keep theirs.
 
     Args:
         title: Name of the metric.
@@ -23,7 +23,8 @@ class MetricFacts:
         range: Range of the values and which of them are better, and what else to know of them.
         special_cases: Kind of sample, such as an empty mask -> its value.
         example: Doctest that scores one sample with `metric`, the module.
-        further_example: A sentence about another use, and the doctest of it, which goes on after `example`.
+        further_use: A sentence about another use.
+        further_example: Doctest of that, which goes on after `example`.
         citation: BibTeX entry with a DOI.
         details: Further paragraph for the card.
     """
@@ -33,27 +34,16 @@ class MetricFacts:
     range: str
     special_cases: Mapping[str, str]
     example: str
-    further_example: tuple[str, str]
+    further_use: str
+    further_example: str
     citation: str
     details: str = ""
 
-
-def wrap(text: str, first_indent: str = "", indent: str = "") -> str:
-    """Return a paragraph in lines of at most 119 characters.
-
-    Args:
-        text: Paragraph; line breaks in it do not count.
-        first_indent: What its first line starts with.
-        indent: What its other lines start with.
-    """
-    return textwrap.fill(
-        " ".join(text.split()),
-        width=119,
-        initial_indent=first_indent,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    def __post_init__(self) -> None:
+        for name in ("description", "range", "details"):
+            setattr(self, name, " ".join(getattr(self, name).split()))
+        for name in ("example", "further_example", "citation"):
+            setattr(self, name, inspect.cleandoc(getattr(self, name)))
 
 
 class StreamingMetric(evaluate.Metric, abc.ABC):
@@ -81,9 +71,7 @@ class StreamingMetric(evaluate.Metric, abc.ABC):
         sample_data: What there is of a sample: an image or a volume.
         sample_options: Options that may differ from sample to sample, so that `add` and `add_batch` take them.
         input_texts: What the arguments of `compute` and all options mean.
-        refused_inputs: What raises an error.
         output_notes: What else to know of the result.
-        notes: Paragraph for the cards.
         input_features: Types of prediction and reference for `evaluate`.
     """
 
@@ -94,9 +82,7 @@ class StreamingMetric(evaluate.Metric, abc.ABC):
     sample_data: ClassVar[str]
     sample_options: ClassVar[tuple[str, ...]] = ()
     input_texts: ClassVar[dict[str, str]]
-    refused_inputs: ClassVar[str]
     output_notes: ClassVar[str] = ""
-    notes: ClassVar[str]
     input_features: ClassVar[Any]
 
     @staticmethod
@@ -124,7 +110,7 @@ class StreamingMetric(evaluate.Metric, abc.ABC):
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if "facts" in vars(cls):
-            cls.__doc__ = f"{cls.__doc__}\n\n{wrap(cls.facts.description)}\n{cls._describe_inputs()}"
+            cls.__doc__ = f"{cls.__doc__}\n\n{textwrap.fill(cls.facts.description, 119)}\n{cls._describe_inputs()}"
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._options = self.default_options()
@@ -139,7 +125,7 @@ class StreamingMetric(evaluate.Metric, abc.ABC):
         self._scores = self._new_scores()
 
     @classmethod
-    def name_of_file(cls) -> str:
+    def file_name(cls) -> str:
         """Return the name of the module's file, without suffix."""
         return cls.__module__.rpartition(".")[2]
 
@@ -157,34 +143,29 @@ class StreamingMetric(evaluate.Metric, abc.ABC):
 
     @classmethod
     def _describe_inputs(cls) -> str:
-        bullet, indent = "    - ", " " * 6
-        arguments = [wrap(f"{name}: {text}", "    ", " " * 8) for name, text in cls.inputs().items()]
-        outputs = [wrap(f"{keys}: {text}", bullet, indent) for keys, text in cls.outputs().items()]
-        special_cases = [wrap(f"{case}: {text}", bullet, indent) for case, text in cls.facts.special_cases.items()]
-        return "\n".join(
-            [
-                "\nArgs:",
-                *arguments,
-                "\nReturns:",
-                wrap(f"Dictionary; range: {cls.facts.range} {cls.output_notes}", "    ", "    ") + "\n",
-                *outputs,
-                f"\nSpecial {cls.sample_data}s:",
-                *special_cases,
-                "\nExamples:",
-                "    >>> import evaluate",
-                f'    >>> metric = evaluate.load("{cls.name_of_file()}.py")  # path of this file, or id of its Space',
-                textwrap.indent(inspect.cleandoc(cls.facts.example), "    ") + "\n",
-            ]
-        )
+        def fill(first_indent: str, text: str, indent: str) -> str:
+            return textwrap.fill(
+                text, 119, initial_indent=first_indent, subsequent_indent=indent, break_on_hyphens=False
+            )
+
+        def bullets(texts: Mapping[str, str]) -> list[str]:
+            return [fill("    - ", f"{name}: {text}", " " * 6) for name, text in texts.items()]
+
+        lines = ["\nArgs:"]
+        lines += [fill("    ", f"{name}: {text}", " " * 8) for name, text in cls.inputs().items()]
+        lines += ["\nReturns:", fill("    ", f"Dictionary; range: {cls.facts.range} {cls.output_notes}", "    "), ""]
+        lines += [*bullets(cls.outputs()), f"\nSpecial {cls.sample_data}s:", *bullets(cls.facts.special_cases)]
+        lines += ["\nExamples:", "    >>> import evaluate"]
+        lines += [f'    >>> metric = evaluate.load("{cls.file_name()}.py")  # path of this file, or id of its Space']
+        return "\n".join([*lines, textwrap.indent(cls.facts.example, "    "), ""])
 
     def _info(self) -> evaluate.MetricInfo:
-        citation = inspect.cleandoc(self.facts.citation)
         return evaluate.MetricInfo(
-            description=wrap(self.facts.description),
-            citation=citation,
+            description=self.facts.description,
+            citation=self.facts.citation,
             inputs_description=self._describe_inputs(),
             features=self.input_features,
-            reference_urls=[f"https://doi.org/{doi}" for doi in re.findall(r"doi = \{(.+)\}", citation)],
+            reference_urls=[f"https://doi.org/{doi}" for doi in re.findall(r"doi = \{(.+)\}", self.facts.citation)],
         )
 
     def _merge_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,4 +230,4 @@ class StreamingMetric(evaluate.Metric, abc.ABC):
         return result
 
 
-__all__ = ["MetricFacts", "StreamingMetric", "wrap"]
+__all__ = ["MetricFacts", "StreamingMetric"]

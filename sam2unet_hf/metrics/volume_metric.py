@@ -106,11 +106,6 @@ class VolumeMetric(StreamingMetric):
         "one_empty_mm": "Distance where just one of prediction and reference is empty. The default is the diagonal of "
         "BraTS' volumes, 373.13 mm, as in results on BraTS until 2021; pass 374 for BraTS from 2023 on.",
     }
-    refused_inputs = "Shapes that differ, NaN, probabilities and negative labels"
-    notes = (
-        "Patients are scored as they are added, and only their scores are kept; averages do not depend on order or "
-        "batches."
-    )
     # They tell `evaluate` the names; nothing goes through Arrow.
     input_features = Features(predictions=_VOLUME, references=_VOLUME)
 
