@@ -121,7 +121,7 @@ def to_probability(prediction: Any, normalize: Literal["minmax"] | None = None) 
     eight_bit = integer and (high > 1 or normalize is not None)
 
     def plane_to_probability(plane: np.ndarray) -> np.ndarray:
-        # Of an 8-bit map, the 256 levels are worked out once each.
+        # Convert the 256 levels of an 8-bit map, which is faster than converting its pixels.
         values = np.arange(256) / 255 if eight_bit else np.ascontiguousarray(plane, dtype=np.float64)
         if normalize is not None:
             low, high = values[[plane.min(), plane.max()]] if eight_bit else (values.min(), values.max())
@@ -187,7 +187,7 @@ def count_at_thresholds(pair: MaskPair) -> ThresholdCounts:
     Args:
         pair: Prediction and mask.
     """
-    # The mean is computed as `py_sod_metrics` does, since pixels may lie on the threshold.
+    # Compute the mean as `py_sod_metrics` does, since pixels may lie on the threshold.
     adaptive = min(2 * pair.sum / pair.mask.size, 1)
     true_positive, predicted = _count_above(pair.inside, adaptive), _count_above(pair.probability, adaptive)
     return ThresholdCounts(true_positive, predicted, pair.inside.size, pair.mask.size)
@@ -203,10 +203,10 @@ def _count_above(probability: np.ndarray, adaptive: float) -> np.ndarray:
     if 4 * bright < levels.size:
         histogram = np.bincount(levels[levels > 0], minlength=256)
     else:
-        # Four histograms in turn, since neighbours are alike and counting a level twice in a row is slow.
+        # Count neighbours, which are often alike, in four histograms: counting a level twice in a row is slow.
         levels += _lanes(levels.size)
         histogram = np.bincount(levels, minlength=4 * 256).reshape(4, 256).sum(axis=0)
-    # From bright to dark, the sums are the pixels at or above each level.
+    # The sums from bright to dark are the numbers of pixels at or above each level.
     np.cumsum(histogram[::-1], out=counts[:1:-1])
     counts[2] = levels.size
     return counts
@@ -309,7 +309,7 @@ def s_measure(pair: MaskPair) -> float:
     regions, square = _region_similarity(pair)
     outside_variance = (square - float(inside @ inside) - background * outside_mean**2) / max(background - 1, 1)
     if outside_variance < 1e-7:
-        # Too small for a difference of sums.
+        # The difference of two sums would lose most of its digits.
         deviation = pair.probability[~mask] - outside_mean
         outside_variance = float(deviation @ deviation) / max(background - 1, 1)
     inside_variance = float(np.square(inside - inside_mean).sum()) / max(foreground - 1, 1)
@@ -357,7 +357,7 @@ def _region_similarity(pair: MaskPair) -> tuple[float, float]:
 def _background_weights() -> np.ndarray:
     """Return the weight of an error by squared distance to the mask; from 265 pixels on it is 2 to the last bit."""
     weights = 2 - np.exp(math.log(0.5) / 5 * np.sqrt(np.arange(270.0**2)))
-    weights[0] = 0  # the mask itself, counted apart
+    weights[0] = 0  # errors in the mask are counted apart
     return weights
 
 
@@ -377,7 +377,7 @@ def weighted_f_beta(pair: MaskPair, zero_division: float = 0.0) -> float:
     probability, mask, _, _, inside, total = pair
     if not inside.size:
         return 0.0 if (probability > 0.5).any() else zero_division
-    # Where neither mask nor prediction is, there is no error: the box around the rest will do.
+    # Compute in the box around mask and prediction alone, since there is no error outside of it.
     inner = _bounding_box(pair.rows, pair.columns, mask.shape, margin=_REACH)
     outer: tuple[slice, ...] = (slice(0, mask.shape[0]), slice(0, mask.shape[1]))
     if not all(edge.any() for edge in (probability[0], probability[-1], probability[:, 0], probability[:, -1])):
@@ -394,8 +394,8 @@ def weighted_f_beta(pair: MaskPair, zero_division: float = 0.0) -> float:
     weights = _background_weights().take(squared_distance.astype(np.intp), mode="clip")
     false_positive = float(np.vdot(probability, weights))
 
-    # In the mask an error counts no more than the mean error around, where pixels outside have that of the nearest
-    # one inside.
+    # An error in the mask counts no more than the mean error around it, where each pixel outside the mask takes the
+    # error of the nearest pixel inside.
     nearest = probability.ravel().take(rows[inner] * np.int32(mask.shape[1]) + columns[inner], mode="clip")
     missed = np.minimum(1 - inside, _blur_at(1 - nearest, *at))
     true_positive = missed.size - missed.sum()
@@ -409,7 +409,7 @@ def _blur_at(image: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.nda
     width = image.shape[1] + 2 * _REACH
     padded = np.zeros((image.shape[0] + 2 * _REACH, width))
     padded[_REACH:-_REACH, _REACH:-_REACH] = image
-    # Along the rows everywhere, laid end to end; down the columns at the pixels asked for alone.
+    # Blur all rows, laid end to end, but columns only at the pixels asked for, which are few.
     blurred = np.correlate(padded.ravel(), _GAUSSIAN, mode="same")
     at = (rows + _REACH) * width + columns + _REACH
     result = _GAUSSIAN[_REACH] * blurred.take(at)
@@ -509,7 +509,7 @@ def score(
             counts = count_at_thresholds(counted)
             columns = {metric: curve(counts) for metric, curve in curves.items() if metric in metrics}
             if math.isnan(zero_division) and not counts.reference:
-                # Left out or wrong as a whole, lest each threshold averages other images.
+                # Leave the image out, or count it as wrong, at all thresholds, so that all average the same images.
                 value = math.nan if counts.predicted[0] == 0 else 0.0
                 columns |= {metric: np.full(NUM_THRESHOLDS, value) for metric in columns if metric != "e_measure"}
         if "s_measure" in metrics:

@@ -1,4 +1,4 @@
-"""What the `evaluate` modules for images share: [`Accumulator`] averages the scores of images, only sums are kept."""
+"""Base class of the `evaluate` modules for images, and [`Accumulator`], which averages scores without keeping them."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,14 +12,14 @@ from .functional import CURVES, METRICS, num_columns
 from .streaming_metric import StreamingMetric
 
 
-# Sums are counted in units of 2^-52.
+# Sums are kept as integers in units of 2^-52.
 FIXED_POINT_BITS = 52
 FIXED_POINT_SCALE = 2**FIXED_POINT_BITS
 CONSTANT_PREDICTION = (
     "all pixels or none. At the adaptive threshold a prediction of 0 everywhere, and one of 1, covers the whole "
     'image, any other constant nothing; `py_sod_metrics` has it so. `normalize="minmax"` leaves constants alone.'
 )
-# What the values of Dice, IoU and F are.
+# Dice, IoU and F agree in what they do with special images.
 OVERLAP_CASES = {
     "Mask and prediction both empty (at a threshold)": "`zero_division`, 0 by default. BraTS counts 1.",
     "Mask empty, prediction not, or the other way round": "0.",
@@ -83,7 +83,7 @@ class Accumulator:
             raise ValueError(
                 f"All images must have the same regions, got {_regions(whole)} after {_regions(self._whole)}."
             )
-        # Not in place: nothing changes if this raises.
+        # Do not add in place, so that nothing changes if this raises.
         rest = rest + self._rest if self.images else rest
         whole = whole + (self._whole if self.images else 0) + (rest >> FIXED_POINT_BITS)
         if np.abs(whole).max() >= 2**62:
@@ -182,7 +182,7 @@ class SegmentationMetric(StreamingMetric):
         "scores 0 or 4.5e15. 0 is the equation of the paper, which stays in [0, 1].",
     }
     output_notes = "With regions each key is the mean over them, and comes once more per region as `<key>_<region>`."
-    # Images, and stacks of regions. They tell `evaluate` the names; nothing goes through Arrow.
+    # Images, and stacks of regions. `evaluate` reads the names from them; no image goes through Arrow.
     input_features = [
         Features(
             predictions=_nested_lists(Value("float64"), depth),
@@ -222,7 +222,7 @@ class SegmentationMetric(StreamingMetric):
         return scores.result(options["regions"])
 
     def _samples(self, predictions: Any, references: Any, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        # Generators too.
+        # A generator has no length.
         predictions, references = (
             images if hasattr(images, "__len__") else list(images) for images in (predictions, references)
         )

@@ -1,4 +1,4 @@
-"""All seven measures of predicted masks at once, as an `evaluate` module."""
+"""All seven metrics of predicted masks at once, as an `evaluate` module."""
 
 from .functional import METRICS, score
 from .segmentation_metric import CONSTANT_PREDICTION, SegmentationMetric
@@ -6,7 +6,7 @@ from .streaming_metric import MetricFacts
 
 
 class SegmentationReport(SegmentationMetric):
-    """All seven measures of predicted masks at once."""
+    """All seven metrics of predicted masks at once."""
 
     score_function = staticmethod(score)
     metrics = METRICS

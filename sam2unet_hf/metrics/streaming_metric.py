@@ -1,4 +1,4 @@
-"""What all `evaluate` modules beside it share: samples are scored as they come, and texts are made of a few facts."""
+"""Base class of all `evaluate` modules: it scores samples as they come, and makes their texts of a few facts."""
 
 import abc
 import inspect
@@ -201,7 +201,7 @@ class StreamingMetric(evaluate.Metric, abc.ABC):
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Score one sample."""
-        # `evaluate.combine` passes it under the plural names.
+        # `evaluate.combine` passes one sample under the plural names.
         prediction, reference = kwargs.pop("predictions", prediction), kwargs.pop("references", reference)
         if prediction is None or reference is None:
             raise TypeError("`add` takes `prediction` and `reference` together.")
@@ -212,7 +212,7 @@ class StreamingMetric(evaluate.Metric, abc.ABC):
         if (predictions is None) != (references is None):
             raise TypeError("`compute` takes `predictions` and `references` together.")
         options = self._merge_options(kwargs)
-        # What `score_function` does not take concerns the result alone, and `sample_options` the samples of this call.
+        # Other options concern the result alone, and `sample_options` concern the samples of this call.
         own = {*self.options} - ({*self.sample_options} if predictions is not None else set())
         changed = sorted(name for name in own & {*kwargs} if repr(options[name]) != repr(self._options[name]))
         if changed and len(self):
@@ -225,7 +225,7 @@ class StreamingMetric(evaluate.Metric, abc.ABC):
         if predictions is not None:
             scores.merge(self._score(predictions, references, options))
         result = self._result(scores, options)
-        # Not before the result is there, so that a mistake costs no sample.
+        # Start anew only after the result is there, so that a mistake costs no sample.
         self._scores = self._new_scores()
         return result
 

@@ -214,7 +214,7 @@ def score_volume(
             )
     predicted, expected = volumes.values()
     _check_shapes(predicted, expected)
-    # All regions lie in the box around the tumour. What is outside counts by its number.
+    # Compute in the box around the tumour, which holds all regions; voxels outside it enter as a number.
     total, box = predicted.size, _bounding_box((predicted != 0) | (expected != 0))
     predicted, expected = (volume[box].astype(np.int64) for volume in (predicted, expected))
 
@@ -301,8 +301,8 @@ def _hausdorff_distance_95(
     points = [_surface_points(mask, spacing_mm) for mask in (prediction, reference)]
     if not all(map(len, points)):
         return one_empty_mm if any(map(len, points)) else 0.0
-    # Of the surface alone, a tree is several times faster than a distance transform of the box around both. One that
-    # is neither balanced nor compact is built faster and asked faster, since grids are full of ties.
+    # A tree of the surface voxels is several times faster than a distance transform of the box around both masks. It
+    # is built and queried faster if neither balanced nor compact, since the points of a grid are full of ties.
     trees = [cKDTree(own, balanced_tree=False, compact_nodes=False) for own in points]
     distances = [tree.query(own)[0] for tree, own in zip(reversed(trees), points, strict=True)]
     return max(float(np.percentile(own, 95)) for own in distances)
@@ -312,7 +312,7 @@ def _surface_points(mask: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
     """Return the centres of the surface voxels in mm, of shape `(voxels, 3)`."""
     box = _bounding_box(mask)
     inner = mask[box]
-    # Erosion takes what lies outside the box for empty, which it is, or outside the volume.
+    # Erosion takes what lies outside the box for empty: it is, or it is outside the volume.
     surface = inner & ~ndimage.binary_erosion(inner)
     return (np.argwhere(surface) + [side.start for side in box]) * spacing_mm
 

@@ -1,4 +1,4 @@
-"""What the `evaluate` modules for volumes share: patients are scored as they come, and only their scores are kept."""
+"""Base class of the `evaluate` modules for volumes, and [`VolumeScores`], which averages the scores of patients."""
 
 import itertools
 import math
@@ -106,7 +106,7 @@ class VolumeMetric(StreamingMetric):
         "one_empty_mm": "Distance where just one of prediction and reference is empty. The default is the diagonal of "
         "BraTS' volumes, 373.13 mm, as in results on BraTS until 2021; pass 374 for BraTS from 2023 on.",
     }
-    # They tell `evaluate` the names; nothing goes through Arrow.
+    # `evaluate` reads the names from them; no volume goes through Arrow.
     input_features = Features(predictions=_VOLUME, references=_VOLUME)
 
     @classmethod
@@ -137,7 +137,7 @@ class VolumeMetric(StreamingMetric):
         columns = {"prediction": predictions, "reference": references}
         shared: dict[str, Any] = {}
         if isinstance(spacing := options.get("spacing"), Iterable):
-            # One for all patients, or one for each.
+            # Three numbers hold for all patients; three numbers per patient are handed out in turn.
             spacing = list(spacing)
             (columns if any(map(np.ndim, spacing)) else shared)["spacing"] = spacing
         for index, values in enumerate(itertools.zip_longest(*columns.values(), fillvalue=_MISSING)):
