@@ -24,7 +24,7 @@ import numpy as np
 import py_sod_metrics
 from scipy import ndimage
 
-from sam2unet_hf.metrics import functional
+from sam2unet_hf.metrics import Accumulator, functional
 
 
 SIZES = (352, 240)
@@ -94,7 +94,7 @@ class Ours:
 
     def __init__(self, normalize: bool):
         self.normalize = "minmax" if normalize else None
-        self.accumulator = functional.Accumulator()
+        self.accumulator = Accumulator()
 
     def add(self, prediction: np.ndarray, reference: np.ndarray) -> None:
         self.accumulator.add(functional.score(prediction, reference, normalize=self.normalize))
@@ -146,7 +146,7 @@ def profile(prediction: np.ndarray, reference: np.ndarray, rounds: int) -> dict[
     pair = functional.make_pair(prediction, reference)
     counts = functional.count_at_thresholds(pair)
     scores = functional.score(prediction, reference)
-    accumulator = functional.Accumulator()
+    accumulator = Accumulator()
     accumulator.add(scores)
     background = ~reference
     parts: dict[str, Callable] = {

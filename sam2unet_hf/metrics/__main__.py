@@ -17,11 +17,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from .functional import Accumulator, score
+from .functional import score
+from .segmentation_metric import Accumulator
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-# The table of the reference implementation.
+# The reference implementation prints this table.
 TABLE = {
     "mDice": "mean_dice",
     "mIoU": "mean_iou",
@@ -110,7 +111,7 @@ def score_files(pair: tuple[Path, Path], threshold: int, **options: Any) -> tupl
             "region."
         )
     try:
-        # As probabilities, since an 8-bit map that is nearly empty would pass for a mask of 0 and 1.
+        # Pass probabilities, since an 8-bit map that is nearly empty would be taken for a mask of 0 and 1.
         scores = score(prediction / 255, reference > threshold, **options)
     except ValueError as err:
         raise ValueError(f"{pair[0]} and {pair[1]}: {err}") from err
@@ -129,7 +130,7 @@ def score_folders(pairs: Sequence[tuple[Path, Path]], num_proc: int = 1, **optio
         ValueError: If a pair cannot be scored, some masks are of 0 and 1 and others of 0 and 255, or no file shows
             what its values mean; it names them.
     """
-    # Above half of 255, as the reference protocol has it; above 0 if all masks turn out to be of 0 and 1.
+    # The mask is above half of 255, as in the reference protocol, or above 0 if all masks are of 0 and 1.
     for threshold in (128, 0):
         accumulator, largest = Accumulator(), 0
         masks: dict[int, Path] = {}  # by their largest value, the first of each

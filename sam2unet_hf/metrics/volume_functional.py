@@ -1,4 +1,4 @@
-"""Measures of the regions of one patient's label volume: overlap in voxels, distance in millimetres.
+"""Metrics of the regions of one patient's label volume: overlap in voxels, distance in millimetres.
 
 [`score_volume`] computes any of them for all regions, reading the volumes once. Where a region is empty the values are
 those of BraTS: right if the prediction is empty too, as wrong as can be if it is not.
@@ -13,7 +13,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 
-VOLUME_MEASURES = ("volume_dice", "sensitivity", "specificity", "hausdorff95_mm")
+VOLUME_METRICS = ("volume_dice", "sensitivity", "specificity", "hausdorff95_mm")
 # Whole tumour, tumour core and enhancing tumour, of 1 necrosis, 2 oedema, 3 enhancing tumour.
 BRATS_REGIONS: Mapping[str, Sequence[int]] = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
 # The diagonal of BraTS' volumes of 240x240x155 voxels of 1 mm, 373.13 mm.
@@ -172,7 +172,7 @@ def hausdorff_distance_95(
 def score_volume(
     prediction: Any,
     reference: Any,
-    measures: Sequence[str] = VOLUME_MEASURES,
+    metrics: Sequence[str] = VOLUME_METRICS,
     *,
     regions: Mapping[str, Sequence[int]] | None = None,
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
@@ -184,20 +184,20 @@ def score_volume(
         prediction: Label ids of shape `(x, y, z)`, integers >= 0 with 0 for the background. Booleans and 0 and 1 will
             do for a region that is label 1.
         reference: Label ids of the same shape.
-        measures: Which of `VOLUME_MEASURES` to compute.
+        metrics: Which of `VOLUME_METRICS` to compute.
         regions: Region name -> the label ids it joins. Ids in no region are background. Default: BraTS' regions, with
             which any other id than 0 to 3 is an error.
         spacing: Size of a voxel in mm along the three axes of the volumes.
         one_empty_mm: See [`hausdorff_distance_95`].
 
     Returns:
-        Region name -> measure -> value.
+        Region name -> metric -> value.
 
     Raises:
         ValueError: If a value or the shapes are wrong.
     """
-    if unknown := sorted(set(measures) - set(VOLUME_MEASURES)):
-        raise ValueError(f"`measures` must be among {', '.join(VOLUME_MEASURES)}, got {', '.join(unknown)}.")
+    if unknown := sorted(set(metrics) - set(VOLUME_METRICS)):
+        raise ValueError(f"`metrics` must be among {', '.join(VOLUME_METRICS)}, got {', '.join(unknown)}.")
     label_ids = to_regions(regions)
     spacing_mm, one_empty_mm = to_spacing(spacing), _to_length(one_empty_mm, "one_empty_mm")
     volumes = {"prediction": to_label_map(prediction, "prediction"), "reference": to_label_map(reference, "reference")}
@@ -214,7 +214,7 @@ def score_volume(
             )
     predicted, expected = volumes.values()
     _check_shapes(predicted, expected)
-    # All regions lie in the box around the tumour. What is outside counts by its number.
+    # Compute in the box around the tumour, which holds all regions; voxels outside it enter as a number.
     total, box = predicted.size, _bounding_box((predicted != 0) | (expected != 0))
     predicted, expected = (volume[box].astype(np.int64) for volume in (predicted, expected))
 
@@ -223,9 +223,9 @@ def score_volume(
         pair = np.isin(predicted, ids), np.isin(expected, ids)
         counts = _count(*pair)._replace(total=total)
         values = {"volume_dice": dice(counts), "sensitivity": sensitivity(counts), "specificity": specificity(counts)}
-        if "hausdorff95_mm" in measures:
+        if "hausdorff95_mm" in metrics:
             values["hausdorff95_mm"] = _hausdorff_distance_95(*pair, spacing_mm, one_empty_mm)
-        scores[name] = {measure: values[measure] for measure in measures}
+        scores[name] = {metric: values[metric] for metric in metrics}
     return scores
 
 
@@ -301,8 +301,8 @@ def _hausdorff_distance_95(
     points = [_surface_points(mask, spacing_mm) for mask in (prediction, reference)]
     if not all(map(len, points)):
         return one_empty_mm if any(map(len, points)) else 0.0
-    # Of the surface alone, a tree is several times faster than a distance transform of the box around both. One that
-    # is neither balanced nor compact is built faster and asked faster, since grids are full of ties.
+    # A tree of the surface voxels is several times faster than a distance transform of the box around both masks. It
+    # is built and queried faster if neither balanced nor compact, since the points of a grid are full of ties.
     trees = [cKDTree(own, balanced_tree=False, compact_nodes=False) for own in points]
     distances = [tree.query(own)[0] for tree, own in zip(reversed(trees), points, strict=True)]
     return max(float(np.percentile(own, 95)) for own in distances)
@@ -312,7 +312,7 @@ def _surface_points(mask: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
     """Return the centres of the surface voxels in mm, of shape `(voxels, 3)`."""
     box = _bounding_box(mask)
     inner = mask[box]
-    # Erosion takes what lies outside the box for empty, which it is, or outside the volume.
+    # Erosion takes what lies outside the box for empty: it is, or it is outside the volume.
     surface = inner & ~ndimage.binary_erosion(inner)
     return (np.argwhere(surface) + [side.start for side in box]) * spacing_mm
 
@@ -326,7 +326,7 @@ def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
 __all__ = [
     "BRATS_REGIONS",
     "ONE_EMPTY_MM",
-    "VOLUME_MEASURES",
+    "VOLUME_METRICS",
     "VoxelCounts",
     "count_voxels",
     "dice",

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from transformers import EvalPrediction, TrainingArguments
 
-from ..metrics.functional import MEASURES, Accumulator, num_columns, score
+from ..metrics.functional import METRICS, num_columns, score
+from ..metrics.segmentation_metric import Accumulator
 from ..modeling_sam2unet import Sam2UNetForSemanticSegmentation
 
 
@@ -49,7 +50,7 @@ class SegmentationMetrics:
     def names(self) -> list[str]:
         """Return the keys of the result: each measure over all regions, and per region with its name behind it."""
         accumulator = Accumulator()
-        accumulator.add(np.zeros((len(self.regions), sum(map(num_columns, MEASURES)))))
+        accumulator.add(np.zeros((len(self.regions), sum(map(num_columns, METRICS)))))
         return list(accumulator.result(self.regions))
 
     def score(
@@ -72,7 +73,7 @@ class SegmentationMetrics:
             at_mask = F.interpolate(image_logits[None].float(), size=label_map.shape, mode="bilinear")
             probability, mask, counted = (x[0].cpu().numpy() for x in (at_mask.sigmoid(), masks.bool(), valid[:, 0]))
             options: dict[str, Any] = {"zero_division": self.zero_division, "normalize": self.normalize}
-            scores.append(score(probability, mask, valid=counted, **options))
+            scores.append(score(probability, mask, valid_mask=counted, **options))
         return np.stack(scores)
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
