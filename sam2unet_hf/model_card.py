@@ -35,10 +35,10 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 METRIC_TITLES = {
     "dice": "Dice",
     "iou": "IoU",
-    "f_beta": "F-metric",
-    "weighted_f_beta": "weighted F-metric",
-    "e_measure": "E-metric",
-    "s_measure": "S-metric",
+    "f_beta": "F-measure",
+    "weighted_f_beta": "weighted F-measure",
+    "e_measure": "E-measure",
+    "s_measure": "S-measure",
     "mae": "mean absolute error",
 }
 
