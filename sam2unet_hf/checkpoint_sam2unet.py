@@ -231,4 +231,4 @@ class Sam2UNetCheckpointMixin(PreTrainedModel):
             self.trainable_only = default
 
 
-__all__ = ["DOWNLOAD_ARGUMENTS", "Sam2UNetCheckpointMixin"]
+__all__ = ["DOWNLOAD_ARGUMENTS"]

@@ -113,4 +113,4 @@ def check_best_metric(args: TrainingArguments, names: list[str], eval_dataset: A
         raise ValueError(f"`greater_is_better` must be False for `metric_for_best_model` {best}, got True.")
 
 
-__all__ = ["SegmentationMetrics", "check_best_metric"]
+__all__ = ["SegmentationMetrics"]
