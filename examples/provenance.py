@@ -54,6 +54,12 @@ def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArgumen
         )
     record = read_record(output_dir)
     if record and (last_checkpoint is not None or (output_dir / STUDY).exists()):
+        if unknown := sorted(record["arguments"].keys() ^ arguments.keys()):
+            raise SystemExit(
+                f"Another version of this package or of transformers began the unfinished run in {output_dir}: only "
+                f"one of the two has the arguments {', '.join(unknown)}. Pass --overwrite_output_dir or another "
+                "--output_dir."
+            )
         if changed := changed_values(record["arguments"], arguments):
             raise SystemExit(
                 f"{output_dir} holds an unfinished run with other values of {', '.join(changed)}. Start again with "

@@ -290,6 +290,15 @@ def test_an_unfinished_run_goes_on_with_the_same_arguments_alone(tmp_path):
         find_checkpoint(*arguments, "--learning_rate", "0.1")
     with pytest.raises(SystemExit, match=r"unfinished run with other values of slices.*slices=\['20', '21'\]"):
         find_checkpoint("--output_dir", str(tmp_path))
+    record["arguments"]["augment"] = record["arguments"].pop("augmentation")
+    provenance.write_json(tmp_path / provenance.RECORD, record)
+    match = (
+        "Another version of this package or of transformers began the unfinished run in .*: only one of the two has "
+        "the arguments augment, augmentation. Pass --overwrite_output_dir or another --output_dir"
+    )
+    with pytest.raises(SystemExit, match=match):
+        find_checkpoint(*arguments, "--learning_rate", "0.1")
+    assert find_checkpoint(*arguments, "--overwrite_output_dir")[0] is None
 
 
 @pytest.mark.parametrize(
