@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
 from sam2unet_hf.hub import CHECKPOINT_FILES, files_to_push, have_equal_weights, main
+from sam2unet_hf.metrics.functional import METRICS
 from sam2unet_hf.model_card import (
     METRIC_TITLES,
     append_checksum,
@@ -97,6 +98,7 @@ def test_the_card_of_a_run_says_what_its_files_say(folder):
     assert (data.license, data.datasets, data.model_name) == ("cc-by-nc-4.0", ["tester/slices"], "tumor")
     assert data.tags[-2:] == ["mri", "extra"]
     assert data.metrics == list(METRIC_TITLES)
+    assert set(METRIC_TITLES) == set(METRICS)
     expected = info["results"]["test"]
     found = {(r.metric_type, r.metric_name.partition(", ")[2]): r.metric_value for r in data.eval_results}
     assert len(found) == len(data.eval_results) == len(expected)

@@ -16,7 +16,7 @@ from ..modeling_sam2unet import Sam2UNetForSemanticSegmentation
 
 
 class SegmentationMetrics:
-    """All measures of `sam2unet_hf.metrics`, for the `compute_metrics` of [`Sam2UNetTrainer`].
+    """All metrics of `sam2unet_hf.metrics`, for the `compute_metrics` of [`Sam2UNetTrainer`].
 
     Scores come batch by batch (`batch_eval_metrics=True`) or all at once. Their sums are exact, so the averages depend
     neither on the batch size nor on the number of processes.
@@ -48,7 +48,7 @@ class SegmentationMetrics:
         self._losses: list[float] = []
 
     def names(self) -> list[str]:
-        """Return the keys of the result: each measure over all regions, and per region with its name behind it."""
+        """Return the keys of the result: each metric over all regions, and per region with its name behind it."""
         accumulator = Accumulator()
         accumulator.add(np.zeros((len(self.regions), sum(map(num_columns, METRICS)))))
         return list(accumulator.result(self.regions))
@@ -85,7 +85,7 @@ class SegmentationMetrics:
         """
         for scores in np.asarray(prediction.predictions):
             self._accumulator.add(scores)
-            self._image_dice.append(scores[:, 0])
+            self._image_dice.append(scores[:, 0])  # of the first metric, Dice, at probability > 0.5
         self._losses.extend(np.asarray(prediction.label_ids).tolist())
         if not compute_result:
             return {}
