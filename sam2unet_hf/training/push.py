@@ -5,7 +5,7 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Sized
 from concurrent import futures
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,11 @@ from .run_record import hyperparameters, scores_by_split
 
 
 logger = logging.getLogger(__name__)
+
+CARD_FACTS = (
+    *("license", "tags", "model_name", "finetuned_from", "dataset", "dataset_tags", "dataset_args"),
+    *("data", "data_citation", "share_predictions"),
+)
 
 
 @contextlib.contextmanager
@@ -120,51 +125,28 @@ class HubTrainer(Trainer):
         if args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 
-    def create_model_card(  # type: ignore[override]
-        self,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-        data: Mapping[str, Any] | None = None,
-        data_citation: str | None = None,
-        share_predictions: bool | None = None,
-    ) -> None:
+    def create_model_card(self, **facts: Any) -> None:  # type: ignore[override]
         """Write `training_info.json` and from it the model card, `README.md`, into the output folder.
 
         What is not given is as in the call before. A card that somebody edited is left as it is.
 
         Args:
-            license: Licence of the weights, as the Hub names it.
-            tags: Tags for the Hub.
-            model_name: Title of the card.
-            finetuned_from: Model that training started from.
-            dataset_tags: Hub id of the data set.
-            dataset: Its name.
-            dataset_args: Its configuration.
-            data: What the reader should know of the data, a row of a table each.
-            data_citation: How to cite it.
-            share_predictions: Show `predictions.png`, and so upload it. It shows images of the data.
+            **facts: Of `license` (of the weights, as the Hub names it), `tags`, `model_name` (title of the card),
+                `finetuned_from` (model that training started from), `dataset` (its name), `dataset_tags` (its Hub
+                id), `dataset_args` (its configuration), `data` (what the reader should know of it, a row of a table
+                each), `data_citation`, and `share_predictions` (show `predictions.png`, which shows images of the
+                data, and so upload it).
+
+        Raises:
+            TypeError: If a name is none of these.
         """
+        if unknown := facts.keys() - CARD_FACTS:
+            raise TypeError(f"The model card has no {', '.join(sorted(unknown))}; it has {', '.join(CARD_FACTS)}.")
         if not self.is_world_process_zero():
             return
-        given = {
-            "license": license,
-            "tags": [tags] if isinstance(tags, str) else tags,
-            "model_name": model_name,
-            "finetuned_from": None if is_local_source(finetuned_from) else finetuned_from,
-            "dataset_tags": dataset_tags,
-            "dataset": dataset,
-            "dataset_args": dataset_args,
-            "data": data,
-            "data_citation": data_citation,
-            "share_predictions": share_predictions,
-        }
         # `save_model` pushes too, and knows none of them.
-        card = self.card = self.card | {name: value for name, value in given.items() if value is not None}
+        self.card |= {name: value for name, value in facts.items() if value is not None}
+        card = self.card
         # transformers gives some of them as lists.
         name, hub_id, configuration = (
             value[0] if isinstance(value := card.get(key), list) and value else value
@@ -177,8 +159,9 @@ class HubTrainer(Trainer):
         metrics = self.compute_metrics
         names = set(metrics.names()) if isinstance(metrics, SegmentationMetrics) else set()
         info = {
-            **{key: card.get(key) for key in ("license", "model_name", "finetuned_from")},
-            "tags": card.get("tags", []),
+            **{key: card.get(key) for key in ("license", "model_name")},
+            "finetuned_from": None if is_local_source(card.get("finetuned_from")) else card.get("finetuned_from"),
+            "tags": [tags] if isinstance(tags := card.get("tags", []), str) else tags,
             "dataset": {"id": hub_id, "name": name, "citation": card.get("data_citation")},
             "data": rows,
             "recipe": self.hyperparameters(),

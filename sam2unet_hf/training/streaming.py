@@ -284,13 +284,9 @@ class RowGroupSampler(Sampler[int]):
 
     @staticmethod
     def _shuffle_blocks(rows: np.ndarray, bounds: np.ndarray, size: int, generator: np.random.Generator) -> None:
-        """Shuffle row groups of together at least this many rows, in place.
+        """Shuffle row groups of together at least `size` rows, in place.
 
-        Args:
-            rows: Part of the order.
-            bounds: Where row groups begin and end, counted from the first of these rows, which may lie within one.
-            size: Rows of a block.
-            generator: Of random numbers.
+        Row groups begin and end at `bounds`, counted from the first of these rows, which may lie within one.
         """
         start = 0
         held_from = bounds[bounds <= 0].max()  # a row group is held as a whole
