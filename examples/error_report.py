@@ -4,25 +4,21 @@ import base64
 import csv
 import html
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from case_names import to_file_name
 from error_metrics import FOUND_IN, Analysis
-from error_plots import (
-    plot_boundaries,
-    plot_calibration,
-    plot_groups,
-    plot_overlays,
-    plot_scatter,
-    save_figure,
-)
+from error_plots import plot_boundaries, plot_calibration, plot_groups, plot_overlays, plot_scatter, save_figure
 from matplotlib.figure import Figure
 
 
 LESIONS_SHOWN = 15  # in the report; `lesions.csv` has all of them
+# A name of a file, a caption and what draws the figure; `None` for one that is left out, whose caption says why.
+Entry = tuple[str, str, Callable[[], Figure] | None]
 LESION_COLUMNS = ("kind", "pixels", "centre_row", "centre_column")
 BIN_COLUMNS = ("pixels", "mean_probability", "share_of_tumour")
 PAGE = """<!DOCTYPE html>
@@ -45,36 +41,42 @@ def write_report(analysis: Analysis, folder: Path, title: str, worst: int, forma
     write_csv(folder / "images.csv", analysis.records)
     about = list(analysis.records[0])[: list(analysis.records[0]).index("region") + 1]
     write_csv(folder / "lesions.csv", analysis.lesions, (*about, *LESION_COLUMNS))
-    bins = []
-    for region, calibration in analysis.calibration.items():
-        for number, values in enumerate(zip(*calibration.curve(), strict=True)):
-            bins.append({"region": region, "bin": number} | dict(zip(BIN_COLUMNS, map(float, values), strict=True)))
+    bins = [
+        {"region": region, "bin": number} | dict(zip(BIN_COLUMNS, values, strict=True))
+        for region, calibration in analysis.calibration.items()
+        for number, values in enumerate(zip(*calibration.curve(), strict=True))
+    ]
     write_csv(folder / "calibration.csv", bins)
 
     body = [f"<h1>{html.escape(title)}</h1>"]
     by_region = [{"": name} | {row["region"]: row[name] for row in summary} for name in list(summary[0])[1:]]
     body.append(html_table(by_region))
-    for name, caption, figure in draw_report(analysis, worst):
-        if figure is None:
+    for name, caption, plot in list_figures(analysis, worst):
+        text = html.escape(caption)
+        if plot is None:
             for suffix in formats:  # of an earlier run
                 (folder / f"{name}.{suffix}").unlink(missing_ok=True)
-            body.append(f"<p>{html.escape(caption)}</p>")
+            body.append(f"<p>{text}</p>")
             continue
-        save_figure(figure, folder, name, list(dict.fromkeys(["png", *formats])))
+        save_figure(plot, folder, name, list(dict.fromkeys(["png", *formats])))
         picture = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-        text = html.escape(caption)
         body.append(
             f'<figure><figcaption>{text}</figcaption><img alt="{text}" src="data:image/png;base64,{picture}"></figure>'
         )
     for kind, of, other in (("missed", "truth", "prediction"), ("false", "prediction", "truth")):
         found = sorted((lesion for lesion in analysis.lesions if lesion["kind"] == kind), key=lambda x: -x["pixels"])
+        shown = [{key: lesion[key] for key in ("image", "region", *LESION_COLUMNS[1:])} for lesion in found]
         body.append(
-            f"<h2>{len(found)} {kind} lesions</h2><p>Connected parts of the {of} that share no pixel with the "
+            f"<h2>{len(found)} {kind} lesions</h2><p>Connected parts of the {of} that share no pixel with the \n"
+            f"{other}, the largest {LESIONS_SHOWN} at most.</p>\n{html_table(shown[:LESIONS_SHOWN])}"
         )
-        body.append(f"{other}, the largest {LESIONS_SHOWN} at most.</p>")
-        shown = ("image", "region", *LESION_COLUMNS[1:])
-        body.append(html_table([{key: lesion[key] for key in shown} for lesion in found[:LESIONS_SHOWN]]))
     (folder / "report.html").write_text(PAGE.format(title=html.escape(title), body="\n".join(body)), encoding="utf-8")
+
+
+def averages(name: str, values: np.ndarray) -> dict[str, float]:
+    """Return mean and median under their names, not-a-number if there are no values."""
+    values = values if values.size else np.array([math.nan])
+    return {f"mean_{name}": values.mean(), f"median_{name}": np.median(values)}
 
 
 def summarise(analysis: Analysis) -> list[dict[str, Any]]:
@@ -82,20 +84,16 @@ def summarise(analysis: Analysis) -> list[dict[str, Any]]:
     summary = []
     for region in analysis.regions:
         found_in = analysis.column(region, "found_in").tolist()
-        with_tumour = analysis.column(region, "dice", with_tumour=True)
         row = {
             "region": region,
             "images": len(found_in),
             **{f"images_{where.replace(' ', '_')}": found_in.count(where) for where in reversed(FOUND_IN)},
             "mean_dice": analysis.column(region, "dice").mean(),
-            "mean_dice_with_tumour": with_tumour.mean() if with_tumour.size else math.nan,
-            "median_dice_with_tumour": np.median(with_tumour) if with_tumour.size else math.nan,
+            **averages("dice_with_tumour", analysis.column(region, "dice", with_tumour=True)),
             "calibration_error": analysis.calibration[region].error(),
         }
         for name in (f"surface_distance_{analysis.unit}", f"hausdorff95_{analysis.unit}"):
-            values = analysis.known(region, name)
-            row[f"mean_{name}"] = values.mean() if values.size else math.nan
-            row[f"median_{name}"] = np.median(values) if values.size else math.nan
+            row |= averages(name, analysis.known(region, name))
         for name in ("lesions", "missed_lesions", "predicted_lesions", "false_lesions"):
             row[name] = int(analysis.column(region, name).sum())
         summary.append(row)
@@ -124,29 +122,27 @@ def choose_examples(records: list[dict[str, Any]], worst: int) -> list[tuple[str
     return [*shown, ("median", ranked[len(ranked) // 2]), ("best", ranked[-1])]
 
 
-def draw_report(analysis: Analysis, worst: int) -> Iterator[tuple[str, str, Figure | None]]:
-    """Yield file name, caption and figure; a figure that is left out is `None`, and its caption says why."""
+def list_figures(analysis: Analysis, worst: int) -> Iterator[Entry]:
+    """Yield the figures of the report."""
     regions = analysis.regions
     for region in regions:
         name = f"overlays_{to_file_name(region)}"
-        examples = [
-            analysis.example(title, record) for title, record in choose_examples(analysis.of_region(region), worst)
-        ]
-        if examples:
+        chosen = choose_examples(analysis.of_region(region), worst)
+        if chosen:
             caption = f"{region}: worst images (of different cases if possible), median and best"
-            yield name, caption, plot_overlays(examples)
+            yield name, caption, partial(plot_overlays, [analysis.example(*example) for example in chosen])
         else:
             yield name, f"Overlays of {region} are left out: there is nothing to find and nothing was found.", None
 
     with_tumour = [region for region in regions if analysis.column(region, "truth_pixels").any()]
     if with_tumour:
-        yield from draw_dice(analysis, with_tumour)
+        yield from list_dice_figures(analysis, with_tumour)
     else:
         yield "dice", "Dice against size, contrast, position and grade is left out: no mask holds a region.", None
 
     curves = {region: (*total.curve(), total.error()) for region, total in analysis.calibration.items()}
     if any(pixels.any() for pixels, *_ in curves.values()):
-        yield "calibration", "Calibration over the pixels of the head", plot_calibration(curves)
+        yield "calibration", "Calibration over the pixels of the head", partial(plot_calibration, curves)
     else:
         yield "calibration", "Calibration is left out: all images are black.", None
 
@@ -157,13 +153,13 @@ def draw_report(analysis: Analysis, worst: int) -> Iterator[tuple[str, str, Figu
     }
     if any(values.size for groups in distances.values() for values in groups.values()):
         caption = "Boundary error where both truth and prediction are there"
-        yield "boundaries", caption, plot_boundaries(distances, analysis.unit)
+        yield "boundaries", caption, partial(plot_boundaries, distances, analysis.unit)
     else:
         yield "boundaries", "Boundary error is left out: no image has both truth and prediction.", None
 
 
-def draw_dice(analysis: Analysis, regions: Sequence[str]) -> Iterator[tuple[str, str, Figure | None]]:
-    """Yield as `draw_report` the figures of Dice against other values, of images whose reference holds the region."""
+def list_dice_figures(analysis: Analysis, regions: Sequence[str]) -> Iterator[Entry]:
+    """Yield the figures of Dice against other values, of images whose reference holds the region."""
     size = ("truth_mm2", "tumour size (mm²)") if analysis.spacing_mm else ("truth_pixels", "tumour size (pixels)")
     variables = [
         ("dice_size", *size, "Dice against tumour size"),
@@ -181,7 +177,7 @@ def draw_dice(analysis: Analysis, regions: Sequence[str]) -> Iterator[tuple[str,
             known = ~np.isnan(values)
             points[region] = (values[known], dice[region][known])
         if any(values.size for values, _ in points.values()):
-            yield name, caption, plot_scatter(points, label, log=name == "dice_size")
+            yield name, caption, partial(plot_scatter, points, label, log=name == "dice_size")
         else:
             yield name, f"{caption} is left out: no image has a value of `{key}`.", None
 
@@ -195,7 +191,7 @@ def draw_dice(analysis: Analysis, regions: Sequence[str]) -> Iterator[tuple[str,
         for region in regions:
             found = analysis.column(region, "grade", with_tumour=True).astype(str)
             groups[region] = {grade: dice[region][found == grade] for grade in grades}
-        yield "dice_grade", "Dice by grade", plot_groups(groups, "grade")
+        yield "dice_grade", "Dice by grade", partial(plot_groups, groups, "grade")
 
 
 def as_text(value: Any, digits: int = 6) -> str:
@@ -218,8 +214,5 @@ def html_table(records: list[dict[str, Any]]) -> str:
     if not records:
         return "<p>None.</p>"
     titles = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in records[0])
-    rows = []
-    for record in records:
-        cells = "".join(f"<td>{html.escape(as_text(value, 4))}</td>" for value in record.values())
-        rows.append(f"<tr>{cells}</tr>")
-    return f"<table><tr>{titles}</tr>{''.join(rows)}</table>"
+    cells = ("".join(f"<td>{html.escape(as_text(value, 4))}</td>" for value in record.values()) for record in records)
+    return f"<table><tr>{'</tr><tr>'.join([titles, *cells])}</tr></table>"
