@@ -13,7 +13,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,32 +36,12 @@ WARNING = (
 )
 LIFETIME_S = 3600
 ALL_INTERFACES = "0.0.0.0"  # nosec B104 # not the default
-# The wheel over a picture moves its slider.
-WHEEL = """
-<script>
-document.addEventListener("wheel", (event) => {
-  const picture = event.target.closest(".slice");
-  const slider = picture && document.querySelector(`#${picture.id.split("-")[0]} input[type=range]`);
-  if (!slider || event.deltaY === 0) return;
-  event.preventDefault();
-  slider.value = Number(slider.value) + (event.deltaY > 0 ? -1 : 1);
-  slider.dispatchEvent(new Event("input", { bubbles: true }));
-}, { passive: false });
-</script>
-"""
-CSS = """
-.slice img { width: 100%; object-fit: contain; image-rendering: auto }
-.legend span { display: inline-block; width: 0.9em; height: 0.9em; margin: 0 0.3em 0 1em; vertical-align: -0.1em }
-.warning { border-left: 4px solid #D55E00; padding-left: 0.8em }
-.warning .warning { border: 0; padding: 0 }
-#volumes td, #volumes th { white-space: nowrap; word-break: normal; padding: 0.3em 0.7em }
-"""
 LAUNCH: dict[str, Any] = {
     "state_session_capacity": 20,
     "max_file_size": "500mb",
     "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-    "css": CSS,
-    "head": WHEEL,
+    "css_paths": Path(__file__).with_name("app.css"),
+    "head_paths": Path(__file__).with_name("app.html"),
     "footer_links": [],
 }
 
@@ -284,4 +263,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

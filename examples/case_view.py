@@ -60,11 +60,13 @@ class CaseView:
         number = list(self.regions).index(region)
         return self.segmentation.scan.from_file_grid(self.segmentation.probabilities[number])
 
-    def masks(self, region: str) -> tuple[np.ndarray | None, np.ndarray]:
-        """Return the voxels of a region in the reference, `None` without one, and in the prediction."""
-        label_ids = self.regions[region]
-        reference = None if self.reference is None else np.isin(self.reference, label_ids)
-        return reference, np.isin(self.prediction, label_ids)
+    def masks(self, region: str, *at: Any) -> tuple[np.ndarray | None, np.ndarray]:
+        """Return a region in the reference, `None` without one, and in the prediction, or in `crop` of them `at`."""
+        reference, prediction = (
+            None if labels is None else np.isin(self.crop(labels, *at) if at else labels, self.regions[region])
+            for labels in (self.reference, self.prediction)
+        )
+        return reference, prediction
 
     @functools.cached_property
     def _tight_head_box(self) -> tuple[slice, ...]:

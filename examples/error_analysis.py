@@ -41,8 +41,7 @@ logger = logging.getLogger("error_analysis")
 # Options that are taken from the run unless they are given; those of scans only from a run on scans.
 SCAN_OPTIONS = ("slices", "plane", "min_tumor_pixels", "modalities", "skip_bad_cases")
 DATA_OPTIONS = ("dataset_name", "dataset_config_name", "brats_dir", "image_column", "mask_column", "split_seed")
-# Other values of these make another test split.
-SPLIT_OPTIONS = ("split_seed", "slices", "plane", "min_tumor_pixels", "modalities")
+SPLIT_OPTIONS = ("split_seed", "slices", "plane", "min_tumor_pixels", "modalities")  # they make the test split
 
 
 @dataclass
@@ -66,8 +65,8 @@ class AnalysisArguments:
     )
     format: list[str] = HfArg(
         default_factory=lambda: ["png"],
-        help="File formats of the figures.",
         metadata={"choices": ("png", "pdf", "svg")},
+        help="File formats of the figures.",
     )
     batch_size: int = HfArg(default=8, help="Images that the model takes at once.")
     device: str | None = HfArg(default=None, help="Device, such as cpu or cuda:1. Default: a GPU if there is one.")

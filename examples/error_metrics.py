@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from case_names import case_names
 from case_view import bounding_box
-from error_plots import Example, evenly_spread, shorten
+from error_plots import evenly_spread
 from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
@@ -21,8 +21,6 @@ from sam2unet_hf.training import SegmentationTransform
 
 
 THRESHOLD = 0.5  # a probability above it counts as predicted
-RING_PIXELS = 5  # width of the surroundings that a tumour is compared with
-EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 FOUND_IN = ("neither", "prediction only", "truth only", "both")
 
 
@@ -51,7 +49,7 @@ class Calibration:
         return float(np.abs(probabilities - positives).sum() / pixels.sum()) if pixels.any() else math.nan
 
 
-def contrast_to_noise(grey: np.ndarray, reference: np.ndarray, counted: np.ndarray, width: int = RING_PIXELS) -> float:
+def contrast_to_noise(grey: np.ndarray, reference: np.ndarray, counted: np.ndarray, width: int = 5) -> float:
     """Return how far a tumour stands out: mean less mean of a ring around it, over standard deviation of the ring.
 
     The ring is the `counted` pixels, such as those of the head, up to `width` pixels from the tumour. The result is
@@ -87,7 +85,7 @@ def unmatched_lesions(mask: np.ndarray, other: np.ndarray) -> tuple[int, list[di
 
     Of the reference and the prediction these are missed lesions, of the prediction and the reference false ones.
     """
-    labels, count = ndimage.label(mask, structure=EIGHT_NEIGHBOURS)
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
     numbers = np.setdiff1d(np.arange(1, count + 1), labels[other])
     centres = ndimage.center_of_mass(mask, labels, numbers) if numbers.size else []
     sizes = np.bincount(labels.ravel())[numbers].tolist()
@@ -117,11 +115,7 @@ def score_region(
     surface_distance, hausdorff = boundary_distances(reference, prediction, spacing_mm or (1, 1))
     lesions, missed = unmatched_lesions(reference, prediction)
     predicted_lesions, false = unmatched_lesions(prediction, reference)
-    unit = "mm" if spacing_mm else "px"
-
-    def area(name: str, pixels: float) -> dict[str, float]:
-        return {name: pixels * math.prod(spacing_mm)} if spacing_mm else {}
-
+    unit, pixel_mm2 = ("mm", math.prod(spacing_mm)) if spacing_mm else ("px", None)
     record = {
         "found_in": FOUND_IN[2 * (counts.reference > 0) + (counts.predicted > 0)],
         "truth_pixels": counts.reference,
@@ -129,7 +123,7 @@ def score_region(
         "true_positive_pixels": counts.true_positive,
         "false_positive_pixels": counts.predicted - counts.true_positive,
         "false_negative_pixels": counts.reference - counts.true_positive,
-        **area("truth_mm2", counts.reference),
+        **({"truth_mm2": counts.reference * pixel_mm2} if spacing_mm else {}),
         "dice": dice(counts),
         "contrast": contrast_to_noise(grey, reference, head_mask),
         "calibration_error": calibration.error(),
@@ -140,8 +134,10 @@ def score_region(
         "predicted_lesions": predicted_lesions,
         "false_lesions": len(false),
     }
-    unmatched = [("missed", lesion) for lesion in missed] + [("false", lesion) for lesion in false]
-    return record, [{"kind": kind, **lesion, **area("mm2", lesion["pixels"])} for kind, lesion in unmatched]
+    unmatched = [{"kind": "missed", **lesion} for lesion in missed] + [{"kind": "false", **lesion} for lesion in false]
+    if spacing_mm:
+        unmatched = [{**lesion, "mm2": lesion["pixels"] * pixel_mm2} for lesion in unmatched]
+    return record, unmatched
 
 
 def grey_values(image: Image.Image) -> np.ndarray:
@@ -160,10 +156,10 @@ class Analysis:
     rows: datasets.Dataset
     transform: SegmentationTransform
     spacing_mm: Sequence[float] | None = None
-    records: list[dict[str, Any]] = field(default_factory=list)
-    lesions: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self):
+        self.records: list[dict[str, Any]] = []
+        self.lesions: list[dict[str, Any]] = []
         self.unit = "mm" if self.spacing_mm else "px"
         self.regions = list(self.model.config.regions)
         self.names = case_names(self.rows)
@@ -172,33 +168,32 @@ class Analysis:
     def run(self, batch_size: int, max_images: int | None) -> None:
         """Score the images, or this many of them, evenly spread over the rows."""
         chosen = evenly_spread(len(self.rows), max_images or len(self.rows)).tolist()
-        with tqdm(total=len(chosen), desc="Looking for errors", unit="image") as bar:
-            for start in range(0, len(chosen), batch_size):
-                for about, grey, probabilities, references, valid in self.read(chosen[start : start + batch_size]):
-                    head_mask = valid & (grey != 0)
-                    for region, probability, reference in zip(self.regions, probabilities, references, strict=True):
-                        self.calibration[region].add(probability[head_mask], reference[head_mask])
-                        record, lesions = score_region(probability, reference, valid, grey, self.spacing_mm)
-                        self.records.append({**about, "region": region, **record})
-                        self.lesions += [{**about, "region": region, **lesion} for lesion in lesions]
-                    bar.update()
+        images = tqdm(self.read(chosen, batch_size), total=len(chosen), desc="Looking for errors", unit="image")
+        for about, grey, probabilities, references, valid in images:
+            head_mask = valid & (grey != 0)
+            for region, probability, reference in zip(self.regions, probabilities, references, strict=True):
+                self.calibration[region].add(probability[head_mask], reference[head_mask])
+                record, lesions = score_region(probability, reference, valid, grey, self.spacing_mm)
+                self.records.append({**about, "region": region, **record})
+                self.lesions += [{**about, "region": region, **lesion} for lesion in lesions]
 
-    @torch.inference_mode()
-    def read(self, indices: Sequence[int]) -> Iterator[tuple[Any, ...]]:
+    def read(self, indices: Sequence[int], batch_size: int = 1) -> Iterator[tuple[Any, ...]]:
         """Segment images, and yield what is known of each, its grey values, probabilities, masks and valid pixels."""
-        batch = self.rows[indices]
-        images = batch[self.transform.image_column]
         processor = self.transform.processor
-        inputs = processor(images, return_tensors="pt").to(self.model.device, self.model.dtype)
-        sizes = [(image.height, image.width) for image in images]
-        probabilities = processor.post_process_regions(self.model(**inputs), target_sizes=sizes)
-        known = [name for name in ("case_id", "slice_index", "grade") if name in batch]
-        for number, (index, image) in enumerate(zip(indices, images, strict=True)):
-            about = {"index": index, "image": self.names[index]} | {name: batch[name][number] for name in known}
-            label_ids = self.transform.to_label_ids(batch[self.transform.mask_column][number])
-            masks, valid = self.model.region_masks(label_ids[None])
-            values = probabilities[number].cpu().numpy()
-            yield about, grey_values(image), values, masks[0].bool().numpy(), valid[0, 0].numpy()
+        for start in range(0, len(indices), batch_size):
+            batch = self.rows[indices[start : start + batch_size]]
+            images = batch[self.transform.image_column]
+            inputs = processor(images, return_tensors="pt").to(self.model.device, self.model.dtype)
+            sizes = [(image.height, image.width) for image in images]
+            with torch.inference_mode():
+                probabilities = processor.post_process_regions(self.model(**inputs), target_sizes=sizes)
+            known = [name for name in ("case_id", "slice_index", "grade") if name in batch]
+            for number, (index, image) in enumerate(zip(indices[start:], images, strict=False)):
+                about = {"index": index, "image": self.names[index]} | {name: batch[name][number] for name in known}
+                label_ids = self.transform.to_label_ids(batch[self.transform.mask_column][number])
+                masks, valid = self.model.region_masks(label_ids[None])
+                values = probabilities[number].cpu().numpy()
+                yield about, grey_values(image), values, masks[0].bool().numpy(), valid[0, 0].numpy()
 
     def of_region(self, region: str) -> list[dict[str, Any]]:
         """Return the records of one region."""
@@ -214,11 +209,12 @@ class Analysis:
         values = self.column(region, name)
         return values[~np.isnan(values)]
 
-    def example(self, title: str, record: dict[str, Any]) -> Example:
-        """Segment an image again, to draw it."""
+    def example(self, title: str, record: dict[str, Any]) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
+        """Segment an image again; return a title, and grey values, reference and prediction cropped to the head."""
         ((_, grey, probabilities, references, valid),) = self.read([record["index"]])
         number = self.regions.index(record["region"])
         reference, prediction = references[number] & valid, (probabilities[number] > THRESHOLD) & valid
         box = bounding_box((grey != 0) | reference | prediction, margin=4)
-        heading = f"{title}: Dice {record['dice']:.2f}\n{shorten(record['image'])}"
-        return Example(heading, grey[box], reference[box], prediction[box])
+        name = record["image"] if len(record["image"]) <= 26 else f"{record['image'][:12]}…{record['image'][-13:]}"
+        heading = f"{title}: Dice {record['dice']:.2f}\n{name}"
+        return heading, grey[box], reference[box], prediction[box]

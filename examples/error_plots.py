@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from case_names import to_file_name
@@ -22,7 +21,12 @@ logger = logging.getLogger("error_analysis")
 
 DPI = 200
 WIDTH = 7.0  # inches: a text block of two columns
-STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 8, "figure.facecolor": "white"}
+STYLE = {
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize", "legend.fontsize"), 8),
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "boxplot.medianprops.color": "black",
+}
 # What only the reference has is missed, what only the prediction has is false, so these share a colour.
 REFERENCE, PREDICTION, BOTH = COLOURS[2], COLOURS[0], COLOURS[1]
 # A shadow makes light lines show on white matter and on bright tumours alike.
@@ -33,15 +37,6 @@ ERRORS = {"true positive": (BOTH, ""), "false positive": (PREDICTION, ""), "fals
 POINTS = {"marker": "o", "linestyle": "", "markersize": 3, "color": COLOURS[1], "alpha": 0.6, "markeredgewidth": 0}
 LEGEND = {"loc": "outside lower center", "ncols": 2, "frameon": False}
 MODALITY_TITLES = {"t1ce": "T1 with contrast agent"}  # of the others it is the name
-
-
-class Example(NamedTuple):
-    """One image of the overlays: title, grey values, and the masks of reference and prediction, all of one size."""
-
-    title: str
-    grey: np.ndarray
-    reference: np.ndarray
-    prediction: np.ndarray
 
 
 def evenly_spread(length: int, count: int) -> np.ndarray:
@@ -61,11 +56,6 @@ def middle_slices(mask: np.ndarray, count: int) -> list[int]:
 def escape_mathtext(text: str) -> str:
     """Escape what matplotlib would take for a formula."""
     return text.replace("$", r"\$")
-
-
-def shorten(text: str, length: int = 26) -> str:
-    """Cut a long name in its middle."""
-    return text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[-(length // 2) :]}"
 
 
 def save_figure(plot: Callable[[], Figure], folder: Path, name: str, formats: Sequence[str]) -> None:
@@ -94,8 +84,7 @@ def draw_mask(axis: plt.Axes, mask: np.ndarray, colour: str, opacity: float = 0.
 def draw_outline(axis: plt.Axes, mask: np.ndarray | None, colour: str, style: str | tuple = "solid") -> None:
     """Draw the outline of a mask; one that is empty or fills the image has none."""
     if mask is not None and mask.any() and not mask.all():
-        lines = axis.contour(mask, levels=[0.5], colors=colour, linestyles=[style], linewidths=1.2)
-        lines.set_path_effects(SHADOW)
+        axis.contour(mask, levels=[0.5], colors=colour, linestyles=[style], linewidths=1.2).set_path_effects(SHADOW)
 
 
 def draw_outlines(axis: plt.Axes, reference: np.ndarray | None, prediction: np.ndarray) -> None:
@@ -125,18 +114,17 @@ def add_legend(figure: Figure, entries: Mapping[str, tuple[str, str]]) -> None:
     legend.get_frame().set_linewidth(0)
 
 
-def plot_overlays(examples: list[Example]) -> Figure:
-    """Draw each image with the outlines of reference and prediction, and its errors below."""
+def plot_overlays(examples: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]) -> Figure:
+    """Draw images with the outlines of reference and prediction, and errors below, given titles, images and masks."""
     columns = min(4, len(examples))
     blocks = math.ceil(len(examples) / columns)
-    panel = WIDTH / 4 * min(max(np.divide(*example.grey.shape) for example in examples), 2)
+    panel = WIDTH / 4 * min(max(np.divide(*grey.shape) for _, grey, *_ in examples), 2)
     size = (WIDTH * max(columns, 2) / 4, blocks * (2 * panel + 0.35) + 0.4)
-    figure, grid = plt.subplots(2 * blocks, columns, figsize=size, layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(2 * blocks, columns, figsize=size, squeeze=False)
     for axis in grid.flat:
         axis.set_axis_off()
-    for number, (title, grey, reference, prediction) in enumerate(examples):
-        row, column = 2 * (number // columns), number % columns
-        above, below = grid[row : row + 2, column]
+    pairs = grid.reshape(blocks, 2, columns).swapaxes(1, 2).reshape(-1, 2)
+    for (above, below), (title, grey, reference, prediction) in zip(pairs, examples, strict=False):
         draw_grey(above, grey)
         draw_outlines(above, reference, prediction)
         above.set_title(escape_mathtext(title))
@@ -146,29 +134,26 @@ def plot_overlays(examples: list[Example]) -> Figure:
     return figure
 
 
-def region_panels(regions: Sequence[str]) -> tuple[Figure, Sequence[plt.Axes]]:
+def region_panels(regions: Sequence[str], label: str) -> tuple[Figure, Sequence[plt.Axes]]:
     """Return a panel for each region, side by side, with Dice on the shared vertical axis."""
     size = (min(WIDTH, 3.4 * len(regions)), 2.6)
-    figure, ((*panels,),) = plt.subplots(
-        1, len(regions), figsize=size, layout="constrained", squeeze=False, sharey=True
-    )
-    for region, axis in zip(regions, panels, strict=True):
-        axis.set(title=escape_mathtext(region) if len(regions) > 1 else None, ylim=(-0.03, 1.03))
+    figure, axes = plt.subplots(1, len(regions), figsize=size, squeeze=False, sharey=True)
+    for region, axis in zip(regions, axes[0], strict=True):
+        axis.set(title=escape_mathtext(region) if len(regions) > 1 else None, xlabel=label, ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)
-    panels[0].set_ylabel("Dice")
-    return figure, panels
+    axes[0, 0].set_ylabel("Dice")
+    return figure, axes[0]
 
 
 def plot_scatter(points: dict[str, tuple[np.ndarray, np.ndarray]], label: str, log: bool) -> Figure:
     """Draw Dice against a value, a panel per region, with the median of each eighth of the images."""
-    figure, panels = region_panels(list(points))
+    figure, panels = region_panels(list(points), label)
     for axis, (values, dice) in zip(panels, points.values(), strict=True):
         axis.plot(values, dice, label="image", **POINTS)
         if len(values) >= 24:
             parts = np.array_split(np.argsort(values, kind="stable"), 8)
             middles = [(np.median(values[part]), np.median(dice[part])) for part in parts]
             axis.plot(*zip(*middles, strict=True), "o-", markersize=4, color=COLOURS[0], label="median of each eighth")
-        axis.set_xlabel(label)
         if log and len(values):
             axis.set_xscale("log")
             axis.xaxis.set_major_formatter("{x:g}")
@@ -185,41 +170,33 @@ def draw_strips(axis: plt.Axes, groups: dict[str, np.ndarray]) -> None:
     """Draw a box and the single values of each group."""
     shuffle = np.random.default_rng(0)
     for position, values in enumerate(groups.values()):
-        axis.boxplot(
-            values, positions=[position], widths=0.5, showfliers=False, medianprops={"color": "black"}, zorder=3
-        )
+        axis.boxplot(values, positions=[position], widths=0.5, showfliers=False, zorder=3)
         axis.plot(position + shuffle.uniform(-0.18, 0.18, len(values)), values, **POINTS)
-    axis.set_xticks(
-        range(len(groups)), [escape_mathtext(f"{name}\nn = {len(values)}") for name, values in groups.items()]
-    )
-    axis.set_xlim(-0.6, len(groups) - 0.4)
+    labels = [escape_mathtext(f"{name}\nn = {len(values)}") for name, values in groups.items()]
+    axis.set(xticks=range(len(groups)), xticklabels=labels, xlim=(-0.6, len(groups) - 0.4))
 
 
 def plot_groups(groups: dict[str, dict[str, np.ndarray]], label: str) -> Figure:
     """Draw Dice by group, a panel per region."""
-    figure, panels = region_panels(list(groups))
+    figure, panels = region_panels(list(groups), label)
     for axis, values in zip(panels, groups.values(), strict=True):
         draw_strips(axis, values)
-        axis.set_xlabel(label)
     return figure
 
 
 def plot_boundaries(distances: dict[str, dict[str, np.ndarray]], unit: str) -> Figure:
     """Draw surface distances by region, a panel per metric."""
-    figure, axes = plt.subplots(1, len(distances), figsize=(5.2, 2.6), layout="constrained", squeeze=False)
-    for axis, (metric, groups) in zip(axes[0], distances.items(), strict=True):
+    figure, axes = plt.subplots(1, len(distances), figsize=(5.2, 2.6))
+    for axis, (metric, groups) in zip(axes, distances.items(), strict=True):
         draw_strips(axis, groups)
-        axis.set(ylabel=f"{metric} ({unit})")
-        axis.set_ylim(0, None)
+        axis.set(ylabel=f"{metric} ({unit})", ylim=(0, None))
         axis.grid(alpha=0.3, axis="y")
     return figure
 
 
 def plot_calibration(curves: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, float]]) -> Figure:
     """Draw pixels, mean probability, share of tumour and calibration error of each region as a reliability diagram."""
-    figure, (axis, counts) = plt.subplots(
-        2, 1, figsize=(3.4, 5.0), layout="constrained", sharex=True, height_ratios=(3, 1)
-    )
+    figure, (axis, counts) = plt.subplots(2, 1, figsize=(3.4, 5.0), sharex=True, height_ratios=(3, 1))
     axis.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle=":", label="perfect")
     # Yellow does not show on white.
     styles = zip(("#0072B2", COLOURS[0], COLOURS[3], COLOURS[4], COLOURS[1]), "osD^v", strict=True)
@@ -263,31 +240,26 @@ def marked(view: CaseView, region: str) -> np.ndarray:
 def case_grid(
     view: CaseView, rows: int, columns: int, width: float = WIDTH, beside: float = 0.0, below: float = 0.35
 ) -> tuple[Figure, np.ndarray]:
-    """Return a figure and axes for axial slices; `beside` and `below` are the inches that labels and legend take."""
+    """Return a figure and axes for axial slices with a scale, and inches `beside` and `below` for labels."""
     height_mm, width_mm = size_mm(view, "axial")
     gap = 2 * plt.rcParams["figure.constrained_layout.w_pad"]
     panel = ((width - beside) / columns - gap) * height_mm / width_mm
-    size = (width, rows * (panel + gap) + 0.2 + below)
-    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    height = rows * (panel + gap) + 0.2 + below
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+    draw_scale(axes[0, 0], view)
+    return figure, axes
 
 
-def size_mm(view: CaseView, plane: str) -> tuple[float, float]:
+def size_mm(view: CaseView, plane: str) -> np.ndarray:
     """Return height and width of the slices of a plane."""
-    height, width = view.crop(view.grey[view.modality], plane, 0).shape
-    pixel_mm = pixel_size_mm(view.spacing_mm, plane)
-    return height * pixel_mm[0], width * pixel_mm[1]
+    shape = view.crop(view.grey[view.modality], plane, 0).shape
+    return np.multiply(shape, pixel_size_mm(view.spacing_mm, plane))
 
 
 def draw_case_slice(axis: plt.Axes, view: CaseView, plane: str, index: int, modality: str | None = None) -> None:
     """Draw a slice of a case, in the modality of its figures unless another is given."""
     grey = view.crop(view.grey[modality or view.modality], plane, index)
     draw_grey(axis, grey, pixel_size_mm(view.spacing_mm, plane))
-
-
-def draw_case_outlines(axis: plt.Axes, view: CaseView, region: str, plane: str, index: int) -> None:
-    """Draw a slice of a case with the outlines of reference and prediction."""
-    draw_case_slice(axis, view, plane, index)
-    draw_outlines(axis, *(mask if mask is None else view.crop(mask, plane, index) for mask in view.masks(region)))
 
 
 def draw_scale(axis: plt.Axes, view: CaseView) -> None:
@@ -300,11 +272,6 @@ def draw_scale(axis: plt.Axes, view: CaseView) -> None:
     axis.text((0.04 + end) / 2, 0.07, f"{length} mm", ha="center", va="bottom", **where)
 
 
-def case_outlines(view: CaseView) -> dict[str, tuple[str, str]]:
-    """Return the legend of the outlines that a case has."""
-    return OUTLINES if view.reference is not None else {"model": OUTLINES["model"]}
-
-
 def plot_modalities(view: CaseView) -> Figure:
     """Draw the modalities of a case side by side, with the outlines of the reference."""
     index = largest_slice("axial", *view.masks(next(iter(view.regions))))
@@ -313,9 +280,8 @@ def plot_modalities(view: CaseView) -> Figure:
     for axis, modality in zip(axes[0], view.grey, strict=True):
         draw_case_slice(axis, view, "axial", index, modality)
         for region, colour in colours.items():
-            draw_outline(axis, view.crop(view.masks(region)[0], "axial", index), colour)
+            draw_outline(axis, view.masks(region, "axial", index)[0], colour)
         axis.set_title(MODALITY_TITLES.get(modality, modality.upper()))
-    draw_scale(axes[0, 0], view)
     if colours:
         add_legend(figure, {f"{region}, expert": (colour, "-") for region, colour in colours.items()})
     return figure
@@ -329,14 +295,13 @@ def plot_case_errors(view: CaseView, region: str) -> Figure:
     for column, index in zip(axes.T, indices, strict=True):
         for axis in column:
             draw_case_slice(axis, view, "axial", index)
-        masks = [view.crop(mask, "axial", index) for mask in (reference, prediction)]
+        masks = view.masks(region, "axial", index)
         draw_mask(column[1], masks[0], REFERENCE)
         draw_mask(column[2], masks[1], PREDICTION)
         draw_errors(column[3], *masks)
         column[0].set_title(f"slice {index}")
     for axis, label in zip(axes[:, 0], (view.modality.upper(), "expert", "model", "errors"), strict=True):
         axis.set_ylabel(label)
-    draw_scale(axes[0, 0], view)
     add_legend(figure, ERRORS)
     return figure
 
@@ -348,19 +313,17 @@ def plot_probabilities(view: CaseView) -> Figure:
     figure, axes = case_grid(view, len(view.regions), len(titles), width, beside=0.9, below=0)
     height_mm, width_mm = pixel_size_mm(view.spacing_mm, "axial")
     for row, region in zip(axes, view.regions, strict=True):
-        reference, prediction = view.masks(region)
-        index = largest_slice("axial", reference, prediction)
+        index = largest_slice("axial", *view.masks(region))
         for axis in row[:-1]:
             draw_case_slice(axis, view, "axial", index)
-        if reference is not None:
-            draw_mask(row[1], view.crop(reference, "axial", index), REFERENCE)
+        if view.reference is not None:
+            draw_mask(row[1], view.masks(region, "axial", index)[0], REFERENCE)
         probability = view.crop(view.probability(region), "axial", index)
         drawn = row[-1].imshow(probability, cmap="cividis", vmin=0, vmax=1, aspect=height_mm / width_mm)
         row[-1].set(xticks=[], yticks=[])
         row[0].set_ylabel(f"{escape_mathtext(region)}, slice {index}")
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title)
-    draw_scale(axes[0, 0], view)
     figure.colorbar(drawn, ax=axes[:, -1], label="probability of tumour", shrink=0.9)
     return figure
 
@@ -375,10 +338,10 @@ def plot_montage(view: CaseView, region: str) -> Figure:
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, index in zip(axes.flat, indices, strict=False):
-        draw_case_outlines(axis, view, region, "axial", index)
+        draw_case_slice(axis, view, "axial", index)
+        draw_outlines(axis, *view.masks(region, "axial", index))
         axis.text(0.03, 0.97, str(index), color="white", fontsize=7, ha="left", va="top", transform=axis.transAxes)
-    draw_scale(axes[0, 0], view)
-    add_legend(figure, case_outlines(view))
+    add_legend(figure, OUTLINES if view.reference is not None else {"model": OUTLINES["model"]})
     return figure
 
 
@@ -386,12 +349,12 @@ def plot_planes(view: CaseView, region: str) -> Figure:
     """Draw the slice with most of the region in each plane, all at one scale."""
     heights_mm, widths_mm = zip(*(size_mm(view, plane) for plane in PLANE_ORDER), strict=True)
     size = (WIDTH, WIDTH / sum(widths_mm) * max(heights_mm) + 0.6)
-    figure, axes = plt.subplots(1, 3, figsize=size, layout="constrained", width_ratios=widths_mm)
+    figure, axes = plt.subplots(1, 3, figsize=size, width_ratios=widths_mm)
     for axis, plane in zip(axes, PLANE_ORDER, strict=True):
         index = largest_slice(plane, *view.masks(region))
-        draw_case_outlines(axis, view, region, plane, index)
-        axis.set_title(f"{plane}, slice {index}")
-        axis.set_anchor("S")
+        draw_case_slice(axis, view, plane, index)
+        draw_outlines(axis, *view.masks(region, plane, index))
+        axis.set(title=f"{plane}, slice {index}", anchor="S")
     draw_scale(axes[0], view)
-    add_legend(figure, case_outlines(view))
+    add_legend(figure, OUTLINES if view.reference is not None else {"model": OUTLINES["model"]})
     return figure

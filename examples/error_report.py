@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -17,21 +18,10 @@ from matplotlib.figure import Figure
 
 
 LESIONS_SHOWN = 15  # in the report; `lesions.csv` has all of them
-# A name of a file, a caption and what draws the figure; `None` for one that is left out, whose caption says why.
-Entry = tuple[str, str, Callable[[], Figure] | None]
+# Name of the file and caption of a figure, the reason if it is left out, and what draws it.
+Entry = tuple[str, str, str, Callable[[], Figure] | None]
 LESION_COLUMNS = ("kind", "pixels", "centre_row", "centre_column")
-BIN_COLUMNS = ("pixels", "mean_probability", "share_of_tumour")
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font-family: sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto; font-size: 0.85rem }}
-th, td {{ border-bottom: 1px solid #ccc; padding: 0.25rem 0.6rem; text-align: right }}
-th:first-child, td:first-child {{ text-align: left }}
-img {{ max-width: 100%; display: block }} figure {{ margin: 2rem 0 }} figcaption {{ font-weight: bold }}
-</style></head><body>
-{body}
-</body></html>
-"""
+PAGE = Template(Path(__file__).with_name("error_report.html").read_text(encoding="utf-8"))
 
 
 def write_report(analysis: Analysis, folder: Path, title: str, worst: int, formats: Sequence[str]) -> None:
@@ -42,22 +32,22 @@ def write_report(analysis: Analysis, folder: Path, title: str, worst: int, forma
     about = list(analysis.records[0])[: list(analysis.records[0]).index("region") + 1]
     write_csv(folder / "lesions.csv", analysis.lesions, (*about, *LESION_COLUMNS))
     bins = [
-        {"region": region, "bin": number} | dict(zip(BIN_COLUMNS, values, strict=True))
+        {"region": region, "bin": number, "pixels": pixels, "mean_probability": probability, "share_of_tumour": share}
         for region, calibration in analysis.calibration.items()
-        for number, values in enumerate(zip(*calibration.curve(), strict=True))
+        for number, (pixels, probability, share) in enumerate(zip(*calibration.curve(), strict=True))
     ]
     write_csv(folder / "calibration.csv", bins)
 
     body = [f"<h1>{html.escape(title)}</h1>"]
     by_region = [{"": name} | {row["region"]: row[name] for row in summary} for name in list(summary[0])[1:]]
     body.append(html_table(by_region))
-    for name, caption, plot in list_figures(analysis, worst):
-        text = html.escape(caption)
-        if plot is None:
+    for name, caption, left_out, plot in list_figures(analysis, worst):
+        if left_out:
             for suffix in formats:  # of an earlier run
                 (folder / f"{name}.{suffix}").unlink(missing_ok=True)
-            body.append(f"<p>{text}</p>")
+            body.append(f"<p>{html.escape(left_out)}</p>")
             continue
+        text = html.escape(caption)
         save_figure(plot, folder, name, list(dict.fromkeys(["png", *formats])))
         picture = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
         body.append(
@@ -70,7 +60,8 @@ def write_report(analysis: Analysis, folder: Path, title: str, worst: int, forma
             f"<h2>{len(found)} {kind} lesions</h2><p>Connected parts of the {of} that share no pixel with the \n"
             f"{other}, the largest {LESIONS_SHOWN} at most.</p>\n{html_table(shown[:LESIONS_SHOWN])}"
         )
-    (folder / "report.html").write_text(PAGE.format(title=html.escape(title), body="\n".join(body)), encoding="utf-8")
+    page = PAGE.substitute(title=html.escape(title), body="\n".join(body))
+    (folder / "report.html").write_text(page, encoding="utf-8")
 
 
 def averages(name: str, values: np.ndarray) -> dict[str, float]:
@@ -101,22 +92,17 @@ def summarise(analysis: Analysis) -> list[dict[str, Any]]:
 
 
 def choose_examples(records: list[dict[str, Any]], worst: int) -> list[tuple[str, dict[str, Any]]]:
-    """Return titles and records of the worst images, the median and the best, of those with anything to find or found.
-
-    Among images of equal Dice the one with more wrong pixels is worse. The worst are of different cases as long as
-    there are others.
-    """
+    """Return titles and records of the worst images, of different cases if possible, the median and the best."""
+    # Among images of equal Dice the one with more wrong pixels is worse.
     ranked = sorted(
         (record for record in records if record["found_in"] != "neither"),
         key=lambda record: (record["dice"], -record["false_positive_pixels"] - record["false_negative_pixels"]),
     )
     if not ranked:
         return []
-    first_of_case: dict[str, int] = {}
-    for position, record in enumerate(ranked):
-        first_of_case.setdefault(record.get("case_id", record["image"]), position)
+    _, first_of_case = np.unique([record.get("case_id", record["image"]) for record in ranked], return_index=True)
     # The first of each case, then all the others.
-    order = dict.fromkeys([*first_of_case.values(), *range(len(ranked))])
+    order = dict.fromkeys([*sorted(first_of_case), *range(len(ranked))])
     chosen = sorted(list(order)[:worst])
     shown = [(f"worst {number}", ranked[position]) for number, position in enumerate(chosen, start=1)]
     return [*shown, ("median", ranked[len(ranked) // 2]), ("best", ranked[-1])]
@@ -126,36 +112,30 @@ def list_figures(analysis: Analysis, worst: int) -> Iterator[Entry]:
     """Yield the figures of the report."""
     regions = analysis.regions
     for region in regions:
-        name = f"overlays_{to_file_name(region)}"
-        chosen = choose_examples(analysis.of_region(region), worst)
-        if chosen:
-            caption = f"{region}: worst images (of different cases if possible), median and best"
-            yield name, caption, partial(plot_overlays, [analysis.example(*example) for example in chosen])
-        else:
-            yield name, f"Overlays of {region} are left out: there is nothing to find and nothing was found.", None
+        examples = [analysis.example(*chosen) for chosen in choose_examples(analysis.of_region(region), worst)]
+        caption = f"{region}: worst images (of different cases if possible), median and best"
+        reason = f"Overlays of {region} are left out: there is nothing to find and nothing was found."
+        draw = partial(plot_overlays, examples)
+        yield f"overlays_{to_file_name(region)}", caption, "" if examples else reason, draw
 
     with_tumour = [region for region in regions if analysis.column(region, "truth_pixels").any()]
     if with_tumour:
         yield from list_dice_figures(analysis, with_tumour)
     else:
-        yield "dice", "Dice against size, contrast, position and grade is left out: no mask holds a region.", None
+        yield "dice", "", "Dice against size, contrast, position and grade is left out: no mask holds a region.", None
 
     curves = {region: (*total.curve(), total.error()) for region, total in analysis.calibration.items()}
-    if any(pixels.any() for pixels, *_ in curves.values()):
-        yield "calibration", "Calibration over the pixels of the head", partial(plot_calibration, curves)
-    else:
-        yield "calibration", "Calibration is left out: all images are black.", None
+    seen = any(pixels.any() for pixels, *_ in curves.values())
+    reason = "" if seen else "Calibration is left out: all images are black."
+    yield "calibration", "Calibration over the pixels of the head", reason, partial(plot_calibration, curves)
 
-    metrics = {"average surface distance": "surface_distance", "95 % Hausdorff distance": "hausdorff95"}
-    distances = {
-        label: {region: analysis.known(region, f"{key}_{analysis.unit}") for region in regions}
-        for label, key in metrics.items()
-    }
-    if any(values.size for groups in distances.values() for values in groups.values()):
-        caption = "Boundary error where both truth and prediction are there"
-        yield "boundaries", caption, partial(plot_boundaries, distances, analysis.unit)
-    else:
-        yield "boundaries", "Boundary error is left out: no image has both truth and prediction.", None
+    distances = {}
+    for label, key in (("average surface distance", "surface_distance"), ("95 % Hausdorff distance", "hausdorff95")):
+        distances[label] = {region: analysis.known(region, f"{key}_{analysis.unit}") for region in regions}
+    known = any(values.size for groups in distances.values() for values in groups.values())
+    reason = "" if known else "Boundary error is left out: no image has both truth and prediction."
+    caption = "Boundary error where both truth and prediction are there"
+    yield "boundaries", caption, reason, partial(plot_boundaries, distances, analysis.unit)
 
 
 def list_dice_figures(analysis: Analysis, regions: Sequence[str]) -> Iterator[Entry]:
@@ -168,30 +148,24 @@ def list_dice_figures(analysis: Analysis, regions: Sequence[str]) -> Iterator[En
     ]
     dice = {region: analysis.column(region, "dice", with_tumour=True) for region in regions}
     for name, key, label, caption in variables:
-        if key not in analysis.records[0]:
-            yield name, f"{caption} is left out: the data set has no column `{key}`.", None
-            continue
-        points = {}
-        for region in regions:
-            values = analysis.column(region, key, with_tumour=True).astype(float)  # turns `None` into not-a-number
-            known = ~np.isnan(values)
-            points[region] = (values[known], dice[region][known])
-        if any(values.size for values, _ in points.values()):
-            yield name, caption, partial(plot_scatter, points, label, log=name == "dice_size")
-        else:
-            yield name, f"{caption} is left out: no image has a value of `{key}`.", None
+        points, reason = {}, f"{caption} is left out: the data set has no column `{key}`."
+        if key in analysis.records[0]:
+            for region in regions:
+                values = analysis.column(region, key, with_tumour=True).astype(float)  # turns `None` into not-a-number
+                known = ~np.isnan(values)
+                points[region] = (values[known], dice[region][known])
+            found = any(values.size for values, _ in points.values())
+            reason = "" if found else f"{caption} is left out: no image has a value of `{key}`."
+        yield name, caption, reason, partial(plot_scatter, points, label, log=name == "dice_size")
 
     grades = sorted({str(record["grade"]) for record in analysis.records if record.get("grade") is not None})
-    if "grade" not in analysis.records[0]:
-        yield "dice_grade", "Dice by grade is left out: the data set has no column `grade`.", None
-    elif not grades:
-        yield "dice_grade", "Dice by grade is left out: the column `grade` of the data set is empty.", None
-    else:
-        groups = {}
+    groups, reason = {}, "Dice by grade is left out: the data set has no column `grade`."
+    if "grade" in analysis.records[0]:
         for region in regions:
             found = analysis.column(region, "grade", with_tumour=True).astype(str)
             groups[region] = {grade: dice[region][found == grade] for grade in grades}
-        yield "dice_grade", "Dice by grade", partial(plot_groups, groups, "grade")
+        reason = "" if grades else "Dice by grade is left out: the column `grade` of the data set is empty."
+    yield "dice_grade", "Dice by grade", reason, partial(plot_groups, groups, "grade")
 
 
 def as_text(value: Any, digits: int = 6) -> str:
