@@ -1,7 +1,7 @@
 """The seven metrics of the SAM2-UNet papers, and those of BraTS for volumes, as `evaluate` modules over NumPy.
 
-`evaluate.load("<folder>/dice.py")` loads a module by path, `Dice()` does the same without copying it; `functional` has
-the metrics of images as functions, `volume_functional` those of volumes, and `space` writes a module as a Space.
+`evaluate.load("<folder>/dice.py")` loads a module by path, `Dice()` does the same without copying it; `score` and
+`score_volume` compute them for one image and one volume, and `space` writes a module as a Space.
 """
 
 from .dice import Dice

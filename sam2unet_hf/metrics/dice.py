@@ -19,12 +19,7 @@ class Dice(SegmentationMetric):
         """,
         range="0 to 1, higher is better. Papers' mDice is `mean_dice`.",
         special_cases=OVERLAP_CASES,
-        example="""
-            >>> prediction, reference = [[0.9, 0.6], [0.2, 0.1]], [[1, 0], [0, 0]]
-            >>> scores = metric.compute(predictions=[prediction], references=[reference])
-            >>> round(scores["dice"], 4)
-            0.6667
-        """,
+        example_score=0.6667,
         further_use="Overlapping regions, the convention of BraTS for empty ones, and images added one by one:",
         further_example="""
             >>> whole, core = [[1, 1], [1, 0]], [[0, 0], [0, 0]]
@@ -47,6 +42,3 @@ class Dice(SegmentationMetric):
             }
         """,
     )
-
-
-__all__ = ["Dice"]

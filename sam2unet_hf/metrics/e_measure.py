@@ -29,12 +29,7 @@ class EMeasure(SegmentationMetric):
             "One pixel": "0 or 4.5e15, since n - 1 = 0; that is what `py_sod_metrics` returns. `ddof=0` gives 0 or 1.",
             "One row": "as any other image.",
         },
-        example="""
-            >>> prediction, reference = [[0.9, 0.6], [0.2, 0.1]], [[1, 0], [0, 0]]
-            >>> scores = metric.compute(predictions=[prediction], references=[reference])
-            >>> round(scores["e_measure"], 4)
-            0.8515
-        """,
+        example_score=0.8515,
         further_use="As in the equation of the paper, which divides by the number of pixels:",
         further_example="""
             >>> scores = metric.compute(predictions=[reference], references=[reference], ddof=0)
@@ -53,6 +48,3 @@ class EMeasure(SegmentationMetric):
             }
         """,
     )
-
-
-__all__ = ["EMeasure"]

@@ -19,12 +19,7 @@ class FBeta(SegmentationMetric):
         """,
         range="0 to 1, higher is better.",
         special_cases=OVERLAP_CASES,
-        example="""
-            >>> prediction, reference = [[0.9, 0.6], [0.2, 0.1]], [[1, 0], [0, 0]]
-            >>> scores = metric.compute(predictions=[prediction], references=[reference])
-            >>> round(scores["f_beta"], 4)
-            0.5652
-        """,
+        example_score=0.5652,
         further_use="With beta^2 = 1 it is the F1 score, and so the Dice coefficient:",
         further_example="""
             >>> scores = metric.compute(predictions=[prediction], references=[reference], beta_squared=1)
@@ -42,6 +37,3 @@ class FBeta(SegmentationMetric):
             }
         """,
     )
-
-
-__all__ = ["FBeta"]

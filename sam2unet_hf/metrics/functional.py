@@ -6,7 +6,7 @@ values are those of `py_sod_metrics`, which the authors of SAM2-UNet use; where 
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,51 +26,27 @@ _REACH = 3
 
 
 class MaskPair(NamedTuple):
-    """One prediction and its mask, with what several metrics need of them; [`make_pair`] makes it.
+    """One prediction and its mask, with what several metrics need of them; [`make_pair`] makes it."""
 
-    Attributes:
-        probability: Probabilities in [0, 1], contiguous float64 array of shape `(height, width)`.
-        mask: Boolean mask of the same shape.
-        rows: Rows of the pixels of the mask, in reading order.
-        columns: Columns of the same pixels.
-        inside: Probabilities of the same pixels.
-        sum: Sum of all probabilities.
-    """
-
-    probability: np.ndarray
-    mask: np.ndarray
-    rows: np.ndarray
-    columns: np.ndarray
-    inside: np.ndarray
-    sum: float
+    probability: np.ndarray  # in [0, 1], contiguous float64 array of shape (height, width)
+    mask: np.ndarray  # boolean, of the same shape
+    rows: np.ndarray  # of the pixels of the mask, in reading order
+    columns: np.ndarray  # of the same pixels
+    inside: np.ndarray  # probabilities of the same pixels
+    sum: float  # of all probabilities
 
 
 class ThresholdCounts(NamedTuple):
-    """Pixels of one image at each of the 258 thresholds of its prediction.
+    """Pixels of one image at each of the 258 thresholds of its prediction."""
 
-    Attributes:
-        true_positive: Predicted pixels inside the mask, int64 of shape `(258,)`.
-        predicted: Predicted pixels, int64 of shape `(258,)`.
-        reference: Pixels of the mask.
-        total: Pixels of the image.
-    """
-
-    true_positive: np.ndarray
-    predicted: np.ndarray
-    reference: int
-    total: int
+    true_positive: np.ndarray  # predicted pixels inside the mask, int64 of shape (258,)
+    predicted: np.ndarray  # predicted pixels, int64 of shape (258,)
+    reference: int  # pixels of the mask
+    total: int  # pixels of the image
 
 
 def to_array(image: Any, name: str) -> np.ndarray:
-    """Turn an image into an array of shape `(height, width)` or `(regions, height, width)`.
-
-    Args:
-        image: NumPy array, tensor, PIL image or nested list.
-        name: What to call it in errors.
-
-    Raises:
-        ValueError: If it has no such shape, or no pixels.
-    """
+    """Turn an array, tensor, PIL image or nested list into an array of one channel, with or without regions."""
     if hasattr(image, "getbands") and (len(image.getbands()) > 1 or image.mode == "P"):
         raise ValueError(
             f"`{name}` must be an image of one channel, got a PIL image of mode {image.mode}. Turn its colours into a "
@@ -92,20 +68,7 @@ def to_array(image: Any, name: str) -> np.ndarray:
 
 
 def to_probability(prediction: Any, normalize: Literal["minmax"] | None = None) -> np.ndarray:
-    """Turn a prediction into probabilities.
-
-    Args:
-        prediction: Probabilities in [0, 1], an 8-bit map in 0..255, or a binary mask (boolean, or 0 and 1), of shape
-            `(height, width)` or `(regions, height, width)`.
-        normalize: `"minmax"` stretches each region to [0, 1] unless it is constant, and takes every integer
-            prediction for an 8-bit map. With `None`, integers not above 1 are taken for a binary mask.
-
-    Returns:
-        Contiguous array of the same shape, float64, in [0, 1].
-
-    Raises:
-        ValueError: If the values are none of these.
-    """
+    """Turn a prediction into probabilities: a contiguous float64 array of the same shape, in [0, 1]."""
     array = to_array(prediction, "prediction")
     if normalize not in (None, "minmax"):
         raise ValueError(f'`normalize` must be "minmax" or None, got {normalize!r}.')
@@ -132,18 +95,7 @@ def to_probability(prediction: Any, normalize: Literal["minmax"] | None = None) 
 
 
 def to_mask(reference: Any) -> np.ndarray:
-    """Turn a reference into a boolean mask.
-
-    Args:
-        reference: Mask of shape `(height, width)` or `(regions, height, width)`: boolean, 0 and 1, or 8-bit, where
-            the mask is what lies above 128, with grey levels in between as at soft edges.
-
-    Returns:
-        Contiguous boolean array of the same shape.
-
-    Raises:
-        ValueError: If the values are none of these, or look like label ids: none above 128, or small ones and 255.
-    """
+    """Turn a reference into a contiguous boolean mask of the same shape, and refuse label ids."""
     array = np.ascontiguousarray(to_array(reference, "reference"))
     if array.dtype == bool:
         return array
@@ -152,7 +104,9 @@ def to_mask(reference: Any) -> np.ndarray:
         if high <= 1:
             return array > 0
         bright = array > 128
-        if 128 < high <= 255 and not _looks_like_label_ids(array, bright):
+        has_dark_values = np.count_nonzero(array) != np.count_nonzero(bright)
+        # Small values besides 0 and 255, the usual value of pixels to ignore, are label ids if there is no grey level.
+        if 128 < high <= 255 and (not has_dark_values or ((array > 31) & (array < 255)).any()):
             return bright
     if np.issubdtype(array.dtype, np.floating) and np.isin(array, (0, 1)).all():
         return array > 0
@@ -163,30 +117,15 @@ def to_mask(reference: Any) -> np.ndarray:
 
 
 def make_pair(probability: np.ndarray, mask: np.ndarray) -> MaskPair:
-    """Put a prediction and its mask together for the metrics.
-
-    Args:
-        probability: What [`to_probability`] returned, of shape `(height, width)`.
-        mask: What [`to_mask`] returned, of the same shape.
-    """
+    """Put what [`to_probability`] and [`to_mask`] returned together, both of shape `(height, width)`."""
     at = np.flatnonzero(mask)
     rows = at // mask.shape[1]
     columns = at - rows * mask.shape[1]
     return MaskPair(probability, mask, rows, columns, probability.ravel().take(at), float(probability.sum()))
 
 
-def _looks_like_label_ids(array: np.ndarray, bright: np.ndarray) -> bool:
-    """Whether there are small ids besides 0 and 255, the usual value of pixels to ignore, and no grey level."""
-    has_dark_values = np.count_nonzero(array) != np.count_nonzero(bright)
-    return has_dark_values and not ((array > 31) & (array < 255)).any()
-
-
 def count_at_thresholds(pair: MaskPair) -> ThresholdCounts:
-    """Count predicted pixels at all thresholds, with one histogram of 256 levels.
-
-    Args:
-        pair: Prediction and mask.
-    """
+    """Count predicted pixels at all thresholds, with one histogram of 256 levels."""
     # Compute the mean as `py_sod_metrics` does, since pixels may lie on the threshold.
     adaptive = min(2 * pair.sum / pair.mask.size, 1)
     true_positive, predicted = _count_above(pair.inside, adaptive), _count_above(pair.probability, adaptive)
@@ -223,33 +162,18 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray, zero_division: float)
 
 
 def dice(counts: ThresholdCounts, zero_division: float = 0.0) -> np.ndarray:
-    """Return the Dice coefficient `2 |A and B| / (|A| + |B|)` at each threshold, `(258,)` in [0, 1].
-
-    Args:
-        counts: Pixels at each threshold.
-        zero_division: Value where mask and prediction are both empty. Where only one is, Dice is 0.
-    """
+    """Return Dice in [0, 1], best at 1: `zero_division` if mask and prediction are both empty, 0 if only one is."""
     return _ratio(2 * counts.true_positive, counts.predicted + counts.reference, zero_division)
 
 
 def iou(counts: ThresholdCounts, zero_division: float = 0.0) -> np.ndarray:
-    """Return the intersection over union `|A and B| / |A or B|` at each threshold, `(258,)` in [0, 1].
-
-    Args:
-        counts: Pixels at each threshold.
-        zero_division: Value where mask and prediction are both empty. Where only one is, IoU is 0.
-    """
+    """Return IoU in [0, 1], best at 1: `zero_division` if mask and prediction are both empty, 0 if only one is."""
     union = counts.predicted + counts.reference - counts.true_positive
     return _ratio(counts.true_positive, union, zero_division)
 
 
 def f_beta(counts: ThresholdCounts, beta_squared: float = 0.3, zero_division: float = 0.0) -> np.ndarray:
-    """Return the F-measure `(1 + beta^2) P R / (beta^2 P + R)` at each threshold, `(258,)` in [0, 1].
-
-    Args:
-        counts: Pixels at each threshold.
-        beta_squared: Weight of recall against precision; below 1 precision counts more.
-        zero_division: Value where mask and prediction are both empty. Where only one is, F is 0.
+    """Return F in [0, 1], best at 1: `zero_division` if mask and prediction are both empty, 0 if only one is.
 
     Source: Achanta et al., CVPR 2009, doi 10.1109/CVPR.2009.5206596.
     """
@@ -259,15 +183,9 @@ def f_beta(counts: ThresholdCounts, beta_squared: float = 0.3, zero_division: fl
 
 
 def e_measure(counts: ThresholdCounts, ddof: int = 1) -> np.ndarray:
-    """Return the enhanced-alignment measure at each threshold, `(258,)`.
+    """Return the enhanced-alignment measure, in [0, n / (n - ddof)] for n pixels, best at the upper end.
 
     With an empty mask it is the share of pixels left empty, with a full mask the share of predicted pixels.
-
-    Args:
-        counts: Pixels at each threshold.
-        ddof: The sum over pixels is divided by `total - ddof`. 1 is what the authors' code does; a perfect score is
-            then slightly above 1, and an image of one pixel scores 0 or 4.5e15. 0 is the equation of the paper, which
-            stays in [0, 1].
 
     Source: Fan et al., IJCAI 2018, doi 10.24963/ijcai.2018/97, equations 3 to 5.
     """
@@ -292,12 +210,9 @@ def e_measure(counts: ThresholdCounts, ddof: int = 1) -> np.ndarray:
 
 
 def s_measure(pair: MaskPair) -> float:
-    """Return the structure measure, in [0, 1].
+    """Return the structure measure, in [0, 1], best at 1.
 
     With an empty mask it is one minus the mean probability, with a full mask the mean probability.
-
-    Args:
-        pair: Prediction and mask.
 
     Source: Fan et al., ICCV 2017, doi 10.1109/ICCV.2017.487, equations 3 to 8.
     """
@@ -362,28 +277,23 @@ def _background_weights() -> np.ndarray:
 
 
 def weighted_f_beta(pair: MaskPair, zero_division: float = 0.0) -> float:
-    """Return the weighted F-measure, in [0, 1]: errors count less beside other errors, more far from the mask.
+    """Return the weighted F-measure, in [0, 1], best at 1: errors count less beside others, more far from the mask.
 
-    Args:
-        pair: Prediction and mask.
-        zero_division: Value where the mask is empty and no probability above 0.5. For an empty mask it is 0
-            elsewhere.
-
-    Recall and precision count the same, as in the paper (beta^2 = 1). What lies outside the image is taken for right,
-    as in the authors' code, so that a mask at the border scores more than 0 even if nothing is predicted.
+    With an empty mask it is `zero_division` if no probability is above 0.5, else 0. What lies outside the image is
+    taken for right, as in the authors' code, so that a mask at the border scores more than 0 for no prediction at all.
 
     Source: Margolin et al., CVPR 2014, doi 10.1109/CVPR.2014.39.
     """
-    probability, mask, _, _, inside, total = pair
+    probability, mask, _, _, inside, _ = pair
     if not inside.size:
         return 0.0 if (probability > 0.5).any() else zero_division
     # Compute in the box around mask and prediction alone, since there is no error outside of it.
     inner = _bounding_box(pair.rows, pair.columns, mask.shape, margin=_REACH)
     outer: tuple[slice, ...] = (slice(0, mask.shape[0]), slice(0, mask.shape[1]))
     if not all(edge.any() for edge in (probability[0], probability[-1], probability[:, 0], probability[:, -1])):
-        predicted = probability > 0
-        rows, columns = np.flatnonzero(predicted.any(axis=1)), np.flatnonzero(predicted.any(axis=0))
-        outer = _join(inner, _bounding_box(rows, columns, mask.shape)) if total else inner
+        needed = probability > 0
+        needed[inner] = True
+        outer = _bounding_box(np.flatnonzero(needed.any(axis=1)), np.flatnonzero(needed.any(axis=0)), mask.shape)
     at = (pair.rows - inner[0].start, pair.columns - inner[1].start)
     inner = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(inner, outer, strict=True))
     probability, mask = probability[outer], mask[outer]
@@ -425,22 +335,13 @@ def _bounding_box(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, ...],
     )
 
 
-def _join(first: tuple[slice, ...], second: tuple[slice, ...]) -> tuple[slice, ...]:
-    pairs = zip(first, second, strict=True)
-    return tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in pairs)
-
-
 def mean_absolute_error(pair: MaskPair) -> float:
-    """Return the mean absolute difference of probability and mask, in [0, 1]; 0 is best.
-
-    Args:
-        pair: Prediction and mask.
+    """Return the mean absolute difference of probability and mask, in [0, 1], best at 0; 0 if both are empty.
 
     Source: Perazzi et al., CVPR 2012, doi 10.1109/CVPR.2012.6247743, equation 10.
     """
     # The difference is 1 - p in the mask and p outside.
-    inside = pair.inside
-    return max(0.0, pair.sum + inside.size - 2 * float(inside.sum())) / pair.mask.size
+    return max(0.0, pair.sum + pair.inside.size - 2 * float(pair.inside.sum())) / pair.mask.size
 
 
 def score(
@@ -457,21 +358,23 @@ def score(
     """Score one prediction.
 
     Args:
-        prediction: Probabilities in [0, 1], 8-bit map or binary mask of shape `(height, width)` or
-            `(regions, height, width)`; see [`to_probability`].
-        reference: Binary mask of the same shape; see [`to_mask`].
+        prediction: Probabilities in [0, 1], 8-bit map in 0..255 or binary mask (boolean, or 0 and 1) of shape
+            `(height, width)` or `(regions, height, width)`: NumPy array, tensor, PIL image or nested list.
+        reference: Binary mask of the same shape: boolean, 0 and 1, or 8-bit, where the mask is what lies above 128.
         metrics: Which of `METRICS` to compute.
-        normalize: `"minmax"` stretches each prediction to [0, 1] first.
+        normalize: `"minmax"` stretches each region to [0, 1] first unless it is constant, and takes every integer
+            prediction for an 8-bit map. With `None`, integers not above 1 are taken for a binary mask.
         zero_division: Value of Dice, IoU, F and weighted F where mask and prediction (at each threshold) are both
             empty: 0 or 1, or NaN to leave out images where both are empty at probability > 0.5.
-        beta_squared: See [`f_beta`].
-        ddof: See [`e_measure`].
+        beta_squared: Weight of recall against precision in F; below 1 precision counts more.
+        ddof: The sum over n pixels in E is divided by `n - ddof`. 1 is what the authors' code does; a perfect score is
+            then n / (n - 1), and an image of one pixel scores 0 or 4.5e15. 0 is the equation of the paper.
         valid_mask: Boolean array of shape `(height, width)`, false at pixels that do not count. S-measure and
             weighted F, which need neighbours, take them for rightly predicted background.
 
     Returns:
-        Float64 array of shape `(columns,)` or `(regions, columns)`: 258 columns for each metric in `CURVES`, see
-        [`ThresholdCounts`], and one for each other. `Accumulator` takes it.
+        Float64 array of shape `(columns,)` or `(regions, columns)`: 258 columns, one for each threshold, for each
+        metric in `CURVES`, and one for each other. `Accumulator` takes it.
 
     Raises:
         ValueError: If a value or the shapes are wrong.
@@ -492,33 +395,26 @@ def score(
         raise ValueError(f"`ddof` must be 0 or 1, got {ddof}.")
     valid_mask = None if valid_mask is None or valid_mask.all() else valid_mask
 
-    curves = {
-        "dice": lambda counts: dice(counts, zero_division),
-        "iou": lambda counts: iou(counts, zero_division),
-        "f_beta": lambda counts: f_beta(counts, beta_squared, zero_division),
-        "e_measure": lambda counts: e_measure(counts, ddof),
-    }
-
     def score_region(probability: np.ndarray, mask: np.ndarray) -> np.ndarray:
         pair = counted = make_pair(probability, mask)
         if valid_mask is not None:
             pair = make_pair(probability * valid_mask, mask & valid_mask)
             counted = make_pair(probability[valid_mask][None], mask[valid_mask][None])
-        columns: dict[str, np.ndarray | list[float]] = {}
-        if any(metric in CURVES for metric in metrics):
-            counts = count_at_thresholds(counted)
-            columns = {metric: curve(counts) for metric, curve in curves.items() if metric in metrics}
-            if math.isnan(zero_division) and not counts.reference:
-                # Leave the image out, or count it as wrong, at all thresholds, so that all average the same images.
-                value = math.nan if counts.predicted[0] == 0 else 0.0
-                columns |= {metric: np.full(NUM_THRESHOLDS, value) for metric in columns if metric != "e_measure"}
-        if "s_measure" in metrics:
-            columns["s_measure"] = [s_measure(pair)]
-        if "weighted_f_beta" in metrics:
-            columns["weighted_f_beta"] = [weighted_f_beta(pair, zero_division)]
-        if "mae" in metrics:
-            columns["mae"] = [mean_absolute_error(counted)]
-        return np.concatenate([columns[metric] for metric in metrics])
+        counts: Any = count_at_thresholds(counted) if set(CURVES) & set(metrics) else None
+        functions: dict[str, Callable[[], Any]] = {
+            "dice": lambda: dice(counts, zero_division),
+            "iou": lambda: iou(counts, zero_division),
+            "f_beta": lambda: f_beta(counts, beta_squared, zero_division),
+            "e_measure": lambda: e_measure(counts, ddof),
+            "s_measure": lambda: [s_measure(pair)],
+            "weighted_f_beta": lambda: [weighted_f_beta(pair, zero_division)],
+            "mae": lambda: [mean_absolute_error(counted)],
+        }
+        if math.isnan(zero_division) and not counted.inside.size:
+            # Leave the image out, or count it as wrong, at all thresholds, so that all average the same images.
+            value = 0.0 if (counted.probability > 0.5).any() else math.nan
+            functions |= dict.fromkeys(("dice", "iou", "f_beta"), lambda: np.full(NUM_THRESHOLDS, value))
+        return np.concatenate([functions[metric]() for metric in metrics])
 
     if valid_mask is not None and not valid_mask.any():
         return np.full((*mask.shape[:-2], sum(map(num_columns, metrics))), np.nan)
@@ -528,32 +424,8 @@ def score(
 
 
 def num_columns(metric: str) -> int:
-    """Return how many columns of [`score`] a metric takes.
-
-    Args:
-        metric: One of `METRICS`.
-    """
+    """Return how many columns of [`score`] a metric takes."""
     return NUM_THRESHOLDS if metric in CURVES else 1
 
 
-__all__ = [
-    "CURVES",
-    "METRICS",
-    "NUM_THRESHOLDS",
-    "MaskPair",
-    "ThresholdCounts",
-    "count_at_thresholds",
-    "dice",
-    "e_measure",
-    "f_beta",
-    "iou",
-    "make_pair",
-    "mean_absolute_error",
-    "num_columns",
-    "s_measure",
-    "score",
-    "to_array",
-    "to_mask",
-    "to_probability",
-    "weighted_f_beta",
-]
+__all__ = ["CURVES", "METRICS", "score"]

@@ -19,12 +19,7 @@ class Iou(SegmentationMetric):
         """,
         range="0 to 1, higher is better. Papers' mIoU is `mean_iou`.",
         special_cases=OVERLAP_CASES,
-        example="""
-            >>> prediction, reference = [[0.9, 0.6], [0.2, 0.1]], [[1, 0], [0, 0]]
-            >>> scores = metric.compute(predictions=[prediction], references=[reference])
-            >>> round(scores["iou"], 4)
-            0.5
-        """,
+        example_score=0.5,
         further_use="8-bit maps, stretched to their full range as in the protocol of the reference implementation:",
         further_example="""
             >>> import numpy as np
@@ -46,6 +41,3 @@ class Iou(SegmentationMetric):
             }
         """,
     )
-
-
-__all__ = ["Iou"]

@@ -25,12 +25,7 @@ class Mae(SegmentationMetric):
             "Constant prediction, one pixel, one row": "as any other image; "
             '`normalize="minmax"` leaves constants alone.',
         },
-        example="""
-            >>> prediction, reference = [[0.9, 0.6], [0.2, 0.1]], [[1, 0], [0, 0]]
-            >>> scores = metric.compute(predictions=[prediction], references=[reference])
-            >>> round(scores["mae"], 4)
-            0.25
-        """,
+        example_score=0.25,
         further_use="Images of several sizes, in batches:",
         further_example="""
             >>> metric.add_batch(predictions=[[[0.5]], [[1.0, 0.0]]], references=[[[1]], [[1, 0]]])
@@ -48,6 +43,3 @@ class Mae(SegmentationMetric):
             }
         """,
     )
-
-
-__all__ = ["Mae"]

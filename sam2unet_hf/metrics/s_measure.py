@@ -27,12 +27,7 @@ class SMeasure(SegmentationMetric):
             "One row, or a mask whose centre lies in the last row or column": "the quadrants without pixels count "
             "nothing. `py_sod_metrics` returns NaN there.",
         },
-        example="""
-            >>> prediction, reference = [[0.9, 0.6], [0.2, 0.1]], [[1, 0], [0, 0]]
-            >>> scores = metric.compute(predictions=[prediction], references=[reference])
-            >>> round(scores["s_measure"], 4)
-            0.9235
-        """,
+        example_score=0.9235,
         further_use="Of an image without tumour, where it is 1 minus the mean probability:",
         further_example="""
             >>> empty = [[0, 0], [0, 0]]
@@ -51,6 +46,3 @@ class SMeasure(SegmentationMetric):
             }
         """,
     )
-
-
-__all__ = ["SMeasure"]

@@ -45,14 +45,7 @@ class Accumulator:
         self._whole = self._rest = self._count = np.zeros(0, dtype=np.int64)
 
     def add(self, scores: np.ndarray) -> None:
-        """Add the scores of one image.
-
-        Args:
-            scores: What [`~functional.score`] returned, of shape `(columns,)` or `(regions, columns)`.
-
-        Raises:
-            ValueError: If images before had another number of regions.
-        """
+        """Add the scores of one image, of shape `(columns,)` or `(regions, columns)`, as `score` returned them."""
         scores = np.asarray(scores, dtype=np.float64)
         known = ~np.isnan(scores)
         scores = np.where(known, scores, 0.0)
@@ -65,14 +58,7 @@ class Accumulator:
         return self.images
 
     def merge(self, other: "Accumulator") -> None:
-        """Add all that another accumulator of the same metrics holds.
-
-        Args:
-            other: Left as it is.
-
-        Raises:
-            ValueError: If metrics or regions differ.
-        """
+        """Add all that another accumulator of the same metrics and regions holds, which is left as it is."""
         if other.metrics != self.metrics:
             raise ValueError(f"`other` must hold the metrics {self.metrics}, got {other.metrics}.")
         if other.images:
@@ -162,6 +148,9 @@ class SegmentationMetric(StreamingMetric):
 
     sample = "image"
     sample_data = "image"
+    result_options = ("regions",)
+    scores_class = Accumulator
+    example_samples = "[[0.9, 0.6], [0.2, 0.1]], [[1, 0], [0, 0]]"
     input_texts = {
         "predictions": "List of predictions, one per image: probabilities in [0, 1] (float16, float32, float64), "
         "8-bit maps (0 to 255) or binary masks, of shape `(height, width)`, or `(regions, height, width)` where "
@@ -184,17 +173,9 @@ class SegmentationMetric(StreamingMetric):
     output_notes = "With regions each key is the mean over them, and comes once more per region as `<key>_<region>`."
     # Images, and stacks of regions. `evaluate` reads the names from them; no image goes through Arrow.
     input_features = [
-        Features(
-            predictions=_nested_lists(Value("float64"), depth),
-            references=_nested_lists(Value("uint8"), depth),
-        )
+        Features(predictions=_nested_lists(Value("float64"), depth), references=_nested_lists(Value("uint8"), depth))
         for depth in (2, 3)
     ]
-
-    @classmethod
-    def default_options(cls) -> dict[str, Any]:
-        """Return the options of the module and their defaults."""
-        return {**super().default_options(), "regions": None}
 
     @classmethod
     def outputs(cls) -> dict[str, str]:
@@ -215,12 +196,6 @@ class SegmentationMetric(StreamingMetric):
             outputs[", ".join(f"`{metric}`" for metric in others)] = "of the probabilities, without threshold"
         return outputs
 
-    def _new_scores(self) -> Accumulator:
-        return Accumulator(self.metrics)
-
-    def _result(self, scores: Accumulator, options: Mapping[str, Any]) -> dict[str, float]:
-        return scores.result(options["regions"])
-
     def _samples(self, predictions: Any, references: Any, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         # A generator has no length.
         predictions, references = (
@@ -234,4 +209,4 @@ class SegmentationMetric(StreamingMetric):
             yield {"prediction": prediction, "reference": reference}
 
 
-__all__ = ["CONSTANT_PREDICTION", "OVERLAP_CASES", "Accumulator", "SegmentationMetric"]
+__all__ = ["Accumulator"]

@@ -1,6 +1,5 @@
 """A metric as a Space on the Hugging Face Hub: its code, an app, and a card made of its facts."""
 
-import importlib
 import inspect
 import re
 import shutil
@@ -8,14 +7,15 @@ from pathlib import Path
 
 from huggingface_hub import SpaceCard, SpaceCardData
 
+from .. import metrics
 from .streaming_metric import StreamingMetric
 
 
-_PACKAGE = importlib.import_module(__name__.rpartition(".")[0])
-_EXPORTS = [getattr(_PACKAGE, name) for name in _PACKAGE.__all__]
 # Name of its file -> metric, of all that the package exports.
 METRIC_CLASSES: dict[str, type[StreamingMetric]] = {
-    value.file_name(): value for value in _EXPORTS if inspect.isclass(value) and issubclass(value, StreamingMetric)
+    value.file_name(): value
+    for value in vars(metrics).values()
+    if inspect.isclass(value) and issubclass(value, StreamingMetric)
 }
 _TEMPLATE = Path(__file__).with_name("metric_card.md")
 _REQUIREMENTS = "datasets>=5.1\nevaluate>=0.4.6\nnumpy>=2.0\nscipy>=1.13\n"
@@ -38,30 +38,8 @@ def render_metric_card(name: str) -> str:
         name: Name of the module, a key of `METRIC_CLASSES`.
     """
     metric = METRIC_CLASSES[name]
-    card_data = SpaceCardData(
-        title=metric.facts.title,
-        emoji="🧠",
-        colorFrom="blue",
-        colorTo="gray",
-        sdk="gradio",
-        sdk_version="3.19.1",
-        app_file="app.py",
-        pinned=False,
-        license="apache-2.0",
-        tags=["evaluate", "metric", "image-segmentation"],
-        description=metric.facts.description,
-    )
-    card = SpaceCard.from_template(
-        card_data,
-        template_path=str(_TEMPLATE),
-        name=name,
-        sample_data=metric.sample_data,
-        facts=metric.facts,
-        inputs=metric.inputs(),
-        outputs=metric.outputs(),
-        output_notes=metric.output_notes,
-    )
-    return str(card)
+    card_data = SpaceCardData(title=metric.facts.title, description=metric.facts.description)
+    return str(SpaceCard.from_template(card_data, template_path=str(_TEMPLATE), metric=metric))
 
 
 def write_metric_space(name: str, folder: str | Path) -> list[Path]:

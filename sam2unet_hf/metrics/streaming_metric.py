@@ -16,33 +16,22 @@ class MetricFacts:
     """What there is to know of a module; its docstring and its card are made of that.
 
     Texts may be indented and have line breaks; examples and citation keep theirs.
-
-    Args:
-        title: Name of the metric.
-        description: What it is, in a paragraph.
-        range: Range of the values and which of them are better, and what else to know of them.
-        special_cases: Kind of sample, such as an empty mask -> its value.
-        example: Doctest that scores one sample with `metric`, the module.
-        further_use: A sentence about another use.
-        further_example: Doctest of that, which goes on after `example`.
-        citation: BibTeX entry with a DOI.
-        details: Further paragraph for the card.
     """
 
     title: str
-    description: str
-    range: str
-    special_cases: Mapping[str, str]
-    example: str
-    further_use: str
-    further_example: str
-    citation: str
-    details: str = ""
+    description: str  # what it is, in a paragraph
+    range: str  # range of the values and which of them are better, and what else to know of them
+    special_cases: Mapping[str, str]  # kind of sample, such as an empty mask -> its value
+    example_score: float  # of the first of `metrics` in the example of all modules
+    further_use: str  # a sentence about another use
+    further_example: str  # doctest of that, which goes on after the first
+    citation: str  # BibTeX entry with a DOI
+    details: str = ""  # further paragraph for the card
 
     def __post_init__(self) -> None:
         for name in ("description", "range", "details"):
             setattr(self, name, " ".join(getattr(self, name).split()))
-        for name in ("example", "further_example", "citation"):
+        for name in ("further_example", "citation"):
             setattr(self, name, inspect.cleandoc(getattr(self, name)))
 
 
@@ -54,49 +43,26 @@ class StreamingMetric(evaluate.Metric, abc.ABC):
 
     A module sets `score_function`, `metrics`, `options` and `facts`; the classes of all metrics of images and of all
     metrics of volumes set the rest. `evaluate` takes the first class in a file that is not abstract for its module.
-
-    Args:
-        *args: Arguments of [`evaluate.Metric`].
-        **kwargs: Further arguments of [`evaluate.Metric`], and options of the module.
-
-    Raises:
-        TypeError: If there is no such option.
-        ValueError: If an option has a value it cannot have, or `num_process` is not 1.
-
-    Attributes:
-        metrics: Names of the metrics, as `score_function` takes them.
-        options: Names of the options, which are arguments of `score_function` and have their defaults from there.
-        facts: What its texts are made of.
-        sample: What is scored: an image or a patient.
-        sample_data: What there is of a sample: an image or a volume.
-        sample_options: Options that may differ from sample to sample, so that `add` and `add_batch` take them.
-        input_texts: What the arguments of `compute` and all options mean.
-        output_notes: What else to know of the result.
-        input_features: Types of prediction and reference for `evaluate`.
     """
 
-    metrics: ClassVar[tuple[str, ...]]
-    options: ClassVar[tuple[str, ...]]
+    metrics: ClassVar[tuple[str, ...]]  # as `score_function` takes them
+    options: ClassVar[tuple[str, ...]]  # arguments of `score_function`, where their defaults are
     facts: ClassVar[MetricFacts]
-    sample: ClassVar[str]
-    sample_data: ClassVar[str]
-    sample_options: ClassVar[tuple[str, ...]] = ()
-    input_texts: ClassVar[dict[str, str]]
-    output_notes: ClassVar[str] = ""
-    input_features: ClassVar[Any]
+    sample: ClassVar[str]  # what is scored: an image or a patient
+    sample_data: ClassVar[str]  # what there is of a sample: an image or a volume
+    sample_options: ClassVar[tuple[str, ...]] = ()  # `add` and `add_batch` take them too, for their samples
+    result_options: ClassVar[tuple[str, ...]] = ()  # further options, of `scores_class.result`, which are `None` there
+    scores_class: ClassVar[Any]  # of an object with `add`, `merge`, `result` and a length, for the scores of samples
+    input_texts: ClassVar[dict[str, str]]  # what the arguments of `compute` and all options mean
+    output_notes: ClassVar[str] = ""  # what else to know of the result
+    input_features: ClassVar[Any]  # types of prediction and reference for `evaluate`
+    example_samples: ClassVar[str]  # prediction and reference in the example of all modules
+    example_key: ClassVar[str] = ""  # what comes behind the name of a metric in its result
 
     @staticmethod
     @abc.abstractmethod
     def score_function(*args: Any, **kwargs: Any) -> Any:
         """Score one sample: `score` or `score_volume`."""
-
-    @abc.abstractmethod
-    def _new_scores(self) -> Any:
-        """Return an object with `add`, `merge` and a length that takes what `score_function` returns."""
-
-    @abc.abstractmethod
-    def _result(self, scores: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the averages of the scores under their names."""
 
     @abc.abstractmethod
     def _samples(self, predictions: Any, references: Any, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -122,7 +88,7 @@ class StreamingMetric(evaluate.Metric, abc.ABC):
                 f"of `sam2unet_hf.metrics.{self.score_function.__name__}` instead."
             )
         super().__init__(*args, **kwargs)
-        self._scores = self._new_scores()
+        self._scores = self.scores_class(self.metrics)
 
     @classmethod
     def file_name(cls) -> str:
@@ -133,7 +99,7 @@ class StreamingMetric(evaluate.Metric, abc.ABC):
     def default_options(cls) -> dict[str, Any]:
         """Return the options of the module and their defaults."""
         parameters = inspect.signature(cls.score_function).parameters
-        return {name: parameters[name].default for name in cls.options}
+        return {name: parameters[name].default for name in cls.options} | dict.fromkeys(cls.result_options)
 
     @classmethod
     def inputs(cls) -> dict[str, str]:
@@ -142,22 +108,29 @@ class StreamingMetric(evaluate.Metric, abc.ABC):
         return {name: text for name, text in cls.input_texts.items() if name in names}
 
     @classmethod
+    def example(cls) -> str:
+        """Return a doctest that scores one sample with `metric`, the module."""
+        spacing = ", spacing=(1, 1, 3)" if "spacing" in cls.options else ""
+        return f"""\
+>>> prediction, reference = {cls.example_samples}
+>>> scores = metric.compute(predictions=[prediction], references=[reference]{spacing})
+>>> round(scores["{cls.metrics[0]}{cls.example_key}"], 4)
+{cls.facts.example_score}"""
+
+    @classmethod
     def _describe_inputs(cls) -> str:
-        def fill(first_indent: str, text: str, indent: str) -> str:
-            return textwrap.fill(
-                text, 119, initial_indent=first_indent, subsequent_indent=indent, break_on_hyphens=False
-            )
+        def items(texts: Mapping[str, str], bullet: str = "") -> list[str]:
+            fill = textwrap.TextWrapper(119, f"    {bullet}", " " * (6 if bullet else 8), break_on_hyphens=False).fill
+            return [fill(f"{name}: {text}") for name, text in texts.items()]
 
-        def bullets(texts: Mapping[str, str]) -> list[str]:
-            return [fill("    - ", f"{name}: {text}", " " * 6) for name, text in texts.items()]
-
-        lines = ["\nArgs:"]
-        lines += [fill("    ", f"{name}: {text}", " " * 8) for name, text in cls.inputs().items()]
-        lines += ["\nReturns:", fill("    ", f"Dictionary; range: {cls.facts.range} {cls.output_notes}", "    "), ""]
-        lines += [*bullets(cls.outputs()), f"\nSpecial {cls.sample_data}s:", *bullets(cls.facts.special_cases)]
-        lines += ["\nExamples:", "    >>> import evaluate"]
+        returns = textwrap.fill(
+            f"Dictionary; range: {cls.facts.range} {cls.output_notes}", 115, break_on_hyphens=False
+        )
+        lines = ["\nArgs:", *items(cls.inputs()), "\nReturns:", textwrap.indent(returns, "    "), ""]
+        lines += [*items(cls.outputs(), "- "), f"\nSpecial {cls.sample_data}s:"]
+        lines += [*items(cls.facts.special_cases, "- "), "\nExamples:", "    >>> import evaluate"]
         lines += [f'    >>> metric = evaluate.load("{cls.file_name()}.py")  # path of this file, or id of its Space']
-        return "\n".join([*lines, textwrap.indent(cls.facts.example, "    "), ""])
+        return "\n".join([*lines, textwrap.indent(cls.example(), "    "), ""])
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -180,7 +153,7 @@ class StreamingMetric(evaluate.Metric, abc.ABC):
         return len(self._scores)
 
     def _score(self, predictions: Any, references: Any, options: Mapping[str, Any]) -> Any:
-        scores = self._new_scores()
+        scores = self.scores_class(self.metrics)
         options = {name: options[name] for name in self.options}
         for index, sample in enumerate(self._samples(predictions, references, options)):
             try:
@@ -220,14 +193,11 @@ class StreamingMetric(evaluate.Metric, abc.ABC):
                 f"{len(self)} {self.sample}s were added with another value of {', '.join(changed)}. Pass options to "
                 "`evaluate.load` instead."
             )
-        scores = self._new_scores()
+        scores = self.scores_class(self.metrics)
         scores.merge(self._scores)
         if predictions is not None:
             scores.merge(self._score(predictions, references, options))
-        result = self._result(scores, options)
+        result = scores.result(**{name: options[name] for name in self.result_options})
         # Start anew only after the result is there, so that a mistake costs no sample.
-        self._scores = self._new_scores()
+        self._scores = self.scores_class(self.metrics)
         return result
-
-
-__all__ = ["MetricFacts", "StreamingMetric"]

@@ -23,12 +23,7 @@ class VolumeDice(VolumeMetric):
             "One of them empty": "0, however few voxels the other has.",
             "Region fills the volume": "as any other.",
         },
-        example="""
-            >>> prediction, reference = [[[2, 1, 0, 0], [2, 2, 0, 0]]], [[[2, 0, 0, 0], [2, 0, 0, 0]]]
-            >>> scores = metric.compute(predictions=[prediction], references=[reference])
-            >>> round(scores["volume_dice_WT"], 4)
-            0.6667
-        """,
+        example_score=0.6667,
         further_use="Patients added one by one, so that one volume at a time is in memory, and the scores of each:",
         further_example="""
             >>> metric = evaluate.load("./volume_dice.py", regions={"WT": [1, 2, 3], "TC": [1, 3]})
@@ -53,6 +48,3 @@ class VolumeDice(VolumeMetric):
             }
         """,
     )
-
-
-__all__ = ["VolumeDice"]

@@ -39,11 +39,7 @@ _MISSING = object()
 
 
 class VolumeScores:
-    """Scores of patients, and their averages, which are rounded once so that the order of patients does not matter.
-
-    Args:
-        metrics: The metrics of the scores, as passed to [`~volume_functional.score_volume`].
-    """
+    """Scores of patients, and their averages, which are rounded once so that the order of patients does not matter."""
 
     def __init__(self, metrics: Sequence[str]):
         self.metrics = tuple(metrics)
@@ -54,27 +50,15 @@ class VolumeScores:
         return len(self.patients)
 
     def add(self, scores: dict[str, dict[str, float]]) -> None:
-        """Add the scores of one patient.
-
-        Args:
-            scores: What [`~volume_functional.score_volume`] returned.
-        """
+        """Add what [`~volume_functional.score_volume`] returned for one patient."""
         self.patients.append(scores)
 
     def merge(self, other: "VolumeScores") -> None:
-        """Add the patients of others, after those that are there.
-
-        Args:
-            other: Scores of the same metrics and regions; left as they are.
-        """
+        """Add the patients of others, after those that are there."""
         self.patients += other.patients
 
     def result(self) -> dict[str, Any]:
-        """Return for each metric the mean over regions, the mean over patients per region, and the patients' values.
-
-        Raises:
-            ValueError: If no patient was added.
-        """
+        """Return each metric's mean over regions, its mean over patients per region, and the values of the patients."""
         if not self.patients:
             raise ValueError("There is nothing to average: add patients first.")
         result: dict[str, Any] = {}
@@ -93,6 +77,9 @@ class VolumeMetric(StreamingMetric):
     sample = "patient"
     sample_data = "volume"
     sample_options = ("spacing",)
+    scores_class = VolumeScores
+    example_samples = "[[[2, 1, 0, 0], [2, 2, 0, 0]]], [[[2, 0, 0, 0], [2, 0, 0, 0]]]"
+    example_key = "_WT"
     input_texts = {
         "predictions": "Volumes of label ids, one per patient, of shape `(x, y, z)` with the axes in any order: "
         "integers >= 0 (which may be stored as floats), 0 for the background. NumPy arrays, tensors or nested lists, "
@@ -122,12 +109,6 @@ class VolumeMetric(StreamingMetric):
             keys("_per_patient"): "a list per region, of the patients in the order they were added",
         }
 
-    def _new_scores(self) -> VolumeScores:
-        return VolumeScores(self.metrics)
-
-    def _result(self, scores: VolumeScores, options: Mapping[str, Any]) -> dict[str, Any]:
-        return scores.result()
-
     def _merge_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         merged = super()._merge_options(options)
         to_regions(merged["regions"])
@@ -147,6 +128,3 @@ class VolumeMetric(StreamingMetric):
                     f"Each patient needs one {', one '.join(columns)}, but patient {index} has no {missing[0]}."
                 )
             yield shared | patient
-
-
-__all__ = ["BRATS_CITATION", "DISTANCE_DETAILS", "VolumeMetric", "VolumeScores"]

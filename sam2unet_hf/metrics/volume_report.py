@@ -29,12 +29,7 @@ class VolumeReport(VolumeMetric):
             "Reference fills the volume": "specificity is 1, since there was no background to get wrong.",
             "Region at the border of the volume": "its voxels there are surface.",
         },
-        example="""
-            >>> prediction, reference = [[[2, 1, 0, 0], [2, 2, 0, 0]]], [[[2, 0, 0, 0], [2, 0, 0, 0]]]
-            >>> scores = metric.compute(predictions=[prediction], references=[reference], spacing=(1, 1, 3))
-            >>> round(scores["volume_dice_WT"], 4)
-            0.6667
-        """,
+        example_score=0.6667,
         further_use="Patients added one by one, so that one volume at a time is in memory, each with its spacing:",
         further_example="""
             >>> metric.add(prediction=[[[3, 0, 0]]], reference=[[[0, 3, 0]]], spacing=(1, 1, 3))
@@ -45,6 +40,3 @@ class VolumeReport(VolumeMetric):
         """,
         citation=BRATS_CITATION,
     )
-
-
-__all__ = ["VolumeReport"]

@@ -25,12 +25,7 @@ class WeightedFBeta(SegmentationMetric):
             "Mask full": "as any other; 1 if the prediction is 1 everywhere.",
             "Constant prediction, one pixel, one row": 'as any other; `normalize="minmax"` leaves constants alone.',
         },
-        example="""
-            >>> prediction, reference = [[0.9, 0.6], [0.2, 0.1]], [[1, 0], [0, 0]]
-            >>> scores = metric.compute(predictions=[prediction], references=[reference])
-            >>> round(scores["weighted_f_beta"], 4)
-            0.6578
-        """,
+        example_score=0.6578,
         further_use="The farther from the mask, the more a false pixel counts:",
         further_example="""
             >>> row = [[1, 1, 0, 0, 0, 0]]
@@ -50,6 +45,3 @@ class WeightedFBeta(SegmentationMetric):
             }
         """,
     )
-
-
-__all__ = ["WeightedFBeta"]
