@@ -117,9 +117,7 @@ class Sam2UNetConfig(PreTrainedConfig):
 
     model_type = "sam2unet"
     keys_to_ignore_at_inference = ["auxiliary_logits", "hidden_states"]
-    sub_configs_defaults = {
-        "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="sam2_hiera_det_model"),
-    }
+    sub_configs_defaults = {"backbone_config": SubConfigSpec(AutoConfig, model_type="sam2_hiera_det_model")}
 
     backbone_config: dict | PreTrainedConfig | None = None
     adapter_hidden_size: int = 32
@@ -204,10 +202,7 @@ class Sam2UNetConfig(PreTrainedConfig):
         """Check that there is one weight per auxiliary output."""
         weights = self.auxiliary_loss_weights
         if len(weights) != 2 or min(weights) < 0:
-            raise ValueError(
-                "`auxiliary_loss_weights` must be two weights >= 0, for the outputs at stride 16 and stride 8, got "
-                f"{weights}."
-            )
+            raise ValueError(f"`auxiliary_loss_weights` must be two weights >= 0, at stride 16 and 8, got {weights}.")
 
     def validate_labels(self):
         """Check that the regions and the names of the label ids fit each other."""

@@ -19,13 +19,8 @@ class Sam2UNetPatchEmbeddings(nn.Module):
 
     def __init__(self, config: Sam2HieraDetConfig):
         super().__init__()
-        self.projection = nn.Conv2d(
-            config.num_channels,
-            config.hidden_size,
-            kernel_size=config.patch_kernel_size,
-            stride=config.patch_stride,
-            padding=config.patch_padding,
-        )
+        kernel_size, stride, padding = config.patch_kernel_size, config.patch_stride, config.patch_padding
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size, stride, padding)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         # (B, C, H, W) -> (B, H/4, W/4, hidden_size)
@@ -166,10 +161,9 @@ class Sam2UNetEncoder(nn.Module):
         backbone = config.backbone_config
         self.patch_embed = Sam2UNetPatchEmbeddings(backbone)
         self.window_sizes = backbone.window_size_per_stage
-        background_size = backbone.window_positional_embedding_background_size
-        self.pos_embed = nn.Parameter(torch.zeros(1, backbone.hidden_size, *background_size))
-        window = (self.window_sizes[0], self.window_sizes[0])
-        self.pos_embed_window = nn.Parameter(torch.zeros(1, backbone.hidden_size, *window))
+        background, side = backbone.window_positional_embedding_background_size, self.window_sizes[0]
+        self.pos_embed = nn.Parameter(torch.zeros(1, backbone.hidden_size, *background))
+        self.pos_embed_window = nn.Parameter(torch.zeros(1, backbone.hidden_size, side, side))
         self.blocks = nn.ModuleList()
         self.stage_ends = []
         for stage, num_blocks in enumerate(backbone.blocks_per_stage):
@@ -183,8 +177,7 @@ class Sam2UNetEncoder(nn.Module):
     def position_embedding(self, height: int, width: int) -> torch.Tensor:
         """Return the embedding of shape `(1, height, width, hidden_size)`: background plus tiled window."""
         background = F.interpolate(self.pos_embed, size=(height, width), mode="bicubic")
-        window_height, window_width = self.pos_embed_window.shape[-2:]
-        window = self.pos_embed_window.tile(1, 1, height // window_height, width // window_width)
+        window = self.pos_embed_window.tile(1, 1, height // self.window_sizes[0], width // self.window_sizes[0])
         return (background + window).permute(0, 2, 3, 1)
 
     def run_stage(self, maps: torch.Tensor, stage: int) -> tuple[torch.Tensor, ...]:
