@@ -49,12 +49,10 @@ class Sam2UNetConvNorm(nn.Module):
         return super().train(mode)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.fused_weight is not None:
-            conv = self.conv
-            return F.conv2d(
-                hidden_states, self.fused_weight, self.fused_bias, padding=conv.padding, dilation=conv.dilation
-            )
-        return self.norm(self.conv(hidden_states))
+        if self.fused_weight is None:
+            return self.norm(self.conv(hidden_states))
+        padding, dilation = self.conv.padding, self.conv.dilation
+        return F.conv2d(hidden_states, self.fused_weight, self.fused_bias, padding=padding, dilation=dilation)
 
 
 class Sam2UNetReceptiveFieldBlock(nn.Module):
@@ -100,11 +98,7 @@ class Sam2UNetUpBlock(nn.Module):
 
 
 class Sam2UNetDecodeHead(nn.Module):
-    """Receptive field blocks, U-Net decoder and the three classifiers.
-
-    Args:
-        config: Sizes of encoder and decoder, and the regions, each of which is one channel of the output.
-    """
+    """Receptive field blocks, U-Net decoder and the three classifiers."""
 
     def __init__(self, config: Sam2UNetConfig):
         super().__init__()
@@ -117,16 +111,7 @@ class Sam2UNetDecodeHead(nn.Module):
         self.classifier = nn.Conv2d(channels, num_regions, 1)
 
     def forward(self, *feature_maps: torch.Tensor, output_auxiliary_logits: bool = False) -> tuple[torch.Tensor, ...]:
-        """Turn the encoder's feature maps into raw scores.
-
-        Args:
-            *feature_maps: One map per stage, `(batch_size, channels, height / stride, width / stride)`.
-            output_auxiliary_logits: Return the scores of the two side outputs too.
-
-        Returns:
-            Scores of shape `(batch_size, num_regions, height / stride, width / stride)` at stride 4 and, when asked
-            for, at strides 16 and 8.
-        """
+        """Return raw scores `(batch_size, num_regions, ...)` at stride 4 and, when asked for, at strides 16 and 8."""
         *skips, hidden_states = [
             block(feature_map) for block, feature_map in zip(self.receptive_field_blocks, feature_maps, strict=True)
         ]
@@ -134,12 +119,7 @@ class Sam2UNetDecodeHead(nn.Module):
         for up_block, skip in zip(self.up_blocks, reversed(skips), strict=True):
             hidden_states = up_block(hidden_states, skip)
             decoded.append(hidden_states)
-        auxiliary = []
+        logits = [self.classifier(hidden_states)]
         if output_auxiliary_logits:
-            auxiliary = [
-                classifier(side) for classifier, side in zip(self.auxiliary_classifiers, decoded[:2], strict=True)
-            ]
-        return self.classifier(hidden_states), *auxiliary
-
-
-__all__ = ["Sam2UNetDecodeHead"]
+            logits += [head(side) for head, side in zip(self.auxiliary_classifiers, decoded[:2], strict=True)]
+        return tuple(logits)
