@@ -58,7 +58,7 @@ class VolumeScores:
         self.patients += other.patients
 
     def result(self) -> dict[str, Any]:
-        """Return each metric's mean over regions, its mean over patients per region, and the values of the patients."""
+        """Return each metric's mean over regions, means over patients per region, and the values of the patients."""
         if not self.patients:
             raise ValueError("There is nothing to average: add patients first.")
         result: dict[str, Any] = {}
