@@ -246,13 +246,6 @@ class RowGroupSampler(Sampler[int]):
         self.shuffle = shuffle
         self.seed = seed
 
-    @classmethod
-    def of_arguments(
-        cls, rows: ParquetRows, args: TrainingArguments, batch_size: int, shuffle: bool = False
-    ) -> "RowGroupSampler":
-        """Return the sampler for the processes and workers of a training."""
-        return cls(rows, batch_size, args.world_size, args.dataloader_num_workers, shuffle)
-
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -311,7 +304,7 @@ def row_group_loader(
         options["worker_init_fn"] = functools.partial(
             seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
         )
-    sampler = RowGroupSampler.of_arguments(rows, args, batch_size, shuffle=is_training)
+    sampler = RowGroupSampler(rows, batch_size, args.world_size, args.dataloader_num_workers, shuffle=is_training)
     return DataLoader(rows, batch_size=batch_size, sampler=sampler, collate_fn=collate, **options)
 
 

@@ -264,7 +264,8 @@ class Sam2UNetTrainer(HubTrainer):
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         if not isinstance(rows, ParquetRows):
             return output
-        places = np.argsort(RowGroupSampler.of_arguments(rows, self.args, self.args.eval_batch_size).order())
+        size, processes, workers = self.args.eval_batch_size, self.args.world_size, self.args.dataloader_num_workers
+        places = np.argsort(RowGroupSampler(rows, size, processes, workers).order())
         if isinstance(metrics, SegmentationMetrics) and len(metrics.image_dice):
             metrics.image_dice = metrics.image_dice[places]
         if isinstance(output.predictions, np.ndarray) and isinstance(output.label_ids, np.ndarray):
