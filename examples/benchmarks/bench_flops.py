@@ -13,20 +13,9 @@ from typing import Any
 
 import torch
 from bench_model import build, forward_pass
-from timing import DTYPES, make_parser, report, run_facts, time_in_turn
-from torch.utils.flop_counter import FlopCounterMode
+from timing import DTYPES, count_flops, make_parser, report, run_facts, time_in_turn
 
 from sam2unet_hf.configuration_sam2unet import PRESETS
-
-
-def count_flops(model: torch.nn.Module, pixel_values: torch.Tensor) -> int:
-    """Count multiplications and additions of matrix products, convolutions and attention."""
-    # Run attention as matrix products, which the counter knows on every device.
-    model.set_attn_implementation("eager")
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(pixel_values)
-    model.set_attn_implementation("sdpa")
-    return counter.get_total_flops()
 
 
 def matmul_rate(preset: str, tokens: int, dtype: torch.dtype, device: str, rounds: int) -> float:
@@ -53,9 +42,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results: dict[str, Any] = {**run_facts(__file__, argv, args.device), "cases": []}
     rows = []
     for preset in args.presets:
-        models = build(preset, None, ["ours", "padded"], args.image_size)
+        models = build(preset, args.image_size)
         shape = (args.batch_size, 3, args.image_size, args.image_size)
-        flops = {name: count_flops(model.eval(), torch.zeros(shape)) for name, model in models.items()}
+        flops = {name: count_flops(model, torch.zeros(shape)) for name, model in models.items()}
         for dtype in args.dtypes:
             model = copy.deepcopy(models["ours"]).to(args.device, DTYPES[dtype])
             run = forward_pass(model, torch.randn(shape, device=args.device, dtype=DTYPES[dtype]))
