@@ -24,7 +24,6 @@ pytest.importorskip("monai")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import compare_models  # noqa: E402 - the scripts are no package
-import comparison_costs  # noqa: E402
 from baselines import build_baseline, instances  # noqa: E402
 
 from dataset_scripts.brats_slices import BratsSlices  # noqa: E402
@@ -155,7 +154,7 @@ def test_mask_rcnn_weights_its_masks_by_their_scores(monkeypatch):
 
 def test_minutes_become_steps_and_a_finished_system_is_not_run_again(slices, tmp_path, monkeypatch):
     """One comparison of two systems, from the data to the tables."""
-    monkeypatch.setattr(comparison_costs, "time_step", lambda *args: 0.5)
+    monkeypatch.setattr(compare_models, "time_step", lambda *args: 0.5)
     measured = []
 
     def measure_here(command, **kwargs):
