@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from torch import nn
+from torchvision.models.detection import maskrcnn_resnet50_fpn
 from torchvision.ops import masks_to_boxes
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -19,6 +20,7 @@ from sam2unet_hf import Sam2UNetForSemanticSegmentation
 from sam2unet_hf.modeling_sam2unet import Sam2UNetOutput
 
 
+Labels = torch.Tensor | Sequence[torch.Tensor] | None
 # Height and width of the input must be multiples of the deepest stride of the networks.
 STRIDE = 32
 
@@ -40,12 +42,9 @@ class BaselineConfig(PreTrainedConfig):
 def build_network(system: str, num_regions: int, weights: str | None) -> nn.Module:
     """Build the network of a system; `weights` are `"imagenet"` or none, and ResUNet has none."""
     if system == "maskrcnn":
-        from torchvision.models import ResNet50_Weights
-        from torchvision.models.detection import maskrcnn_resnet50_fpn
-
         # Leave the images as they are, because the image processor normalises and resizes them.
         return maskrcnn_resnet50_fpn(
-            weights_backbone=None if weights is None else ResNet50_Weights.IMAGENET1K_V1,
+            weights_backbone=None if weights is None else "IMAGENET1K_V1",
             num_classes=num_regions + 1,
             image_mean=[0.0] * 3,
             image_std=[1.0] * 3,
@@ -86,9 +85,7 @@ class Baseline(PreTrainedModel):
     region_masks = Sam2UNetForSemanticSegmentation.region_masks
     compute_loss = Sam2UNetForSemanticSegmentation.compute_loss
 
-    def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | Sequence[torch.Tensor] | None = None
-    ) -> Sam2UNetOutput:
+    def forward(self, pixel_values: torch.Tensor, labels: Labels = None) -> Sam2UNetOutput:
         """Segment images of shape `(batch_size, 3, height, width)`; labels are as those of SAM2-UNet."""
         height, width = pixel_values.shape[-2:]
         padded = F.pad(pixel_values, (0, -width % STRIDE, 0, -height % STRIDE))
@@ -97,14 +94,10 @@ class Baseline(PreTrainedModel):
 
 
 def instances(masks: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the connected components of region masks as the instances that Mask R-CNN learns.
+    """Return the connected components of the region masks of an image as the instances that Mask R-CNN learns.
 
-    Args:
-        masks: Masks of one image of shape `(num_regions, height, width)` in {0, 1}.
-
-    Returns:
-        `boxes` of shape `(instances, 4)` as `(left, top, right, bottom)` in pixels, `labels` of shape `(instances,)`,
-        which are 1 for the first region, and `masks` of shape `(instances, height, width)`, `uint8`.
+    Masks have the shape `(num_regions, height, width)`, boxes are `(left, top, right, bottom)` in pixels, labels count
+    the regions from 1.
     """
     found, labels = [], []
     for label, mask in enumerate(masks.cpu().numpy(), start=1):
@@ -127,24 +120,20 @@ class MaskRCNNBaseline(Baseline):
     The probability of a pixel is the maximum over instances of mask probability times score.
     """
 
-    def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | Sequence[torch.Tensor] | None = None
-    ) -> Sam2UNetOutput:
+    def forward(self, pixel_values: torch.Tensor, labels: Labels = None) -> Sam2UNetOutput:
         """Segment as [`Baseline.forward`] does, but return no logits in training mode with labels: there are none."""
         height, width = pixel_values.shape[-2:]
         # The network resizes images to these sizes; set those of the images.
         self.network.transform.min_size, self.network.transform.max_size = (min(height, width),), max(height, width)
-        if self.training and labels is not None:
+        # Detect without labels in training mode too, in which the batch norm of the backbone is estimated anew.
+        is_trained = self.training and labels is not None
+        self.network.train(is_trained)
+        self.network.backbone.train(self.training)
+        if is_trained:
             masks, _ = self.region_masks(labels)
             losses = self.network(list(pixel_values), [instances(image_masks) for image_masks in masks])
             return Sam2UNetOutput(loss=torch.stack(list(losses.values())).sum())
-        # Detect in training mode too, in which batch norm is estimated anew.
-        parts = (self.network, self.network.transform, self.network.rpn, self.network.roi_heads)
-        for part in parts:
-            part.training = False
         detections = self.network(list(pixel_values))
-        for part in parts:
-            part.training = self.training
         probabilities = pixel_values.new_zeros(len(pixel_values), len(self.config.regions), height, width)
         for image, detection in zip(probabilities, detections, strict=True):
             weighted = detection["masks"][:, 0] * detection["scores"][:, None, None]

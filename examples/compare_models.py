@@ -61,16 +61,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     length.add_argument("--minutes", type=float, help="training time of each system, turned into steps by timing some")
     parser.add_argument("--image_size", type=int, default=352)
     parser.add_argument("--batch_size", type=int, default=4, help="at least 2, for DeepLabV3's batch norm")
-    rates = "a number, and SYSTEM=NUMBER for each exception"
-    parser.add_argument("--learning_rate", nargs="+", default=["1e-4"], help=rates)
-    changes = {"choices": ["none", *AUGMENTATIONS], "help": "random changes of training images"}
-    parser.add_argument("--augmentation", nargs="+", default=["flips"], **changes)
+    parser.add_argument(
+        "--learning_rate", nargs="+", default=["1e-4"], help="a number, and SYSTEM=NUMBER for each exception"
+    )
+    changes = ["none", *AUGMENTATIONS]
+    parser.add_argument("--augmentation", nargs="+", default=["flips"], choices=changes, help="of training images")
     parser.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
     parser.add_argument("--evaluations", type=int, default=10, help="how often the best checkpoint is chosen")
     parser.add_argument("--weights", choices=["imagenet"], help="pretrained encoders for the other systems")
     parser.add_argument("--sam2_checkpoint", help="pretrained encoder of SAM2-UNet, frozen; default: from scratch")
     parser.add_argument("--preset", default="tiny", choices=list(PRESETS), help="size of SAM2-UNet from scratch")
-    parser.add_argument("--freeze_encoder", action="store_true", help="freeze it in a SAM2-UNet from scratch too")
+    parser.add_argument(
+        "--freeze_encoder", action="store_true", help="freeze the encoder of SAM2-UNet from scratch too"
+    )
     parser.add_argument("--bf16", action="store_true", help="train and score under bfloat16 autocast")
     parser.add_argument("--use_cpu", action="store_true", help="run on the CPU even if there is a GPU")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that load images")
@@ -128,10 +131,7 @@ def time_step(model: PreTrainedModel, batches: Iterator[dict[str, Any]], bf16: b
 
 
 def measure(args: argparse.Namespace, system: str) -> dict[str, float]:
-    """Measure what a system costs; call it in a new process, because the peak memory is that of the process.
-
-    Seconds and operations are of one image and of one training step; memory is that of the GPU, if there is one.
-    """
+    """Measure what a system costs; call it in a new process, because the peak memory is that of the process."""
     data = ComparisonData(args)
     set_seed(0)
     device = "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
@@ -170,11 +170,15 @@ def measure_costs(args: argparse.Namespace, system: str, argv: Sequence[str]) ->
     return json.loads(path.read_text())
 
 
-def training_arguments(args: argparse.Namespace, system: str, seed: int, steps: int) -> SegmentationTrainingArguments:
-    """Return the recipe of a training; systems differ in the learning rate only."""
+def run(args: argparse.Namespace, data: ComparisonData, system: str, seed: int, steps: int) -> None:
+    """Train and score a system, or resume it, and write `result.json` and `examples.npz` into its folder."""
+    folder = args.output_dir / system / f"seed-{seed}"
+    if (folder / "result.json").exists():
+        logger.info("%s, seed %d: finished before.", SYSTEMS[system].name, seed)
+        return
     every = max(1, steps // args.evaluations)
-    return SegmentationTrainingArguments(
-        output_dir=str(args.output_dir / system / f"seed-{seed}"),
+    training_args = SegmentationTrainingArguments(
+        output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
@@ -188,25 +192,17 @@ def training_arguments(args: argparse.Namespace, system: str, seed: int, steps: 
         logging_steps=max(1, steps // 100),
         dataloader_drop_last=True,
         dataloader_num_workers=args.num_workers,
-        dataloader_pin_memory=torch.cuda.is_available() and not args.use_cpu,
+        dataloader_pin_memory=not args.use_cpu,
         bf16=args.bf16,
         use_cpu=args.use_cpu,
         seed=seed,
         report_to="none",
     )
-
-
-def run(args: argparse.Namespace, data: ComparisonData, system: str, seed: int, steps: int) -> None:
-    """Train and score a system, or resume it, and write `result.json` and `examples.npz` into its folder."""
-    folder = args.output_dir / system / f"seed-{seed}"
-    if (folder / "result.json").exists():
-        logger.info("%s, seed %d: finished before.", SYSTEMS[system].name, seed)
-        return
     set_seed(seed)
     from_scratch = (args.sam2_checkpoint if system == "sam2unet" else args.weights) is None
     trainer = Sam2UNetTrainer(
         build_model(args, system, data.regions),
-        training_arguments(args, system, seed, steps),
+        training_args,
         batch_norm_images=128 if from_scratch else 0,
         train_dataset=data.train(),
         eval_dataset=data.evaluation("validation"),

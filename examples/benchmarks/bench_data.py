@@ -21,7 +21,7 @@ import datasets
 import nibabel as nib
 import numpy as np
 from PIL import Image
-from timing import make_parser, report, run_facts, time_in_turn
+from timing import make_parser, report, time_in_turn
 
 from dataset_scripts.brats_slices import BratsSlices
 from sam2unet_hf.cases import BratsCase, find_cases
@@ -99,8 +99,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         seconds = time_in_turn(competitors, args.rounds, warmup=0)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     plain, built = medians["plain loop"], medians["builder"]
-    results = {
-        **run_facts(__file__, argv),
+    found = {
         "cases": len(cases),
         "slices": slices,
         "seconds": medians,
@@ -111,8 +110,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for name, median in medians.items():
         row = {"what": name, "time": f"{median:.2f} s", "slices/s": f"{slices / median:.0f}"}
         rows.append({**row, "against the plain loop": f"{plain / median:.2f}x"})
-    report(results, rows, args.output)
-    return results
+    return report(__file__, argv, args, found, rows)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from bench_model import build, forward_pass
-from timing import DTYPES, count_flops, make_parser, report, run_facts, time_in_turn
+from timing import DTYPES, count_flops, make_parser, report, time_in_turn
 
 from sam2unet_hf.configuration_sam2unet import PRESETS
 
@@ -39,8 +39,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--image_size", type=int, default=352)
     args = parser.parse_args(argv)
-    results: dict[str, Any] = {**run_facts(__file__, argv, args.device), "cases": []}
-    rows = []
+    cases, rows = [], []
     for preset in args.presets:
         models = build(preset, args.image_size)
         shape = (args.batch_size, 3, args.image_size, args.image_size)
@@ -53,19 +52,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             rate = matmul_rate(preset, tokens, DTYPES[dtype], args.device, args.rounds)
             case = {"preset": preset, "dtype": dtype, "flops": flops, "seconds": seconds, "matmul_flops_per_s": rate}
             case["share"] = flops["ours"] / rate / seconds
-            results["cases"].append(case)
-            rows.append(
-                {
-                    "preset": preset,
-                    "dtype": dtype,
-                    "GFLOP": f"{flops['ours'] / 1e9:.1f} (padded {flops['padded'] / 1e9:.1f})",
-                    "time": f"{seconds:.3f} s",
-                    "matmul rate": f"{rate / 1e9:.0f} GFLOP/s",
-                    "share": f"{case['share']:.2f}",
-                }
-            )
-    report(results, rows, args.output)
-    return results
+            cases.append(case)
+            billions = f"{flops['ours'] / 1e9:.1f} (padded {flops['padded'] / 1e9:.1f})"
+            row = {"preset": preset, "dtype": dtype, "GFLOP": billions, "time": f"{seconds:.3f} s"}
+            rows.append({**row, "matmul rate": f"{rate / 1e9:.0f} GFLOP/s", "share": f"{case['share']:.2f}"})
+    return report(__file__, argv, args, {"cases": cases}, rows)
 
 
 if __name__ == "__main__":

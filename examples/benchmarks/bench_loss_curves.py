@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from timing import DTYPES, make_parser, report, run_facts
+from timing import DTYPES, make_parser, report
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -88,9 +88,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         row |= {args.dtypes[0]: f"{first:.4f}", args.dtypes[1]: f"{second:.4f}"}
         differences.append(abs(second - first) / first)
         table.append({**row, "difference": f"{100 * differences[-1]:.2f} %"})
-    results = {**run_facts(__file__, argv, args.device), "losses": losses, "largest_difference": max(differences)}
-    report(results, table, args.output)
-    return results
+    return report(__file__, argv, args, {"losses": losses, "largest_difference": max(differences)}, table)
 
 
 if __name__ == "__main__":

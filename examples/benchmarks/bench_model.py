@@ -11,7 +11,7 @@ weights, trained with the loss as the paper writes it. Peak memory is measured i
 
 import argparse
 import copy
-import importlib.util
+import importlib
 import itertools
 import multiprocessing
 import re
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import DTYPES, make_parser, mask_iou, report, run_facts, time_in_turn
+from timing import DTYPES, make_parser, mask_iou, report, time_in_turn
 from torch import nn
 from transformers import Sam2HieraDetModel
 
@@ -68,11 +68,7 @@ class Reference(nn.Module):
     def __init__(self, path: Path):
         super().__init__()
         sys.path.insert(0, str(path.resolve().parent))
-        spec = importlib.util.spec_from_file_location("reference_sam2unet", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        self.model = module.SAM2UNet()
-        self.config = None
+        self.model = importlib.import_module(path.stem).SAM2UNet()
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
         outputs = self.model(pixel_values)
@@ -165,27 +161,17 @@ def compare(args: argparse.Namespace, preset: str, mode: str, dtype: str, batch_
             if mode == "forward" and name == "ours":
                 copied.eval().fuse_for_inference()
             competitors[f"{name} {variant}"] = prepare(args, name, copied, mode, variant, pixel_values)
-    agreement = {}
-    if mode == "forward":
-        own = competitors[f"ours {dtype}"]().float()
-        base = competitors["padded float32"]().float()
-        agreement = {
-            "largest_difference": (own - base).abs().max().item(),
-            "largest_logit": base.abs().max().item(),
-            "mask_iou": mask_iou([own], [base]),
-        }
+    case = {"preset": preset, "mode": mode, "dtype": dtype, "batch_size": batch_size}
     seconds = time_in_turn(competitors, args.rounds, args.device)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ours = medians[f"ours {dtype}"]
-    return {
-        "preset": preset,
-        "mode": mode,
-        "dtype": dtype,
-        "batch_size": batch_size,
-        "seconds": medians,
-        "ratios": {name: value / ours for name, value in medians.items() if not name.startswith("ours")},
-        **agreement,
-    }
+    case["seconds"] = {name: statistics.median(values) for name, values in seconds.items()}
+    ours, *others = case["seconds"].items()
+    case["ratios"] = {name: value / ours[1] for name, value in others}
+    if mode == "forward":
+        own, base = competitors[ours[0]]().float(), competitors["padded float32"]().float()
+        case["largest_difference"] = (own - base).abs().max().item()
+        case["largest_logit"] = base.abs().max().item()
+        case["mask_iou"] = mask_iou([own], [base])
+    return case
 
 
 def peak_memory(args: argparse.Namespace, name: str, preset: str, mode: str, dtype: str, batch_size: int) -> float:
@@ -243,8 +229,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
-    results: dict[str, Any] = {**run_facts(__file__, argv, args.device), "cases": []}
-    rows = []
+    cases, rows = [], []
     for preset, mode, dtype, batch_size in itertools.product(args.presets, args.modes, args.dtypes, args.batch_sizes):
         case = compare(args, preset, mode, dtype, batch_size)
         row = {key: case[key] for key in ("preset", "mode", "dtype", "batch_size")}
@@ -253,11 +238,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if args.memory:
             case |= compare_memory(args, preset, mode, dtype, batch_size)
             row["peak memory"] = ", ".join(f"{name} {peak:.2f} GB" for name, peak in case["peak_gb"].items())
-        results["cases"].append(case)
+        cases.append(case)
         rows.append(row)
         print(row, file=sys.stderr)
-    report(results, rows, args.output)
-    return results
+    return report(__file__, argv, args, {"cases": cases}, rows)
 
 
 if __name__ == "__main__":

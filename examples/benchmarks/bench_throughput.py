@@ -22,7 +22,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from timing import DTYPES, make_parser, mask_iou, report, run_facts, synchronize, time_in_turn
+from timing import DTYPES, make_parser, mask_iou, report, synchronize, time_in_turn
 from torch.utils.data import DataLoader
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
@@ -32,9 +32,7 @@ from sam2unet_hf.training.augmentation import augmentation
 from sam2unet_hf.training.streaming import RowGroupSampler, open_parquet
 
 
-def to_batch(
-    rows: Sequence[dict[str, Any]], processor: Sam2UNetImageProcessor
-) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+def to_batch(rows: Sequence[dict[str, Any]], processor: Sam2UNetImageProcessor) -> tuple[torch.Tensor, list]:
     """Collate rows to `pixel_values` and the sizes of the images."""
     images = [row["image"] for row in rows]
     return processor(images, return_tensors="pt")["pixel_values"], [(image.height, image.width) for image in images]
@@ -110,14 +108,9 @@ def time_segmentation(args: argparse.Namespace) -> tuple[dict[str, Any], list[di
     models = {dtype: copy.deepcopy(model).to(args.device, DTYPES[dtype]).eval() for dtype in args.dtypes}
     for variant in models.values():
         variant.fuse_for_inference()
-    loader = DataLoader(
-        rows,
-        args.batch_size,
-        collate_fn=functools.partial(to_batch, processor=processor),
-        num_workers=args.num_workers,
-        persistent_workers=args.num_workers > 0,
-        pin_memory=args.device == "cuda",
-    )
+    collate_fn = functools.partial(to_batch, processor=processor)
+    options = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0}
+    loader = DataLoader(rows, args.batch_size, collate_fn=collate_fn, pin_memory=args.device == "cuda", **options)
     rounds: dict[str, list[dict[str, float]]] = {dtype: [] for dtype in args.dtypes}
     found: dict[str, list[np.ndarray]] = {}
     for _ in range(args.rounds + 1):
@@ -151,10 +144,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--num_workers", type=int, default=1, help="processes that read images")
     parser.add_argument("--max_images", type=int)
     args = parser.parse_args(argv)
+    if args.reading:
+        args.device = "cpu"
     found, table = (time_reading if args.reading else time_segmentation)(args)
-    results = {**run_facts(__file__, argv, "cpu" if args.reading else args.device), **found}
-    report(results, table, args.output)
-    return results
+    return report(__file__, argv, args, found, table)
 
 
 if __name__ == "__main__":

@@ -33,22 +33,6 @@ def make_parser(description: str | None, rounds: int | None = None, device: bool
     return parser
 
 
-def run_facts(script: str, argv: list[str] | None, device: str = "cpu") -> dict[str, Any]:
-    """Return the command, and the machine that the figures are measured on."""
-    words = sys.argv[1:] if argv is None else argv
-    cpuinfo = Path("/proc/cpuinfo")  # of Linux, the only system with AMX
-    machine: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
-        "bf16": "AMX" if cpuinfo.exists() and "amx_tile" in cpuinfo.read_text() else "no AMX",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    if device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
-    return {"command": " ".join(["python", f"examples/benchmarks/{Path(script).name}", *words]), "machine": machine}
-
-
 def synchronize(device: str) -> None:
     """Wait for the queued work of the device."""
     if device == "cuda":
@@ -96,12 +80,28 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def report(results: dict[str, Any], rows: Sequence[Mapping[str, Any]], output: Path | None) -> None:
-    """Print a table, and write it beside the JSON of all results if asked to."""
-    facts = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
-    text = f"`{results['command']}`\n\n{facts}\n\n{markdown_table(rows)}\n"
+def report(
+    script: str, argv: list[str] | None, args: argparse.Namespace, found: dict[str, Any], rows: Sequence[Mapping]
+) -> dict[str, Any]:
+    """Print a table, write it and all results as JSON if asked to, and return what was found, where and how."""
+    words = sys.argv[1:] if argv is None else argv
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux, the only system with AMX
+    machine = {
+        "date": date.today().isoformat(),
+        "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
+        "bf16": "AMX" if cpuinfo.exists() and "amx_tile" in cpuinfo.read_text() else "no AMX",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if vars(args).get("device") == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
+    command = " ".join(["python", f"examples/benchmarks/{Path(script).name}", *words])
+    results = {"command": command, "machine": machine, **found}
+    facts = ", ".join(f"{name} {value}" for name, value in machine.items())
+    text = f"`{command}`\n\n{facts}\n\n{markdown_table(rows)}\n"
     print(text)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=2) + "\n")
-        output.with_suffix(".md").write_text(text)
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=2) + "\n")
+        args.output.with_suffix(".md").write_text(text)
+    return results
