@@ -57,22 +57,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each system is trained once per seed")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, default=7500, help="training steps; default: 7500, the paper's 30 x 250")
+    length.add_argument(
+        "--steps", type=int, default=7500, help="training steps of each system; default: 7500, the paper's 30 x 250"
+    )
     length.add_argument("--minutes", type=float, help="training time of each system, turned into steps by timing some")
     parser.add_argument("--image_size", type=int, default=352)
     parser.add_argument("--batch_size", type=int, default=4, help="at least 2, for DeepLabV3's batch norm")
     parser.add_argument(
         "--learning_rate", nargs="+", default=["1e-4"], help="a number, and SYSTEM=NUMBER for each exception"
     )
-    changes = ["none", *AUGMENTATIONS]
-    parser.add_argument("--augmentation", nargs="+", default=["flips"], choices=changes, help="of training images")
+    names, changes = ["none", *AUGMENTATIONS], "random changes of training images"
+    parser.add_argument("--augmentation", nargs="+", default=["flips"], choices=names, help=changes)
     parser.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
     parser.add_argument("--evaluations", type=int, default=10, help="how often the best checkpoint is chosen")
     parser.add_argument("--weights", choices=["imagenet"], help="pretrained encoders for the other systems")
     parser.add_argument("--sam2_checkpoint", help="pretrained encoder of SAM2-UNet, frozen; default: from scratch")
     parser.add_argument("--preset", default="tiny", choices=list(PRESETS), help="size of SAM2-UNet from scratch")
     parser.add_argument(
-        "--freeze_encoder", action="store_true", help="freeze the encoder of SAM2-UNet from scratch too"
+        "--freeze_encoder", action="store_true", help="freeze the encoder even of a SAM2-UNet from scratch"
     )
     parser.add_argument("--bf16", action="store_true", help="train and score under bfloat16 autocast")
     parser.add_argument("--use_cpu", action="store_true", help="run on the CPU even if there is a GPU")

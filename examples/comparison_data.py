@@ -1,9 +1,9 @@
 """What all systems of a comparison share: splits, regions, transforms, and the images of its picture."""
 
 import argparse
-import functools
 import itertools
 from collections.abc import Iterator
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import datasets
@@ -37,16 +37,12 @@ class ComparisonData:
         if "test" not in self.splits:
             raise SystemExit("The data set has no split named test, which the systems are scored on.")
         self.image_column, self.mask_column = find_columns(self.splits, data_args)
-        self.regions, self.label_mapping = find_regions(self.splits, self.image_column, self.mask_column, None)
+        self.regions, label_mapping = find_regions(self.splits, self.image_column, self.mask_column, None)
         self.augment = augmentation(*(name for name in args.augmentation if name != "none"))
         size = {"height": args.image_size, "width": args.image_size}
         self.processor = Sam2UNetImageProcessor(regions=self.regions, size=size)
-
-    def transform(self, **kwargs: Any) -> SegmentationTransform:
-        """Return the transform of rows."""
-        return SegmentationTransform(
-            self.processor, self.image_column, self.mask_column, label_mapping=self.label_mapping, **kwargs
-        )
+        columns = (self.image_column, self.mask_column)
+        self.transform = partial(SegmentationTransform, self.processor, *columns, label_mapping=label_mapping)
 
     def train(self) -> datasets.Dataset:
         """Return the training images with augmentation."""
@@ -61,7 +57,7 @@ class ComparisonData:
         """Return images with masks at their own size."""
         return self.splits[split].with_transform(self.transform(resize_masks=False))
 
-    @functools.cached_property
+    @cached_property
     def examples(self) -> list[Example]:
         """Up to four test images of different cases, each the one of its case with the most to find."""
         rows = self.splits["test"]

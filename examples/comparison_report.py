@@ -69,7 +69,7 @@ def report_text(args: argparse.Namespace, data: ComparisonData, results: Results
         f"{len(rows)} {split}" + (f" of {len(set(rows['case_id']))} cases" if "case_id" in rows.column_names else "")
         for split, rows in data.splits.items()
     )
-    template = Path(__file__).with_suffix(".md").read_text()
+    template = Path(__file__).with_name("comparison_template.md").read_text()
     return template.format(
         args=args,
         torch=torch,

@@ -221,7 +221,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, default=352)
     parser.add_argument("--compile", action="store_true", help="compile ours with torch.compile")
     parser.add_argument("--channels_last", action="store_true", help="on a GPU, weights of convolutions channels last")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="checkpoint ours in training")
+    parser.add_argument(
+        "--gradient_checkpointing", action="store_true", help="checkpoint activations of ours in training"
+    )
     parser.add_argument("--memory", action="store_true", help="measure the peak memory too")
     parser.add_argument("--reference", type=Path, help="SAM2UNet.py of the reference implementation")
     return parser.parse_args(argv)

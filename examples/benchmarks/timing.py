@@ -80,9 +80,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def report(
-    script: str, argv: list[str] | None, args: argparse.Namespace, found: dict[str, Any], rows: Sequence[Mapping]
-) -> dict[str, Any]:
+def report(script: str, argv: list[str] | None, args: argparse.Namespace, found: dict, rows: list) -> dict[str, Any]:
     """Print a table, write it and all results as JSON if asked to, and return what was found, where and how."""
     words = sys.argv[1:] if argv is None else argv
     cpuinfo = Path("/proc/cpuinfo")  # of Linux, the only system with AMX
