@@ -6,13 +6,13 @@ python examples/app.py --model runs/phantom runs/regions --planes axial coronal 
 """
 
 import argparse
+import atexit
 import functools
 import html
 import math
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ import gradio as gr
 from case_view import PLANE_ORDER, CaseView, draw_slice, largest_slice, region_colours, segment_case
 
 from dataset_scripts.phantom import write_phantom_cohort
-from sam2unet_hf.cases import BratsCase, find_cases
+from sam2unet_hf.cases_sam2unet import BratsCase, find_cases
 from sam2unet_hf.metrics.volume_functional import count_voxels, dice
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
 from sam2unet_hf.volume import Sam2UNetVolumePipeline
@@ -36,51 +36,26 @@ WARNING = (
 )
 LIFETIME_S = 3600
 ALL_INTERFACES = "0.0.0.0"  # nosec B104 # not the default
-# The wheel over a picture moves its slider.
-WHEEL = """
-<script>
-document.addEventListener("wheel", (event) => {
-  const picture = event.target.closest(".slice");
-  const slider = picture && document.querySelector(`#${picture.id.split("-")[0]} input[type=range]`);
-  if (!slider || event.deltaY === 0) return;
-  event.preventDefault();
-  slider.value = Number(slider.value) + (event.deltaY > 0 ? -1 : 1);
-  slider.dispatchEvent(new Event("input", { bubbles: true }));
-}, { passive: false });
-</script>
-"""
-CSS = """
-.slice img { width: 100%; object-fit: contain; image-rendering: auto }
-.legend span { display: inline-block; width: 0.9em; height: 0.9em; margin: 0 0.3em 0 1em; vertical-align: -0.1em }
-.warning { border-left: 4px solid #D55E00; padding-left: 0.8em }
-.warning .warning { border: 0; padding: 0 }
-#volumes td, #volumes th { white-space: nowrap; word-break: normal; padding: 0.3em 0.7em }
-"""
 LAUNCH: dict[str, Any] = {
     "state_session_capacity": 20,
     "max_file_size": "500mb",
     "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-    "css": CSS,
-    "head": WHEEL,
+    "css_paths": Path(__file__).with_name("app.css"),
+    "head_paths": Path(__file__).with_name("app.html"),
     "footer_links": [],
 }
 
 
 @dataclass(eq=False)
 class PageState:
-    """What one tab keeps.
-
-    Attributes:
-        view: The patient.
-        folder: Where the file to download lies; it is deleted with the state.
-    """
+    """What one tab keeps: the patient, and the folder of the file to download, which is deleted with the state."""
 
     view: CaseView
     folder: tempfile.TemporaryDirectory = field(default_factory=tempfile.TemporaryDirectory)
 
     def save(self, enhancing_label: int) -> str:
         """Write the label map and return its path."""
-        path = Path(self.folder.name) / f"{self.view.name}_seg.nii.gz"
+        path = Path(self.folder.name, f"{self.view.name}_seg.nii.gz")
         self.view.segmentation.save(path, enhancing_label)
         return str(path)
 
@@ -88,61 +63,45 @@ class PageState:
 def volume_table(view: CaseView) -> str:
     """Return volumes, and Dice if there is a reference, as a Markdown table."""
     voxel_ml = math.prod(view.spacing_mm) / 1000
-    rows = ["| region | volume (ml) |", "| --- | ---: |"]
-    if view.reference is not None:
-        rows = ["| region | volume (ml) | expert (ml) | Dice |", "| --- | ---: | ---: | ---: |"]
+    rows = [("region", "volume (ml)", "expert (ml)", "Dice"), ("---", "---:", "---:", "---:")]
     for region, volume_ml in view.segmentation.volumes_ml.items():
-        rows.append(f"| {region} | {volume_ml:.1f} |")
+        row = (region, f"{volume_ml:.1f}")
         reference, prediction = view.masks(region)
         if reference is not None:
             counts = count_voxels(prediction, reference)
-            rows[-1] += f" {counts.reference * voxel_ml:.1f} | {dice(counts):.3f} |"
-    return "\n".join(rows)
+            row += (f"{counts.reference * voxel_ml:.1f}", f"{dice(counts):.3f}")
+        rows.append(row)
+    return "\n".join(f"| {' | '.join(row[: len(rows[-1])])} |" for row in rows)
 
 
 def gather_case(paths: Sequence[str], modalities: Sequence[str], folder: Path) -> BratsCase:
-    """Bring uploaded files together as a case.
-
-    Args:
-        paths: Scans under their BraTS names, and perhaps the mask; or one scan for a model of one modality.
-        modalities: Those that the model takes.
-        folder: Empty, for links to the files.
-
-    Raises:
-        ValueError: If they are no case of the model's modalities.
-    """
+    """Link uploaded files in a folder as one case: scans under their BraTS names, or one scan for one modality."""
     scans = [Path(path) for path in paths if path.endswith((".nii", ".nii.gz"))]
     if not scans:
         raise ValueError("No scan among the files. Upload files that end in .nii or .nii.gz.")
-    linked = []
     for scan in scans:
-        linked.append(folder / scan.name)
-        if linked[-1].exists():
+        link = folder / scan.name
+        if link.exists():
             raise ValueError(f"Two files are named {scan.name}. Upload one patient at a time.")
-        linked[-1].symlink_to(scan.resolve())
+        link.symlink_to(scan.resolve())
     try:
-        cases = find_cases(linked[0] if len(linked) == 1 and linked[0].name.startswith("BRATS_") else folder)
+        return find_cases(link if len(scans) == 1 and link.name.startswith("BRATS_") else folder)[0]
     except FileNotFoundError:
-        if len(linked) > 1 or len(modalities) > 1:
+        if len(scans) > 1 or len(modalities) > 1:
             raise ValueError(
                 f"The model takes {', '.join(modalities)}. Upload them under their BraTS names, such as "
                 f"Case_{modalities[0]}.nii.gz, got {', '.join(scan.name for scan in scans)}."
             ) from None
-        name = re.sub(r"\.nii(\.gz)?$", "", linked[0].name)
-        return BratsCase(name, folder, {modalities[0]: linked[0]})
-    return cases[0]
-
-
-def phantom_files() -> list[str]:
-    """Return the files of the phantom patient."""
-    return sorted(map(str, next(phantom_cohort().glob("Phantom_*")).iterdir()))
+        return BratsCase(re.sub(r"\.nii(\.gz)?$", "", link.name), folder, {modalities[0]: link})
 
 
 @functools.cache
-def phantom_cohort() -> Path:
-    """Draw a phantom patient once, in the size of those that the examples train on."""
-    folder = Path(tempfile.mkdtemp(prefix="phantom_")) / "cohort"
-    return write_phantom_cohort(folder, num_patients=1, seed=1)
+def phantom_files() -> list[str]:
+    """Draw a phantom patient once, in the size of those that the examples train on, and return its files."""
+    folder = tempfile.mkdtemp(prefix="phantom_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    cohort = write_phantom_cohort(Path(folder, "cohort"), num_patients=1, seed=1)
+    return sorted(map(str, cohort.glob("*/*")))
 
 
 def legend(regions: Sequence[str]) -> str:
@@ -153,13 +112,7 @@ def legend(regions: Sequence[str]) -> str:
 
 
 def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> gr.Blocks:
-    """Lay out the page.
-
-    Args:
-        load: Returns the pipeline of a model's name.
-        models: Names to choose from.
-        planes: Planes to average over unless the user chooses others; if empty, the plane of the training.
-    """
+    """Lay out the page; `load` returns the pipeline of a model's name, `planes` are those to average over at first."""
     # Turn off usage statistics, which would be sent to Gradio.
     options: dict[str, Any] = {"analytics_enabled": False, "delete_cache": (LIFETIME_S // 6, LIFETIME_S)}
     with gr.Blocks(title=TITLE, fill_width=True, **options) as page:
@@ -198,22 +151,14 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
                 regions = gr.CheckboxGroup([], label="Regions", min_width=220, elem_id="regions")
                 opacity = gr.Slider(0, 1, 0.5, step=0.05, label="Opacity", min_width=180, elem_id="opacity")
             colours = gr.HTML()
-            sliders, pictures = [], {}
+            sliders, pictures = [], []
+            image = functools.partial(gr.Image, format="png", buttons=[], interactive=False, elem_classes="slice")
             with gr.Row():
                 for plane in PLANE_ORDER:
                     with gr.Column(min_width=300):
                         sliders.append(gr.Slider(0, 1, 0, step=1, label=f"{plane.title()} slice", elem_id=plane))
-                        pictures[plane] = [
-                            gr.Image(
-                                label=side.title(),
-                                format="png",
-                                buttons=[],
-                                interactive=False,
-                                elem_id=f"{plane}-{side}",
-                                elem_classes="slice",
-                            )
-                            for side in ("model", "expert")
-                        ]
+                        sides = ("model", "expert")
+                        pictures.append([image(label=side.title(), elem_id=f"{plane}-{side}") for side in sides])
 
         def segment_files(paths, model, planes, flips, enhancing_label, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
             if not paths:
@@ -225,29 +170,25 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
                     case = gather_case(paths, segment.modalities, Path(links))
                     view = segment_case(segment, case, planes=planes or None, flips=flips)
                 except (OSError, ValueError) as err:
-                    raise gr.Error(
-                        str(err).replace(f"{links}/", "").replace(links, "the upload"), duration=None
-                    ) from err
-            result = PageState(view)
+                    text = str(err).replace(f"{links}/", "").replace(links, "the upload")
+                    raise gr.Error(text, duration=None) from err
+            kept = PageState(view)
             names = list(view.regions)
             modalities = list(dict.fromkeys([*segment.modalities, *view.grey]))
-            return {
-                state: result,
+            found = {
+                state: kept,
                 status: f"{view.name}: " + ("done." if view.prediction.any() else "no tumour found."),
-                download: gr.DownloadButton(value=result.save(enhancing_label), visible=True),
+                download: gr.DownloadButton(value=kept.save(enhancing_label), visible=True),
                 results: gr.Column(visible=True),
                 table: volume_table(view),
                 modality: gr.Dropdown(modalities, value="flair" if "flair" in view.grey else view.modality),
                 regions: gr.CheckboxGroup(names, value=names),
                 colours: legend(names),
-                **{
-                    slider: gr.Slider(
-                        maximum=view.prediction.shape[PLANES[plane]] - 1,
-                        value=largest_slice(plane, view.prediction, view.reference),
-                    )
-                    for slider, plane in zip(sliders, PLANE_ORDER, strict=True)
-                },
             }
+            for slider, plane in zip(sliders, PLANE_ORDER, strict=True):
+                last = view.prediction.shape[PLANES[plane]] - 1
+                found[slider] = gr.Slider(maximum=last, value=largest_slice(plane, view.prediction, view.reference))
+            return found
 
         def draw(planes, state, modality, regions, opacity, *indices):
             if state is None:
@@ -265,19 +206,15 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
 
         quiet = {"show_progress": "hidden", "queue": False, "trigger_mode": "always_last"}
         choices = [state, modality, regions, opacity]
-        draw_all = {
-            "fn": functools.partial(draw, PLANE_ORDER),
-            "inputs": [*choices, *sliders],
-            "outputs": [picture for plane in PLANE_ORDER for picture in pictures[plane]],
-        }
+        draw_all = (functools.partial(draw, PLANE_ORDER), [*choices, *sliders], sum(pictures, []))
         outputs = [state, status, download, results, table, modality, regions, colours, *sliders]
         run.click(
             segment_files, [files, model, chosen_planes, flips, enhancing_label], outputs, show_progress_on=status
-        ).success(**draw_all, **quiet)
-        for control in (modality.input, regions.input, opacity.input):
-            control(**draw_all, **quiet)
-        for plane, slider in zip(PLANE_ORDER, sliders, strict=True):
-            slider.input(functools.partial(draw, [plane]), [*choices, slider], pictures[plane], **quiet)
+        ).success(*draw_all, **quiet)
+        for control in (modality, regions, opacity):
+            control.input(*draw_all, **quiet)
+        for plane, slider, sides in zip(PLANE_ORDER, sliders, pictures, strict=True):
+            slider.input(functools.partial(draw, [plane]), [*choices, slider], sides, **quiet)
         enhancing_label.input(save, [state, enhancing_label], download, **quiet)
         folder.upload(lambda paths: paths, folder, files)
         phantom.click(phantom_files, None, files)
@@ -321,13 +258,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(
             f"--model {args.model[0]}: {err} Train one with `python examples/run_segmentation.py`."
         ) from err
-    try:
-        page = build_page(load, args.model, args.planes)
-        page.launch(server_name=args.server_name, server_port=args.server_port, share=args.share, **LAUNCH)
-    finally:
-        if phantom_cohort.cache_info().currsize:
-            shutil.rmtree(phantom_cohort().parent, ignore_errors=True)
+    page = build_page(load, args.model, args.planes)
+    page.launch(server_name=args.server_name, server_port=args.server_port, share=args.share, **LAUNCH)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,20 +1,24 @@
-"""Command line of `run_segmentation.py`."""
+"""Command line of `run_segmentation.py`, and what it says of regions, resuming and the model card."""
 
 import dataclasses
 import importlib.util
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from case_names import to_file_name
-from data_sources import DataArguments, name_of_source
-from processes import is_main_process
+from data_checks import DataSplits
+from processes import exit_on, is_main_process
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArg
 
+from dataset_scripts.brats_slices import CITATION
 from sam2unet_hf import Sam2UNetConfig
 from sam2unet_hf.configuration_sam2unet import PRESETS
 from sam2unet_hf.regions_sam2unet import parse_regions
+from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
 from sam2unet_hf.training import AUGMENTATIONS, HYPERPARAMETERS
 
 
@@ -31,112 +35,115 @@ PHANTOM_RECIPE = {
 }
 
 
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """Return the field of an option, whose default may be a list, and whose metadata may name its `choices`."""
+    kind = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return HfArg(help=help, metadata=metadata, **kind)
+
+
 @dataclass
 class ModelArguments:
     """Which model to start from: a SAM2-UNet, a SAM 2 encoder, or nothing."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "SAM2-UNet to start from: Hub id or folder."},
+    model_name_or_path: str | None = option(None, "SAM2-UNet to start from: Hub id or folder.")
+    sam2_checkpoint: str | None = option(
+        None, "Pretrained encoder: Hub id such as facebook/sam2-hiera-large, folder, or original .pt file."
     )
-    sam2_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "Pretrained encoder: Hub id such as facebook/sam2-hiera-large, folder, or original .pt file."
-        },
+    preset: str = option("tiny", "Size of an encoder from scratch, without a checkpoint.", choices=list(PRESETS))
+    freeze_encoder: bool | None = option(None, "Train adapters and decoder only. Default: yes, unless from scratch.")
+    image_size: int | None = option(
+        None, "Height and width to resize images to. Default: those of the checkpoint, else 352."
     )
-    preset: str = field(
-        default="tiny",
-        metadata={"help": "Size of an encoder from scratch, without a checkpoint.", "choices": list(PRESETS)},
+
+
+@dataclass
+class DataArguments:
+    """Where images and masks come from: a data set, BraTS scans, or a phantom."""
+
+    dataset_name: str | None = option(
+        None,
+        "Hub id; folder written by `python -m dataset_scripts.brats_slices`; or folder with `images` and "
+        "`masks` in it, files paired by name, at its top or in train, validation and test.",
     )
-    freeze_encoder: bool | None = field(
-        default=None, metadata={"help": "Train adapters and decoder only. Default: yes, unless from scratch."}
+    dataset_config_name: str | None = option(None, "Configuration of the data set.")
+    brats_dir: str | None = option(None, "Folder of BraTS cases, in NIfTI.")
+    streaming: bool = option(
+        False, "Read the Parquet files of --dataset_name while training, and keep no copy on disk."
     )
-    image_size: int | None = field(
-        default=None,
-        metadata={"help": "Height and width to resize images to. Default: those of the checkpoint, else 352."},
+    shuffle_buffer: int = option(1000, "Rows that --streaming shuffles together, and each reader holds in memory.")
+    image_column: str | None = option(None, "Column of the images. Default: the first column of images.")
+    mask_column: str | None = option(None, "Column of the masks. Default: mask, label or the like.")
+    regions: list[str] | None = option(
+        None,
+        "Regions to segment, NAME=ID[,ID...] each, nested or disjoint. Default: WT=1,2,3 for BraTS, else "
+        "one region per id in the masks; with --model_name_or_path those of the model.",
     )
+    modalities: list[str] = option(["flair"], "Modality of the scans, or three of them as RGB.", choices=MODALITIES)
+    slices: list[str] = option(["95"], "Slices of the scans: indices such as 90 95, all, or tumor.")
+    min_tumor_pixels: int = option(1, "Least number of tumour pixels in a slice of --slices tumor.")
+    plane: str = option("axial", "Plane of the slices.", choices=sorted(PLANES))
+    num_proc: int | None = option(None, "Processes that read the scans.")
+    skip_bad_cases: bool = option(False, "Leave out scans that cannot be used, and list them.")
+    split_seed: int = option(0, "Seed of the split by patient, for data without splits.")
+    allow_leaks: bool = option(False, "Accept a patient or an image in two splits, which makes the scores too good.")
 
 
 @dataclass
 class SegmentationTrainingArguments(TrainingArguments):
     """Transformers' training arguments with the defaults of the paper's recipe (doi 10.3390/app15063267, Table 2)."""
 
-    do_train: bool = field(default=True, metadata={"help": "Train."})
-    do_predict: bool = field(
-        default=False, metadata={"help": "Write the label map of every test (else validation) image as PNG."}
+    do_train: bool = option(True, "Train.")
+    do_predict: bool = option(False, "Write the label map of every test (else validation) image as PNG.")
+    batch_norm_images: int | None = option(
+        None,
+        "Training images, per process, on which batch norm is estimated anew before each evaluation. "
+        "Default: 0 with a frozen encoder, else 128.",
     )
-    batch_norm_images: int | None = field(
-        default=None,
-        metadata={
-            "help": "Training images, per process, on which batch norm is estimated anew before each evaluation. "
-            "Default: 0 with a frozen encoder, else 128."
-        },
+    sync_batch_norm: bool = option(
+        False, "Normalise by the images of all processes instead of those of each. Needs GPUs."
     )
-    sync_batch_norm: bool = field(
-        default=False,
-        metadata={"help": "Normalise by the images of all processes instead of those of each. Needs GPUs."},
+    augmentation: list[str] = option(
+        ["flips"], "Random changes of training images, or none.", choices=("none", *AUGMENTATIONS)
     )
-    augmentation: list[str] = field(
-        default_factory=lambda: ["flips"],
-        metadata={"help": "Random changes of training images, or none.", "choices": ("none", *AUGMENTATIONS)},
+    hp_search: int = option(
+        0,
+        "Try this many combinations of learning rate, batch size and optimiser first, and train with the "
+        "one that scores best on the validation images. Needs optuna.",
     )
-    hp_search: int = field(
-        default=0,
-        metadata={
-            "help": "Try this many combinations of learning rate, batch size and optimiser first, and train with the "
-            "one that scores best on the validation images. Needs optuna."
-        },
+    trainable_only: bool = option(
+        False, "Save checkpoints without the encoder, which is fetched from --sam2_checkpoint when loaded again."
     )
-    trainable_only: bool = field(
-        default=False,
-        metadata={
-            "help": "Save checkpoints without the encoder, which is fetched from --sam2_checkpoint when loaded again."
-        },
+    share_predictions: bool = option(
+        False,
+        "Show predictions.png, and with it images of your data, in the model card, and upload it with "
+        "--push_to_hub. The phantom's is always shown.",
     )
-    share_predictions: bool = field(
-        default=False,
-        metadata={
-            "help": "Show predictions.png, and with it images of your data, in the model card, and upload it with "
-            "--push_to_hub. The phantom's is always shown."
-        },
-    )
-    license: str | None = field(
-        default=None, metadata={"help": "Licence of the weights for the model card, as the Hub names it."}
-    )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in the output folder."})
-    num_train_epochs: float = field(default=30.0, metadata={"help": "Passes over the training images."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate of AdamW."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "Training images per step and device."})
-    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Evaluation images per step and device."})
-    lr_scheduler_type: str = field(
-        default="cosine_with_min_lr", metadata={"help": "Learning rate schedule; the default ends at 1e-7."}
-    )
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one among them."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
-    metric_for_best_model: str | None = field(
-        default="dice", metadata={"help": "Metric that chooses the best checkpoint."}
-    )
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two logged losses."})
-    hub_strategy: str = field(
-        default="end", metadata={"help": "When to upload with --push_to_hub, such as every_save."}
-    )
-    batch_eval_metrics: bool = field(default=True, metadata={"help": "Score batch by batch, which bounds the memory."})
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Must stay false, because rows hold images."}
-    )
+    license: str | None = option(None, "Licence of the weights for the model card, as the Hub names it.")
+    overwrite_output_dir: bool = option(False, "Replace the run in the output folder.")
+    num_train_epochs: float = option(30.0, "Passes over the training images.")
+    learning_rate: float = option(1e-4, "Initial learning rate of AdamW.")
+    weight_decay: float = option(1e-4, "Weight decay of AdamW.")
+    per_device_train_batch_size: int = option(1, "Training images per step and device.")
+    per_device_eval_batch_size: int = option(4, "Evaluation images per step and device.")
+    lr_scheduler_type: str = option("cosine_with_min_lr", "Learning rate schedule; the default ends at 1e-7.")
+    eval_strategy: str = option("epoch", "When to evaluate.")
+    save_strategy: str = option("epoch", "When to save a checkpoint.")
+    save_total_limit: int | None = option(2, "Checkpoints kept, the best one among them.")
+    load_best_model_at_end: bool = option(True, "End with the best checkpoint.")
+    metric_for_best_model: str | None = option("dice", "Metric that chooses the best checkpoint.")
+    logging_steps: float = option(10, "Steps between two logged losses.")
+    hub_strategy: str = option("end", "When to upload with --push_to_hub, such as every_save.")
+    batch_eval_metrics: bool = option(True, "Score batch by batch, which bounds the memory.")
+    remove_unused_columns: bool | None = option(False, "Must stay false, because rows hold images.")
 
     def __post_init__(self):
-        for option, reason in (
+        for name, reason in (
             ("push_to_hub", "pushes what was trained"),
             ("hp_search", "searches for the best training"),
             ("fsdp", "shards the training"),
         ):
-            if getattr(self, option) and not self.do_train:
-                raise ValueError(f"--{option} {reason}; it cannot go with --do_train false.")
+            if getattr(self, name) and not self.do_train:
+                raise ValueError(f"--{name} {reason}; it cannot go with --do_train false.")
         if "none" in self.augmentation and len(self.augmentation) > 1:
             raise ValueError(f"--augmentation takes none alone, got {' '.join(self.augmentation)}.")
         if self.hp_search and importlib.util.find_spec("optuna") is None:
@@ -157,24 +164,26 @@ class SegmentationTrainingArguments(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
 
 
+def name_of_source(source: str) -> str:
+    """Return the name of a folder, or a Hub id as it is."""
+    return Path(source).resolve().name if Path(source).exists() else source
+
+
 def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, SegmentationTrainingArguments]:
     """Read the command line; without a source of data the defaults are those of `PHANTOM_RECIPE`."""
     parser = HfArgumentParser((ModelArguments, DataArguments, SegmentationTrainingArguments))
     if not is_main_process():
         parser.error = sys.exit  # the main process prints the usage, once
     given, _ = parser.parse_known_args(argv)
-    if given.dataset_name is not None and given.brats_dir is not None:
-        parser.error("pass one of --dataset_name and --brats_dir")
-    if given.model_name_or_path is not None and given.sam2_checkpoint is not None:
-        parser.error("pass one of --model_name_or_path and --sam2_checkpoint")
+    for one, other in (("dataset_name", "brats_dir"), ("model_name_or_path", "sam2_checkpoint")):
+        if getattr(given, one) is not None and getattr(given, other) is not None:
+            parser.error(f"pass one of --{one} and --{other}")
     source = given.dataset_name or given.brats_dir
     if source is None:
-        parser.set_defaults(**PHANTOM_RECIPE)
-        if given.model_name_or_path is not None:
-            parser.set_defaults(image_size=None)
+        image_size = PHANTOM_RECIPE["image_size"] if given.model_name_or_path is None else None
+        parser.set_defaults(**{**PHANTOM_RECIPE, "image_size": image_size})
     name = to_file_name("phantom" if source is None else name_of_source(source), separator="-")
-    name += "" if given.do_train else "-evaluation"
-    parser.set_defaults(output_dir=f"runs/{name}")
+    parser.set_defaults(output_dir=f"runs/{name}{'' if given.do_train else '-evaluation'}")
     try:
         return parser.parse_args_into_dataclasses(argv)
     except ValueError as err:
@@ -184,16 +193,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
 def requested_regions(model_args: ModelArguments, data_args: DataArguments) -> dict[str, list[int]] | None:
     """Return the regions that `--regions` names, else those of the model to start from, if there is one."""
     if data_args.regions is not None:
-        try:
+        with exit_on(ValueError, prefix="--regions: "):
             return parse_regions(data_args.regions)
-        except ValueError as err:
-            raise SystemExit(f"--regions: {err}") from err
     if model_args.model_name_or_path is None:
         return None
-    try:
+    with exit_on(OSError, prefix="--model_name_or_path: "):
         return Sam2UNetConfig.from_pretrained(model_args.model_name_or_path).regions
-    except OSError as err:
-        raise SystemExit(f"--model_name_or_path: {err}") from err
 
 
 def resume_arguments(
@@ -204,3 +209,37 @@ def resume_arguments(
     values = {name: getattr(training_args, name) for name in [*names, "eval_strategy"]}
     plain = {name: getattr(value, "value", value) for name, value in values.items()}  # JSON has no enumerations
     return {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args), **plain}
+
+
+def card_arguments(
+    data: DataSplits, model_args: ModelArguments, data_args: DataArguments, args: SegmentationTrainingArguments
+) -> dict[str, Any]:
+    """Return the arguments of `create_model_card`: what the card says of the data and of the start of the run."""
+    has_scans = data_args.dataset_name is None
+    is_phantom = has_scans and data_args.brats_dir is None
+    rows: dict[str, Any] = {}
+    for split, images in data.items():
+        # The cases of photographs are the photographs, those of scans have many slices each.
+        scans = f" of {len(set(images['case_id']))} scans" if "wt_pixels" in images.column_names else ""
+        rows[f"{'training' if split == 'train' else split} images"] = f"{len(images)}{scans}"
+    if has_scans:
+        rows["slices"] = f"{data_args.plane}, {' '.join(data_args.slices)}"
+        if "tumor" in data_args.slices:
+            rows["slices"] += f" (at least {data_args.min_tumor_pixels} pixels of it)"
+        rows["modalities"] = ", ".join(data_args.modalities)
+        rows["intensities"] = "0.5 to 99.5 percentile of each volume's foreground, to 8 bits"
+        rows["split"] = f"by patient, seed {data_args.split_seed}"
+        name = "a phantom cohort in BraTS' layout" if is_phantom else "BraTS"
+    else:
+        name = name_of_source(data_args.dataset_name)
+    return {
+        "license": args.license,
+        "tags": ["medical", "mri", "brain-tumor"] if has_scans else [],
+        "finetuned_from": model_args.model_name_or_path,
+        "dataset": name,
+        "dataset_tags": None if has_scans or Path(data_args.dataset_name).exists() else data_args.dataset_name,
+        "dataset_args": data_args.dataset_config_name,
+        "data": rows,
+        "data_citation": f"```bibtex\n{CITATION.strip()}\n```" if data_args.brats_dir is not None else None,
+        "share_predictions": is_phantom or args.share_predictions,
+    }

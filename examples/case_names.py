@@ -12,15 +12,7 @@ def to_file_name(text: str, separator: str = "_") -> str:
 
 
 def case_ids(split: str, rows: datasets.Dataset) -> list[str]:
-    """Return the case of each row, or an empty list if there is no column `case_id`.
-
-    Args:
-        split: Name of the split, for the error.
-        rows: Rows of the split.
-
-    Raises:
-        SystemExit: If a row has no case.
-    """
+    """Return the case of each row, which must have one, or an empty list if there is no column `case_id`."""
     cases = list(rows["case_id"]) if "case_id" in rows.column_names else []
     if None in cases:
         raise SystemExit(

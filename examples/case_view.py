@@ -9,18 +9,16 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 from plots import COLOURS
+from scipy import ndimage
 
-from sam2unet_hf.cases import BratsCase
+from sam2unet_hf.cases_sam2unet import BratsCase
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES, intensity_window, pixel_size_mm, take_slice
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, VolumeSegmentation
 
 
 PLANE_ORDER = ("axial", "coronal", "sagittal")
-ORIENTATION_LABELS = {  # left, right, top and bottom of `take_slice`
-    "axial": "RLAP",
-    "coronal": "RLSI",
-    "sagittal": "APSI",
-}
+# The letters at the left, right, top and bottom of `take_slice`.
+ORIENTATION_LABELS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
 REGION_COLOURS = (COLOURS[2], COLOURS[0], COLOURS[1], *COLOURS[3:])  # the outermost region has the lightest
 PICTURE_PIXELS = 480  # longest side of the head
 PICTURE_MARGIN = 3  # voxels around the head
@@ -31,8 +29,6 @@ class CaseView:
     """One segmented patient, with volumes of shape `(left, posterior, superior)`.
 
     Attributes:
-        name: The case.
-        segmentation: What the model found, on the grid of the file.
         grey: 8-bit volume of each modality that there is.
         modality: The one to show behind masks: FLAIR if the model takes it, else the first that it takes.
         reference: Label ids of the expert's mask, or `None` if the case has none.
@@ -64,19 +60,21 @@ class CaseView:
         number = list(self.regions).index(region)
         return self.segmentation.scan.from_file_grid(self.segmentation.probabilities[number])
 
-    def masks(self, region: str) -> tuple[np.ndarray | None, np.ndarray]:
-        """Return the voxels of a region in the reference, `None` without one, and in the prediction."""
-        label_ids = self.regions[region]
-        reference = None if self.reference is None else np.isin(self.reference, label_ids)
-        return reference, np.isin(self.prediction, label_ids)
-
-    def head_box(self, margin: int) -> tuple[slice, ...]:
-        """Return the box around the head with a margin of voxels; its far ends may lie beyond the volume."""
-        return tuple(slice(max(part.start - margin, 0), part.stop + margin) for part in self._tight_head_box)
+    def masks(self, region: str, *at: Any) -> tuple[np.ndarray | None, np.ndarray]:
+        """Return a region in the reference, `None` without one, and in the prediction, or in `crop` of them `at`."""
+        reference, prediction = (
+            None if labels is None else np.isin(self.crop(labels, *at) if at else labels, self.regions[region])
+            for labels in (self.reference, self.prediction)
+        )
+        return reference, prediction
 
     @functools.cached_property
     def _tight_head_box(self) -> tuple[slice, ...]:
         return bounding_box(np.any([volume != 0 for volume in self.grey.values()], axis=0))
+
+    def head_box(self, margin: int) -> tuple[slice, ...]:
+        """Return the box around the head with a margin of voxels; its far ends may lie beyond the volume."""
+        return tuple(slice(max(part.start - margin, 0), part.stop + margin) for part in self._tight_head_box)
 
     def crop(self, volume: np.ndarray, plane: str, index: int, margin: int = 4) -> np.ndarray:
         """Return one slice, cropped to the head with a margin of voxels."""
@@ -86,16 +84,7 @@ class CaseView:
 
 
 def segment_case(segment: Sam2UNetVolumePipeline, case: BratsCase, **options: Any) -> CaseView:
-    """Segment a case, and read the modalities and the expert's mask that it has.
-
-    Args:
-        segment: The pipeline.
-        case: Its files.
-        **options: Arguments of the pipeline, such as `planes` and `return_probabilities`.
-
-    Raises:
-        ScanError: If a scan is missing, damaged or on another grid than the first.
-    """
+    """Segment a case by the pipeline with its options, and read the modalities and the expert's mask that it has."""
     # Read all files before the segmentation, which takes minutes. They must fit the first scan that is segmented.
     names = list(dict.fromkeys([*segment.modalities, *(name for name in MODALITIES if name in case.files)]))
     scans = dict(zip(names, case.read_images(names), strict=True))
@@ -107,12 +96,7 @@ def segment_case(segment: Sam2UNetVolumePipeline, case: BratsCase, **options: An
 
 
 def largest_slice(plane: str, *masks: np.ndarray | None) -> int:
-    """Return the slice with most of the first mask that is not empty, or else the one in the middle.
-
-    Args:
-        plane: `"axial"`, `"coronal"` or `"sagittal"`.
-        *masks: Masks or label ids of shape `(left, posterior, superior)`, `None` for one that is missing.
-    """
+    """Return the slice of a plane with most of the first mask that is not empty, or else the one in the middle."""
     volumes = [mask for mask in masks if mask is not None]
     marked = next((volume for volume in volumes if volume.any()), None)
     if marked is None:
@@ -124,11 +108,8 @@ def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...]:
     """Return the smallest box that holds a mask of any number of axes, with a margin; all of it if it is empty."""
     if not mask.any():
         return (slice(None),) * mask.ndim
-    box = []
-    for axis in range(mask.ndim):
-        inside = np.flatnonzero(np.moveaxis(mask, axis, 0).any(axis=tuple(range(1, mask.ndim))))
-        box.append(slice(max(int(inside[0]) - margin, 0), int(inside[-1]) + margin + 1))
-    return tuple(box)
+    (box,) = ndimage.find_objects(mask.astype(np.uint8))
+    return tuple(slice(max(part.start - margin, 0), part.stop + margin) for part in box)
 
 
 def region_colours(regions: Iterable[str]) -> dict[str, str]:
@@ -137,28 +118,9 @@ def region_colours(regions: Iterable[str]) -> dict[str, str]:
 
 
 def draw_slice(
-    view: CaseView,
-    labels: np.ndarray,
-    plane: str,
-    index: int,
-    modality: str,
-    regions: Sequence[str],
-    opacity: float,
+    view: CaseView, labels: np.ndarray, plane: str, index: int, modality: str, regions: Sequence[str], opacity: float
 ) -> np.ndarray:
-    """Draw a slice with its regions.
-
-    Args:
-        view: The patient.
-        labels: Label ids of its prediction or of its reference.
-        plane: `"axial"`, `"coronal"` or `"sagittal"`.
-        index: Position along the axis that the plane cuts.
-        modality: The scan to show.
-        regions: Those to colour; of nested ones the innermost has its colour.
-        opacity: In [0, 1].
-
-    Returns:
-        RGB picture of shape `(height, width, 3)`, `uint8`, at the same scale in mm along both axes and in all planes.
-    """
+    """Draw label ids over a slice of a scan, the innermost region on top, as an RGB picture at one scale in mm."""
     height_mm, width_mm = pixel_size_mm(view.spacing_mm, plane)
     grey = np.ascontiguousarray(view.crop(view.grey[modality], plane, index, PICTURE_MARGIN))
     scale = PICTURE_PIXELS / max(

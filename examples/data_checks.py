@@ -18,33 +18,22 @@ from case_names import case_ids, case_names
 from datasets.utils import tqdm
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import ExifTags, Image
+from processes import exit_on
 
 from sam2unet_hf import Sam2UNetImageProcessor
-from sam2unet_hf.cases import patient_of
+from sam2unet_hf.cases_sam2unet import patient_of
 from sam2unet_hf.training import ParquetRows, SegmentationTransform
 
 
 logger = logging.getLogger(__name__)
 
+DataSplits = Mapping[str, datasets.Dataset | ParquetRows]
 
-def check_leaks(
-    data: Mapping[str, datasets.Dataset | ParquetRows], image_column: str, has_patients: bool, allow_leaks: bool
-) -> None:
-    """Refuse data in which two splits share a patient or an image.
 
-    Args:
-        data: Splits of the data set. Images of streamed rows are not compared, because that would read all of them.
-        image_column: Column of the images.
-        has_patients: Whether the column `case_id`, if there is one, tells patients apart.
-        allow_leaks: Warn instead.
-
-    Raises:
-        SystemExit: If there is a leak and `allow_leaks` is false.
-    """
-    leak, remedy = None, "Keep it in one split"
-    if has_patients:
-        leak = find_shared_patient(data)
-    if leak is None and not isinstance(data["train"], ParquetRows):
+def check_leaks(data: DataSplits, image_column: str, has_patients: bool, allow_leaks: bool) -> None:
+    """Refuse data in which two splits share an image, or a patient if the column `case_id` tells patients apart."""
+    leak, remedy = find_shared_patient(data) if has_patients else None, "Keep it in one split"
+    if leak is None and not isinstance(data["train"], ParquetRows):  # comparing streamed images would read all of them
         leak, remedy = find_shared_image(data, image_column), "Remove one of the two"
     if leak is None:
         return
@@ -54,48 +43,35 @@ def check_leaks(
     logger.warning("%s --allow_leaks goes on all the same.", leak)
 
 
-def find_shared_patient(data: Mapping[str, datasets.Dataset | ParquetRows]) -> str | None:
+def find_shared_patient(data: DataSplits) -> str | None:
     """Describe the first patient that two splits share, if there is one."""
     first: dict[str, tuple[str, str]] = {}
     for split, rows in data.items():
         for case in sorted(set(case_ids(split, rows))):
-            other, other_case = first.setdefault(patient_of(case), (split, case))
+            patient = patient_of(case)
+            other, other_case = first.setdefault(patient, (split, case))
             if other != split:
-                return (
-                    f"Patient {patient_of(case)} is in the splits {other} (case {other_case}) and {split} "
-                    f"(case {case})."
-                )
+                return f"Patient {patient} is in the splits {other} (case {other_case}) and {split} (case {case})."
     return None
 
 
 def find_shared_image(data: Mapping[str, datasets.Dataset], image_column: str) -> str | None:
-    """Describe the first image whose file two splits share, if there is one.
-
-    Images of one colour do not count, because the outer slices of all scans are black.
-    """
+    """Describe the first image whose file two splits share, if there is one."""
     first: dict[bytes, tuple[str, str]] = {}
     for split, rows in data.items():
         files = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-        named = zip(case_names(rows), files, strict=True)
-        for name, row in tqdm(named, total=len(rows), desc=f"Comparing {split} images", unit="image"):
+        files = tqdm(files, desc=f"Comparing {split} images", unit="image")
+        for name, row in zip(case_names(rows), files, strict=True):
             content = file_bytes(row[image_column], f"{split} image {name}")
             digest = hashlib.blake2b(content, digest_size=16).digest()
             other, other_name = first.setdefault(digest, (split, name))
-            if other != split and not is_of_one_colour(content):
+            if other != split and not is_of_one_colour(content):  # the outer slices of all scans are black
                 return f"{split} image {name} is the same file as {other} image {other_name}."
     return None
 
 
 def file_bytes(file: dict[str, Any] | None, name: str) -> bytes:
-    """Return the bytes of an image file.
-
-    Args:
-        file: Image as `datasets.Image(decode=False)` returns it: its bytes, or its path, which may be in an archive.
-        name: What errors call the image.
-
-    Raises:
-        SystemExit: If there is no image, or it cannot be read.
-    """
+    """Return the bytes of an image, as `datasets.Image(decode=False)` holds or names it; `name` is for errors."""
     file = file or {"bytes": None, "path": None}
     try:
         if file["bytes"] is not None:
@@ -121,23 +97,14 @@ def is_of_one_colour(content: bytes) -> bool:
 
 
 def check_paths(data: datasets.DatasetDict, name: str) -> None:
-    """Refuse rows that name an image outside of their data set, because `datasets` opens any path.
-
-    Args:
-        data: Splits of the data set.
-        name: Folder or Hub id of the data set. Files may be in this folder and in the caches of downloads.
-
-    Raises:
-        ValueError: If a row names another file.
-    """
+    """Refuse rows that name a file outside of the data set's folder and the caches: `datasets` would open any path."""
     caches = [datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE]
     folders = [Path(os.path.abspath(folder)) for folder in (*caches, *([name] if Path(name).is_dir() else []))]
     for split, rows in data.items():
         for column in image_columns(rows):
             for chunk in rows.data.column(column).chunks:
-                for path in pc.unique(chunk.field("path").filter(chunk.field("bytes").is_null())).to_pylist():
-                    if path is None:  # an image that is missing
-                        continue
+                paths = chunk.field("path").filter(chunk.field("bytes").is_null())
+                for path in pc.unique(paths.drop_null()).to_pylist():
                     # The path of an image in an archive is `zip://<image>::<archive>`.
                     file = re.fullmatch(r"(?:(?:zip|tar)://.*?::)?(.*)", path, re.DOTALL)[1]
                     place = Path(os.path.abspath(file))
@@ -155,12 +122,8 @@ def image_columns(rows: datasets.Dataset) -> list[str]:
 
 def check_first_rows(
     data: Mapping[str, ParquetRows], image_column: str, mask_column: str, regions: dict[str, list[int]] | None
-) -> None:
-    """Check the first 100 rows of each streamed split, and that regions are given, because not all masks are read.
-
-    Raises:
-        SystemExit: If there are no regions, or an image or a mask cannot be used.
-    """
+) -> list[int]:
+    """Check the first 100 rows of each streamed split, and return the ids of the regions, which must be given."""
     if regions is None:
         raise SystemExit(
             "--streaming does not read all masks beforehand to find the ids in them. Name what to segment, such as by "
@@ -174,22 +137,12 @@ def check_first_rows(
                 f"The first masks of {split} hold {sorted(found)}, of which 255 is ignored, and none is of a region: "
                 f"{regions}. With --streaming masks must hold label ids, such as 1 for the foreground."
             )
+    return sorted(ids)
 
 
 def check_images_and_masks(split: str, rows: datasets.Dataset, image_column: str, mask_column: str) -> set[int]:
-    """Read every image and mask once before training, which takes hours, and return the label ids in the masks.
-
-    Args:
-        split: Name of the split, for errors.
-        rows: Rows of the split.
-        image_column: Column of the images.
-        mask_column: Column of the masks.
-
-    Raises:
-        SystemExit: If an image or a mask cannot be used; the error names it and the remedy.
-    """
-    processor = Sam2UNetImageProcessor()
-    to_label_ids = SegmentationTransform(processor).to_label_ids
+    """Read every image and mask once before training, which takes hours, and return the label ids in the masks."""
+    transform = SegmentationTransform(Sam2UNetImageProcessor())
     files = rows.select_columns(list({image_column: None, mask_column: None}))
     for column in files.column_names:
         files = files.cast_column(column, datasets.Image(decode=False))
@@ -200,11 +153,9 @@ def check_images_and_masks(split: str, rows: datasets.Dataset, image_column: str
         mask = read_picture(row[mask_column], name, "its mask")
         if mask.format in ("JPEG", "MPO"):
             raise SystemExit(f"{name}: its mask is a JPEG, which blurs label ids. Save masks as PNG.")
-        try:
-            processor.process_image(image.image, do_convert_rgb=True, do_rescale=True)
-            label_map = to_label_ids(mask.image)
-        except ValueError as err:
-            raise SystemExit(f"{name}: {err}") from err
+        with exit_on(ValueError, prefix=f"{name}: "):
+            transform.processor.process_image(image.image, do_convert_rgb=True, do_rescale=True)
+            label_map = transform.to_label_ids(mask.image)
         check_alignment(image, mask, name)
         for part in label_map.split(1024):  # `unique` sorts a copy, which for a whole mask would double the memory
             found.update(part.unique().tolist())
@@ -227,16 +178,7 @@ class Picture(NamedTuple):
 
 
 def read_picture(file: dict[str, Any] | None, name: str, what: str) -> Picture:
-    """Decode an image; refuse files that would be read in part only, or would fill the memory.
-
-    Args:
-        file: Image as `datasets.Image(decode=False)` returns it.
-        name: What errors call the row.
-        what: What errors call the image, such as "its mask".
-
-    Raises:
-        SystemExit: If the image cannot be used.
-    """
+    """Decode an image, `what` of the row `name`; refuse one that would be read in part only, or fill the memory."""
     content = file_bytes(file, name)
     try:
         with warnings.catch_warnings():

@@ -12,25 +12,25 @@ Data options that are left out are those of the run that trained the model, if `
 import argparse
 import logging
 import math
-import sys
 import tempfile
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from arguments import PHANTOM_RECIPE
 from case_view import segment_case
 from data_sources import DataArguments, find_columns, find_regions, load_data
 from error_metrics import Analysis
 from error_plots import draw_case
 from error_report import write_report
+from processes import set_up_logging
 from provenance import RECORD, read_record
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from sam2unet_hf import Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
-from sam2unet_hf.cases import BratsCase, find_cases
+from sam2unet_hf.cases_sam2unet import find_cases
 from sam2unet_hf.regions_sam2unet import parse_regions
 from sam2unet_hf.training import SegmentationTransform
 from sam2unet_hf.volume import Sam2UNetVolumePipeline
@@ -41,57 +41,35 @@ logger = logging.getLogger("error_analysis")
 # Options that are taken from the run unless they are given; those of scans only from a run on scans.
 SCAN_OPTIONS = ("slices", "plane", "min_tumor_pixels", "modalities", "skip_bad_cases")
 DATA_OPTIONS = ("dataset_name", "dataset_config_name", "brats_dir", "image_column", "mask_column", "split_seed")
-SPLIT_OPTIONS = (
-    "split_seed",
-    "slices",
-    "plane",
-    "min_tumor_pixels",
-    "modalities",
-)  # other values make another test split
+SPLIT_OPTIONS = ("split_seed", "slices", "plane", "min_tumor_pixels", "modalities")  # they make the test split
 
 
 @dataclass
 class AnalysisArguments:
     """Model, images and output of an error analysis."""
 
-    model: str = field(
+    model: str = HfArg(
         default="runs/phantom",
-        metadata={
-            "help": "SAM2-UNet: Hub id or folder. Data options that are left out are those in the run.json of its "
-            "folder; without one it is the phantom."
-        },
+        help="SAM2-UNet: Hub id or folder. Data options that are left out are those in the run.json of its folder; "
+        "without one it is the phantom.",
     )
-    split: str = field(default="test", metadata={"help": "Split to analyse: train, validation or test."})
-    case: str | None = field(
-        default=None, metadata={"help": "Folder of one patient's scans: draw the figures of this case instead."}
+    split: str = HfArg(default="test", help="Split to analyse: train, validation or test.")
+    case: str | None = HfArg(
+        default=None, help="Folder of one patient's scans: draw the figures of this case instead."
     )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder to write to. Default: errors in that of the model."}
+    output_dir: str | None = HfArg(default=None, help="Folder to write to. Default: errors in that of the model.")
+    max_images: int | None = HfArg(default=None, help="Analyse this many images, evenly spread over the split.")
+    worst: int = HfArg(default=6, help="Worst images shown per region, of different cases if possible.")
+    spacing_mm: list[float] | None = HfArg(
+        default=None, help="Height and width of a pixel, or both in one number, for mm instead of pixels."
     )
-    max_images: int | None = field(
-        default=None, metadata={"help": "Analyse this many images, evenly spread over the split."}
-    )
-    worst: int = field(default=6, metadata={"help": "Worst images shown per region, of different cases if possible."})
-    spacing_mm: list[float] | None = field(
-        default=None,
-        metadata={"help": "Height and width of a pixel, or both in one number, for mm instead of pixels."},
-    )
-    format: list[str] = field(
+    format: list[str] = HfArg(
         default_factory=lambda: ["png"],
-        metadata={"help": "File formats of the figures.", "choices": ("png", "pdf", "svg")},
+        metadata={"choices": ("png", "pdf", "svg")},
+        help="File formats of the figures.",
     )
-    batch_size: int = field(default=8, metadata={"help": "Images that the model takes at once."})
-    device: str | None = field(
-        default=None, metadata={"help": "Device, such as cpu or cuda:1. Default: a GPU if there is one."}
-    )
-
-
-def load_case(path: str) -> BratsCase:
-    """Return the one case of a folder."""
-    cases = find_cases(path)
-    if len(cases) > 1:
-        raise ValueError(f"{path} holds {len(cases)} cases, such as {cases[0].folder}. Pass the folder of one.")
-    return cases[0]
+    batch_size: int = HfArg(default=8, help="Images that the model takes at once.")
+    device: str | None = HfArg(default=None, help="Device, such as cpu or cuda:1. Default: a GPU if there is one.")
 
 
 def prepare_folder(path: str) -> Path:
@@ -107,11 +85,9 @@ def prepare_folder(path: str) -> Path:
 
 
 def read_run(model: str) -> tuple[Path, dict[str, Any] | None]:
-    """Return the path of the record of the run that trained a model, and the arguments in it, `None` without one.
-
-    The record of a checkpoint lies in the folder above it.
-    """
+    """Return the path of the record of the run that trained a model, and the arguments in it, `None` without one."""
     folder = Path(model)
+    # The record of a checkpoint lies in the folder above it.
     if folder.resolve().name.startswith("checkpoint-") and not (folder / RECORD).exists():
         folder = folder.resolve().parent
     path = folder / RECORD
@@ -131,12 +107,7 @@ def format_option(name: str, value: Any) -> str:
 
 
 def fill_from_run(model: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the data options of the run for those that are not given, or the phantom's without a run.
-
-    Args:
-        model: Folder of the model, or its Hub id.
-        given: Data options of the command line.
-    """
+    """Return the data options of the run for those that are not given, or the phantom's without a run."""
     path, run = read_run(model)
     names_data = "dataset_name" in given or "brats_dir" in given
     if run is None:
@@ -147,25 +118,21 @@ def fill_from_run(model: str, given: dict[str, Any]) -> dict[str, Any]:
     names = [*DATA_OPTIONS, *(SCAN_OPTIONS if run.get("dataset_name") is None else ())]
     run = {name: run[name] for name in names if run.get(name) is not None}
     for name in SPLIT_OPTIONS:
-        if name in given and name in run and format_option(name, given[name]) != format_option(name, run[name]):
+        ours, theirs = (format_option(name, options.get(name)) for options in (given, run))
+        if name in given and name in run and ours != theirs:
             logger.warning(
-                "%s is given, but %s has %s: this is not the split of that run, and may hold what the model was "
-                "trained on.",
-                format_option(name, given[name]),
-                path,
-                format_option(name, run[name]),
+                f"{ours} is given, but {path} has {theirs}: this is not the split of that run, and may hold what the "
+                "model was trained on."
             )
-    left = set(given)
-    if names_data:
-        left |= {"dataset_name", "brats_dir"}
-        if given.get("dataset_name") != run.get("dataset_name"):
-            left.add("dataset_config_name")
+    left = {*given, *(("dataset_name", "brats_dir") if names_data else ())}
+    if names_data and given.get("dataset_name") != run.get("dataset_name"):
+        left.add("dataset_config_name")
     taken = {name: value for name, value in run.items() if name not in left}
     logger.info("As in %s: %s.", path, " ".join(format_option(*item) for item in taken.items()) or "nothing")
     return taken
 
 
-def parse_arguments(argv: list[str]) -> tuple[AnalysisArguments, DataArguments]:
+def parse_arguments(argv: list[str] | None) -> tuple[AnalysisArguments, DataArguments]:
     """Read the command line; take data options that are not given from the run that trained the model."""
     parser = HfArgumentParser((AnalysisArguments, DataArguments), description=__doc__.split("\n")[0])
     parser.set_defaults(modalities=None)  # those of the model
@@ -208,23 +175,18 @@ def load_model(args: AnalysisArguments) -> tuple[Sam2UNetForSemanticSegmentation
     return model.eval().to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
 
 
-def analyse_case(
-    args: AnalysisArguments,
-    data_args: DataArguments,
-    model: Sam2UNetForSemanticSegmentation,
-    processor: Sam2UNetImageProcessor,
-) -> None:
+def analyse_case(args: AnalysisArguments, segment: Sam2UNetVolumePipeline) -> None:
     """Write the figures of one patient."""
     try:
-        segment = Sam2UNetVolumePipeline(model, processor, data_args.modalities)
-    except ValueError as err:
-        raise SystemExit(f"--modalities: {err}") from err
-    try:
-        case = load_case(args.case)
+        cases = find_cases(args.case)
+        if len(cases) > 1:
+            raise ValueError(
+                f"{args.case} holds {len(cases)} cases, such as {cases[0].folder}. Pass the folder of one."
+            )
         folder = prepare_folder(args.output_dir)
-        if "seg" not in case.files:
-            logger.warning("Case %s has no expert's mask: its figures show the prediction alone.", case.case_id)
-        view = segment_case(segment, case, batch_size=args.batch_size, return_probabilities=True)
+        if "seg" not in cases[0].files:
+            logger.warning("Case %s has no expert's mask: its figures show the prediction alone.", cases[0].case_id)
+        view = segment_case(segment, cases[0], batch_size=args.batch_size, return_probabilities=True)
     except (OSError, ValueError) as err:  # there is no case, or it cannot be read
         raise SystemExit(f"--case: {err}") from err
     draw_case(view, folder, args.format)
@@ -248,7 +210,7 @@ def analyse_split(
         raise SystemExit(f"{err} {args.model} segments {regions}: pass data with masks of these ids.") from err
     folder = prepare_folder(args.output_dir)
     transform = SegmentationTransform(processor, *columns, label_mapping=mapping)
-    analysis = Analysis(model, processor, rows, transform, args.spacing_mm)
+    analysis = Analysis(model, rows, transform, args.spacing_mm)
     analysis.run(args.batch_size, args.max_images)
     images = f"{len(analysis.records) // len(regions)} of {len(rows)} {args.split} images"
     source = data_args.dataset_name or data_args.brats_dir or "the phantom"
@@ -257,20 +219,24 @@ def analyse_split(
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
-    transformers.utils.logging.disable_default_handler()
-    transformers.utils.logging.enable_propagation()
-    args, data_args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    set_up_logging()
+    args, data_args = parse_arguments(argv)
     model, processor = load_model(args)
     regions = model.config.regions
     try:
         given = regions if data_args.regions is None else parse_regions(data_args.regions)
+        if given != regions:
+            raise ValueError(f"{args.model} segments {regions}, not {given}. Leave out --regions.")
     except ValueError as err:
         raise SystemExit(f"--regions: {err}") from err
-    if given != regions:
-        raise SystemExit(f"--regions: {args.model} segments {regions}, not {given}. Leave out --regions.")
-    analyse = analyse_split if args.case is None else analyse_case
-    analyse(args, data_args, model, processor)
+    if args.case is None:
+        analyse_split(args, data_args, model, processor)
+    else:
+        try:
+            segment = Sam2UNetVolumePipeline(model, processor, data_args.modalities)
+        except ValueError as err:
+            raise SystemExit(f"--modalities: {err}") from err
+        analyse_case(args, segment)
     logger.info("The results are in %s.", Path(args.output_dir))
 
 

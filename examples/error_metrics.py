@@ -2,34 +2,30 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from case_names import case_names
-from error_plots import Example, evenly_spread, shorten
+from case_view import bounding_box
+from error_plots import evenly_spread
 from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
-from sam2unet_hf import Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
+from sam2unet_hf import Sam2UNetForSemanticSegmentation
 from sam2unet_hf.metrics.volume_functional import count_voxels, dice
 from sam2unet_hf.training import SegmentationTransform
 
 
 THRESHOLD = 0.5  # a probability above it counts as predicted
-RING_PIXELS = 5  # width of the surroundings that a tumour is compared with
-EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 FOUND_IN = ("neither", "prediction only", "truth only", "both")
 
 
 class Calibration:
-    """Pixels, probabilities and reference in bins of equal width, added image by image.
-
-    Args:
-        bins: Number of bins over [0, 1].
-    """
+    """Pixels, probabilities and reference in bins of equal width over [0, 1], added image by image."""
 
     def __init__(self, bins: int = 15):
         self.sums = np.zeros((3, bins))
@@ -48,26 +44,16 @@ class Calibration:
         return pixels, probabilities / filled, positives / filled
 
     def error(self) -> float:
-        """Return the expected calibration error, in [0, 1], best at 0; not-a-number without pixels.
-
-        It is the mean over all pixels of the distance between mean probability and share of tumour in their bin.
-        """
+        """Return the expected calibration error, in [0, 1]: the mean over the pixels of the gap of their bin."""
         pixels, probabilities, positives = self.sums
         return float(np.abs(probabilities - positives).sum() / pixels.sum()) if pixels.any() else math.nan
 
 
-def contrast_to_noise(grey: np.ndarray, reference: np.ndarray, counted: np.ndarray, width: int = RING_PIXELS) -> float:
+def contrast_to_noise(grey: np.ndarray, reference: np.ndarray, counted: np.ndarray, width: int = 5) -> float:
     """Return how far a tumour stands out: mean less mean of a ring around it, over standard deviation of the ring.
 
-    Args:
-        grey: Image of shape `(height, width)`.
-        reference: Mask of the tumour, of the same shape.
-        counted: Pixels that may be in the ring, such as those of the head.
-        width: The ring is what lies up to this many pixels from the tumour.
-
-    Returns:
-        Positive for a tumour brighter than its surroundings; not-a-number if there is no tumour, or no ring that
-        varies.
+    The ring is the `counted` pixels, such as those of the head, up to `width` pixels from the tumour. The result is
+    not-a-number if there is no tumour, or no ring that varies.
     """
     if not reference.any():
         return math.nan
@@ -80,22 +66,11 @@ def contrast_to_noise(grey: np.ndarray, reference: np.ndarray, counted: np.ndarr
 def boundary_distances(
     reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float] = (1, 1)
 ) -> tuple[float, float]:
-    """Return average symmetric surface distance and 95 % Hausdorff distance, in the unit of the spacing, best at 0.
+    """Return average symmetric surface distance and 95 % Hausdorff distance, not-a-number if a mask is empty.
 
-    The surface of a mask is its pixels with an edge in common with a pixel outside or with the border of the image.
-    The first is the mean over the surface pixels of both masks of the distance to the nearest of the other; the second
-    the larger of the 95th percentiles of the two directions.
-
-    The package's `hausdorff_distance_95` takes volumes. In a volume of one slice each voxel is surface, since it lies
-    at the border, so the distances of images are computed here.
-
-    Args:
-        reference: Mask of shape `(height, width)`.
-        prediction: Mask of the same shape.
-        spacing: Height and width of a pixel.
-
-    Returns:
-        Two numbers, both not-a-number if a mask is empty.
+    They are in the unit of the spacing, the height and width of a pixel. The surface of a mask is its pixels with an
+    edge in common with a pixel outside or with the border of the image. The package's `hausdorff_distance_95` does not
+    serve, since it takes volumes, and in a volume of one slice each voxel lies at the border.
     """
     if not reference.any() or not prediction.any():
         return math.nan, math.nan
@@ -106,14 +81,11 @@ def boundary_distances(
 
 
 def unmatched_lesions(mask: np.ndarray, other: np.ndarray) -> tuple[int, list[dict[str, float]]]:
-    """Find the connected components of a mask, corners included, that share no pixel with another mask.
+    """Return the number of connected components of a mask, corners included, and those that miss another mask.
 
     Of the reference and the prediction these are missed lesions, of the prediction and the reference false ones.
-
-    Returns:
-        The number of all components, and of each unmatched one `pixels`, `centre_row` and `centre_column`.
     """
-    labels, count = ndimage.label(mask, structure=EIGHT_NEIGHBOURS)
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
     numbers = np.setdiff1d(np.arange(1, count + 1), labels[other])
     centres = ndimage.center_of_mass(mask, labels, numbers) if numbers.size else []
     sizes = np.bincount(labels.ravel())[numbers].tolist()
@@ -132,12 +104,8 @@ def score_region(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the record of one region of an image, and its missed and false lesions.
 
-    Args:
-        probability: Of shape `(height, width)`, in [0, 1].
-        reference: Mask of the region.
-        valid: Mask of the pixels that are scored.
-        grey: The image, 0 outside the head.
-        spacing_mm: Height and width of a pixel, for distances in mm and areas in mm2, or `None` for pixels.
+    `valid` are the pixels that are scored, and `grey` is 0 outside the head. `spacing_mm` is height and width of a
+    pixel, for distances in mm and areas in mm2, or `None` for pixels.
     """
     reference, prediction = reference & valid, (probability > THRESHOLD) & valid
     head_mask = valid & (grey != 0)
@@ -147,11 +115,7 @@ def score_region(
     surface_distance, hausdorff = boundary_distances(reference, prediction, spacing_mm or (1, 1))
     lesions, missed = unmatched_lesions(reference, prediction)
     predicted_lesions, false = unmatched_lesions(prediction, reference)
-    unit = "mm" if spacing_mm else "px"
-
-    def area(name: str, pixels: float) -> dict[str, float]:
-        return {name: pixels * math.prod(spacing_mm)} if spacing_mm else {}
-
+    unit, pixel_mm2 = ("mm", math.prod(spacing_mm)) if spacing_mm else ("px", None)
     record = {
         "found_in": FOUND_IN[2 * (counts.reference > 0) + (counts.predicted > 0)],
         "truth_pixels": counts.reference,
@@ -159,7 +123,7 @@ def score_region(
         "true_positive_pixels": counts.true_positive,
         "false_positive_pixels": counts.predicted - counts.true_positive,
         "false_negative_pixels": counts.reference - counts.true_positive,
-        **area("truth_mm2", counts.reference),
+        **({"truth_mm2": counts.reference * pixel_mm2} if spacing_mm else {}),
         "dice": dice(counts),
         "contrast": contrast_to_noise(grey, reference, head_mask),
         "calibration_error": calibration.error(),
@@ -170,8 +134,10 @@ def score_region(
         "predicted_lesions": predicted_lesions,
         "false_lesions": len(false),
     }
-    unmatched = [("missed", lesion) for lesion in missed] + [("false", lesion) for lesion in false]
-    return record, [{"kind": kind, **lesion, **area("mm2", lesion["pixels"])} for kind, lesion in unmatched]
+    unmatched = [{"kind": "missed", **lesion} for lesion in missed] + [{"kind": "false", **lesion} for lesion in false]
+    if spacing_mm:
+        unmatched = [{**lesion, "mm2": lesion["pixels"] * pixel_mm2} for lesion in unmatched]
+    return record, unmatched
 
 
 def grey_values(image: Image.Image) -> np.ndarray:
@@ -182,78 +148,52 @@ def grey_values(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB")).mean(axis=-1)
 
 
+@dataclass(eq=False)
 class Analysis:
-    """Scores of a model on the rows of a data set; [`run`] fills them.
+    """Scores of a model on a data set; [`run`] adds a record per image and region, and missed and false lesions."""
 
-    Args:
-        model: The model.
-        processor: Its image processor.
-        rows: The images and masks.
-        transform: Names the columns, and reads the masks.
-        spacing_mm: As in [`score_region`].
+    model: Sam2UNetForSemanticSegmentation
+    rows: datasets.Dataset
+    transform: SegmentationTransform
+    spacing_mm: Sequence[float] | None = None
 
-    Attributes:
-        records: A record per image and region, in the order of the rows.
-        lesions: Missed and false lesions.
-        calibration: Of each region, over all images.
-    """
-
-    def __init__(
-        self,
-        model: Sam2UNetForSemanticSegmentation,
-        processor: Sam2UNetImageProcessor,
-        rows: datasets.Dataset,
-        transform: SegmentationTransform,
-        spacing_mm: Sequence[float] | None = None,
-    ):
-        self.model, self.processor, self.rows, self.transform = model.eval(), processor, rows, transform
-        self.spacing_mm = spacing_mm
-        self.unit = "mm" if spacing_mm else "px"
-        self.regions = list(model.config.regions)
-        self.names = case_names(rows)
+    def __post_init__(self):
         self.records: list[dict[str, Any]] = []
         self.lesions: list[dict[str, Any]] = []
+        self.unit = "mm" if self.spacing_mm else "px"
+        self.regions = list(self.model.config.regions)
+        self.names = case_names(self.rows)
         self.calibration = {region: Calibration() for region in self.regions}
 
-    def run(self, batch_size: int = 8, max_images: int | None = None) -> None:
-        """Score the images.
-
-        Args:
-            batch_size: Images at once.
-            max_images: Score this many, evenly spread over the rows.
-        """
+    def run(self, batch_size: int, max_images: int | None) -> None:
+        """Score the images, or this many of them, evenly spread over the rows."""
         chosen = evenly_spread(len(self.rows), max_images or len(self.rows)).tolist()
-        with tqdm(total=len(chosen), desc="Looking for errors", unit="image") as bar:
-            for start in range(0, len(chosen), batch_size):
-                for about, grey, probabilities, references, valid in self.read(chosen[start : start + batch_size]):
-                    head_mask = valid & (grey != 0)
-                    for region, probability, reference in zip(self.regions, probabilities, references, strict=True):
-                        self.calibration[region].add(probability[head_mask], reference[head_mask])
-                        record, lesions = score_region(probability, reference, valid, grey, self.spacing_mm)
-                        self.records.append({**about, "region": region, **record})
-                        self.lesions += [{**about, "region": region, **lesion} for lesion in lesions]
-                    bar.update()
+        images = tqdm(self.read(chosen, batch_size), total=len(chosen), desc="Looking for errors", unit="image")
+        for about, grey, probabilities, references, valid in images:
+            head_mask = valid & (grey != 0)
+            for region, probability, reference in zip(self.regions, probabilities, references, strict=True):
+                self.calibration[region].add(probability[head_mask], reference[head_mask])
+                record, lesions = score_region(probability, reference, valid, grey, self.spacing_mm)
+                self.records.append({**about, "region": region, **record})
+                self.lesions += [{**about, "region": region, **lesion} for lesion in lesions]
 
-    @torch.inference_mode()
-    def read(self, indices: Sequence[int]) -> Iterator[tuple[Any, ...]]:
-        """Segment some images.
-
-        Yields:
-            What is known about an image, its grey values of shape `(height, width)`, probabilities and masks of shape
-            `(regions, height, width)`, and the mask of the pixels that are scored.
-        """
-        batch = self.rows[indices]
-        images = batch[self.transform.image_column]
-        inputs = self.processor(images, return_tensors="pt").to(self.model.device, self.model.dtype)
-        sizes = [(image.height, image.width) for image in images]
-        probabilities = self.processor.post_process_regions(self.model(**inputs), target_sizes=sizes)
-        known = [name for name in ("case_id", "slice_index", "grade") if name in batch]
-        for number, (index, image) in enumerate(zip(indices, images, strict=True)):
-            about = {"index": index, "image": self.names[index]} | {name: batch[name][number] for name in known}
-            label_ids = self.transform.to_label_ids(batch[self.transform.mask_column][number])
-            masks, valid = self.model.region_masks(label_ids[None])
-            values = probabilities[number].cpu().numpy()
-            yield about, grey_values(image), values, masks[0].bool().numpy(), valid[0, 0].numpy()
+    def read(self, indices: Sequence[int], batch_size: int = 1) -> Iterator[tuple[Any, ...]]:
+        """Segment images, and yield what is known of each, its grey values, probabilities, masks and valid pixels."""
+        processor = self.transform.processor
+        for start in range(0, len(indices), batch_size):
+            batch = self.rows[indices[start : start + batch_size]]
+            images = batch[self.transform.image_column]
+            inputs = processor(images, return_tensors="pt").to(self.model.device, self.model.dtype)
+            sizes = [(image.height, image.width) for image in images]
+            with torch.inference_mode():
+                probabilities = processor.post_process_regions(self.model(**inputs), target_sizes=sizes)
+            known = [name for name in ("case_id", "slice_index", "grade") if name in batch]
+            for number, (index, image) in enumerate(zip(indices[start:], images, strict=False)):
+                about = {"index": index, "image": self.names[index]} | {name: batch[name][number] for name in known}
+                label_ids = self.transform.to_label_ids(batch[self.transform.mask_column][number])
+                masks, valid = self.model.region_masks(label_ids[None])
+                values = probabilities[number].cpu().numpy()
+                yield about, grey_values(image), values, masks[0].bool().numpy(), valid[0, 0].numpy()
 
     def of_region(self, region: str) -> list[dict[str, Any]]:
         """Return the records of one region."""
@@ -261,18 +201,20 @@ class Analysis:
 
     def column(self, region: str, name: str, with_tumour: bool = False) -> np.ndarray:
         """Return one value of the records of a region, of all or of those whose reference holds it."""
-        return np.array(
-            [record[name] for record in self.of_region(region) if record["truth_pixels"] or not with_tumour]
-        )
+        records = self.of_region(region)
+        return np.array([record[name] for record in records if record["truth_pixels"] or not with_tumour])
 
     def known(self, region: str, name: str) -> np.ndarray:
         """Return one value of the records of a region, of those where it is a number."""
         values = self.column(region, name)
         return values[~np.isnan(values)]
 
-    def example(self, title: str, record: dict[str, Any]) -> Example:
-        """Segment an image again, to draw it."""
+    def example(self, title: str, record: dict[str, Any]) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
+        """Segment an image again; return a title, and grey values, reference and prediction cropped to the head."""
         ((_, grey, probabilities, references, valid),) = self.read([record["index"]])
         number = self.regions.index(record["region"])
-        heading = f"{title}: Dice {record['dice']:.2f}\n{shorten(record['image'])}"
-        return Example(heading, grey, references[number] & valid, (probabilities[number] > THRESHOLD) & valid)
+        reference, prediction = references[number] & valid, (probabilities[number] > THRESHOLD) & valid
+        box = bounding_box((grey != 0) | reference | prediction, margin=4)
+        name = record["image"] if len(record["image"]) <= 26 else f"{record['image'][:12]}…{record['image'][-13:]}"
+        heading = f"{title}: Dice {record['dice']:.2f}\n{name}"
+        return heading, grey[box], reference[box], prediction[box]

@@ -50,12 +50,13 @@ def plot_training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
 
 def plot_predictions(cases: Sequence[ShownCase], regions: dict[str, list[int]], path: Path) -> None:
     """Draw image, reference, prediction and their outlines, one row per case."""
-    figure, axes = plt.subplots(
-        len(cases), 4, figsize=(12, 3.3 * len(cases)), layout="constrained", squeeze=False, facecolor="white"
-    )
+    figure, axes = plt.subplots(len(cases), 4, figsize=(12, 3.3 * len(cases)), layout="constrained", squeeze=False)
     colours = [COLOURS[index % len(COLOURS)] for index in range(len(regions))]
     # The prediction of a single region takes the second colour, to differ from the reference.
     predicted_colours = [COLOURS[1]] if len(regions) == 1 else colours
+    sides = {"reference": (colours, "solid"), "prediction": (predicted_colours, "dashed")}
+    # Draw large regions first, so that those inside them stay visible.
+    large_first = sorted(enumerate(regions.values()), key=lambda item: -len(item[1]))
     for row, case in zip(axes, cases, strict=True):
         # 16-bit and float images lose their range in `convert`.
         keeps_range = case.image.mode.startswith(("I", "F"))
@@ -64,24 +65,18 @@ def plot_predictions(cases: Sequence[ShownCase], regions: dict[str, list[int]], 
             axis.imshow(pixels, cmap="gray")
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(case.title)
-        # Large regions first, so that those inside them stay visible.
-        drawn = zip(regions.values(), colours, predicted_colours, strict=True)
-        for label_ids, colour, predicted_colour in sorted(drawn, key=lambda item: -len(item[0])):
-            sides = (
-                (row[1], case.reference, colour, "solid"),
-                (row[2], case.prediction, predicted_colour, "dashed"),
-            )
-            for axis, label_map, side_colour, style in sides:
-                mask = np.isin(label_map, label_ids)
-                rgb = np.broadcast_to(matplotlib.colors.to_rgb(side_colour), (*mask.shape, 3))
+        for index, label_ids in large_first:
+            for axis, (kind, (side_colours, style)) in zip(row[1:3], sides.items(), strict=True):
+                mask = np.isin(getattr(case, kind), label_ids)
+                rgb = np.broadcast_to(matplotlib.colors.to_rgb(side_colours[index]), (*mask.shape, 3))
                 axis.imshow(np.dstack([rgb, mask * 0.5]), interpolation="nearest")
                 if mask.any() and not mask.all():
-                    row[3].contour(mask, levels=[0.5], colors=[side_colour], linestyles=style, linewidths=1.4)
+                    row[3].contour(mask, [0.5], colors=[side_colours[index]], linestyles=style, linewidths=1.4)
     for axis, title in zip(axes[0], ("image", "reference", "prediction", "outlines"), strict=True):
         axis.set_title(title)
     handles = [
         plt.Line2D([], [], color=colour, linestyle=style, label=f"{name}, {kind}")
-        for kind, side_colours, style in (("reference", colours, "solid"), ("prediction", predicted_colours, "dashed"))
+        for kind, (side_colours, style) in sides.items()
         for name, colour in zip(regions, side_colours, strict=True)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)

@@ -12,7 +12,7 @@ from plots import ShownCase
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from sam2unet_hf import Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
+from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.training import SegmentationTransform
 
 
@@ -20,16 +20,7 @@ from sam2unet_hf.training import SegmentationTransform
 def predict_label_maps(
     model: PreTrainedModel, processor: Sam2UNetImageProcessor, images: Sequence[Image.Image]
 ) -> list[np.ndarray]:
-    """Segment images as a user of the checkpoint does.
-
-    Args:
-        model: Model in the layout of SAM2-UNet's outputs.
-        processor: Image processor of the model.
-        images: Images of any sizes.
-
-    Returns:
-        A map of label ids for each image, of shape `(height, width)` of the image.
-    """
+    """Segment images as a user of the checkpoint does; return label ids of shape `(height, width)` of each image."""
     inputs = processor(images, return_tensors="pt").to(model.device)
     sizes = [(image.height, image.width) for image in images]
     maps = processor.post_process_semantic_segmentation(model.eval()(**inputs), target_sizes=sizes)
@@ -37,21 +28,9 @@ def predict_label_maps(
 
 
 def write_predictions(
-    folder: Path,
-    rows: datasets.Dataset,
-    transform: SegmentationTransform,
-    model: Sam2UNetForSemanticSegmentation,
-    batch_size: int,
+    folder: Path, rows: datasets.Dataset, transform: SegmentationTransform, model: PreTrainedModel, batch_size: int
 ) -> None:
-    """Write the predicted label map of every row as PNG, in the label ids of the masks.
-
-    Args:
-        folder: Folder to write to; files are named by [`~case_names.case_names`].
-        rows: Rows of a split.
-        transform: Transform of the rows, which knows the column of the images and the ids of the masks.
-        model: The model.
-        batch_size: Images at once.
-    """
+    """Write the predicted label map of every row as PNG, in the label ids of the masks, named after its case."""
     folder.mkdir(exist_ok=True)
     names = case_names(rows)
     for start in tqdm(range(0, len(rows), batch_size), desc="Writing predictions", unit="batch"):
@@ -65,19 +44,9 @@ def write_predictions(
 
 
 def choose_cases(
-    rows: datasets.Dataset,
-    dice: np.ndarray,
-    transform: SegmentationTransform,
-    model: Sam2UNetForSemanticSegmentation,
+    rows: datasets.Dataset, dice: np.ndarray, transform: SegmentationTransform, model: PreTrainedModel
 ) -> list[ShownCase]:
-    """Choose the best, the median and the worst image by Dice among those whose reference holds a region.
-
-    Args:
-        rows: Rows of a split.
-        dice: Dice of each row, of shape `(rows,)`.
-        transform: Transform of the rows, which knows the columns of images and masks.
-        model: The model.
-    """
+    """Choose the best, the median and the worst image by Dice, one per row, of those whose reference has a region."""
     region_ids = [label_id for label_ids in model.config.regions.values() for label_id in label_ids]
 
     def reference(index: int) -> np.ndarray:
@@ -90,6 +59,5 @@ def choose_cases(
     for rank, index in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
         image = rows[index][transform.image_column]
         (prediction,) = predict_label_maps(model, transform.processor, [image])
-        title = f"{rank}: Dice {dice[index]:.3f}\n{names[index]}"
-        cases.append(ShownCase(title, image, reference(index), prediction))
+        cases.append(ShownCase(f"{rank}: Dice {dice[index]:.3f}\n{names[index]}", image, reference(index), prediction))
     return cases

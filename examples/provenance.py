@@ -1,36 +1,95 @@
-"""The record of a run beside its checkpoints: arguments, versions, commit and data."""
+"""The folder of a run: whether a run in it is resumed, and its record with arguments, versions, commit and data."""
 
 import hashlib
 import json
+import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import datasets
-from data_checks import file_bytes, image_columns
-from transformers import TrainingArguments
+from arguments import SegmentationTrainingArguments
+from data_checks import DataSplits, file_bytes, image_columns
 
 from sam2unet_hf.training import ParquetRows
+from sam2unet_hf.training.resume import last_complete_checkpoint, why_incomplete
 
+
+logger = logging.getLogger(__name__)
 
 RECORD = "run.json"
+STUDY = "hp_search.db"
+RESULTS_FILE = "all_results.json"  # written last, so it tells that the run has finished
+# What a run writes besides the final checkpoint.
+RUN_FILES = ("checkpoint-*", "*_results.json", "trainer_state.json", RECORD, "predictions*", "training_*.png")
+RUN_FILES += ("training_info.json", "README.md", STUDY, "hp_search.json")
 
 
-def run_record(
-    arguments: dict[str, Any], args: TrainingArguments, data: Mapping[str, datasets.Dataset | ParquetRows]
-) -> dict[str, Any]:
-    """Return what is needed to repeat a run.
+def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArguments) -> str | None:
+    """Return the checkpoint to resume from, if there is one; refuse to replace a run unasked, or to mix two.
 
-    Args:
-        arguments: Arguments that must stay the same when the run is resumed.
-        args: All arguments of the training; tokens are left out.
-        data: Splits of the data set.
+    A run is resumed with the `arguments` that it began with alone.
     """
+    output_dir = Path(args.output_dir)
+    last_checkpoint = last_complete_checkpoint(output_dir)
+    if named := args.resume_from_checkpoint:
+        if named.lower() not in ("true", "last"):
+            if fault := why_incomplete(named):
+                raise SystemExit(f"--resume_from_checkpoint: {named} is incomplete ({fault}). Name another.")
+            return named
+        if last_checkpoint is None:
+            raise SystemExit(f"--resume_from_checkpoint: there is no checkpoint in {output_dir} to resume from.")
+        return last_checkpoint
+    if args.overwrite_output_dir:
+        return None
+    if (output_dir / RESULTS_FILE).exists():
+        raise SystemExit(
+            f"{output_dir} holds a finished run. Pass --overwrite_output_dir to replace it, another --output_dir to "
+            "keep it, or --resume_from_checkpoint true to train it further."
+        )
+    record = read_record(output_dir)
+    if record and (last_checkpoint is not None or (output_dir / STUDY).exists()):
+        if unknown := sorted(record["arguments"].keys() ^ arguments.keys()):
+            raise SystemExit(
+                f"Another version of this package or of transformers began the unfinished run in {output_dir}: only "
+                f"one of the two has the arguments {', '.join(unknown)}. Pass --overwrite_output_dir or another "
+                "--output_dir."
+            )
+        if changed := changed_values(record["arguments"], arguments):
+            raise SystemExit(
+                f"{output_dir} holds an unfinished run with other values of {', '.join(changed)}. Start again with "
+                f"{', '.join(f'{name}={value}' for name, value in changed.items())} to go on with it, or pass "
+                "--overwrite_output_dir or another --output_dir."
+            )
+    if last_checkpoint is not None:
+        logger.warning("Going on with the unfinished run in %s from %s.", output_dir, Path(last_checkpoint).name)
+    return last_checkpoint
+
+
+def start_run(record: dict[str, Any], args: SegmentationTrainingArguments) -> None:
+    """Make the output folder, remove an older run if `overwrite_output_dir` says so, and write the record."""
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if args.overwrite_output_dir and not args.resume_from_checkpoint:
+        for path in [path for pattern in RUN_FILES for path in output_dir.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (output_dir / RESULTS_FILE).unlink(missing_ok=True)  # a finished run that is trained further is unfinished
+    before = read_record(output_dir)
+    for part in ("data", "versions", "git") if before else ():
+        if changed := changed_values(before[part], record[part]):
+            values = ", ".join(f"{name} {record[part].get(name)} (was {value})" for name, value in changed.items())
+            logger.warning("Other %s than when this run began, so it may end otherwise: %s.", part, values)
+    write_json(output_dir / RECORD, record)
+
+
+def run_record(arguments: dict[str, Any], args: SegmentationTrainingArguments, data: DataSplits) -> dict[str, Any]:
+    """Return what is needed to repeat a run: `arguments` must stay the same when it is resumed."""
+    packages = {dist.metadata["Name"]: dist.version for dist in metadata.distributions() if dist.metadata["Name"]}
     return {
         "command": ["<token>" if args.hub_token and args.hub_token in word else word for word in sys.argv],
         "arguments": arguments,
@@ -39,43 +98,27 @@ def run_record(
         },
         "processes": args.world_size,
         "data": {split: fingerprint(rows) for split, rows in data.items()},
-        "versions": {"python": platform.python_version(), **versions()},
+        "versions": {"python": platform.python_version(), **packages},
         "git": commit(),
         "platform": platform.platform(),
     }
 
 
-def versions() -> dict[str, str]:
-    """Return the version of every installed package, as `pip freeze` lists them."""
-    found = {dist.metadata["Name"]: dist.version for dist in metadata.distributions() if dist.metadata["Name"]}
-    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
-
-
 def commit() -> dict[str, str | bool]:
     """Return the commit of the checkout that holds this script, and whether tracked files differ from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        # No argument comes from outside, and no shell reads them.
-        found = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)  # nosec B603
-        return found.stdout.strip()
-
-    try:
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
-        }
+    git = ["git", "-C", str(Path(__file__).parent)]
+    options = {"text": True, "stderr": subprocess.DEVNULL, "timeout": 30}
+    try:  # no argument comes from outside, and no shell reads them
+        head = subprocess.check_output([*git, "rev-parse", "HEAD"], **options)  # nosec B603
+        changes = subprocess.check_output([*git, "status", "--porcelain", "-uno"], **options)  # nosec B603
+        return {"commit": head.strip(), "changed": bool(changes)}
     except (OSError, subprocess.SubprocessError):
         return {}  # there is no git, or no checkout
 
 
 def fingerprint(rows: datasets.Dataset | ParquetRows) -> str:
-    """Return the SHA-256 of the rows, which is the same on every machine.
-
-    Images count by the bytes of their files. Streamed rows count by the footers of theirs, because reading all of them
-    would take too long.
-    """
-    if isinstance(rows, ParquetRows):
+    """Return the SHA-256 of the rows, images by the bytes of their files, which is the same on every machine."""
+    if isinstance(rows, ParquetRows):  # by the footers of the files, because reading all rows would take too long
         return rows.fingerprint()
     digest = hashlib.sha256(repr(sorted(rows.column_names)).encode())
     images = image_columns(rows)
@@ -92,8 +135,7 @@ def fingerprint(rows: datasets.Dataset | ParquetRows) -> str:
 
 def changed_values(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """Return by name the values of `before` that differ now; `None` for names that are new."""
-    # `before` was read from JSON, which has lists for tuples.
-    now = json.loads(json.dumps(now))
+    now = json.loads(json.dumps(now))  # `before` was read from JSON, which has lists for tuples
     return {name: before.get(name) for name in sorted({*before, *now}) if before.get(name) != now.get(name)}
 
 

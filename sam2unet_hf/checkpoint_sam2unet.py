@@ -118,13 +118,9 @@ class Sam2UNetCheckpointMixin(PreTrainedModel):
     def verify_encoder_source(self, may_be_local: bool = True) -> None:
         """Check that the encoder can be fetched again from `config.encoder_source`, and note its hash in the config.
 
-        Args:
-            may_be_local: Whether a path of this machine will do.
-
         Raises:
-            OSError: If it cannot be reached.
-            ValueError: If no source is known, or the weights there are not those of this model, or it is a path and
-                must not be.
+            OSError: If the source cannot be reached.
+            ValueError: If it is not known, holds other weights, or is a path and `may_be_local` is false.
         """
         verified = verify_encoder_source(self.config, self.encoder.state_dict(), may_be_local)
         for field, value in verified.items():
@@ -231,4 +227,4 @@ class Sam2UNetCheckpointMixin(PreTrainedModel):
             self.trainable_only = default
 
 
-__all__ = ["DOWNLOAD_ARGUMENTS", "Sam2UNetCheckpointMixin"]
+__all__ = ["DOWNLOAD_ARGUMENTS"]

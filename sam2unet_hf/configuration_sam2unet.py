@@ -10,9 +10,6 @@ from transformers.configuration_utils import SubConfigSpec
 from .regions_sam2unet import label_names, regions_from_pairs
 
 
-# The names of the label ids, which follow from the regions by default.
-LABEL_NAME_FIELDS = {"id2label", "label2id"}
-
 # Options that earlier configurations hold, with the only value that the loss has left of each.
 REMOVED_OPTIONS = {"boundary_kernel_size": 31, "boundary_weight": 5.0}
 
@@ -36,14 +33,7 @@ PRESETS = {name: dict(zip(PRESET_FIELDS, row, strict=True)) for name, row in PRE
 
 
 def preset_backbone_config(preset: str) -> Sam2HieraDetConfig:
-    """Return the encoder configuration of one of SAM 2's released sizes.
-
-    Args:
-        preset: One of `PRESETS`: `"tiny"`, `"small"`, `"base_plus"` or `"large"`.
-
-    Raises:
-        ValueError: If `preset` is none of these.
-    """
+    """Return the encoder configuration of one of `PRESETS`."""
     if preset not in PRESETS:
         raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}, got {preset!r}.")
     fields = copy.deepcopy(PRESETS[preset])
@@ -55,11 +45,7 @@ def preset_backbone_config(preset: str) -> Sam2HieraDetConfig:
 
 
 def check_backbone(backbone: PreTrainedConfig | None) -> None:
-    """Check that the windows of an encoder tile every image and that its four maps fit the decoder.
-
-    Raises:
-        ValueError: If they do not.
-    """
+    """Raise a `ValueError` unless the windows of an encoder tile every image and its four maps fit the decoder."""
     if not isinstance(backbone, Sam2HieraDetConfig):
         raise ValueError(
             f"`backbone_config` must be a `Sam2HieraDetConfig`, got {type(backbone).__name__}. "
@@ -70,11 +56,7 @@ def check_backbone(backbone: PreTrainedConfig | None) -> None:
         if not holds:
             raise ValueError(f"`backbone_config.{name}` must {rule}, got {getattr(backbone, name)}.")
 
-    require(
-        len(backbone.blocks_per_stage) == 4,
-        "blocks_per_stage",
-        "have four stages, because the decoder joins four maps",
-    )
+    require(len(backbone.blocks_per_stage) == 4, "blocks_per_stage", "have four stages for the decoder's four maps")
     require(backbone.num_query_pool_stages == 3, "num_query_pool_stages", "be 3, because three stages halve the map")
     for name in ("embed_dim_per_stage", "num_attention_heads_per_stage", "window_size_per_stage"):
         require(len(getattr(backbone, name)) == 4, name, "have four entries, one per stage")
@@ -84,8 +66,8 @@ def check_backbone(backbone: PreTrainedConfig | None) -> None:
 
     name, windows = "window_size_per_stage", backbone.window_size_per_stage
     require(8 % windows[0] == 0, name, "start with 2, 4 or 8, so that the position embedding tiles every image")
-    can_be_halved = all(window % 2 == 0 for window in windows[:3])
-    require(can_be_halved, name, "be even but for the last stage, because query pooling halves the windows")
+    is_even = all(window % 2 == 0 for window in windows[:3])
+    require(is_even, name, "be even but for the last stage, because query pooling halves the windows")
     for dim, heads in zip(backbone.embed_dim_per_stage, backbone.num_attention_heads_per_stage, strict=True):
         if dim % heads:
             raise ValueError(f"`embed_dim_per_stage` {dim} is not a multiple of its {heads} attention heads.")
@@ -135,9 +117,7 @@ class Sam2UNetConfig(PreTrainedConfig):
 
     model_type = "sam2unet"
     keys_to_ignore_at_inference = ["auxiliary_logits", "hidden_states"]
-    sub_configs_defaults = {
-        "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="sam2_hiera_det_model"),
-    }
+    sub_configs_defaults = {"backbone_config": SubConfigSpec(AutoConfig, model_type="sam2_hiera_det_model")}
 
     backbone_config: dict | PreTrainedConfig | None = None
     adapter_hidden_size: int = 32
@@ -169,25 +149,16 @@ class Sam2UNetConfig(PreTrainedConfig):
         """Build a configuration from a dict, with `kwargs` over it, checked together."""
         # transformers would set our fields one by one on the finished, checked configuration.
         own_fields = Sam2UNetConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
-        own_fields |= LABEL_NAME_FIELDS | REMOVED_OPTIONS.keys()
+        own_fields |= {"id2label", "label2id"} | REMOVED_OPTIONS.keys()
         overrides = {name: kwargs.pop(name) for name in own_fields & kwargs.keys()}
+        stored = dict(config_dict)
         if overrides.keys() & {"regions", "id2label"}:
             # The stored names are those of other regions.
-            config_dict = {name: value for name, value in config_dict.items() if name not in LABEL_NAME_FIELDS}
-        config_dict = {**config_dict, **overrides}
+            stored.update(id2label=None, label2id=None)
         if "encoder_source" in overrides:
             # The stored commit is one of the other source.
-            config_dict["encoder_revision"] = overrides.get("encoder_revision")
-        num_labels = kwargs.pop("num_labels", None)
-        found = super().from_dict(config_dict, **kwargs)
-        config = found[0] if isinstance(found, tuple) else found  # with `return_unused_kwargs`
-        if num_labels not in (None, config.num_labels):
-            raise ValueError(
-                f"`num_labels` {num_labels} does not fit `regions` {config.regions}, which write {config.num_labels} "
-                "label ids, background among them. Say what to segment by `regions`, such as {'liver': [1], 'spleen': "
-                "[2]}."
-            )
-        return found
+            stored["encoder_revision"] = None
+        return super().from_dict({**stored, **overrides}, **kwargs)
 
     def __post_init__(self, **kwargs):
         for name, value in REMOVED_OPTIONS.items():
@@ -202,9 +173,14 @@ class Sam2UNetConfig(PreTrainedConfig):
         self.regions = {"WT": [1, 2, 3]} if self.regions is None else regions_from_pairs(self.regions)
         if self.auxiliary_loss_weights is None:
             self.auxiliary_loss_weights = [1.0, 1.0]
+        names = label_names(self.regions)
+        if (num_labels := kwargs.get("num_labels")) not in (None, len(names)):
+            raise ValueError(
+                f"`num_labels` {num_labels} does not fit `regions` {self.regions}, which write {len(names)} label "
+                "ids, background among them. Say what to segment by `regions`, such as {'liver': [1], 'spleen': [2]}."
+            )
         if self.id2label is None:
-            self.id2label = dict(label_names(self.regions))
-            self.label2id = None
+            self.id2label, self.label2id = names, None
         super().__post_init__(**kwargs)
         if self.label2id is None:
             self.label2id = {str(name): int(label_id) for label_id, name in self.id2label.items()}
@@ -226,10 +202,7 @@ class Sam2UNetConfig(PreTrainedConfig):
         """Check that there is one weight per auxiliary output."""
         weights = self.auxiliary_loss_weights
         if len(weights) != 2 or min(weights) < 0:
-            raise ValueError(
-                "`auxiliary_loss_weights` must be two weights >= 0, for the outputs at stride 16 and stride 8, got "
-                f"{weights}."
-            )
+            raise ValueError(f"`auxiliary_loss_weights` must be two weights >= 0, at stride 16 and 8, got {weights}.")
 
     def validate_labels(self):
         """Check that the regions and the names of the label ids fit each other."""
@@ -242,8 +215,7 @@ class Sam2UNetConfig(PreTrainedConfig):
         written = label_names(self.regions)
         if unnamed := [label_id for label_id in written if label_id not in self.id2label]:
             raise ValueError(
-                f"`id2label` {self.id2label} does not name the label ids {unnamed} that `regions` {self.regions} "
-                "write."
+                f"`id2label` {self.id2label} does not name the label ids {unnamed} of `regions` {self.regions}."
             )
         # `num_labels` or `id2label` without `regions` would name such ids.
         if unknown := [label_id for label_id in self.id2label if label_id not in written]:
@@ -254,4 +226,4 @@ class Sam2UNetConfig(PreTrainedConfig):
             )
 
 
-__all__ = ["PRESETS", "Sam2UNetConfig", "preset_backbone_config"]
+__all__ = ["Sam2UNetConfig"]

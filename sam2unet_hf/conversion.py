@@ -47,9 +47,6 @@ REFERENCE_NAMES = [
     (r"\.bn\.", ".norm."),
 ]
 
-# The reference builds a fourth decoder step and never calls it.
-UNUSED_REFERENCE_PREFIX = "up4."
-
 
 def convert_reference_checkpoint(
     path_or_state_dict: str | os.PathLike | Mapping[str, torch.Tensor],
@@ -61,7 +58,7 @@ def convert_reference_checkpoint(
     Args:
         path_or_state_dict: `.pth` file as the reference's training script writes it, or its state dict.
         config: Configuration of the model. By default the encoder is the one of SAM 2's sizes that the shapes show,
-            and the output is one region `"foreground"` of label id 1, since the checkpoint does not say what it
+            and the output is one region `"foreground"` of label id 1, because the checkpoint does not say what it
             segments.
         **config_kwargs: Fields of [`Sam2UNetConfig`], such as `regions`, if there is no `config`.
 
@@ -82,18 +79,12 @@ def convert_reference_checkpoint(
         source, reference = "the state dict", unwrap_names(path_or_state_dict)
     else:
         source, reference = os.fspath(path_or_state_dict), load_pickled_state_dict(path_or_state_dict)
-    dropped = [name for name in reference if name.startswith(UNUSED_REFERENCE_PREFIX)]
-    state_dict = {}
-    for name, value in reference.items():
-        if name in dropped:
-            continue
-        new_name = rename(name, REFERENCE_NAMES)
-        if new_name.startswith("encoder."):
-            new_name = "encoder." + rename(new_name.removeprefix("encoder."), SAM2_NAMES)
-        state_dict[new_name] = value
+    # The reference builds a fourth decoder step and never calls it.
+    dropped = [name for name in reference if name.startswith("up4.")]
+    names = {name: rename(name, REFERENCE_NAMES + SAM2_NAMES) for name in reference if name not in dropped}
+    state_dict = {names[name]: reference[name] for name in names}
     if not any(name.startswith("encoder.") for name in state_dict):
         raise ValueError(f"{source} is not a reference SAM2-UNet: no key starts with 'encoder.'.")
-
     if config is None:
         encoder = {name.removeprefix("encoder."): value for name, value in state_dict.items()}
         backbone_config = infer_backbone_config(encoder, source)
@@ -109,12 +100,12 @@ def convert_reference_checkpoint(
 def convert_checkpoint(
     source: str | os.PathLike, output: str | os.PathLike, *, revision: str | None = None, **config_kwargs: Any
 ) -> Sam2UNetForSemanticSegmentation:
-    """Write a checkpoint folder from a reference SAM2-UNet or a SAM 2 encoder, and check that it loads as it was.
+    """Write a checkpoint folder from a reference SAM2-UNet or a SAM 2 encoder, and check that it can be loaded.
 
     Args:
         source: `.pth` file of the reference, or what [`Sam2UNetForSemanticSegmentation.from_sam2`] takes: a Hub id, a
             folder, or an original `.pt` file of SAM 2, to which adapters and decoder are new.
-        output: Folder to write, with model, code and image processor. It appears once it is whole.
+        output: Folder to write, with model, code and image processor. It appears only when it is complete.
         revision: Branch, tag or commit on the Hub.
         **config_kwargs: Fields of [`Sam2UNetConfig`], such as `regions`. The default is `{"foreground": [1]}` for a
             reference SAM2-UNet and `{"WT": [1, 2, 3]}` for a SAM 2 encoder.
@@ -123,10 +114,8 @@ def convert_checkpoint(
         The model as it loads from the folder, in eval mode.
 
     Raises:
-        FileExistsError: If the folder exists and is not empty.
-        FileNotFoundError: If `source` is the path of a file that does not exist.
-        OSError: If `source` is no folder with a checkpoint and no repository that can be reached.
-        RuntimeError: If what was written loads as something else.
+        OSError: If there is no such source, or the folder exists and is not empty.
+        RuntimeError: If the weights are not read back as they were written.
         ValueError: If the source is damaged, is neither of the two, or does not fit the fields.
     """
     output = Path(output)
@@ -156,11 +145,7 @@ def convert_checkpoint(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line.
-
-    Args:
-        argv: Arguments, those of the process by default.
-    """
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m sam2unet_hf.conversion",
         description=__doc__,
@@ -176,10 +161,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     args = parser.parse_args(argv)
-    fields = {}
     try:
-        if args.regions:
-            fields["regions"] = parse_regions(args.regions)
+        fields = {"regions": parse_regions(args.regions)} if args.regions else {}
         model = convert_checkpoint(args.source, args.output, revision=args.revision, **fields)
     except (OSError, RuntimeError, ValueError) as err:
         parser.error(str(err))

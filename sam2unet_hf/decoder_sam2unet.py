@@ -8,21 +8,27 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from .configuration_sam2unet import Sam2UNetConfig
 
 
+def undo_fusion(module: "Sam2UNetConvNorm", incompatible_keys: object) -> None:
+    """Undo `fuse` after loading other weights; a function, so that the module can be pickled."""
+    module.fuse(False)
+
+
 class Sam2UNetConvNorm(nn.Module):
-    """Convolution without bias, then batch norm; one convolution with bias between `fuse` and `train`."""
+    """Convolution without bias and batch norm, which `fuse` turns into one convolution with bias until `train`."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], dilation: int = 1):
         super().__init__()
-        # "same" padding, written as numbers: the string cannot be exported.
+        # Write "same" padding as numbers, because the string cannot be exported.
         height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
         padding = (height // 2 * dilation, width // 2 * dilation)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
-        # Beside the parameters, not in their place, so that the model is saved and trained on as if never fused.
+        # Keep the parameters beside these, so that the model is saved and trained on as if never fused.
         self.fused_weight: torch.Tensor | None
         self.fused_bias: torch.Tensor | None
         self.register_buffer("fused_weight", None, persistent=False)
         self.register_buffer("fused_bias", None, persistent=False)
+        self.register_load_state_dict_post_hook(undo_fusion)
 
     @torch.no_grad()
     def fuse(self, fuse: bool = True) -> None:
@@ -33,7 +39,7 @@ class Sam2UNetConvNorm(nn.Module):
             weight, bias = fuse_conv_bn_weights(
                 conv.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             )
-            # Without `detach` they would be parameters.
+            # Detach them, because parameters would be saved and trained.
             self.fused_weight, self.fused_bias = weight.detach(), bias.detach()
 
     def train(self, mode: bool = True) -> "Sam2UNetConvNorm":
@@ -42,17 +48,11 @@ class Sam2UNetConvNorm(nn.Module):
             self.fuse(False)
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self.fuse(False)
-        super()._load_from_state_dict(*args, **kwargs)
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.fused_weight is not None:
-            conv = self.conv
-            return F.conv2d(
-                hidden_states, self.fused_weight, self.fused_bias, padding=conv.padding, dilation=conv.dilation
-            )
-        return self.norm(self.conv(hidden_states))
+        if self.fused_weight is None:
+            return self.norm(self.conv(hidden_states))
+        padding, dilation = self.conv.padding, self.conv.dilation
+        return F.conv2d(hidden_states, self.fused_weight, self.fused_bias, padding=padding, dilation=dilation)
 
 
 class Sam2UNetReceptiveFieldBlock(nn.Module):
@@ -98,11 +98,7 @@ class Sam2UNetUpBlock(nn.Module):
 
 
 class Sam2UNetDecodeHead(nn.Module):
-    """Receptive field blocks, U-Net decoder and the three classifiers.
-
-    Args:
-        config: Sizes of encoder and decoder, and the regions, each of which is one channel of the output.
-    """
+    """Receptive field blocks, U-Net decoder and the three classifiers."""
 
     def __init__(self, config: Sam2UNetConfig):
         super().__init__()
@@ -115,16 +111,7 @@ class Sam2UNetDecodeHead(nn.Module):
         self.classifier = nn.Conv2d(channels, num_regions, 1)
 
     def forward(self, *feature_maps: torch.Tensor, output_auxiliary_logits: bool = False) -> tuple[torch.Tensor, ...]:
-        """Turn the encoder's feature maps into raw scores.
-
-        Args:
-            *feature_maps: One map per stage, `(batch_size, channels, height / stride, width / stride)`.
-            output_auxiliary_logits: Return the scores of the two side outputs too.
-
-        Returns:
-            Scores of shape `(batch_size, num_regions, height / stride, width / stride)` at stride 4 and, when asked
-            for, at strides 16 and 8.
-        """
+        """Return raw scores `(batch_size, num_regions, ...)` at stride 4 and, when asked for, at strides 16 and 8."""
         *skips, hidden_states = [
             block(feature_map) for block, feature_map in zip(self.receptive_field_blocks, feature_maps, strict=True)
         ]
@@ -132,10 +119,7 @@ class Sam2UNetDecodeHead(nn.Module):
         for up_block, skip in zip(self.up_blocks, reversed(skips), strict=True):
             hidden_states = up_block(hidden_states, skip)
             decoded.append(hidden_states)
-        auxiliary = []
+        logits = [self.classifier(hidden_states)]
         if output_auxiliary_logits:
-            auxiliary = [head(side) for head, side in zip(self.auxiliary_classifiers, decoded[:2], strict=True)]
-        return self.classifier(hidden_states), *auxiliary
-
-
-__all__ = ["Sam2UNetDecodeHead"]
+            logits += [head(side) for head, side in zip(self.auxiliary_classifiers, decoded[:2], strict=True)]
+        return tuple(logits)

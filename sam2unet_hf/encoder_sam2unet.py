@@ -19,13 +19,8 @@ class Sam2UNetPatchEmbeddings(nn.Module):
 
     def __init__(self, config: Sam2HieraDetConfig):
         super().__init__()
-        self.projection = nn.Conv2d(
-            config.num_channels,
-            config.hidden_size,
-            kernel_size=config.patch_kernel_size,
-            stride=config.patch_stride,
-            padding=config.patch_padding,
-        )
+        kernel_size, stride, padding = config.patch_kernel_size, config.patch_stride, config.patch_padding
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size, stride, padding)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         # (B, C, H, W) -> (B, H/4, W/4, hidden_size)
@@ -65,30 +60,22 @@ class Sam2UNetWindowAttention(nn.Module):
     padded tokens are thrown away in the original, so none is computed.
     """
 
-    def __init__(
-        self,
-        config: Sam2HieraDetConfig,
-        dim: int,
-        dim_out: int,
-        num_attention_heads: int,
-        window_size: int,
-        query_stride: list[int] | None,
-    ):
+    def __init__(self, config: Sam2HieraDetConfig, input_stage: int, stage: int, is_global: bool):
         super().__init__()
         self.config = config
-        self.num_attention_heads = num_attention_heads
-        self.window_size = window_size
-        self.query_stride = query_stride
+        self.num_attention_heads = config.num_attention_heads_per_stage[stage]
+        self.window_size = 0 if is_global else config.window_size_per_stage[input_stage]
+        self.query_stride = config.query_stride if stage != input_stage else None
+        dim, dim_out = config.embed_dim_per_stage[input_stage], config.embed_dim_per_stage[stage]
         self.qkv = nn.Linear(dim, dim_out * 3)
         self.proj = nn.Linear(dim_out, dim_out)
 
     def forward(self, hidden_states: torch.Tensor, layout: Sam2UNetWindowLayout) -> torch.Tensor:
         """Attend within windows; tokens of shape `(tokens, dim)` -> `(tokens, dim_out)`, maybe pooled."""
-        # (tokens, 3 * dim_out)
         qkv = self.qkv(hidden_states)
         pooled = layout if self.query_stride is None else layout.after_pooling(self.query_stride)
         if self.window_size == 0:
-            # The order of the tokens of an image is of no importance to attention over all of them.
+            # Attention over all tokens of an image does not depend on their order.
             query, key, value = layout.to_sequences(qkv).chunk(3, dim=-1)
             if self.query_stride is not None:
                 query = pooled.to_sequences(layout.pool(qkv.chunk(3, dim=-1)[0], self.query_stride))
@@ -116,14 +103,11 @@ class Sam2UNetWindowAttention(nn.Module):
             key = torch.cat([key, key_bias.expand(num_windows, -1, -1, -1)], dim=2)
             value = torch.cat([value, value_bias.expand(num_windows, -1, -1, -1)], dim=2)
             mask = F.pad(key.new_zeros(1, 1, 1, num_tokens), (0, 1), value=math.log(num_padded))
-        is_eager = self.config._attn_implementation == "eager"
-        is_half = query.dtype in (torch.bfloat16, torch.float16)
-        if is_half and query.device.type == "cpu" and query.requires_grad:
-            # The backward pass of PyTorch's half-precision kernel for the CPU is up to five times slower.
-            is_eager = True
+        # The backward pass of PyTorch's half-precision kernel for the CPU is up to five times slower.
+        is_slow = query.requires_grad and query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+        is_eager = is_slow or self.config._attn_implementation == "eager"
         attention = eager_attention if is_eager else F.scaled_dot_product_attention
-        output = attention(query, key, value, attn_mask=mask)
-        return output.transpose(1, 2).flatten(2)
+        return attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class Sam2UNetFeedForward(nn.Module):
@@ -143,23 +127,14 @@ class Sam2UNetFeedForward(nn.Module):
 class Sam2UNetBlock(GradientCheckpointingLayer):
     """Adapter and Hiera block; the first block of stages 2 to 4 halves the resolution by query pooling."""
 
-    def __init__(self, config: Sam2UNetConfig, stage: int, is_first_of_stage: bool, is_global: bool):
+    def __init__(self, config: Sam2UNetConfig, input_stage: int, stage: int, is_global: bool):
         super().__init__()
         backbone = config.backbone_config
-        # The first block of a stage still has the dimension and the window of the stage before.
-        input_stage = max(stage - 1, 0) if is_first_of_stage else stage
         dim, dim_out = backbone.embed_dim_per_stage[input_stage], backbone.embed_dim_per_stage[stage]
-        self.query_stride = backbone.query_stride if is_first_of_stage and stage > 0 else None
         self.adapter = Sam2UNetAdapter(dim, config.adapter_hidden_size)
         self.layer_norm1 = nn.LayerNorm(dim, eps=backbone.layer_norm_eps)
-        self.attn = Sam2UNetWindowAttention(
-            backbone,
-            dim,
-            dim_out,
-            num_attention_heads=backbone.num_attention_heads_per_stage[stage],
-            window_size=0 if is_global else backbone.window_size_per_stage[input_stage],
-            query_stride=self.query_stride,
-        )
+        self.attn = Sam2UNetWindowAttention(backbone, input_stage, stage, is_global)
+        self.query_stride = self.attn.query_stride
         self.layer_norm2 = nn.LayerNorm(dim_out, eps=backbone.layer_norm_eps)
         self.mlp = Sam2UNetFeedForward(backbone, dim_out)
         self.proj = nn.Linear(dim, dim_out) if dim != dim_out else None
@@ -179,9 +154,6 @@ class Sam2UNetEncoder(nn.Module):
     """SAM 2's Hiera trunk with an adapter in each block.
 
     Parameters are named as in transformers' `Sam2HieraDetModel`, adapters aside, so that SAM 2 weights load by name.
-
-    Args:
-        config: Sizes of encoder and adapters, and the attention implementation.
     """
 
     def __init__(self, config: Sam2UNetConfig):
@@ -189,35 +161,29 @@ class Sam2UNetEncoder(nn.Module):
         backbone = config.backbone_config
         self.patch_embed = Sam2UNetPatchEmbeddings(backbone)
         self.window_sizes = backbone.window_size_per_stage
-        background_size = backbone.window_positional_embedding_background_size
-        self.pos_embed = nn.Parameter(torch.zeros(1, backbone.hidden_size, *background_size))
-        window = (self.window_sizes[0], self.window_sizes[0])
-        self.pos_embed_window = nn.Parameter(torch.zeros(1, backbone.hidden_size, *window))
+        background, side = backbone.window_positional_embedding_background_size, self.window_sizes[0]
+        self.pos_embed = nn.Parameter(torch.zeros(1, backbone.hidden_size, *background))
+        self.pos_embed_window = nn.Parameter(torch.zeros(1, backbone.hidden_size, side, side))
         self.blocks = nn.ModuleList()
         self.stage_ends = []
         for stage, num_blocks in enumerate(backbone.blocks_per_stage):
             for position in range(num_blocks):
+                # The first block of a stage still has the dimension and the window of the stage before.
+                input_stage = stage if position else max(stage - 1, 0)
                 is_global = len(self.blocks) in backbone.global_attention_blocks
-                self.blocks.append(Sam2UNetBlock(config, stage, position == 0, is_global))
+                self.blocks.append(Sam2UNetBlock(config, input_stage, stage, is_global))
             self.stage_ends.append(len(self.blocks) - 1)
 
     def position_embedding(self, height: int, width: int) -> torch.Tensor:
         """Return the embedding of shape `(1, height, width, hidden_size)`: background plus tiled window."""
         background = F.interpolate(self.pos_embed, size=(height, width), mode="bicubic")
-        window_height, window_width = self.pos_embed_window.shape[-2:]
-        window = self.pos_embed_window.tile(1, 1, height // window_height, width // window_width)
+        window = self.pos_embed_window.tile(1, 1, height // self.window_sizes[0], width // self.window_sizes[0])
         return (background + window).permute(0, 2, 3, 1)
 
     def run_stage(self, maps: torch.Tensor, stage: int) -> tuple[torch.Tensor, ...]:
-        """Run a stage but for its first block, and the first block of the next, whose windows are those of this one.
+        """Run a stage, and the first block of the next, which has the windows of this one and is left out there.
 
-        Args:
-            maps: Tokens `(batch_size, height, width, channels)`.
-            stage: From 0; the first stage is run from its first block on.
-
-        Returns:
-            The feature map of the stage and, but for the last stage, the tokens after the next stage's first block,
-            both `(batch_size, height, width, channels)`.
+        Maps are of shape `(batch_size, height, width, channels)`; two are returned, for the last stage one.
         """
         batch_size, height, width, _ = maps.shape
         layout = Sam2UNetWindowLayout(batch_size, height, width, self.window_sizes[stage])
@@ -244,6 +210,3 @@ class Sam2UNetEncoder(nn.Module):
             feature_maps.append(feature_map.permute(0, 3, 1, 2))
             maps = rest[0] if rest else maps
         return tuple(feature_maps)
-
-
-__all__ = ["Sam2UNetEncoder"]

@@ -7,23 +7,11 @@ from typing import Any
 import torch
 
 from .configuration_sam2unet import Sam2UNetConfig
-from .weights_sam2unet import (
-    is_local_source,
-    is_pretrained_weight,
-    load_sam2_encoder,
-    read_safetensors,
-    weight_files,
-)
+from .weights_sam2unet import is_local_source, is_pretrained_weight, load_sam2_encoder, read_safetensors, weight_files
 
 
 def encoder_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of an encoder, whatever kind of file it comes from.
-
-    It is taken over name, dtype, shape and little-endian bytes of each tensor, in the order of the names.
-
-    Args:
-        state_dict: Weights in the names of [`Sam2UNetForSemanticSegmentation`]`.encoder`, in main memory.
-    """
+    """Return the SHA-256 over name, dtype, shape and little-endian bytes of each tensor, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(state_dict):
         tensor = state_dict[name].contiguous()
@@ -37,18 +25,7 @@ def verify_encoder_source(
 ) -> dict[str, str | None]:
     """Check weight by weight that the encoder of a model can be fetched again from `config.encoder_source`.
 
-    Args:
-        config: Configuration of the model.
-        encoder: Weights in the names of [`Sam2UNetForSemanticSegmentation`]`.encoder`; adapters are passed over.
-        may_be_local: Whether a path of this machine will do.
-
-    Returns:
-        What the config must say to fetch that encoder: `encoder_source`, `encoder_revision`, `encoder_sha256`.
-
-    Raises:
-        OSError: If the source cannot be reached.
-        ValueError: If no source is known, or the weights there are not those of this model, or it is a path and
-            must not be.
+    Returns the fields of the config that say where: `encoder_source`, `encoder_revision` and `encoder_sha256`.
     """
     source = config.encoder_source
     if source is None:
@@ -73,28 +50,12 @@ def verify_encoder_source(
                 f"The encoder is not the one in {source}: {name!r} differs. It was trained, or comes from elsewhere; "
                 "save the whole model, without `trainable_only=True`."
             )
-    return {
-        "encoder_source": found.source,
-        "encoder_revision": found.revision,
-        "encoder_sha256": encoder_sha256(found.state_dict),
-    }
+    sha256 = encoder_sha256(found.state_dict)
+    return {"encoder_source": found.source, "encoder_revision": found.revision, "encoder_sha256": sha256}
 
 
 def fetch_encoder(config: Mapping[str, Any], checkpoint: str, **download_kwargs: Any) -> dict[str, torch.Tensor]:
-    """Fetch the encoder that a checkpoint without one names.
-
-    Args:
-        config: Holds `backbone_config`, `encoder_source`, `encoder_revision` and `encoder_sha256`.
-        checkpoint: Name of the checkpoint, for messages.
-        **download_kwargs: `token`, `cache_dir` and the like, as in `from_pretrained`.
-
-    Returns:
-        Weights in the names of [`Sam2UNetForSemanticSegmentation`]`.encoder`.
-
-    Raises:
-        OSError: If there is no encoder at its source, or it cannot be reached.
-        ValueError: If there is another one.
-    """
+    """Fetch the encoder that the config of a checkpoint without one names."""
     source, revision = config.get("encoder_source"), config.get("encoder_revision")
     where = f"{source} at revision {revision}" if revision else str(source)
     remedy = (
@@ -124,15 +85,7 @@ def complete_state_dict(
 ) -> dict[str, torch.Tensor] | None:
     """Return all weights of a checkpoint that lacks its encoder, or `None` if it holds its own.
 
-    Args:
-        checkpoint: Folder or Hub id.
-        config: Fields of its configuration.
-        location: `variant`, `revision` and `subfolder`, where given.
-        **download_kwargs: `token`, `cache_dir` and the like, as in `from_pretrained`.
-
-    Raises:
-        OSError: As `fetch_encoder`, or if there is no safetensors file.
-        ValueError: As `fetch_encoder`, or if anything but safetensors files is named as weights.
+    `location` says where in the repository it is: `variant`, `revision` and `subfolder`, where given.
     """
     if config.get("transformers_weights") is not None:
         raise ValueError(
@@ -148,6 +101,3 @@ def complete_state_dict(
         return None
     encoder = fetch_encoder(config, checkpoint, **download_kwargs)
     return {**state_dict, **{f"encoder.{name}": value for name, value in encoder.items()}}
-
-
-__all__ = ["complete_state_dict", "encoder_sha256", "fetch_encoder", "verify_encoder_source"]

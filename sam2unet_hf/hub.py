@@ -83,21 +83,7 @@ def push_model(
 ) -> str:
     """Upload a model, see [`~modeling_sam2unet.Sam2UNetForSemanticSegmentation.push_to_hub`].
 
-    Args:
-        model: SAM2-UNet.
-        repo_id: Repository `user/name`, made if need be.
-        loaded_from: `revision` and `subfolder` of the checkpoint in the repository or folder `model.name_or_path`.
-        commit_message: Title of the commit, `"Upload model"` by default.
-        commit_description: Text of the commit.
-        private: Make the repository private, where it is new.
-        token: Token with the right to write; by default the one of `hf auth login`.
-        revision: Branch, made if need be.
-        create_pr: Open a pull request instead.
-        max_shard_size: Size from which weights are split, such as `"5GB"`.
-        tags: Tags for a new card.
-
-    Raises:
-        OSError: If the Hub cannot be reached or refuses.
+    `loaded_from` is `revision` and `subfolder` of the checkpoint in the repository or folder `model.name_or_path`.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -134,17 +120,9 @@ def add_model_card(
     revision: str | None = None,
     tags: Sequence[str] | None = None,
 ) -> None:
-    """Put a card and its pictures into a checkpoint folder that is about to be uploaded.
+    """Put a card of the model and of its run, with its pictures, into a folder that is about to be uploaded.
 
     A card that somebody edited is kept: that of the run as it is, and that on the Hub by writing none.
-
-    Args:
-        folder: What will be uploaded.
-        run: Folder of the run that made the model, which the card tells of.
-        api: Knows the token for the Hub.
-        repo_id: Where it goes.
-        revision: Branch it goes to.
-        tags: Tags for the card.
     """
     text = None
     if run is not None and (run / "README.md").is_file():
@@ -207,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.exit(message=message)
 
 
-__all__ = ["push_folder", "push_model", "render_model_card", "write_metric_space", "write_model_card"]
+__all__ = ["push_folder", "render_model_card", "write_metric_space", "write_model_card"]
 
 
 if __name__ == "__main__":

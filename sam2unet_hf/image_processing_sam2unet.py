@@ -91,10 +91,7 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
         return {**super().to_dict(), "regions": pairs}
 
     def preprocess(
-        self,
-        images: ImageInput,
-        segmentation_maps: ImageInput | None = None,
-        **kwargs: Unpack[ImagesKwargs],
+        self, images: ImageInput, segmentation_maps: ImageInput | None = None, **kwargs: Unpack[ImagesKwargs]
     ) -> BatchFeature:
         """Prepare images, and masks if there are any.
 
@@ -149,31 +146,22 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
         return image.contiguous()
 
     def _preprocess_image_like_inputs(  # type: ignore[override]
-        self,
-        images: ImageInput,
-        segmentation_maps: ImageInput | None,
-        return_tensors: str | None = None,
-        device: Any = None,
-        **kwargs: Any,
+        self, images: Any, segmentation_maps: Any, return_tensors: Any = None, device: Any = None, **kwargs: Any
     ) -> BatchFeature:
         if kwargs["do_center_crop"] or kwargs["do_pad"]:
             raise ValueError(
-                "`do_center_crop` and `do_pad` must be False: masks that come out would not lie on the images. Crop "
+                "`do_center_crop` and `do_pad` must be False, because masks would no longer lie on their images. Crop "
                 "or pad images and masks together first."
             )
         prepared = [self.process_image(image, **kwargs) for image in to_list(images)]
         if not prepared:
             raise ValueError("`images` must hold at least one image, got none.")
-        label_maps = None if segmentation_maps is None else to_label_maps(segmentation_maps, prepared)
-        if device is not None:
-            prepared = [image.to(device) for image in prepared]
-        # `_preprocess` returns a `BatchFeature` with `pixel_values`.
-        features = dict(self._preprocess(prepared, return_tensors=None, **kwargs))
-        if label_maps is not None:
-            if device is not None:
-                label_maps = [label_map.to(device) for label_map in label_maps]
+        on_device = [image.to(device=device) for image in prepared]
+        features = dict(self._preprocess(on_device, return_tensors=None, **kwargs))
+        if segmentation_maps is not None:
+            label_maps = [label_map.to(device=device) for label_map in to_label_maps(segmentation_maps, prepared)]
             if kwargs["do_resize"]:
-                # Nearest, so that no label id is invented between two others.
+                # Take the nearest pixel, so that no label id is invented between two others.
                 options = {"resample": InterpolationMode.NEAREST_EXACT, "antialias": False}
                 label_maps = [self.resize(item[None], kwargs["size"], **options)[0].long() for item in label_maps]
             features["labels"] = label_maps
@@ -208,12 +196,10 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
                 f"`target_sizes` must hold one (height, width) per image, got {len(target_sizes)} for "
                 f"{len(logits)} images."
             )
-        probabilities = []
-        for scores, size in zip(logits.float(), target_sizes, strict=True):
-            height, width = int(size[0]), int(size[1])
-            resized = F.interpolate(scores[None], size=(height, width), mode="bilinear", align_corners=False)[0]
-            probabilities.append(resized.sigmoid())
-        return probabilities
+        return [
+            F.interpolate(scores[None], size=[int(side) for side in size], mode="bilinear")[0].sigmoid()
+            for scores, size in zip(logits.float(), target_sizes, strict=True)
+        ]
 
     def post_process_semantic_segmentation(
         self,
@@ -242,26 +228,17 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
         return [self.regions_to_label_map(probabilities, threshold) for probabilities in found]
 
     def regions_to_label_map(self, probabilities: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
-        """Turn region probabilities of one image into label ids, as `post_process_semantic_segmentation` does.
+        """Turn probabilities `(num_regions, height, width)` of one image into label ids `(height, width)`, int64.
 
-        Args:
-            probabilities: Of shape `(num_regions, height, width)`, in the order of `regions`.
-            threshold: As there.
-
-        Returns:
-            Label ids of shape `(height, width)`, int64.
-
-        Raises:
-            ValueError: If `threshold` is not in [0, 1].
+        [`~Sam2UNetImageProcessor.post_process_semantic_segmentation`] says how.
         """
         if not 0 <= threshold <= 1:
             raise ValueError(f"`threshold` must be a probability in [0, 1], got {threshold}.")
         regions = regions_from_pairs(self.regions)
-        names = list(regions)
         label_map = torch.zeros(probabilities.shape[1:], dtype=torch.int64, device=probabilities.device)
         for level in region_levels(regions):
             ids = torch.tensor(list(level.values()), device=probabilities.device)
-            highest, winner = probabilities[[names.index(name) for name in level]].max(dim=0)
+            highest, winner = probabilities[[list(regions).index(name) for name in level]].max(dim=0)
             label_map = torch.where(highest > threshold, ids[winner], label_map)
         return label_map
 

@@ -19,17 +19,9 @@ def to_list(images: Any) -> list[Any]:
 def to_channels_first(
     image: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None = None
 ) -> torch.Tensor:
-    """Turn an array of any layout into a tensor of shape `(channels, height, width)`.
-
-    Args:
-        image: Array or tensor of real numbers, `(height, width)`, or with 1, 3 or 4 channels first or last.
-        input_data_format: Which of the two it is. By default first, where both fit.
-
-    Raises:
-        ValueError: If it is no array, not of real numbers, empty, or of another shape.
-    """
+    """Turn an array `(height, width)`, or with 1, 3 or 4 channels first or last, into `(channels, height, width)`."""
     if isinstance(image, np.ndarray) and image.dtype.kind in "biuf":
-        # A copy, because torch can hold neither big-endian values nor negative strides, and warns of read-only ones.
+        # Copy, because torch can hold neither big-endian values nor negative strides, and warns of read-only ones.
         image = torch.from_numpy(np.array(image, dtype=image.dtype.newbyteorder("="), order="C"))
     if not isinstance(image, torch.Tensor) or image.is_complex():
         got = f"{image.dtype} values" if isinstance(image, (np.ndarray, torch.Tensor)) else type(image).__name__
@@ -50,12 +42,8 @@ def to_channels_first(
 def to_byte_range(image: torch.Tensor) -> torch.Tensor:
     """Bring an image of any type to values in 0..255; uint8 stays as it is, everything else becomes float32.
 
-    Args:
-        image: Booleans, integers or floats. Integers are taken as 0..65535 if they are unsigned 16-bit or one is over
-            255, else as 0..255; floats as 0..1 if none is over 1, else as 0..255.
-
-    Raises:
-        ValueError: If a value is negative, too large or not finite.
+    Integers are taken as 0..65535 if they are unsigned 16-bit or one is over 255, else as 0..255; floats as 0..1 if
+    none is over 1, else as 0..255.
     """
     if image.dtype == torch.uint8:
         return image
@@ -64,7 +52,7 @@ def to_byte_range(image: torch.Tensor) -> torch.Tensor:
     values = image.float()
     low, high = values.min().item(), values.max().item()
     limit = 255 if image.is_floating_point() else 65535
-    # A comparison with NaN is false.
+    # Ask for what must hold, because a comparison with NaN is false.
     if not (low >= 0 and high <= limit):
         kind = "float images must be finite and in 0..1 or 0..255" if limit == 255 else "integer images in 0..65535"
         raise ValueError(
@@ -75,8 +63,8 @@ def to_byte_range(image: torch.Tensor) -> torch.Tensor:
     if image.is_floating_point():
         if 1 < high < 2:
             warnings.warn(
-                f"A float image has values up to {high:g}, which are taken as parts of 255: it will be nearly black. "
-                "Clip it to 1, or scale it to 0..255.",
+                f"A float image has values up to {high:g}, which are taken as parts of 255, so that it will be nearly "
+                "black. Clip it to 1, or scale it to 0..255.",
                 stacklevel=2,
             )
         return values * 255 if high <= 1 else values
@@ -92,14 +80,7 @@ def to_byte_range(image: torch.Tensor) -> torch.Tensor:
 
 
 def to_label_map(segmentation_map: Any) -> torch.Tensor:
-    """Turn a mask of any kind into an int64 tensor of shape `(height, width)`.
-
-    Args:
-        segmentation_map: PIL image, array or tensor of label ids with a single channel, or with three equal ones.
-
-    Raises:
-        ValueError: If it holds colours, or numbers that are not whole.
-    """
+    """Turn a picture or array of label ids, with one channel or three equal ones, into int64 `(height, width)`."""
     layout = None
     if isinstance(segmentation_map, Image.Image):
         mode = segmentation_map.mode
@@ -111,14 +92,14 @@ def to_label_map(segmentation_map: Any) -> torch.Tensor:
         if mode in ("LA", "La", "PA"):
             segmentation_map = segmentation_map[..., 0]
     label_map = to_channels_first(segmentation_map, layout)
-    # Colours, whatever the alpha.
+    # Compare the colours only, because alpha may differ.
     if not bool((label_map[1:3] == label_map[:1]).all()):
         raise ValueError(
             "A segmentation map must have one channel of label ids, got colours. Map colours to ids first."
         )
-    # A comparison with NaN is false.
-    whole = (label_map == label_map.round()) & (label_map.abs() < 2**31) if label_map.is_floating_point() else None
-    if whole is not None and not bool(whole.all()):
+    # Ask for what must hold, because a comparison with NaN is false.
+    is_float = label_map.is_floating_point()
+    if is_float and not bool(((label_map == label_map.round()) & (label_map.abs() < 2**31)).all()):
         raise ValueError(
             "A segmentation map must hold whole label ids, got fractions, values beyond 2**31 or non-finite ones. Was "
             "it resized or normalised?"
@@ -127,15 +108,7 @@ def to_label_map(segmentation_map: Any) -> torch.Tensor:
 
 
 def to_label_maps(segmentation_maps: Any, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Turn the masks of a batch into one int64 tensor of shape `(height, width)` per image.
-
-    Args:
-        segmentation_maps: One mask or a list of them, or for several images one array `(batch_size, height, width)`.
-        images: The images, of shape `(channels, height, width)`.
-
-    Raises:
-        ValueError: If there is not one mask per image, of its size, or as `to_label_map`.
-    """
+    """Turn one mask, a list or an array of them into one int64 tensor `(height, width)` per image."""
     maps = to_list(segmentation_maps)
     if len(maps) == 1 and len(images) > 1 and isinstance(maps[0], (np.ndarray, torch.Tensor)) and maps[0].ndim == 3:
         maps = list(maps[0])
@@ -151,6 +124,3 @@ def to_label_maps(segmentation_maps: Any, images: Sequence[torch.Tensor]) -> lis
                 f"{tuple(image.shape[-2:])}. Resize one to the other, masks by nearest neighbour."
             )
     return label_maps
-
-
-__all__ = ["to_byte_range", "to_channels_first", "to_label_map", "to_label_maps"]

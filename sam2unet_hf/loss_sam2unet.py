@@ -12,14 +12,7 @@ BOUNDARY_STRENGTH = 5.0
 
 
 def boundary_weights(labels: torch.Tensor) -> torch.Tensor:
-    """Weigh pixels by how much their neighbourhood differs from them: `1 + 5 * |avgpool31(g) - g|`.
-
-    Args:
-        labels: Masks in [0, 1] of shape `(batch_size, num_regions, height, width)`, floating point. Pixels outside
-            the image count as 0.
-
-    Returns:
-        Weights in [1, 6], shape and dtype of `labels`.
+    """Weigh pixels of masks by how much their neighbourhood differs: `1 + 5 * |avgpool31(g) - g|`, 0 outside.
 
     Source: F3Net's pixel position aware loss (arXiv 1911.11445), as used in arXiv 2408.08870.
     """
@@ -66,8 +59,7 @@ def structure_loss(
         raise ValueError(
             f"`labels` must be floating point masks in [0, 1], got {labels.dtype}. Call `labels.float()`."
         )
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = labels.to(logits.dtype)
     if valid is not None:
         valid = valid.to(logits.dtype).expand_as(logits)
@@ -127,4 +119,4 @@ def deep_supervision_loss(
     return torch.stack(losses).sum()
 
 
-__all__ = ["boundary_weights", "deep_supervision_loss", "structure_loss"]
+__all__ = ["deep_supervision_loss", "structure_loss"]

@@ -32,7 +32,7 @@ PICTURES = {
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
-MEASURES = {
+METRIC_TITLES = {
     "dice": "Dice",
     "iou": "IoU",
     "f_beta": "F-measure",
@@ -44,7 +44,7 @@ MEASURES = {
 
 
 def parse_score(key: str, regions: Sequence[str]) -> tuple[str, str, str | None] | None:
-    """Split the key of a score into kind, measure and region; `None` if it is no score.
+    """Split the key of a score into kind, metric and region; `None` if it is no score.
 
     `"mean_dice_WT"` gives `("mean", "dice", "WT")`, and `"dice"` gives `("", "dice", None)`. A single region is not
     told apart from the average over all.
@@ -52,19 +52,19 @@ def parse_score(key: str, regions: Sequence[str]) -> tuple[str, str, str | None]
     for region in [None, *regions]:
         # "mean_dice" is the mean Dice even where a region is called "dice".
         match = re.fullmatch(r"(?:(mean|max|adaptive)_)?(\w+)", key.removesuffix(f"_{region}"))
-        if match is not None and match[2] in MEASURES and (region is None or key.endswith(f"_{region}")):
+        if match is not None and match[2] in METRIC_TITLES and (region is None or key.endswith(f"_{region}")):
             return None if region is not None and len(regions) == 1 else (match[1] or "", match[2], region)
     return None
 
 
 def score_table(split: str, scores: Mapping[str, float], regions: Sequence[str]) -> dict[str, Any]:
-    """Arrange the scores of a split with a row per measure and region, and a column per kind."""
+    """Arrange the scores of a split with a row per metric and region, and a column per kind."""
     kinds = ["", "mean", "max", "adaptive"]
     rows: dict[str, list[str]] = {}
     for key, value in scores.items():
         if (found := parse_score(key, regions)) is not None:
-            kind, measure, region = found
-            row = rows.setdefault(MEASURES[measure] + (f", {region}" if region else ""), [""] * len(kinds))
+            kind, metric, region = found
+            row = rows.setdefault(METRIC_TITLES[metric] + (f", {region}" if region else ""), [""] * len(kinds))
             row[kinds.index(kind)] = f"{value:.3f}" if math.isfinite(value) else "undefined"
     return {"split": split, "rows": list(rows.items())}
 
@@ -79,15 +79,15 @@ def eval_results(info: Mapping[str, Any], regions: Sequence[str]) -> list[EvalRe
         for key, value in scores.items():
             if (found := parse_score(key, regions)) is None or not math.isfinite(value):
                 continue
-            kind, measure, region = found
-            name = f"{kind} {MEASURES[measure]}".strip()
+            kind, metric, region = found
+            name = f"{kind} {METRIC_TITLES[metric]}".strip()
             results.append(
                 EvalResult(
                     task_type="image-segmentation",
                     dataset_type=dataset.get("id") or re.sub(r"[^a-z0-9.-]+", "-", dataset["name"].lower()),
                     dataset_name=dataset["name"],
                     dataset_split=split,
-                    metric_type=f"{kind}_{measure}" if kind else measure,
+                    metric_type=f"{kind}_{metric}" if kind else metric,
                     metric_name=name if region is None else f"{name}, {region}",
                     metric_value=value,
                 )
@@ -156,7 +156,8 @@ def render_model_card(
         language=info.get("language"),
         base_model=finetuned_from or encoder_source,
         datasets=[dataset["id"]] if dataset.get("id") else None,
-        metrics=[measure for measure in MEASURES if any(result.metric_type == measure for result in results)] or None,
+        metrics=[metric for metric in METRIC_TITLES if any(result.metric_type == metric for result in results)]
+        or None,
         tags=list(dict.fromkeys(["sam2-unet", "sam2", "hiera", "unet", *info.get("tags", []), *(tags or [])])),
         model_name=title if results else None,
         eval_results=results or None,
@@ -219,11 +220,4 @@ def write_model_card(folder: str | os.PathLike, repo_id: str | None = None, tags
     return path
 
 
-__all__ = [
-    "PICTURES",
-    "TRAINING_INFO",
-    "has_valid_checksum",
-    "pictures_in_card",
-    "render_model_card",
-    "write_model_card",
-]
+__all__ = ["PICTURES", "TRAINING_INFO", "render_model_card", "write_model_card"]

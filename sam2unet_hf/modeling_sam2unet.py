@@ -1,10 +1,6 @@
 """PyTorch SAM2-UNet: SAM 2's Hiera encoder with adapters, receptive field blocks and a U-Net decoder."""
 
-# transformers types the fields of a config by what the constructor takes, not by what an instance holds.
-# mypy: disable-error-code="arg-type, union-attr"
-
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -191,33 +187,19 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         return model
 
     def region_masks(self, label_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Turn label maps into region masks.
+        """Turn label maps `(batch_size, height, width)` into the masks of the regions and of the pixels that count.
 
-        Args:
-            label_map: Integer ids of shape `(batch_size, height, width)`.
-
-        Returns:
-            Masks of shape `(batch_size, num_regions, height, width)`, float32 in {0, 1}, and the mask of the pixels
-            that count, `(batch_size, 1, height, width)`: all that are not `config.ignore_index`.
+        The first is of shape `(batch_size, num_regions, height, width)`, float32; the other has one channel.
         """
         ids = [torch.tensor(label_ids, device=label_map.device) for label_ids in self.config.regions.values()]
         masks = torch.stack([torch.isin(label_map, region) for region in ids], dim=1)
         return masks.float(), (label_map != self.config.ignore_index).unsqueeze(1)
 
-    def compute_loss(
-        self, outputs: Sequence[torch.Tensor], labels: torch.Tensor | Sequence[torch.Tensor]
-    ) -> torch.Tensor:
-        """Deeply supervised loss of the prediction and the side outputs, all of the input's size, at label size.
-
-        Args:
-            outputs: Raw scores of shape `(batch_size, num_regions, height, width)`.
-            labels: As in [`forward`].
-        """
+    def compute_loss(self, outputs: list[torch.Tensor], labels: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+        """Deeply supervised loss, at the size of the labels, of scores `(batch_size, num_regions, height, width)`."""
         if not isinstance(labels, torch.Tensor):
-            per_image = zip(labels, *outputs, strict=True)
-            losses = [
-                self.compute_loss([logits[None] for logits in image], label[None]) for label, *image in per_image
-            ]
+            images = zip(labels, *outputs, strict=True)
+            losses = [self.compute_loss([logits[None] for logits in image], label[None]) for label, *image in images]
             return torch.stack(losses).mean()
         if labels.is_floating_point():
             masks, valid = labels, labels != self.config.ignore_index
@@ -225,30 +207,28 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
             masks, valid = self.region_masks(labels)
         if outputs[0].shape[-2:] != masks.shape[-2:]:
             outputs = [F.interpolate(logits, size=masks.shape[-2:], mode="bilinear") for logits in outputs]
+        weights = [1.0, *self.config.auxiliary_loss_weights]
         return deep_supervision_loss(
-            outputs,
-            masks,
-            output_weights=[1.0, *self.config.auxiliary_loss_weights],
-            valid=valid,
-            weight_bce=self.config.weight_bce,
+            outputs, masks, output_weights=weights, valid=valid, weight_bce=self.config.weight_bce
         )
 
     def check_labels(self, labels: torch.Tensor | list[torch.Tensor], batch_size: int) -> None:
         """Raise a `ValueError` if the labels do not fit the batch and the regions."""
         num_regions = len(self.config.regions)
-        maps = labels if isinstance(labels, torch.Tensor) else list(labels)
-        fits = len(maps) == batch_size
-        for label in [maps[0]] if fits and isinstance(maps, torch.Tensor) else maps:
-            is_map = label.ndim == 2 and not label.is_floating_point() and label.dtype != torch.bool
-            is_masks = label.ndim == 3 and label.is_floating_point() and label.shape[0] == num_regions
-            fits = fits and (is_map or is_masks)
-        if not fits:
-            got = [(tuple(label.shape), label.dtype) for label in ([maps] if isinstance(maps, torch.Tensor) else maps)]
+
+        def fits(label: torch.Tensor) -> bool:
+            if label.is_floating_point():
+                return label.ndim == 3 and len(label) == num_regions
+            return label.ndim == 2 and label.dtype != torch.bool
+
+        is_tensor = isinstance(labels, torch.Tensor)
+        if len(labels) != batch_size or not all(fits(label) for label in (labels[:1] if is_tensor else labels)):
+            got = [f"{tuple(label.shape)} {label.dtype}" for label in ([labels] if is_tensor else labels)]
             raise ValueError(
                 f"`labels` must be integer label maps of shape ({batch_size}, height, width), or float masks in "
                 f"[0, 1] of shape ({batch_size}, {num_regions}, height, width) with one channel per region of "
                 f"{list(self.config.regions)}, or a list of {batch_size} of either without the batch dimension; got "
-                f"{', '.join(f'{shape} {dtype}' for shape, dtype in got)}."
+                f"{', '.join(got)}."
             )
 
     def forward(
@@ -305,11 +285,8 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
             decoded = decode(*feature_maps)
         else:
             decoded = in_chunks(decode, *feature_maps, tokens_per_image=rows * columns)
-        outputs = []
-        for output in decoded:
-            upsampled = F.interpolate(output, size=pixel_values.shape[-2:], mode="bilinear")
-            outputs.append(upsampled[..., :height, :width])
-
+        upsampled = [F.interpolate(scores, size=pixel_values.shape[-2:], mode="bilinear") for scores in decoded]
+        outputs = [scores[..., :height, :width] for scores in upsampled]
         result = Sam2UNetOutput(
             loss=None if labels is None else self.compute_loss(outputs, labels),
             logits=outputs[0],

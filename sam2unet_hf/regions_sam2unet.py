@@ -7,27 +7,13 @@ from typing import Any
 
 
 def regions_from_pairs(regions: Mapping[str, Sequence[int]] | Sequence[Sequence[Any]]) -> dict[str, list[int]]:
-    """Return regions as a dict.
-
-    JSON files hold regions as pairs, because their order is that of the model's channels, and transformers sorts the
-    keys of the dicts that it writes.
-
-    Args:
-        regions: Dict of region name -> label ids, or list of `[name, label ids]` pairs.
-    """
+    """Return regions as a dict; JSON files hold them as pairs, because transformers sorts the keys of dicts."""
     pairs = regions.items() if isinstance(regions, Mapping) else regions
     return {name: list(label_ids) for name, label_ids in pairs}
 
 
 def parse_regions(texts: Sequence[str]) -> dict[str, list[int]]:
-    """Read regions as command lines give them.
-
-    Args:
-        texts: One text per region, `NAME=ID[,ID...]`, such as `"WT=1,2,3"`.
-
-    Raises:
-        ValueError: If a text has another form, a name comes twice, or as `region_levels`.
-    """
+    """Read regions as command lines give them, one text `NAME=ID[,ID...]` per region, such as `"WT=1,2,3"`."""
     regions: dict[str, list[int]] = {}
     for text in texts:
         match = re.fullmatch(r"([^=]+)=(\d+(?:,\d+)*)", text)
@@ -43,14 +29,7 @@ def region_levels(regions: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
 
     Each dict maps a region to the label id it writes: the smallest of its ids that no region inside it holds. For
     BraTS, `{"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}` gives `[{"WT": 2}, {"TC": 1}, {"ET": 3}]`, nnU-Net's
-    `regions_class_order`. Regions of one level are disjoint.
-
-    Args:
-        regions: Region name -> the label ids (>= 1) it joins.
-
-    Raises:
-        ValueError: If there is no region, a region is empty, holds an id below 1, equals or partly overlaps another,
-            or consists of nothing but the regions inside it.
+    `regions_class_order`.
     """
     if not regions:
         raise ValueError('`regions` must name at least one region, for example {"WT": [1, 2, 3]}.')
@@ -82,17 +61,7 @@ def region_levels(regions: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
 
 
 def label_names(regions: Mapping[str, Sequence[int]]) -> dict[int, str]:
-    """Name the ids of the label map that `regions` rebuild, background included.
-
-    What an outer region writes is only its part outside the regions in it, so it is named for that:
-    `{"WT": [1, 2, 3], "ET": [3]}` gives `{0: "background", 1: "WT without ET", 3: "ET"}`.
-
-    Args:
-        regions: As in `region_levels`.
-
-    Raises:
-        ValueError: As `region_levels`.
-    """
+    """Name the ids of the label map that `regions` rebuild: `{0: "background", 1: "WT without ET", 3: "ET"}`."""
     names = {0: "background"}
     for level in region_levels(regions):
         for name, label_id in level.items():
@@ -101,6 +70,3 @@ def label_names(regions: Mapping[str, Sequence[int]]) -> dict[int, str]:
             outermost = [a for a in inner if not any(set(regions[a]) < set(regions[b]) for b in inner)]
             names[label_id] = f"{name} without {', '.join(outermost)}" if outermost else name
     return dict(sorted(names.items()))
-
-
-__all__ = ["label_names", "parse_regions", "region_levels", "regions_from_pairs"]

@@ -4,50 +4,56 @@ Arrays have the axes (left, posterior, superior): indices grow toward the patien
 BraTS itself stores its scans, so its files are read without a copy.
 """
 
-import contextlib
 import math
 import os
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple
 
 import nibabel as nib
 import numpy as np
-from isal import igzip, igzip_lib, isal_zlib
 from nibabel import orientations
-from nibabel.spatialimages import HeaderDataError
-from nibabel.wrapstruct import WrapStructError
+
+from .nifti_sam2unet import NiftiHeader, ScanError, open_nifti, read_header, read_voxels, write_nifti
 
 
-MODALITIES = ("t1", "t1ce", "t2", "flair")
+# The modalities, and the endings of their files in BraTS 2017-2021 and from 2023 on. A further modality needs a line
+# here and nothing else: finding files, checks, errors and help follow this table.
+MODALITIES: dict[str, tuple[str, str]] = {
+    "t1": ("_t1", "-t1n"),
+    "t1ce": ("_t1ce", "-t1c"),
+    "t2": ("_t2", "-t2w"),
+    "flair": ("_flair", "-t2f"),
+}
 
-PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the axis that a slice index counts along
+DECATHLON_ORDER = ("flair", "t1", "t1ce", "t2")  # of the modalities along the fourth axis of a file
+
+PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the axis that the index of a slice refers to
 
 GRID_TOLERANCE_MM = 0.1
 
-# The largest file that is read, its voxels counted with at least 4 bytes each: 512 x 512 x 512 of them, or four
-# volumes of 256 x 256 x 256 in double precision. Reading, scaling and windowing one takes less than 2 GB.
-MAX_VOLUME_BYTES = 2**29
-
-MAX_TRAILING_BYTES = 4096  # behind the voxels, where some writers pad; more means that the header lies
-
-_VOXEL_SIZES_MM = (1e-6, 1e6)  # beyond them an affine is damaged
-
-DECATHLON_ORDER = ("flair", "t1", "t1ce", "t2")  # along the fourth axis of its files
+_VOXEL_SIZES_MM = (1e-6, 1e6)  # an affine with smaller or larger voxels is damaged
 
 _TO_LPS = orientations.axcodes2ornt("LPS")
 
 
-class ScanError(ValueError):
-    """A case or scan that cannot be used as it is; the message names it and says what to do."""
+def check_modalities(modalities: Sequence[str]) -> None:
+    """Check that images can be made of these modalities: grey ones of one, or three as red, green and blue.
+
+    Args:
+        modalities: Names of modalities, in the order of the channels.
+
+    Raises:
+        ValueError: If they are neither one nor three, or not among `MODALITIES`.
+    """
+    if len(modalities) not in (1, 3) or not set(modalities) <= set(MODALITIES):
+        raise ValueError(f"`modalities` must be one or three of {', '.join(MODALITIES)}, got {list(modalities)}.")
 
 
 @dataclass(frozen=True, eq=False)
 class Volume:
     """A scan in memory.
 
-    Attributes:
+    Args:
         name: The file it came from, and the case if known, for messages.
         voxels: Array of shape `(left, posterior, superior)`, usually a read-only view of the bytes of the file.
         affine: The file's own affine, from its voxel indices to RAS+ world coordinates in mm.
@@ -77,14 +83,111 @@ class Volume:
         return orientations.apply_orientation(array, transform)
 
 
+def read_volume(path: str | os.PathLike, case_id: str | None = None) -> Volume:
+    """Read a NIfTI file, plain or gzipped, and turn its axes to (left, posterior, superior).
+
+    Args:
+        path: A NIfTI-1 or -2 file with one 3-D volume of integers or floats, in either byte order. Those of the
+            Decathlon hold four: `find_cases` and `BratsCase.read_images` read them.
+        case_id: Named in messages if given.
+
+    Returns:
+        The volume, in the type of the file; in floating point if the file scales its values.
+
+    Raises:
+        ScanError: If the file cannot be read, is damaged or cut off, is larger than `MAX_VOLUME_BYTES` or than
+            its header says, or holds something else.
+    """
+    return read_volumes(path, case_id)[0]
+
+
+def read_volumes(
+    path: str | os.PathLike, case_id: str | None, modalities: Sequence[str] | None = None
+) -> list[Volume]:
+    """Read a file of one volume, or several modalities of a file of the Decathlon, which is decompressed once.
+
+    Args:
+        path: As `read_volume` takes it; of the Decathlon with four volumes, in the order of `DECATHLON_ORDER`.
+        case_id: Named in messages if given.
+        modalities: Of a file of the Decathlon, those that are wanted. Default: the file holds one volume.
+
+    Raises:
+        ScanError: As `read_volume` does, or if the file does not hold as many volumes.
+    """
+    name = f"case {case_id}: `{path}`" if case_id else f"`{path}`"
+    with open_nifti(path, name) as file:
+        header = read_header(file, name)
+        _check_shape(header.shape, name, modalities)
+        data = read_voxels(file, header, name)
+    shape = header.shape[:3]
+    transform = _orientation(header.affine, name)
+    lps_affine = header.affine @ orientations.inv_ornt_aff(transform, shape)
+    parts = {name: 0}
+    if modalities is not None:
+        parts = {f"{name} ({modality})": DECATHLON_ORDER.index(modality) for modality in modalities}
+    volumes = []
+    for part, index in parts.items():
+        n_voxels = math.prod(shape)
+        voxels = np.frombuffer(data, header.dtype, n_voxels, index * n_voxels * header.dtype.itemsize)
+        # Copy one of several volumes, because a view would keep the others in memory.
+        voxels = voxels.astype(header.dtype.newbyteorder("="), copy=modalities is not None)
+        voxels = _to_values(voxels, header, part)
+        voxels = orientations.apply_orientation(voxels.reshape(shape, order="F"), transform)  # a view
+        volumes.append(Volume(part, voxels, header.affine, lps_affine, header.fields))
+    return volumes
+
+
+def _check_shape(shape: tuple[int, ...], name: str, modalities: Sequence[str] | None) -> None:
+    """Check that a file holds one volume, or those of the Decathlon if modalities of it are asked for."""
+    if modalities is None and (len(shape) != 3 or min(shape) < 1):
+        raise ScanError(
+            f"{name} has the shape {shape}, expected one 3-D volume. Split it into one file each. One of the Medical "
+            "Segmentation Decathlon is read as it is by way of `find_cases`."
+        )
+    if modalities is not None and (len(shape) != 4 or shape[3] != len(DECATHLON_ORDER) or min(shape) < 1):
+        raise ScanError(
+            f"{name} has the shape {shape}, expected four 3-D volumes, {', '.join(DECATHLON_ORDER)}. Download it "
+            "again, or cut it down to these."
+        )
+
+
+def _to_values(voxels: np.ndarray, header: NiftiHeader, name: str) -> np.ndarray:
+    """Scale voxels as their header says, and check that they are numbers that double precision holds."""
+    if header.is_scaled:
+        voxels = voxels.astype(header.scaled_dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite and NaN values are refused below
+            voxels *= header.slope
+            voxels += header.intercept
+    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
+        raise ScanError(
+            f"{name} holds {np.count_nonzero(~np.isfinite(voxels))} voxels that are NaN or infinite. Repair it or "
+            "download it again."
+        )
+    if voxels.dtype.itemsize == 8 and voxels.dtype.kind in "iu" and max(int(voxels.max()), -int(voxels.min())) > 2**53:
+        raise ScanError(f"{name} holds integers beyond 2**53, which no scan does. Download it again.")
+    return voxels
+
+
+def _orientation(affine: np.ndarray, name: str) -> np.ndarray:
+    """Return how to turn the axes of a file to (left, posterior, superior)."""
+    smallest, largest = _VOXEL_SIZES_MM
+    with np.errstate(over="ignore", invalid="ignore"):
+        sizes = nib.affines.voxel_sizes(affine)
+        usable = np.isfinite(affine).all() and ((smallest < sizes) & (sizes < largest)).all()
+        orientation = orientations.io_orientation(affine) if usable else np.full((3, 2), np.nan)
+    if np.isnan(orientation).any():
+        raise ScanError(f"{name} has no usable affine: {affine.tolist()}. Repair its header.")
+    return orientations.ornt_transform(orientation, _TO_LPS)
+
+
 @dataclass(frozen=True)
 class IntensityWindow:
     """How the intensities of one scan become 8-bit grey.
 
-    Attributes:
+    Args:
         low: This and everything below becomes 0.
         high: This and everything above becomes 255.
-        background: The value of the voxels outside the head, which become 0 wherever the window lies.
+        background: The value of the voxels outside the head. They become 0, even if the window includes it.
     """
 
     low: float
@@ -96,10 +199,10 @@ class IntensityWindow:
         if self.high > self.low:
             low, high = self.low, self.high
             exponent = math.frexp(max(abs(low), abs(high)))[1]
-            with np.errstate(over="ignore"):  # far above or below the window, where it is cut
+            with np.errstate(over="ignore"):  # of values far outside the window, which are clipped
                 if abs(exponent) < 60:
                     grey = voxels.astype(np.result_type(voxels, np.float32))
-                else:  # the differences or their inverse could be beyond the type
+                else:  # the differences or their inverse could overflow the type
                     grey = np.ldexp(voxels.astype(np.float64), -exponent)
                     low, high = math.ldexp(low, -exponent), math.ldexp(high, -exponent)
                 grey -= low
@@ -110,24 +213,6 @@ class IntensityWindow:
             grey = np.full(voxels.shape, 255, np.uint8)
         grey[voxels == self.background] = 0
         return grey
-
-
-def read_volume(path: str | os.PathLike, case_id: str | None = None) -> Volume:
-    """Read a NIfTI file, plain or gzipped, and turn its axes to (left, posterior, superior).
-
-    Args:
-        path: A NIfTI-1 or -2 file with one 3-D volume of integers or floats, in either byte order. Those of the
-            Decathlon hold four: `find_cases` and `BratsCase.read_image` read them.
-        case_id: Named in messages if given.
-
-    Returns:
-        The volume, in the type of the file; in floating point if the file scales its values.
-
-    Raises:
-        ScanError: If the file cannot be read, is damaged or cut off, is larger than `MAX_VOLUME_BYTES` or than
-            its header says, or holds something else.
-    """
-    return read_volumes(path, case_id)[0]
 
 
 def intensity_window(volume: Volume) -> IntensityWindow:
@@ -152,6 +237,36 @@ def intensity_window(volume: Volume) -> IntensityWindow:
         )
     low, high = _percentiles(foreground, (0.5, 99.5))
     return IntensityWindow(low, high, float(background))
+
+
+def _in_memory_order(voxels: np.ndarray) -> np.ndarray:
+    """Return a view that is fast to scan: a boolean index over a Fortran-ordered array takes several times longer."""
+    return voxels.transpose(np.argsort(np.abs(voxels.strides))[::-1])
+
+
+def _percentiles(values: np.ndarray, percents: tuple[float, ...]) -> list[float]:
+    """Compute what `np.percentile` does of a 1-D array, which is reordered, but without overflows.
+
+    Those of 16-bit integers, the type of BraTS, come from a histogram, which is faster.
+    """
+    if values.dtype.kind == "f":
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = np.percentile(values, percents, overwrite_input=True)
+            if not np.isfinite(found).all():  # the difference of two neighbours overflows the type
+                found = 4 * np.percentile(values / 4, percents)
+        return [float(value) for value in found]
+    positions = [percent / 100 * (values.size - 1) for percent in percents]
+    # The sorted values on either side of each position, then linear interpolation between them.
+    ranks = [rank for position in positions for rank in (math.floor(position), math.ceil(position))]
+    if values.dtype.itemsize > 2:
+        values.partition(sorted(set(ranks)))
+        neighbours = values[ranks].tolist()
+    else:
+        lowest = int(values.min())
+        cumulative = np.cumsum(np.bincount(np.subtract(values, lowest, dtype=np.intp)))
+        neighbours = (np.searchsorted(cumulative, ranks, side="right") + lowest).tolist()
+    pairs = zip(neighbours[::2], neighbours[1::2], positions, strict=True)
+    return [float(below + (above - below) * (position % 1)) for below, above, position in pairs]
 
 
 def take_slice(voxels: np.ndarray, plane: str, index: int) -> np.ndarray:
@@ -187,167 +302,20 @@ def pixel_size_mm(spacing_mm: Sequence[float], plane: str) -> tuple[float, float
     return height, width
 
 
-class _Header(NamedTuple):
-    """What a NIfTI header says of the voxels."""
-
-    header: nib.Nifti1Header
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    offset: int
-    slope: float
-    intercept: float
-    affine: np.ndarray
-
-
-def read_volumes(
-    path: str | os.PathLike, case_id: str | None, modalities: Sequence[str] | None = None
-) -> list[Volume]:
-    """Read a file of one volume, or these modalities of a file of the Decathlon."""
-    name = f"case {case_id}: `{path}`" if case_id else f"`{path}`"
-    with _open(path, name) as file:
-        header, shape, dtype, offset, slope, intercept, affine = _read_header(file, name)
-        if modalities is None and (len(shape) != 3 or min(shape) < 1):
-            raise ScanError(
-                f"{name} has the shape {shape}, expected one 3-D volume. Split it into one file each. One of the "
-                "Medical Segmentation Decathlon is read as it is by way of `find_cases`."
-            )
-        if modalities is not None and (len(shape) != 4 or shape[3] != len(DECATHLON_ORDER) or min(shape) < 1):
-            raise ScanError(
-                f"{name} has the shape {shape}, expected four 3-D volumes, {', '.join(DECATHLON_ORDER)}. "
-                "Download it again, or cut it down to these."
-            )
-        if dtype.kind not in "iuf":
-            raise ScanError(f"{name} holds voxels of type {dtype}, expected integers or floats.")
-        scaled = _scaled_type(dtype, slope, intercept)
-        n_voxels = math.prod(shape)
-        if offset + n_voxels * max(scaled.itemsize, dtype.itemsize, 4) > MAX_VOLUME_BYTES:
-            raise ScanError(
-                f"{name} is too large: its header promises {n_voxels * dtype.itemsize} bytes of voxels of the shape "
-                f"{shape} from byte {offset} on, and {MAX_VOLUME_BYTES} are allowed, at 4 or more per voxel. Download "
-                "it again if that is not its size, else resample it."
-            )
-        data = _read_voxels(file, n_voxels * dtype.itemsize, offset, name)
-    transform = _orientation(affine, name)
-    lps_affine = affine @ orientations.inv_ornt_aff(transform, shape[:3])
-    n_voxels = math.prod(shape[:3])
-    parts = {name: 0}
-    if modalities is not None:
-        parts = {f"{name} ({modality})": DECATHLON_ORDER.index(modality) for modality in modalities}
-    volumes = []
-    for part, index in parts.items():
-        voxels = np.frombuffer(data, dtype, n_voxels, index * n_voxels * dtype.itemsize)
-        # Of several volumes a copy, so that those nobody asked for do not stay in memory.
-        voxels = voxels.astype(dtype.newbyteorder("="), copy=modalities is not None)
-        if (slope, intercept) != (1, 0):
-            voxels = voxels.astype(scaled)
-            with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is refused below
-                voxels *= slope
-                voxels += intercept
-        if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
-            raise ScanError(
-                f"{part} holds {np.count_nonzero(~np.isfinite(voxels))} voxels that are NaN or infinite. "
-                "Repair it or download it again."
-            )
-        if voxels.dtype.itemsize == 8 and voxels.dtype.kind in "iu" and _exceeds(voxels, 2**53):
-            raise ScanError(f"{part} holds integers beyond 2**53, which no scan does. Download it again.")
-        voxels = orientations.apply_orientation(voxels.reshape(shape[:3], order="F"), transform)  # a view
-        volumes.append(Volume(part, voxels, affine, lps_affine, header))
-    return volumes
-
-
-@contextlib.contextmanager
-def _open(path: str | os.PathLike, name: str) -> Iterator[BinaryIO]:
-    """Open a file, gunzipped if its first bytes say so, whatever its name says; name it in the errors of reading."""
-    try:
-        mode = os.stat(path).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe would be waited for without end
-            raise ScanError(f"{name} cannot be read (it is no regular file). Check the path.")
-        with open(path, "rb") as file:
-            if file.peek(2)[:2] != b"\x1f\x8b":
-                yield file
-            else:
-                with igzip.open(file) as stream:
-                    yield stream
-    except EOFError as err:
-        raise ScanError(f"{name} is cut off: its gzip stream ends early. Copy or download it again.") from err
-    except (igzip.BadGzipFile, igzip_lib.IsalError, isal_zlib.IsalError) as err:  # type: ignore[misc]
-        raise ScanError(f"{name} is damaged ({err}). Copy or download it again.") from err
-    except OSError as err:
-        raise ScanError(f"{name} cannot be read ({err.strerror}). Check the path and its permissions.") from err
-
-
-def _read_header(file: BinaryIO, name: str) -> _Header:
-    """Read and check the header."""
-    data = file.read(nib.Nifti1Header.sizeof_hdr)
-    header_class = nib.Nifti1Header
-    if not header_class.may_contain_header(data):
-        header_class = nib.Nifti2Header
-        data += file.read(header_class.sizeof_hdr - len(data))
-        if not header_class.may_contain_header(data):
-            raise ScanError(f"{name} is not a NIfTI file. Download it again, or convert it.")
-    try:
-        header = header_class(data)
-        if header["magic"].item() != header.single_magic:
-            raise HeaderDataError("it is that of a pair of files, .hdr and .img")
-        shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
-        slope, intercept = header.get_slope_inter()
-        affine = header.get_best_affine()
-        sizes_mm = header_class(data, check=False)["pixdim"][1:4]  # as they are, where nibabel puts 1 for 0
-        if header["sform_code"] == 0 and not (sizes_mm > 0).all():
-            raise HeaderDataError(f"voxels of {' x '.join(map(str, sizes_mm))} mm")
-        if offset < len(data):
-            raise HeaderDataError(f"its voxels would begin at byte {offset}, within it")
-    except (HeaderDataError, WrapStructError, ValueError, OverflowError) as err:
-        raise ScanError(f"{name} has a broken NIfTI header ({err}). Download it again.") from err
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    return _Header(header, shape, dtype, offset, 1.0 if slope is None else slope, intercept or 0.0, affine)
-
-
-def _read_voxels(file: BinaryIO, n_bytes: int, offset: int, name: str) -> bytes:
-    """Read this many bytes from an offset on, and to the end, where the checksum of a gzipped file is."""
-    for begin in range(file.tell(), offset, 2**20):
-        file.read(min(2**20, offset - begin))
-    data = file.read(n_bytes)
-    if len(data) < n_bytes:
-        raise ScanError(
-            f"{name} is cut off: its header promises {n_bytes} bytes of voxels from byte {offset} on, the file has "
-            f"{file.tell()} bytes in all. Copy or download it again."
-        )
-    if len(file.read(MAX_TRAILING_BYTES + 1)) > MAX_TRAILING_BYTES:
-        raise ScanError(
-            f"{name} goes on for more than {MAX_TRAILING_BYTES} bytes behind the {n_bytes} bytes of voxels that its "
-            "header promises. Download it again, or repair its header."
-        )
-    return data
-
-
-def _scaled_type(dtype: np.dtype, slope: float, intercept: float) -> np.dtype:
-    """Choose the type of scaled voxels: single precision where it tells small integers apart, as 1/128 of a step."""
-    if (slope, intercept) == (1, 0):
-        return dtype
-    single = dtype.kind in "iu" and dtype.itemsize <= 2 and 1e-30 < abs(slope) < 1e30
-    return np.dtype(np.float32 if single and abs(intercept) <= 2**16 * abs(slope) else np.float64)
-
-
-def _exceeds(integers: np.ndarray, limit: int) -> bool:
-    return int(integers.max()) > limit or int(integers.min()) < -limit
-
-
-def _orientation(affine: np.ndarray, name: str) -> np.ndarray:
-    """Return how to turn the axes of a file to (left, posterior, superior)."""
-    smallest, largest = _VOXEL_SIZES_MM
-    with np.errstate(over="ignore", invalid="ignore"):
-        sizes = nib.affines.voxel_sizes(affine)
-        usable = np.isfinite(affine).all() and ((smallest < sizes) & (sizes < largest)).all()
-        orientation = orientations.io_orientation(affine) if usable else np.full((3, 2), np.nan)
-    if np.isnan(orientation).any():
-        raise ScanError(f"{name} has no usable affine: {affine.tolist()}. Repair its header.")
-    return orientations.ornt_transform(orientation, _TO_LPS)
-
-
 def to_tumour_labels(volume: Volume, since_2023: bool, decathlon: bool) -> np.ndarray:
-    """Map the labels of a mask to our ids."""
+    """Map the labels of a mask to our ids: 0 background, 1 NCR/NET, 2 ED, 3 ET.
+
+    Args:
+        volume: The mask as it was read.
+        since_2023: It has the labels of BraTS from 2023 on, else those of 2017-2021.
+        decathlon: It has those of the Decathlon.
+
+    Returns:
+        Array of `uint8` in the shape of `volume.voxels`.
+
+    Raises:
+        ScanError: If it holds other labels.
+    """
     known = (0, 1, 2, 3) if since_2023 or decathlon else (0, 1, 2, 4)
     tumour = _in_memory_order(volume.voxels)
     unknown = np.setdiff1d(tumour[tumour != 0], known)
@@ -370,6 +338,10 @@ def to_tumour_labels(volume: Volume, since_2023: bool, decathlon: bool) -> np.nd
 def check_same_grid(first: Volume, second: Volume) -> None:
     """Check that two volumes cover the same voxels in space.
 
+    Args:
+        first: A volume.
+        second: The one to compare it with.
+
     Raises:
         ScanError: If their shapes differ, or a corner lies more than `GRID_TOLERANCE_MM` apart.
     """
@@ -389,31 +361,21 @@ def check_same_grid(first: Volume, second: Volume) -> None:
         )
 
 
-def _in_memory_order(voxels: np.ndarray) -> np.ndarray:
-    """Return a view that is fast to scan: a boolean index over a Fortran-ordered array takes several times longer."""
-    return voxels.transpose(np.argsort(np.abs(voxels.strides))[::-1])
-
-
-def _percentiles(values: np.ndarray, percents: tuple[float, ...]) -> list[float]:
-    """`np.percentile` on a 1-D array, which is reordered, without its overflows.
-
-    Of 16-bit integers, as BraTS has them, from a histogram, which is faster.
-    """
-    if values.dtype.kind == "f":
-        with np.errstate(over="ignore", invalid="ignore"):
-            found = np.percentile(values, percents, overwrite_input=True)
-            if not np.isfinite(found).all():  # neighbours lie further apart than the type reaches
-                found = 4 * np.percentile(values / 4, percents)
-        return [float(value) for value in found]
-    positions = [percent / 100 * (values.size - 1) for percent in percents]
-    # The sorted values on either side of each position, then linear interpolation between them.
-    ranks = [rank for position in positions for rank in (math.floor(position), math.ceil(position))]
-    if values.dtype.itemsize > 2:
-        values.partition(sorted(set(ranks)))
-        neighbours = values[ranks].tolist()
-    else:
-        lowest = int(values.min())
-        cumulative = np.cumsum(np.bincount(np.subtract(values, lowest, dtype=np.intp)))
-        neighbours = (np.searchsorted(cumulative, ranks, side="right") + lowest).tolist()
-    pairs = zip(neighbours[::2], neighbours[1::2], positions, strict=True)
-    return [float(below + (above - below) * (position % 1)) for below, above, position in pairs]
+__all__ = [
+    "DECATHLON_ORDER",
+    "GRID_TOLERANCE_MM",
+    "MODALITIES",
+    "PLANES",
+    "IntensityWindow",
+    "ScanError",
+    "Volume",
+    "check_modalities",
+    "check_same_grid",
+    "intensity_window",
+    "pixel_size_mm",
+    "read_volume",
+    "read_volumes",
+    "take_slice",
+    "to_tumour_labels",
+    "write_nifti",
+]

@@ -1,4 +1,4 @@
-"""From a patient's scans to a label volume: SAM2-UNet slice by slice.
+"""Segment BraTS cases on the command line.
 
 python -m sam2unet_hf.volume runs/phantom BraTS20_Training_001 -o segmentations
 python -m sam2unet_hf.volume runs/phantom BraTS2020_TrainingData -o segmentations --planes axial coronal --flips
@@ -7,325 +7,31 @@ python -m sam2unet_hf.volume runs/phantom BraTS2020_TrainingData -o segmentation
 import argparse
 import json
 import logging
-import os
 import re
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
 import torch
-from tqdm import tqdm
 
-from .cases import BratsCase, find_cases
-from .checkpoint_sam2unet import DOWNLOAD_ARGUMENTS
-from .image_processing_sam2unet import Sam2UNetImageProcessor
+from .cases_sam2unet import BratsCase, find_cases
 from .metrics.volume_functional import score_volume
-from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
-from .scans_sam2unet import (
-    MODALITIES,
-    PLANES,
-    ScanError,
-    Volume,
-    check_same_grid,
-    intensity_window,
-    read_volume,
-    take_slice,
-)
+from .scans_sam2unet import MODALITIES, PLANES, ScanError, Volume, check_same_grid
+from .volume_sam2unet import Sam2UNetVolumePipeline, VolumeSegmentation, check_enhancing_label
 
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class VolumeSegmentation:
-    """The tumour of one patient.
-
-    Attributes:
-        label_map: Label ids on the grid of the input file, of its shape; `uint8`, or larger if an id needs it. 0 is
-            the background.
-        regions: Region name -> the label ids it joins.
-        scan: The first scan that was segmented, with `voxels`, `affine` and `lps_affine`.
-        probabilities: Of shape `(regions, *label_map.shape)`, float32 in [0, 1], if they were asked for.
-    """
-
-    label_map: np.ndarray
-    regions: dict[str, list[int]]
-    scan: Volume
-    probabilities: np.ndarray | None = None
-
-    def region(self, name: str) -> np.ndarray:
-        """Return the voxels of a region as booleans, on the grid of the input file."""
-        return np.isin(self.label_map, self.regions[name])
-
-    @property
-    def volumes_ml(self) -> dict[str, float]:
-        """Volume of each region in millilitres."""
-        voxel_ml = abs(np.linalg.det(self.scan.affine[:3, :3])) / 1000
-        return {name: float(np.count_nonzero(self.region(name)) * voxel_ml) for name in self.regions}
-
-    @property
-    def largest_slice(self) -> int | None:
-        """Index of the axial slice with the most tumour, counted from the feet up; `None` without tumour."""
-        pixels = np.count_nonzero(self.scan.from_file_grid(self.label_map), axis=(0, 1))
-        return int(pixels.argmax()) if pixels.any() else None
-
-    def save(self, path: str | os.PathLike, et_label: int = 3) -> None:
-        """Write the label map as NIfTI with the affine and the header of the scan, whole or not at all.
-
-        Args:
-            path: Ends in `.nii` or `.nii.gz`.
-            et_label: Label of enhancing tumour, our id 3: 3 as in BraTS from 2023 on, 4 as before.
-
-        Raises:
-            ValueError: If the path has another ending, the label is another, or 4 is a label of its own.
-        """
-        check_et_label(et_label, self.regions)
-        label_map = np.where(self.label_map == 3, np.uint8(et_label), self.label_map)
-        write_nifti(path, label_map, self.scan)
-
-    def save_probabilities(self, path: str | os.PathLike, region: str) -> None:
-        """Write the probabilities of a region as NIfTI, float32, with the affine and the header of the scan.
-
-        Raises:
-            ValueError: If they were not asked for, or the path has another ending than `.nii` and `.nii.gz`.
-        """
-        if self.probabilities is None:
-            raise ValueError("There are no probabilities. Segment with `return_probabilities=True`.")
-        write_nifti(path, self.probabilities[list(self.regions).index(region)], self.scan)
-
-
-class Sam2UNetVolumePipeline:
-    """Segment a patient's scans slice by slice, with the intensities that the data set builder gives the model.
-
-    Scans may have any orientation and spacing. Slices in which all scans are background are taken for background.
-
-    Args:
-        model: The model.
-        processor: Its image processor.
-        modalities: The contrasts that the model was trained on: one, or three for the channels in their order.
-            Default: those that the processor names, as it does after `run_segmentation.py` on scans.
-
-    Raises:
-        ValueError: If nothing tells the modalities, or there are neither one nor three of them.
-
-    Example:
-        ```python
-        >>> from sam2unet_hf.volume import Sam2UNetVolumePipeline
-
-        >>> segment = Sam2UNetVolumePipeline.from_pretrained("runs/phantom")  # doctest: +SKIP
-        >>> found = segment("BraTS20_Training_001")  # doctest: +SKIP
-        >>> found.volumes_ml  # doctest: +SKIP
-        {'WT': 83.213}
-        >>> found.save("BraTS20_Training_001_prediction.nii.gz")  # doctest: +SKIP
-
-        ```
-    """
-
-    def __init__(
-        self,
-        model: Sam2UNetForSemanticSegmentation,
-        processor: Sam2UNetImageProcessor,
-        modalities: Sequence[str] | None = None,
-    ):
-        self.model = model.eval()
-        self.processor = processor
-        processor.regions = model.config.regions
-        named = modalities or processor.modalities
-        if not named:
-            raise ValueError(
-                "The checkpoint does not say which contrasts it segments. Pass `modalities`, such as ['flair'] or "
-                "['t1ce', 't2', 'flair'], in the order of its training."
-            )
-        if unknown := [name for name in named if name not in MODALITIES]:
-            raise ValueError(f"`modalities` must be among {', '.join(MODALITIES)}, got {', '.join(unknown)}.")
-        if len(named) not in (1, 3):
-            raise ValueError(f"`modalities` must name one contrast or three, got {', '.join(named)}.")
-        self.modalities = list(named)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: str | os.PathLike,
-        modalities: Sequence[str] | None = None,
-        device: str | torch.device | None = None,
-        **kwargs: Any,
-    ) -> "Sam2UNetVolumePipeline":
-        """Load a model and its processor.
-
-        Args:
-            model: Hub id or folder.
-            modalities: As in the constructor.
-            device: Where to run. Default: a GPU if there is one.
-            **kwargs: Arguments of the model's `from_pretrained`, such as `dtype=torch.bfloat16` and `revision`; those
-                of downloads are the processor's too.
-        """
-        if "torch_dtype" not in kwargs:
-            kwargs.setdefault("dtype", torch.float32)
-        loaded = Sam2UNetForSemanticSegmentation.from_pretrained(model, **kwargs)
-        shared = {name: kwargs[name] for name in (*DOWNLOAD_ARGUMENTS, "revision", "subfolder") if name in kwargs}
-        processor = Sam2UNetImageProcessor.from_pretrained(model, **shared)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(loaded.to(device), processor, modalities)
-
-    @torch.inference_mode()
-    def __call__(
-        self,
-        case: str | os.PathLike | BratsCase | Mapping[str, str | os.PathLike],
-        planes: Sequence[str] | None = None,
-        flips: bool = False,
-        batch_size: int = 8,
-        threshold: float = 0.5,
-        return_probabilities: bool = False,
-        progress: bool = True,
-    ) -> VolumeSegmentation:
-        """Segment one patient.
-
-        Args:
-            case: Folder of a BraTS case, a case of [`~cases.find_cases`], the path of a scan if the model takes one
-                contrast, or a path for each contrast.
-            planes: Planes to cut, of axial, coronal and sagittal; probabilities are averaged over them. Default: the
-                one that the processor names, or axial.
-            flips: Average over the slices and their mirror images (horizontal, vertical, both) too.
-            batch_size: Slices at once, mirror images not counted.
-            threshold: A voxel belongs to a region if its probability is above this.
-            return_probabilities: Keep the probabilities.
-            progress: Show a progress bar.
-
-        Raises:
-            ScanError: If a scan is missing, damaged or on another grid than the first.
-            FileNotFoundError: If there is no case in a folder.
-            ValueError: If an argument is off, or there is more than one case in a folder.
-        """
-        planes = [self.processor.plane or "axial"] if planes is None else planes
-        if not planes or any(plane not in PLANES for plane in planes) or len(set(planes)) < len(planes):
-            raise ValueError(f"`planes` must name each of {', '.join(PLANES)} at most once, got {list(planes)}.")
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"`threshold` must be a probability in [0, 1], got {threshold}.")
-        scans = self._read(case)
-        windows = [intensity_window(scan) for scan in scans]
-        grey = [window.apply(scan.voxels) for window, scan in zip(windows, scans, strict=True)]
-        regions = self.model.config.regions
-        total = np.zeros((len(regions), *grey[0].shape), np.float32)
-        work = [(plane, index) for plane in planes for index in foreground_slices(grey, plane)]
-        with tqdm(total=len(work), desc=scans[0].name.split(": ")[0], unit="slice", disable=not progress) as bar:
-            for plane in planes:
-                indices = [index for name, index in work if name == plane]
-                for start in range(0, len(indices), batch_size):
-                    batch = indices[start : start + batch_size]
-                    images = [np.stack([take_slice(scan, plane, i) for scan in grey], axis=-1) for i in batch]
-                    for index, probabilities in zip(batch, self._probabilities(images, flips), strict=True):
-                        for region, values in zip(total, probabilities, strict=True):
-                            take_slice(region, plane, index)[...] += values
-                    bar.update(len(batch))
-        total /= len(planes)
-        highest_id = max(label_id for label_ids in regions.values() for label_id in label_ids)
-        label_map = np.empty(total.shape[1:], np.min_scalar_type(highest_id))
-        for index in range(total.shape[-1]):
-            ids = self.processor.regions_to_label_map(torch.from_numpy(total[..., index]), threshold)
-            label_map[..., index] = ids.numpy()
-        kept = np.stack([scans[0].to_file_grid(region) for region in total]) if return_probabilities else None
-        on_grid = np.ascontiguousarray(scans[0].to_file_grid(label_map))
-        return VolumeSegmentation(on_grid, regions, scans[0], kept)
-
-    def _read(self, case: str | os.PathLike | BratsCase | Mapping[str, str | os.PathLike]) -> list[Volume]:
-        """Read the scans of the model's contrasts."""
-        if isinstance(case, (str, os.PathLike)) and Path(case).is_dir():
-            cases = find_cases(case)
-            if len(cases) > 1:
-                raise ValueError(f"`{case}` holds {len(cases)} cases. Pass them one by one: `find_cases` lists them.")
-            (case,) = cases
-        if isinstance(case, BratsCase):
-            return case.read_images(self.modalities)
-        if isinstance(case, (str, os.PathLike)):
-            if len(self.modalities) > 1:
-                raise ValueError(
-                    f"The model segments {', '.join(self.modalities)} together, got the one file `{case}`. Pass a "
-                    f"folder, or a path for each: {{'{self.modalities[0]}': ..., ...}}."
-                )
-            case = {self.modalities[0]: case}
-        if missing := [name for name in self.modalities if name not in case]:
-            raise ValueError(f"`case` must give a path for each of {self.modalities}, {missing} missing.")
-        scans = [read_volume(case[name]) for name in self.modalities]
-        for scan in scans[1:]:
-            check_same_grid(scan, scans[0])
-        return scans
-
-    def _probabilities(self, images: list[np.ndarray], flips: bool) -> np.ndarray:
-        """Return the probabilities of slices of one size, of shape `(slices, regions, height, width)`."""
-        pixel_values = self.processor(images, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
-        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
-        sizes = [image.shape[:2] for image in images]
-        mirrored: list[tuple[int, ...]] = [(), (-1,), (-2,), (-2, -1)] if flips else [()]
-        found = []
-        for axes in mirrored:
-            outputs = self.model(pixel_values.flip(axes))
-            maps = self.processor.post_process_regions(outputs, target_sizes=sizes)
-            found.append(torch.stack(maps).flip(axes))
-        return torch.stack(found).mean(dim=0).cpu().numpy()
-
-
-def foreground_slices(grey: Sequence[np.ndarray], plane: str) -> list[int]:
-    """Return the slices in which a scan shows more than background."""
-    others = tuple(axis for axis in range(3) if axis != PLANES[plane])
-    occupied = np.any([scan.any(axis=others) for scan in grey], axis=0)
-    return np.flatnonzero(occupied).tolist()
-
-
-def check_et_label(et_label: int, regions: Mapping[str, Sequence[int]]) -> None:
-    """Raise a `ValueError` if enhancing tumour cannot be written with this label."""
-    if et_label not in (3, 4):
-        raise ValueError(f"`et_label` must be 3 (BraTS from 2023 on) or 4 (before), got {et_label}.")
-    if et_label == 4 and any(4 in label_ids for label_ids in regions.values()):
-        raise ValueError(f"`et_label` must be 3 where regions have a label 4 of their own, got {dict(regions)}.")
-
-
-def write_nifti(path: str | os.PathLike, array: np.ndarray, like: Volume) -> None:
-    """Write an array with the affine and the header of a volume, in the type of the array, whole or not at all.
-
-    Raises:
-        ValueError: If the path ends in neither `.nii` nor `.nii.gz`.
-    """
-    path = Path(path)
-    ending = next((ending for ending in (".nii.gz", ".nii") if path.name.endswith(ending)), None)
-    if ending is None:
-        raise ValueError(f"`{path}` must end in .nii or .nii.gz.")
-    header = like.header.copy()
-    header.set_data_shape(array.shape)
-    header.set_data_dtype(array.dtype)
-    header.set_slope_inter(1, 0)
-    header["cal_min"] = header["cal_max"] = 0
-    image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    partial = path.with_name(f".{path.name.removesuffix(ending)}.partial{ending}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        nib.save(image_class(array, like.affine, header), partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _read_expert(case: str | BratsCase) -> Volume:
-    """Read the expert's mask of a case before there is any work that it could cost."""
-    if isinstance(case, BratsCase):
-        return case.read_mask()
-    raise ScanError(f"`{case}` is a scan alone, without a mask to score it by. Give the folder of the case.")
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Segment the cases of a folder; print the volumes of each, and its scores if asked to, as a line of JSON."""
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m sam2unet_hf.volume",
         description="Segment the BraTS cases of a folder, and print the volume of each region in ml.",
     )
     parser.add_argument("model", help="Hub id or folder of a SAM2-UNet")
-    parser.add_argument("case", nargs="+", help="folder of one BraTS case or of many, or scan of a single contrast")
+    parser.add_argument("case", nargs="+", help="folder of one BraTS case or of many, or scan of a single modality")
     parser.add_argument("-o", "--output_dir", type=Path, required=True, help="folder for CASE_seg.nii.gz")
     parser.add_argument("--modalities", nargs="+", choices=MODALITIES, help="default: those the checkpoint names")
     parser.add_argument(
@@ -335,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threshold", type=float, default=0.5, help="probability above which a voxel is tumour")
     parser.add_argument("--et_label", type=int, default=3, choices=[3, 4], help="3: BraTS from 2023 on, 4: before")
     parser.add_argument("--probabilities", action="store_true", help="write CASE_REGION_probability.nii.gz too")
-    parser.add_argument("--score", action="store_true", help="print Dice and the like against the expert's mask too")
+    parser.add_argument("--score", action="store_true", help="print Dice and other metrics against the reference too")
     parser.add_argument("--batch_size", type=int, default=8, help="slices at once")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
@@ -344,71 +50,104 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--batch_size must be at least 1, got {args.batch_size}")
     if not 0 <= args.threshold <= 1:
         parser.error(f"--threshold must be a probability in [0, 1], got {args.threshold}")
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
+    return args
+
+
+def _name_cases(paths: list[str]) -> dict[str, str | BratsCase]:
+    """Return the cases in folders and the scans among these paths, by what their results will be called."""
     cases: dict[str, str | BratsCase] = {}
-    try:
-        for path in args.case:
-            named: dict[str, str | BratsCase] = {Path(path).name.removesuffix(".gz").removesuffix(".nii"): path}
-            if Path(path).is_dir():
-                named = {case.case_id: case for case in find_cases(path)}
-            if twice := sorted(named.keys() & cases.keys()):
-                raise SystemExit(f"{path}: {twice[0]} was named before, and would be written to the same file.")
-            cases |= named
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.output_dir):  # better known before the work than after it
-            pass
-    except OSError as err:
-        raise SystemExit(str(err)) from err
+    for path in paths:
+        named: dict[str, str | BratsCase] = {Path(path).name.removesuffix(".gz").removesuffix(".nii"): path}
+        if Path(path).is_dir():
+            named = {case.case_id: case for case in find_cases(path)}
+        if twice := sorted(named.keys() & cases.keys()):
+            raise SystemExit(f"{path}: {twice[0]} was named before, and would be written to the same file.")
+        cases |= named
+    return cases
+
+
+def _prepare_output_dir(output_dir: Path, cases: dict[str, str | BratsCase]) -> None:
+    """Make the folder, and check before the work that it can be written to and holds no scans."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=output_dir):
+        pass
     for name, case in cases.items():
         folders = {file.parent.resolve() for file in case.files.values()} if isinstance(case, BratsCase) else set()
-        if args.output_dir.resolve() in folders:
+        if output_dir.resolve() in folders:
             raise SystemExit(
-                f"--output_dir {args.output_dir} holds the scans of {name}: the result would replace the expert's "
-                "mask there, or be taken for it. Name another folder."
+                f"--output_dir {output_dir} holds the scans of {name}: the result would replace the reference "
+                "there, or be mistaken for it. Name another folder."
             )
+
+
+def _read_reference(case: str | BratsCase) -> Volume:
+    """Read the mask of a case before it is segmented, because a missing one makes that work useless."""
+    if isinstance(case, BratsCase):
+        return case.read_mask()
+    raise ScanError(f"`{case}` is a scan alone, without a reference to score it by. Give the folder of the case.")
+
+
+def _save(found: VolumeSegmentation, name: str, args: argparse.Namespace) -> Path:
+    """Write the segmentation of a case, and its probabilities if asked to."""
+    path = args.output_dir / f"{name}_seg.nii.gz"
+    try:
+        found.save(path, args.et_label)
+        for region in found.regions if args.probabilities else ():
+            region_name = re.sub(r"[^\w.-]+", "_", region)  # a checkpoint may hold any name
+            found.save_probabilities(args.output_dir / f"{name}_{region_name}_probability.nii.gz", region)
+    except OSError as err:  # a full disk
+        raise SystemExit(f"{path} could not be written: {err}") from err
+    return path
+
+
+def _score(found: VolumeSegmentation, reference: Volume) -> dict[str, Any]:
+    check_same_grid(reference, found.scan)
+    label_map = found.scan.from_file_grid(found.label_map)
+    return score_volume(label_map, reference.voxels, regions=found.regions, spacing=found.scan.spacing_mm)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Segment the cases of a folder; print the volumes of each, and its scores if asked to, as a line of JSON."""
+    args = parse_args(argv)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
+    try:
+        cases = _name_cases(args.case)
+        _prepare_output_dir(args.output_dir, cases)
+    except OSError as err:
+        raise SystemExit(str(err)) from err
     try:
         segment = Sam2UNetVolumePipeline.from_pretrained(
             args.model, args.modalities, args.device, dtype=getattr(torch, args.dtype)
         )
-        check_et_label(args.et_label, segment.model.config.regions)
+        check_enhancing_label(args.et_label, segment.model.config.regions)
     except (OSError, ValueError) as err:
         raise SystemExit(f"{args.model}: {err}") from err
     failed = 0
     for name, case in cases.items():
         try:
-            expert = _read_expert(case) if args.score else None
+            reference = _read_reference(case) if args.score else None
             found = segment(
                 case, args.planes, args.flips, args.batch_size, args.threshold, return_probabilities=args.probabilities
             )
-        except ScanError as err:
-            # The other cases are worth having.
+        except ScanError as err:  # go on with the other cases
             logger.error("Left out: %s", err)
             failed += 1
             continue
-        path = args.output_dir / f"{name}_seg.nii.gz"
-        try:
-            found.save(path, args.et_label)
-            if args.probabilities:
-                for region in found.regions:
-                    region_name = re.sub(r"[^\w.-]+", "_", region)  # a checkpoint may name it as it likes
-                    found.save_probabilities(args.output_dir / f"{name}_{region_name}_probability.nii.gz", region)
-        except OSError as err:  # a full disk
-            raise SystemExit(f"{path} could not be written: {err}") from err
+        path = _save(found, name, args)
         volumes = {region: round(value, 3) for region, value in found.volumes_ml.items()}
         line = {"case": name, "segmentation": str(path), "volumes_ml": volumes, "largest_slice": found.largest_slice}
-        if expert is not None:
-            try:
-                check_same_grid(expert, found.scan)
-            except ScanError as err:  # the segmentation is worth having
-                logger.error("Not scored: %s", err)
-                failed += 1
-            else:
-                label_map = found.scan.from_file_grid(found.label_map)
-                line |= score_volume(label_map, expert.voxels, regions=found.regions, spacing=found.scan.spacing_mm)
+        try:
+            line |= {} if reference is None else _score(found, reference)
+        except ScanError as err:  # keep the segmentation
+            logger.error("Not scored: %s", err)
+            failed += 1
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
     if failed:
         raise SystemExit(f"{failed} of {len(cases)} cases could not be segmented or scored, see above.")
+
+
+__all__ = ["Sam2UNetVolumePipeline", "VolumeSegmentation"]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from .configuration_sam2unet import PRESETS, preset_backbone_config
 
 # Original SAM 2 -> transformers' `Sam2HieraDetModel`, within the encoder.
 SAM2_NAMES = [
-    (r"^patch_embed\.proj\.", "patch_embed.projection."),
+    (r"\bpatch_embed\.proj\.", "patch_embed.projection."),
     (r"\.norm([12])\.", r".layer_norm\1."),
     (r"\.mlp\.layers\.0\.", ".mlp.proj_in."),
     (r"\.mlp\.layers\.1\.", ".mlp.proj_out."),
@@ -37,12 +37,7 @@ def unwrap_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def load_pickled_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """Load a `.pt` or `.pth` file without running any code in it.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, holds more than tensors, or holds no state dict.
-    """
+    """Load a `.pt` or `.pth` file without running any code in it."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No checkpoint file at {path}.")
@@ -67,11 +62,7 @@ def load_pickled_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 
 def infer_backbone_config(encoder_state_dict: Mapping[str, torch.Tensor], source: str) -> Sam2HieraDetConfig:
-    """Recognise which of the four SAM 2 sizes the weights of an encoder, in our names, belong to.
-
-    Raises:
-        ValueError: If it is none of them.
-    """
+    """Recognise which of the four SAM 2 sizes the weights of an encoder, in our names, belong to."""
     embedding = encoder_state_dict.get("patch_embed.projection.weight")
     if embedding is None:
         raise ValueError(f"{source} holds no Hiera encoder: `patch_embed.projection.weight` is missing.")
@@ -117,38 +108,24 @@ def is_pretrained_weight(name: str) -> bool:
 
 
 class Sam2EncoderWeights(NamedTuple):
-    """An encoder as it was read.
-
-    Attributes:
-        backbone_config: Its configuration.
-        state_dict: Its weights in the names of [`Sam2UNetForSemanticSegmentation`]`.encoder`; shapes are not checked.
-        source: Hub id, or absolute path.
-        revision: Commit on the Hub, `None` for a path.
-    """
+    """An encoder as it was read, with weights in our names, whose shapes are not checked."""
 
     backbone_config: dict | PreTrainedConfig
     state_dict: dict[str, torch.Tensor]
-    source: str
-    revision: str | None
+    source: str  # Hub id, or absolute path
+    revision: str | None  # commit on the Hub
 
 
 def load_sam2_encoder(
     source: str | os.PathLike, backbone_config: dict | PreTrainedConfig | None = None, **download_kwargs: Any
 ) -> Sam2EncoderWeights:
-    """Read the encoder of SAM 2 or SAM 2.1.
+    """Read the encoder of SAM 2 or SAM 2.1 from an original `.pt` file, a folder, or the Hub.
 
-    Args:
-        source: Original `.pt` file, folder written by `save_pretrained`, or Hub id.
-        backbone_config: The encoder's configuration. By default that of the checkpoint, or for a `.pt` file the one of
-            SAM 2's sizes that the shapes show.
-        **download_kwargs: `revision`, `token`, `cache_dir` and the like, as in `from_pretrained`.
-
-    Raises:
-        FileNotFoundError: If `source` is the path of a file that does not exist.
-        OSError: If it is no folder with a checkpoint and no repository that can be reached.
-        ValueError: If it holds no SAM 2 encoder, or it is a `.pt` file of none of SAM 2's sizes.
+    Its configuration is by default that of the checkpoint, or for a `.pt` file the preset that the shapes show.
     """
-    name = os.fspath(source)
+    name, revision, found = os.fspath(source), None, None
+    if Path(name).exists():
+        name = os.path.abspath(name)
     if Path(name).is_file() or name.endswith((".pt", ".pth")):
         prefix = "image_encoder.trunk."
         state_dict = {
@@ -156,49 +133,34 @@ def load_sam2_encoder(
             for key, value in load_pickled_state_dict(name).items()
             if key.startswith(prefix)
         }
-        if not state_dict:
-            raise ValueError(f"{name} holds no SAM 2 encoder: no key starts with {prefix!r}.")
-        return Sam2EncoderWeights(
-            backbone_config or infer_backbone_config(state_dict, name), state_dict, os.path.abspath(name), None
-        )
-    if Path(name).is_dir():
-        name = os.path.abspath(name)
-        revision = None
     else:
-        revision = extract_commit_hash(cached_file(name, "config.json", **download_kwargs), None)
-        # Weights of the same commit, though the branch may move.
-        download_kwargs["revision"] = revision
-    sam2_config = AutoConfig.from_pretrained(name, trust_remote_code=False, **download_kwargs)  # nosec B615 # pinned
-    found = getattr(getattr(sam2_config, "vision_config", None), "backbone_config", None)
-    if not isinstance(found, Sam2HieraDetConfig):
-        raise ValueError(
-            f"{name} holds a model of type {sam2_config.model_type!r}, not a SAM 2 with a Hiera encoder. Use for "
-            "example facebook/sam2-hiera-large."
-        )
-    state_dict = read_safetensors(name, prefix="vision_encoder.backbone.", **download_kwargs)
+        if not Path(name).is_dir():
+            revision = extract_commit_hash(cached_file(name, "config.json", **download_kwargs), None)
+            # Weights of the same commit, though the branch may move.
+            download_kwargs["revision"] = revision
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **download_kwargs)  # nosec B615 # pinned
+        found = getattr(getattr(config, "vision_config", None), "backbone_config", None)
+        if not isinstance(found, Sam2HieraDetConfig):
+            raise ValueError(
+                f"{name} holds a model of type {config.model_type!r}, not a SAM 2 with a Hiera encoder. Use for "
+                "example facebook/sam2-hiera-large."
+            )
+        prefix = "vision_encoder.backbone."
+        state_dict = read_safetensors(name, prefix, **download_kwargs)
     if not state_dict:
-        raise ValueError(f"{name} holds no SAM 2 encoder: no key starts with 'vision_encoder.backbone.'.")
-    return Sam2EncoderWeights(backbone_config or found, state_dict, name, revision)
+        raise ValueError(f"{name} holds no SAM 2 encoder: no key starts with {prefix!r}.")
+    backbone_config = backbone_config or found or infer_backbone_config(state_dict, name)
+    return Sam2EncoderWeights(backbone_config, state_dict, name, revision)
 
 
 def weight_files(source: str | os.PathLike, variant: str | None = None, **download_kwargs: Any) -> list[str]:
-    """Return the names of the files that hold the weights of a checkpoint folder or Hub repository.
-
-    Args:
-        source: Folder or Hub id.
-        variant: For weights saved with this variant.
-        **download_kwargs: `revision`, `subfolder`, `token`, `cache_dir` and the like, as in `from_pretrained`.
-
-    Raises:
-        ValueError: If the index of the shards names anything but safetensors files beside it.
-    """
+    """Return the names of the files with the weights of a folder or Hub repository, safetensors files beside it."""
     middle = "" if variant is None else f".{variant}"
     whole = f"model{middle}.safetensors"
     download_kwargs["_raise_exceptions_for_missing_entries"] = False
     # The order in which transformers looks for them.
-    if cached_file(source, whole, **download_kwargs) is not None:
-        return [whole]
-    index = cached_file(source, f"model.safetensors.index{middle}.json", **download_kwargs)
+    has_whole = cached_file(source, whole, **download_kwargs) is not None
+    index = None if has_whole else cached_file(source, f"model.safetensors.index{middle}.json", **download_kwargs)
     if index is None:
         return [whole]
     names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
@@ -213,18 +175,7 @@ def weight_files(source: str | os.PathLike, variant: str | None = None, **downlo
 def read_safetensors(
     source: str | os.PathLike, prefix: str = "", variant: str | None = None, **download_kwargs: Any
 ) -> dict[str, torch.Tensor]:
-    """Read the tensors under `prefix`, and no others, from a checkpoint folder or Hub repository.
-
-    Args:
-        source: Folder or Hub id.
-        prefix: Start of the names, dropped in the result.
-        variant: As in `weight_files`.
-        **download_kwargs: As in `weight_files`.
-
-    Raises:
-        OSError: If there is no `model.safetensors`, whole or in shards.
-        ValueError: If a file is damaged, or the index names anything but safetensors files.
-    """
+    """Read the tensors under `prefix`, which is dropped, and no others from a folder or Hub repository."""
     state_dict = {}
     for name in weight_files(source, variant, **download_kwargs):
         path = cached_file(source, name, **download_kwargs)
@@ -236,13 +187,3 @@ def read_safetensors(
         except SafetensorError as err:
             raise ValueError(f"{path} is damaged ({err}). Download or copy it again.") from err
     return state_dict
-
-
-__all__ = [
-    "Sam2EncoderWeights",
-    "is_local_source",
-    "is_pretrained_weight",
-    "load_sam2_encoder",
-    "read_safetensors",
-    "weight_files",
-]

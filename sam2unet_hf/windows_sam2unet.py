@@ -7,21 +7,16 @@ import torch
 import torch.nn.functional as F
 
 
-# Tokens of the images that inference on a CPU runs at once. From here on larger batches gained no speed when timed.
+# Tokens of the images that inference on a CPU runs at once. Larger batches were timed and gained no speed.
 MAX_TOKENS = 8192
 
 
 def in_chunks(
     function: Callable[..., tuple[torch.Tensor, ...]], *maps: torch.Tensor, tokens_per_image: int
 ) -> tuple[torch.Tensor, ...]:
-    """Apply a function of batches of images, in inference on a CPU to a few images at a time.
+    """Apply a function that treats each image of a batch alone, in inference on a CPU to a few images at a time.
 
     Large tensors are slow there, because the system hands out their memory anew each time.
-
-    Args:
-        function: Takes and returns tensors whose first dimension is the batch; each image is treated alone.
-        *maps: The tensors.
-        tokens_per_image: How many of `MAX_TOKENS` an image counts for.
     """
     chunk_size = max(1, MAX_TOKENS // tokens_per_image)
     is_inference = not torch.is_grad_enabled() and maps[0].device.type == "cpu" and not torch.compiler.is_compiling()
@@ -54,16 +49,7 @@ def split_length(length: int, window_size: int) -> list[tuple[int, int, int]]:
 
 
 class WindowGroup(NamedTuple):
-    """Equal windows that tile a part of a map; all in tokens.
-
-    Attributes:
-        top: First row of the part.
-        left: First column of the part.
-        height: Rows of the part.
-        width: Columns of the part.
-        window_height: Rows of a window.
-        window_width: Columns of a window.
-    """
+    """A part of a map and the size of the equal windows that tile it; all in tokens."""
 
     top: int
     left: int
@@ -81,12 +67,6 @@ class Sam2UNetWindowLayout:
     bottom edges are smaller than the others, so a map is cut into at most four groups of equal windows (full, right,
     bottom, corner). The tokens of a batch lie group by group, and within a group image by image, so that the windows
     of a group are a view.
-
-    Args:
-        batch_size: Number of maps.
-        height: Rows of a map.
-        width: Columns of a map.
-        window_size: Side of a full window.
     """
 
     def __init__(self, batch_size: int, height: int, width: int, window_size: int):
@@ -110,10 +90,8 @@ class Sam2UNetWindowLayout:
     def unpack(self, tokens: torch.Tensor) -> torch.Tensor:
         """Undo `pack`."""
         parts = []
-        for group, windows in zip(self.groups, self.split(tokens), strict=True):
-            _, _, height, width, window_height, window_width = group
-            rows, columns = height // window_height, width // window_width
-            part = windows.unflatten(1, (window_height, window_width)).unflatten(0, (-1, rows, columns))
+        for (_, _, height, width, *window), windows in zip(self.groups, self.split(tokens), strict=True):
+            part = windows.unflatten(1, window).unflatten(0, (-1, height // window[0], width // window[1]))
             parts.append(part.transpose(2, 3).flatten(3, 4).flatten(1, 2))
         # Two parts side by side make a band.
         per_band = len(split_length(self.width, self.window_size))
@@ -144,11 +122,9 @@ class Sam2UNetWindowLayout:
 
     def pool(self, tokens: torch.Tensor, stride: list[int]) -> torch.Tensor:
         """Max-pool within windows, whose sides are even; the result is in the order of `after_pooling(stride)`."""
+        groups = zip(self.split(tokens), self.groups, strict=True)
         return self.merge(
-            [
-                pool_windows(windows, group.window_height, group.window_width, stride)
-                for windows, group in zip(self.split(tokens), self.groups, strict=True)
-            ]
+            [pool_windows(part, group.window_height, group.window_width, stride) for part, group in groups]
         )
 
     def after_pooling(self, stride: list[int]) -> "Sam2UNetWindowLayout":
@@ -156,6 +132,3 @@ class Sam2UNetWindowLayout:
         return Sam2UNetWindowLayout(
             self.batch_size, self.height // stride[0], self.width // stride[1], self.window_size // stride[0]
         )
-
-
-__all__ = ["Sam2UNetWindowLayout", "WindowGroup", "in_chunks"]

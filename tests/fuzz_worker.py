@@ -488,10 +488,10 @@ def read_cohort(modules, folder, data, name):
     """Put the file in the place of a scan or mask of a cohort of three, and build the data set both ways."""
     builder_class, error = modules
     for number in range(3):
-        for contrast in ("flair", "seg"):
-            path = folder / "cohort" / f"Case_{number}" / f"Case_{number}_{contrast}.nii.gz"
+        for ending in ("flair", "seg"):
+            path = folder / "cohort" / f"Case_{number}" / f"Case_{number}_{ending}.nii.gz"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(cohort_file(number, contrast)[0])
+            path.write_bytes(cohort_file(number, ending)[0])
     sound, skipped = build(builder_class, folder / "cohort", folder / "cache", False)
     check(len(sound) == 3 and not skipped, "a sound cohort is not read")
     (folder / "cohort" / "Case_1" / f"Case_1_{name}.nii.gz").write_bytes(data)
@@ -520,7 +520,7 @@ def load_modules(kinds):
         # The package itself imports PyTorch, so that it is stood in for.
         sys.modules["scans"] = types.ModuleType("scans")
         sys.modules["scans"].__path__ = [str(REPO / "sam2unet_hf")]
-        found = [importlib.import_module(f"scans.{name}") for name in ("scans_sam2unet", "cases")]
+        found = [importlib.import_module(f"scans.{name}") for name in ("scans_sam2unet", "cases_sam2unet")]
         modules["nifti"] = types.SimpleNamespace(
             **vars(found[0]), **{k: v for k, v in vars(found[1]).items() if k not in vars(found[0])}
         )

@@ -17,7 +17,7 @@ from common import small_model
 
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
-from sam2unet_hf.cases import find_cases
+from sam2unet_hf.cases_sam2unet import find_cases
 from sam2unet_hf.scans_sam2unet import ScanError, take_slice
 from sam2unet_hf.volume import Sam2UNetVolumePipeline
 
@@ -64,7 +64,7 @@ def test_uploads_are_linked_by_their_last_name_alone(tmp_path):
     case = app.gather_case([f"{tmp_path}/links/../x.nii"], ["flair"], tmp_path / "links")
     assert case.files["flair"] == tmp_path / "links" / "x.nii"
     with pytest.raises(ScanError, match=r"x.nii` is not a NIfTI file"):
-        case.read_image("flair")
+        case.read_images(["flair"])
 
 
 def test_a_picture_shows_the_scan_its_regions_and_its_sides(view, monkeypatch):

@@ -21,7 +21,7 @@ from dataset_scripts.brats_slices import BratsSlices  # noqa: E402
 from dataset_scripts.brats_slices.__main__ import write_dataset  # noqa: E402
 from dataset_scripts.phantom import write_phantom_cohort  # noqa: E402
 from sam2unet_hf import deep_supervision_loss  # noqa: E402
-from sam2unet_hf.cases import find_cases  # noqa: E402
+from sam2unet_hf.cases_sam2unet import find_cases  # noqa: E402
 
 
 SMALL = ["--image_size", "64", "--device", "cpu", "--rounds", "1"]

@@ -18,7 +18,7 @@ from huggingface_hub import DatasetCard
 
 from dataset_scripts.brats_slices import BratsSlices, split_patients
 from dataset_scripts.brats_slices.__main__ import main
-from dataset_scripts.brats_slices.brats_slices import encode_png
+from dataset_scripts.brats_slices.png import encode_png
 from sam2unet_hf.scans_sam2unet import ScanError
 
 
@@ -39,7 +39,7 @@ def save(path, voxels):
 
 
 def make_case(root, case_id, seed=0):
-    """Write four contrasts, and a mask with tumour in the axial slices 2 (4 voxels) and 3 (1 voxel)."""
+    """Write four modalities, and a mask with tumour in the axial slices 2 (4 voxels) and 3 (1 voxel)."""
     rng = np.random.default_rng(seed)
     for name in ("t1", "t1ce", "t2", "flair"):
         voxels = rng.integers(100, 900, SHAPE).astype(np.int16)
@@ -217,8 +217,8 @@ def test_decathlon_gives_the_rows_of_the_same_patients_in_brats_layout(brats_dir
 def test_readers_end_when_the_process_that_writes_is_killed():
     script = """
 import time
-from dataset_scripts.brats_slices.brats_slices import _Readers
-pool = _Readers(2).pool
+from dataset_scripts.brats_slices.readers import CaseReaders
+pool = CaseReaders(2, print).pool
 reading = [pool.submit(time.sleep, 600) for _ in range(2)]
 while not all(future.running() for future in reading):
     time.sleep(0.01)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from loopback_hub import LoopbackHub
 
-from dataset_scripts.brats_slices.__main__ import main, upload_command
+from dataset_scripts.brats_slices.__main__ import main
+from dataset_scripts.brats_slices.publish import upload_command
 from dataset_scripts.phantom import write_phantom_cohort
 
 

@@ -386,9 +386,10 @@ def test_an_error_of_all_processes_is_told_once(folder, arguments, tmp_path):
 
 @pytest.mark.slow
 def test_two_machines_under_slurm(torchrun, folder, arguments, start):
-    """The script of the README, on two machines that are both this one, with one process each."""
+    """The script of the guide, on two machines that are both this one, with one process each."""
     output_dir, _ = torchrun
-    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", (EXAMPLES / "README.md").read_text(), flags=re.DOTALL)
+    guide = (EXAMPLES / "several_gpus.md").read_text()
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", guide, flags=re.DOTALL)
     command, options = script.split("examples/run_segmentation.py")
     assert options.strip().endswith("--output_dir runs/slices")
     command = command.replace("--nproc_per_node 8", "--nproc_per_node 1").replace(":29500", f":{free_port()}")

@@ -18,9 +18,9 @@ from PIL import Image
 
 from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.hub import main, write_metric_space
+from sam2unet_hf.metrics.space import METRIC_CLASSES
 
 
-METRICS = Path(__file__).parent.parent / "sam2unet_hf" / "metrics"
 REPO = "tester/sam2unet-brats"
 
 PUSH = """
@@ -267,6 +267,7 @@ def test_a_metric_written_as_a_space_loads_from_the_hub(hub, tmp_path, capsys):
         "functional.py",
         "requirements.txt",
         "segmentation_metric.py",
+        "streaming_metric.py",
     ]
     hub.create("spaces", "tester/dice", files)
     result = run(hub, tmp_path, LOAD_METRIC)
@@ -285,7 +286,7 @@ def test_the_app_of_a_space_reads_what_is_typed_into_it(tmp_path):
     assert metric.compute(**parse_gradio_data(table, ["json", "json"]))["dice"] == 1
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in METRICS.glob("cards/*.md")))
+@pytest.mark.parametrize("name", sorted(METRIC_CLASSES))
 def test_every_metric_loads_from_its_space(name, tmp_path):
     write_metric_space(name, tmp_path)
     metric = evaluate.load(str(tmp_path / f"{name}.py"))

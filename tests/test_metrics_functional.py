@@ -1,4 +1,4 @@
-"""The measures against `py_sod_metrics`, which the field uses, and by hand."""
+"""The metrics against `py_sod_metrics`, which the field uses, and by hand."""
 
 import itertools
 import math
@@ -15,20 +15,21 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from scipy import ndimage
 
-from sam2unet_hf.metrics.functional import MEASURES, Accumulator, num_columns, score, to_mask, to_probability
+from sam2unet_hf.metrics.functional import METRICS, num_columns, score, to_mask, to_probability
+from sam2unet_hf.metrics.segmentation_metric import Accumulator
 
 
 MINMAX = {"normalize": "minmax"}
 NAN = float("nan")
 
 
-def result(prediction, reference, measures=MEASURES, **options):
-    accumulator = Accumulator(measures)
-    accumulator.add(score(prediction, reference, measures, **options))
+def result(prediction, reference, metrics=METRICS, **options):
+    accumulator = Accumulator(metrics)
+    accumulator.add(score(prediction, reference, metrics, **options))
     return accumulator.result()
 
 
-def field_result(prediction, reference, normalize, beta_squared=0.3, weighted_beta_squared=1.0, alpha=0.5):
+def field_result(prediction, reference, normalize, beta_squared=0.3):
     """The same keys from `py_sod_metrics`."""
     options = {"with_dynamic": True, "with_adaptive": True, "with_binary": True}
     handlers = {
@@ -36,17 +37,17 @@ def field_result(prediction, reference, normalize, beta_squared=0.3, weighted_be
         "iou": py_sod_metrics.IOUHandler(**options),
         "f_beta": py_sod_metrics.FmeasureHandler(**options, beta=beta_squared),
     }
-    cuts = py_sod_metrics.FmeasureV2(handlers)
+    thresholded = py_sod_metrics.FmeasureV2(handlers)
     e_measure, mae = py_sod_metrics.Emeasure(), py_sod_metrics.MAE()
-    s_measure = py_sod_metrics.Smeasure(alpha)
-    weighted = py_sod_metrics.WeightedFmeasure(weighted_beta_squared)
+    s_measure = py_sod_metrics.Smeasure()
+    weighted = py_sod_metrics.WeightedFmeasure()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # means of empty quadrants
-        for metric in (cuts, e_measure, mae, s_measure, weighted):
+        for metric in (thresholded, e_measure, mae, s_measure, weighted):
             metric.step(prediction, reference, normalize=normalize)
         s_value = float(s_measure.get_results()["sm"])
     values = {}
-    for name, value in cuts.get_results().items():
+    for name, value in thresholded.get_results().items():
         values |= {name: value["binary"], f"adaptive_{name}": value["adaptive"]}
         values |= {f"mean_{name}": value["dynamic"].mean(), f"max_{name}": value["dynamic"].max()}
     e_values = e_measure.get_results()["em"]
@@ -135,12 +136,12 @@ def test_stretched_8_bit_maps_agree_with_py_sod_metrics(shape, mask_kind, predic
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(**PAIRS, beta_squared=st.sampled_from([0.1, 1.0, 4.0]), alpha=st.sampled_from([0.0, 0.3, 1.0]))
-def test_options_agree_with_py_sod_metrics(shape, mask_kind, prediction_kind, seed, beta_squared, alpha):
+@given(**PAIRS, beta_squared=st.sampled_from([0.1, 1.0, 4.0]))
+def test_options_agree_with_py_sod_metrics(shape, mask_kind, prediction_kind, seed, beta_squared):
     generator = np.random.default_rng(seed)
     mask = make_mask(mask_kind, shape, generator)
     prediction = make_prediction(prediction_kind, mask, generator)
-    options = {"beta_squared": beta_squared, "weighted_beta_squared": 2 * beta_squared, "alpha": alpha}
+    options = {"beta_squared": beta_squared}
     assert_agree(result(prediction, mask, **options), field_result(prediction, mask, normalize=False, **options))
 
 
@@ -207,16 +208,16 @@ def test_special_images_by_hand(case):
     assert all(math.isfinite(value) for value in values.values())
 
 
-@pytest.mark.parametrize("measure", ["dice", "iou", "f_beta", "weighted_f_beta"])
+@pytest.mark.parametrize("metric", ["dice", "iou", "f_beta", "weighted_f_beta"])
 @pytest.mark.parametrize("value", [0.0, 1.0, NAN])
-def test_zero_division_is_the_value_of_both_empty_and_of_nothing_else(measure, value):
+def test_zero_division_is_the_value_of_both_empty_and_of_nothing_else(metric, value):
     def values(prediction, reference):
-        return result(prediction, reference, [measure], zero_division=value)
+        return result(prediction, reference, [metric], zero_division=value)
 
-    assert values(EMPTY, EMPTY)[measure] == pytest.approx(value, nan_ok=True)
+    assert values(EMPTY, EMPTY)[metric] == pytest.approx(value, nan_ok=True)
     for prediction, reference in ((HALF, EMPTY), (np.zeros((20, 20)), DOT)):
-        assert values(prediction, reference)[measure] == 0
-    assert values(HALF, HALF)[measure] == pytest.approx(1)
+        assert values(prediction, reference)[metric] == 0
+    assert values(HALF, HALF)[metric] == pytest.approx(1)
 
 
 def test_curve_of_an_empty_image_is_zero_division_above_the_prediction():
@@ -259,8 +260,8 @@ def test_empty_background_changes_nothing_in_weighted_f_beta():
     prediction = make_prediction("noisy", mask, generator) * (ndimage.gaussian_filter(mask * 1.0, 3) > 0.01)
     padded = [np.pad(array, ((31, 17), (5, 43))) for array in (prediction, mask)]
     assert_agree(result(*padded), field_result(*padded, normalize=False))
-    measures = ["weighted_f_beta"]
-    assert result(*padded, measures) == result(prediction, mask, measures)
+    metrics = ["weighted_f_beta"]
+    assert result(*padded, metrics) == result(prediction, mask, metrics)
 
 
 def test_stretched_probabilities_are_those_of_minmax():
@@ -280,32 +281,33 @@ def test_measures_alone_equal_all_together():
     prediction = make_prediction("noisy", mask, generator)
     together = score(prediction, mask)
     columns = 0
-    for measure in MEASURES:
-        alone = score(prediction, mask, [measure])
-        assert np.array_equal(alone, together[columns : columns + num_columns(measure)])
-        columns += num_columns(measure)
+    for metric in METRICS:
+        alone = score(prediction, mask, [metric])
+        assert np.array_equal(alone, together[columns : columns + num_columns(metric)])
+        columns += num_columns(metric)
     assert columns == len(together)
 
 
-@pytest.mark.parametrize("measure", ["dice", "iou", "f_beta", "e_measure", "mae"])
-def test_pixels_that_do_not_count_are_cut_out(measure):
+@pytest.mark.parametrize("metric", ["dice", "iou", "f_beta", "e_measure", "mae"])
+def test_pixels_that_do_not_count_are_cut_out(metric):
     generator = np.random.default_rng(0)
     prediction, mask = generator.random((6, 8)), generator.random((6, 8)) < 0.4
-    valid = np.ones((6, 8), dtype=bool)
-    valid[:, 5:] = False
+    valid_mask = np.ones((6, 8), dtype=bool)
+    valid_mask[:, 5:] = False
     assert np.array_equal(
-        score(prediction, mask, [measure], valid=valid), score(prediction[:, :5].copy(), mask[:, :5].copy(), [measure])
+        score(prediction, mask, [metric], valid_mask=valid_mask),
+        score(prediction[:, :5].copy(), mask[:, :5].copy(), [metric]),
     )
 
 
 def test_pixels_that_do_not_count_are_background_where_neighbours_matter():
     generator = np.random.default_rng(0)
     prediction, mask = generator.random((6, 8)), generator.random((6, 8)) < 0.4
-    valid = generator.random((6, 8)) < 0.8
-    measures = ["s_measure", "weighted_f_beta"]
-    expected = score(prediction * valid, mask & valid, measures)
-    assert np.array_equal(score(prediction, mask, measures, valid=valid), expected)
-    assert np.isnan(score(prediction, mask, valid=np.zeros_like(valid))).all()
+    valid_mask = generator.random((6, 8)) < 0.8
+    metrics = ["s_measure", "weighted_f_beta"]
+    expected = score(prediction * valid_mask, mask & valid_mask, metrics)
+    assert np.array_equal(score(prediction, mask, metrics, valid_mask=valid_mask), expected)
+    assert np.isnan(score(prediction, mask, valid_mask=np.zeros_like(valid_mask))).all()
 
 
 ONES = np.ones((2, 2))
@@ -353,10 +355,9 @@ ONES = np.ones((2, 2))
         (ONES, np.ones((2, 3)), {}, r"same shape, got \(2, 2\) and \(2, 3\)\. Resize the prediction"),
         (ONES, FULL, {"normalize": "max"}, r"`normalize` must be \"minmax\" or None, got 'max'"),
         (ONES, FULL, {"zero_division": 0.5}, r"`zero_division` must be 0, 1 or NaN, got 0.5"),
-        (ONES, FULL, {"alpha": 2}, r"`alpha` must be in \[0, 1\], got 2"),
         (ONES, FULL, {"beta_squared": 0}, r"`beta_squared` must be above 0, got 0"),
         (ONES, FULL, {"ddof": 2}, r"`ddof` must be 0 or 1, got 2"),
-        (ONES, FULL, {"measures": ["dise"]}, r"`measures` must be among dice, .*, got dise"),
+        (ONES, FULL, {"metrics": ["dise"]}, r"`metrics` must be among dice, .*, got dise"),
     ],
 )
 def test_bad_input_raises(prediction, reference, options, message):
@@ -465,7 +466,7 @@ def test_what_does_not_fit_together_raises():
         accumulator.result(["a", "a"])
     with pytest.raises(ValueError, match="`regions` must hold 2 different names"):
         accumulator.result("WT")
-    with pytest.raises(ValueError, match="measures"):
+    with pytest.raises(ValueError, match="`other` must hold the metrics"):
         accumulator.merge(Accumulator(["dice"]))
     single = Accumulator()
     single.add(scores[0])

@@ -18,7 +18,9 @@ from PIL import Image as PILImage
 
 from sam2unet_hf import metrics
 from sam2unet_hf.metrics.__main__ import main
-from sam2unet_hf.metrics.functional import Accumulator, score
+from sam2unet_hf.metrics.functional import score
+from sam2unet_hf.metrics.segmentation_metric import Accumulator
+from sam2unet_hf.metrics.space import METRIC_CLASSES, render_metric_card
 
 
 FOLDER = Path(metrics.__file__).parent
@@ -60,10 +62,12 @@ def test_every_module_is_here():
         "__main__",
         "functional",
         "segmentation_metric",
+        "space",
+        "streaming_metric",
         "volume_functional",
         "volume_metric",
     }
-    assert found == {*MODULES, *VOLUME_MODULES} == {path.stem for path in (FOLDER / "cards").glob("*.md")}
+    assert found == {*MODULES, *VOLUME_MODULES} == METRIC_CLASSES.keys()
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -82,7 +86,7 @@ def test_all_modules_load_outside_the_checkout_without_network(tmp_path, images)
     # A folder per module, as a Space has it.
     for name in MODULES:
         (tmp_path / name).mkdir()
-        for file in (f"{name}.py", "functional.py", "segmentation_metric.py"):
+        for file in (f"{name}.py", "functional.py", "segmentation_metric.py", "streaming_metric.py"):
             shutil.copy(FOLDER / file, tmp_path / name)
     code = f"""
 import socket, sys
@@ -106,7 +110,7 @@ for name in {list(MODULES)}:
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_card_and_module_run(name, monkeypatch):
     monkeypatch.chdir(FOLDER)
-    card = doctest.DocTestParser().get_doctest((FOLDER / "cards" / f"{name}.md").read_text(), {}, name, None, 0)
+    card = doctest.DocTestParser().get_doctest(render_metric_card(name), {}, name, None, 0)
     result = doctest.DocTestRunner().run(card)
     assert result.failed == 0
     blocks = re.findall(r"^```python\n", card.docstring, flags=re.MULTILINE)
@@ -120,7 +124,7 @@ def test_examples_of_card_and_module_run(name, monkeypatch):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_cards_have_what_a_space_needs(name):
-    text = (FOLDER / "cards" / f"{name}.md").read_text()
+    text = render_metric_card(name)
     _, front, body = text.split("---\n", 2)
     data = yaml.safe_load(front)
     assert data["sdk"] == "gradio"
@@ -255,6 +259,8 @@ def test_a_wrong_image_costs_nothing_and_is_named(images):
         metric.compute(predictions=predictions[1:], references=references[2:])
     with pytest.raises(TypeError, match="`predictions` and `references` together"):
         metric.compute(predictions=predictions)
+    with pytest.raises(TypeError, match="`prediction` and `reference` together"):
+        metric.add(prediction=predictions[0])
     assert len(metric) == 1
     assert metric.compute(predictions=predictions[1:], references=references[1:]) == expected
 

@@ -1,4 +1,4 @@
-"""The measures of volumes against MONAI and by hand, and their `evaluate` modules."""
+"""The metrics of volumes against MONAI and by hand, and their `evaluate` modules."""
 
 import doctest
 import math
@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from sam2unet_hf import metrics
-from sam2unet_hf.cases import find_cases
+from sam2unet_hf.cases_sam2unet import find_cases
+from sam2unet_hf.metrics.space import render_metric_card
 from sam2unet_hf.metrics.volume_functional import (
     ONE_EMPTY_MM,
-    VOLUME_MEASURES,
+    VOLUME_METRICS,
     count_voxels,
     dice,
     hausdorff_distance_95,
@@ -43,12 +44,12 @@ MODULES = {
     "volume_dice": metrics.VolumeDice,
     "volume_report": metrics.VolumeReport,
 }
-MEASURES = {
+METRICS = {
     "hausdorff_95": ("hausdorff95_mm",),
     "sensitivity": ("sensitivity",),
     "specificity": ("specificity",),
     "volume_dice": ("volume_dice",),
-    "volume_report": VOLUME_MEASURES,
+    "volume_report": VOLUME_METRICS,
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")  # MONAI's own
@@ -199,7 +200,7 @@ def test_empty_and_full_regions(prediction, reference, expected):
     scores = score_volume(prediction, reference, regions={"lesion": [1]})["lesion"]
     assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=1e-5)
     counts = count_voxels(prediction, reference)
-    assert (dice(counts), sensitivity(counts), specificity(counts)) == tuple(scores[m] for m in VOLUME_MEASURES[:3])
+    assert (dice(counts), sensitivity(counts), specificity(counts)) == tuple(scores[m] for m in VOLUME_METRICS[:3])
 
 
 def test_distance_where_one_is_empty_may_be_another():
@@ -242,12 +243,12 @@ def test_regions_join_labels():
     assert other["ET"] == scores["ET"]
 
 
-def test_measures_are_computed_alone():
+def test_metrics_are_computed_alone():
     prediction, reference = random_labels(1)
     scores = score_volume(prediction, reference)
-    for measure in VOLUME_MEASURES:
-        alone = score_volume(prediction, reference, [measure])
-        assert alone == {name: {measure: scores[name][measure]} for name in scores}
+    for metric in VOLUME_METRICS:
+        alone = score_volume(prediction, reference, [metric])
+        assert alone == {name: {metric: scores[name][metric]} for name in scores}
 
 
 LABELS = {
@@ -288,8 +289,8 @@ def test_empty_margins_change_nothing_but_specificity():
     expected = score_volume(prediction, reference)
     padded = score_volume(np.pad(prediction, ((9, 3), (0, 5), (7, 7))), np.pad(reference, ((9, 3), (0, 5), (7, 7))))
     for region, scores in expected.items():
-        for measure in ("volume_dice", "sensitivity"):
-            assert padded[region][measure] == scores[measure]
+        for metric in ("volume_dice", "sensitivity"):
+            assert padded[region][metric] == scores[metric]
         assert padded[region]["hausdorff95_mm"] == pytest.approx(scores["hausdorff95_mm"], rel=1e-12)
         assert padded[region]["specificity"] > scores["specificity"]
 
@@ -349,7 +350,7 @@ def labels(*values):
         (labels(1), labels(1), {"regions": {"ET": 3}}, r"`regions\['ET'\]` must list label ids >= 1.*got 3\."),
         (labels(1), labels(1), {"regions": {"ET": "3"}}, r"`regions\['ET'\]` must list label ids >= 1.*got '3'"),
         (labels(1), labels(1), {"regions": {"ET": [0.5]}}, r"`regions\['ET'\]` must list label ids >= 1.*\[0\.5\]"),
-        (labels(1), labels(1), {"measures": ["iou"]}, r"`measures` must be among volume_dice, .*, got iou"),
+        (labels(1), labels(1), {"metrics": ["iou"]}, r"`metrics` must be among volume_dice, .*, got iou"),
     ],
 )
 def test_wrong_input_raises(prediction, reference, options, message):
@@ -379,8 +380,8 @@ def patients():
 def keys_of(name, regions=BRATS_REGIONS):
     return {
         key
-        for measure in MEASURES[name]
-        for key in (measure, f"{measure}_per_patient", *(f"{measure}_{region}" for region in regions))
+        for metric in METRICS[name]
+        for key in (metric, f"{metric}_per_patient", *(f"{metric}_{region}" for region in regions))
     }
 
 
@@ -400,7 +401,7 @@ def test_all_modules_load_outside_the_checkout_without_network(tmp_path):
     # A folder per module, as a Space has it.
     for name in MODULES:
         (tmp_path / name).mkdir()
-        for file in (f"{name}.py", "volume_functional.py", "volume_metric.py"):
+        for file in (f"{name}.py", "streaming_metric.py", "volume_functional.py", "volume_metric.py"):
             shutil.copy(FOLDER / file, tmp_path / name)
     code = f"""
 import socket, sys
@@ -424,7 +425,7 @@ for name in {list(MODULES)}:
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_card_and_module_run(name, monkeypatch):
     monkeypatch.chdir(FOLDER)
-    card = doctest.DocTestParser().get_doctest((FOLDER / "cards" / f"{name}.md").read_text(), {}, name, None, 0)
+    card = doctest.DocTestParser().get_doctest(render_metric_card(name), {}, name, None, 0)
     assert doctest.DocTestRunner().run(card).failed == 0
     assert len(re.findall(r"^```python\n", card.docstring, flags=re.MULTILINE)) == 2
     assert sum(bool(example.want) for example in card.examples) >= 2
@@ -436,7 +437,7 @@ def test_examples_of_card_and_module_run(name, monkeypatch):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_cards_have_what_a_space_needs(name):
-    text = (FOLDER / "cards" / f"{name}.md").read_text()
+    text = render_metric_card(name)
     _, front, body = text.split("---\n", 2)
     data = yaml.safe_load(front)
     assert data["sdk"] == "gradio"
@@ -455,19 +456,19 @@ def test_values_are_those_of_each_patient_and_their_means(patients):
     predictions, references = patients
     result = metrics.VolumeReport().compute(predictions=predictions, references=references, spacing=(1, 1, 2))
     scores = [score_volume(*pair, spacing=(1, 1, 2)) for pair in zip(predictions, references, strict=True)]
-    for measure in VOLUME_MEASURES:
+    for metric in VOLUME_METRICS:
         means = []
         for region in BRATS_REGIONS:
-            values = [patient[region][measure] for patient in scores]
-            assert result[f"{measure}_per_patient"][region] == values
-            assert result[f"{measure}_{region}"] == pytest.approx(np.mean(values), rel=1e-14)
+            values = [patient[region][metric] for patient in scores]
+            assert result[f"{metric}_per_patient"][region] == values
+            assert result[f"{metric}_{region}"] == pytest.approx(np.mean(values), rel=1e-14)
             means.append(np.mean(values))
-        assert result[measure] == pytest.approx(np.mean(means), rel=1e-14)
+        assert result[metric] == pytest.approx(np.mean(means), rel=1e-14)
     assert result["volume_dice_per_patient"]["WT"][1] == 0
     assert result["hausdorff95_mm_per_patient"]["WT"][1] == ONE_EMPTY_MM
 
 
-def test_modules_for_one_measure_agree_with_the_report(patients):
+def test_modules_for_one_metric_agree_with_the_report(patients):
     predictions, references = patients
     report = metrics.VolumeReport().compute(predictions=predictions, references=references)
     parts = {}

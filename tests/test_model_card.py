@@ -19,8 +19,9 @@ from transformers import TrainingArguments
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
 from sam2unet_hf.hub import CHECKPOINT_FILES, files_to_push, have_equal_weights, main
+from sam2unet_hf.metrics.functional import METRICS
 from sam2unet_hf.model_card import (
-    MEASURES,
+    METRIC_TITLES,
     append_checksum,
     has_valid_checksum,
     parse_score,
@@ -96,7 +97,8 @@ def test_the_card_of_a_run_says_what_its_files_say(folder):
     data = ModelCard(text).data
     assert (data.license, data.datasets, data.model_name) == ("cc-by-nc-4.0", ["tester/slices"], "tumor")
     assert data.tags[-2:] == ["mri", "extra"]
-    assert data.metrics == list(MEASURES)
+    assert data.metrics == list(METRIC_TITLES)
+    assert set(METRIC_TITLES) == set(METRICS)
     expected = info["results"]["test"]
     found = {(r.metric_type, r.metric_name.partition(", ")[2]): r.metric_value for r in data.eval_results}
     assert len(found) == len(data.eval_results) == len(expected)

@@ -5,7 +5,7 @@ import pytest
 from dataset_scripts.phantom import cohort, make_phantom_case, write_phantom_cohort
 
 
-CONTRASTS = ("t1", "t1ce", "t2", "flair")
+MODALITIES = ("t1", "t1ce", "t2", "flair")
 SHAPE = (96, 96, 62)
 SMALL_SHAPE = (48, 48, 31)
 
@@ -40,12 +40,14 @@ def healthy_tissues(case):
 
 def test_write_phantom_cohort_layout_is_that_of_brats(cohort_dir):
     assert sorted(read_files(cohort_dir)) == sorted(
-        f"Phantom_00{number}/Phantom_00{number}_{suffix}.nii.gz" for number in (1, 2) for suffix in (*CONTRASTS, "seg")
+        f"Phantom_00{number}/Phantom_00{number}_{suffix}.nii.gz"
+        for number in (1, 2)
+        for suffix in (*MODALITIES, "seg")
     )
     assert sorted(path.name for path in cohort_dir.parent.iterdir()) == ["cohort"]
 
 
-@pytest.mark.parametrize("suffix", [*CONTRASTS, "seg"])
+@pytest.mark.parametrize("suffix", [*MODALITIES, "seg"])
 def test_write_phantom_cohort_volume_equals_case_on_brats_axes(cohort_dir, suffix):
     image = nib.load(cohort_dir / "Phantom_002" / f"Phantom_002_{suffix}.nii.gz")
     assert image.get_data_dtype() == np.int16
@@ -117,7 +119,7 @@ def test_write_phantom_cohort_bad_argument_is_named(tmp_path, arguments, message
 def test_make_phantom_case_takes_a_generator():
     from_seed = make_phantom_case(7, SMALL_SHAPE)
     from_generator = make_phantom_case(np.random.default_rng(7), SMALL_SHAPE)
-    assert from_seed.keys() == {*CONTRASTS, "seg"}
+    assert from_seed.keys() == {*MODALITIES, "seg"}
     for name, volume in from_seed.items():
         np.testing.assert_array_equal(volume, from_generator[name])
 
@@ -126,8 +128,8 @@ def test_make_phantom_case_is_skull_stripped(cases):
     for case in cases:
         brain = case["t1"] > 0
         assert all(volume.dtype == np.int16 and volume.shape == SHAPE for volume in case.values())
-        assert all(case[name].min() == 0 for name in CONTRASTS)
-        assert all(np.array_equal(case[name] > 0, brain) for name in CONTRASTS)
+        assert all(case[name].min() == 0 for name in MODALITIES)
+        assert all(np.array_equal(case[name] > 0, brain) for name in MODALITIES)
         assert not (case["seg"] > 0)[~brain].any()
         assert 1.1e6 < brain.sum() * 2.5**3 < 1.9e6  # mm^3
         edges = [brain[[0, -1]], brain[:, [0, -1]], brain[:, :, [-1]]]
@@ -164,10 +166,10 @@ def test_make_phantom_case_tumours_are_nested_and_varied(cases):
     assert 0.2 < np.mean(on_left) < 0.8
 
 
-def test_make_phantom_case_contrasts_are_in_clinical_order(cases):
+def test_make_phantom_case_modalities_are_in_clinical_order(cases):
     for case in cases:
         fluid, grey, white = healthy_tissues(case)
-        mean = {name: [case[name][tissue].mean() for tissue in (fluid, grey, white)] for name in CONTRASTS}
+        mean = {name: [case[name][tissue].mean() for tissue in (fluid, grey, white)] for name in MODALITIES}
         assert mean["t1ce"][0] < mean["t1ce"][1] < mean["t1ce"][2]
         assert mean["t2"][0] > 1.1 * mean["t2"][1] > 1.2 * mean["t2"][2]
         assert mean["flair"][0] < 0.6 * mean["flair"][2]
@@ -191,7 +193,7 @@ def test_make_phantom_case_white_matter_lies_inside_grey_and_is_brighter_in_t1(c
 
 
 def test_make_phantom_case_intensity_scale_differs_between_patients(cases):
-    tops = np.array([[case[name].max() for name in CONTRASTS] for case in cases])
+    tops = np.array([[case[name].max() for name in MODALITIES] for case in cases])
     assert tops.min() > 150
     assert tops.max() < 2500
     assert (tops.max(axis=0) > 1.8 * tops.min(axis=0)).all()

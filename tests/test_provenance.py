@@ -14,7 +14,6 @@ from PIL import Image as PILImage
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import arguments  # noqa: E402 - the scripts are no package
 import provenance  # noqa: E402
-import run_folder  # noqa: E402
 
 
 FEATURES = Features({"image": Image(), "mask": Image(), "case_id": Value("string")})
@@ -68,9 +67,9 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path):
 def test_a_run_that_goes_on_with_other_versions_or_data_says_so(tmp_path, caplog):
     _, _, args = arguments.parse_arguments(["--use_cpu", "--output_dir", str(tmp_path)])
     record = {"arguments": {}, "data": {"train": "old"}, "versions": {"torch": "2.13"}, "git": {"commit": "c0ffee"}}
-    run_folder.start_run(record, args)
+    provenance.start_run(record, args)
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        run_folder.start_run({**record, "data": {"train": "new"}, "versions": {"torch": "2.14"}}, args)
+        provenance.start_run({**record, "data": {"train": "new"}, "versions": {"torch": "2.14"}}, args)
     assert "Other data than when this run began, so it may end otherwise: train new (was old)." in caplog.text
     assert "Other versions than when this run began, so it may end otherwise: torch 2.14 (was 2.13)." in caplog.text

@@ -13,7 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from common import TRAVELLING_FILES
+from common import SCAN_CODE, TRAVELLING_FILES
 from packaging.requirements import Requirement
 
 
@@ -165,7 +165,7 @@ def test_code_that_travels_with_the_weights_imports_only_siblings_and_the_hubs_l
             modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             for module in modules:
                 top = module.split(".")[0]
-                scans = SCAN_IMPORTS if name in ("scans_sam2unet.py", "volume_sam2unet.py") else set()
+                scans = SCAN_IMPORTS if name in SCAN_CODE else set()
                 assert top in ALLOWED_IMPORTS | scans | sys.stdlib_module_names, ast.unparse(node)
 
 
@@ -173,7 +173,7 @@ def test_code_that_travels_is_what_the_model_imports():
     from transformers.dynamic_module_utils import get_relative_import_files
 
     package = ROOT / "sam2unet_hf"
-    needed = {"image_processing_sam2unet.py", "modeling_sam2unet.py", "scans_sam2unet.py"}
+    needed = {"image_processing_sam2unet.py", "modeling_sam2unet.py", "volume_sam2unet.py"}
     for name in sorted(needed):
         needed |= {Path(file).name for file in get_relative_import_files(package / name)}
     assert sorted(needed) == TRAVELLING_FILES
@@ -316,7 +316,6 @@ PRIVATE_NAMES = {
     "_preprocess_image_like_inputs": "documented for processors that take more than images",
     "_raise_exceptions_for_missing_entries": "the public function raises where a file is optional",
     # torch and torchvision
-    "_load_from_state_dict": "loading must undo the fusion of batch norm, of a part of the model too",
     "_transformed_types": "documented: the types that a transform changes",
     # datasets and evaluate: abstract methods, and what their caches are made of
     "_info": "abstract",

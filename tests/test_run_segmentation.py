@@ -20,7 +20,7 @@ from sam2unet_hf import Sam2UNetImageProcessor
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import run_folder  # noqa: E402 - the scripts are no package
+import provenance  # noqa: E402 - the scripts are no package
 import run_segmentation  # noqa: E402
 from arguments import PHANTOM_RECIPE, parse_arguments, resume_arguments  # noqa: E402
 from case_names import case_names  # noqa: E402
@@ -196,7 +196,7 @@ def find_checkpoint(*arguments):
     model_args, data_args, args = parse_arguments(["--use_cpu", *arguments])
     values = resume_arguments(model_args, data_args, args)
     record = {"arguments": values, "data": {}, "versions": {}, "git": {}}
-    return run_folder.find_checkpoint(values, args), record, args
+    return provenance.find_checkpoint(values, args), record, args
 
 
 def test_a_finished_run_is_not_overwritten_unasked(tmp_path):
@@ -209,7 +209,7 @@ def test_a_finished_run_is_not_overwritten_unasked(tmp_path):
         find_checkpoint("--output_dir", str(tmp_path))
     checkpoint, record, args = find_checkpoint("--output_dir", str(tmp_path), "--overwrite_output_dir")
     assert checkpoint is None
-    run_folder.start_run(record, args)
+    provenance.start_run(record, args)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "run.json"]
 
 
@@ -254,9 +254,9 @@ def test_a_search_goes_on_with_the_same_arguments_alone(tmp_path):
     pytest.importorskip("optuna")
     arguments = ["--output_dir", str(tmp_path), "--hp_search", "3"]
     _, record, args = find_checkpoint(*arguments)
-    run_folder.start_run(record, args)
+    provenance.start_run(record, args)
     assert find_checkpoint(*arguments, "--learning_rate", "0.1")[0] is None  # there is no trial yet
-    (tmp_path / run_folder.STUDY).touch()
+    (tmp_path / provenance.STUDY).touch()
     assert find_checkpoint(*arguments)[0] is None
     with pytest.raises(SystemExit, match="unfinished run with other values of image_size.*image_size=96"):
         find_checkpoint(*arguments, "--image_size", "64")
@@ -278,7 +278,7 @@ def test_an_unfinished_run_goes_on_with_the_same_arguments_alone(tmp_path):
     arguments = ["--output_dir", str(tmp_path), "--slices", "20", "21"]
     checkpoint, record, args = find_checkpoint(*arguments)
     assert checkpoint is None
-    run_folder.start_run(record, args)
+    provenance.start_run(record, args)
     for step in (7, 14):
         (tmp_path / f"checkpoint-{step}").mkdir()
         for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
@@ -290,6 +290,15 @@ def test_an_unfinished_run_goes_on_with_the_same_arguments_alone(tmp_path):
         find_checkpoint(*arguments, "--learning_rate", "0.1")
     with pytest.raises(SystemExit, match=r"unfinished run with other values of slices.*slices=\['20', '21'\]"):
         find_checkpoint("--output_dir", str(tmp_path))
+    record["arguments"]["augment"] = record["arguments"].pop("augmentation")
+    provenance.write_json(tmp_path / provenance.RECORD, record)
+    match = (
+        "Another version of this package or of transformers began the unfinished run in .*: only one of the two has "
+        "the arguments augment, augmentation. Pass --overwrite_output_dir or another --output_dir"
+    )
+    with pytest.raises(SystemExit, match=match):
+        find_checkpoint(*arguments, "--learning_rate", "0.1")
+    assert find_checkpoint(*arguments, "--overwrite_output_dir")[0] is None
 
 
 @pytest.mark.parametrize(

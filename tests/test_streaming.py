@@ -148,7 +148,7 @@ def test_a_row_group_is_read_once_but_where_two_readers_share_it(folder, monkeyp
             for batch in batches[process : len(batches) - rest : num_readers]:
                 for index in batch:
                     reader[index]
-                    held.append(sum(len(table) for table in reader._held.values()))
+                    held.append(sum(len(table) for table in reader._cache.values()))
         assert reads.total() <= 8 + num_readers - 1
         for batch in batches[len(batches) - rest :]:
             rows.with_transform(None)[batch]

@@ -2,25 +2,28 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from common import small_model
+from common import PACKAGE, TRAVELLING_FILES, small_model
 from nibabel import orientations
 
 from dataset_scripts.brats_slices import BratsSlices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
-from sam2unet_hf.cases import find_cases
+from sam2unet_hf.cases_sam2unet import find_cases
 from sam2unet_hf.metrics import VolumeReport
-from sam2unet_hf.scans_sam2unet import ScanError, intensity_window, take_slice
+from sam2unet_hf.scans_sam2unet import ScanError, intensity_window, take_slice, write_nifti
 from sam2unet_hf.training import SegmentationTransform
-from sam2unet_hf.volume import Sam2UNetVolumePipeline, check_et_label, main, write_nifti
+from sam2unet_hf.volume import Sam2UNetVolumePipeline, main
+from sam2unet_hf.volume_sam2unet import check_enhancing_label
 
 
 BRATS_DIR = Path(os.environ.get("BRATS_DIR", Path(__file__).parents[2] / "shared" / "brats"))
@@ -171,16 +174,16 @@ def test_header_of_the_scan_and_labels_of_the_year(cohort, segment, tmp_path):
     scans = {name: case.path(name) for name in THREE} | {"flair": tmp_path / "flair.nii"}
     nib.save(image, scans["flair"])
     found = segment(scans, progress=False)
-    for et_label, ids in ((3, {0, 1, 2, 3}), (4, {0, 1, 2, 4})):
-        found.save(tmp_path / f"{et_label}.nii.gz", et_label=et_label)
-        written = nib.load(tmp_path / f"{et_label}.nii.gz")
+    for label, ids in ((3, {0, 1, 2, 3}), (4, {0, 1, 2, 4})):
+        found.save(tmp_path / f"{label}.nii.gz", enhancing_label=label)
+        written = nib.load(tmp_path / f"{label}.nii.gz")
         assert written.header["descrip"] == b"acquired at 3 T"
         assert int(written.header["sform_code"]) == 4
         assert written.get_data_dtype() == np.uint8
         assert set(np.unique(written.get_fdata())) <= ids
     assert np.array_equal(written.get_fdata() == 4, found.label_map == 3)
     with pytest.raises(ValueError, match="must be 3 .* or 4 .*, got 2"):
-        found.save(tmp_path / "x.nii.gz", et_label=2)
+        found.save(tmp_path / "x.nii.gz", enhancing_label=2)
     with pytest.raises(ValueError, match=r"must end in .nii or .nii.gz"):
         found.save(tmp_path / "x.mha")
     with pytest.raises(ValueError, match="return_probabilities=True"):
@@ -228,7 +231,7 @@ def test_command_writes_segmentations_and_leaves_out_bad_cases(cohort, segment, 
     assert len(list((tmp_path / "out").iterdir())) == 8
 
 
-def test_command_scores_by_the_experts_masks(cohort, segment, tmp_path, capsys):
+def test_command_scores_against_the_reference(cohort, segment, tmp_path, capsys):
     segment.model.save_pretrained(tmp_path / "model")
     segment.processor.save_pretrained(tmp_path / "model")
     case = find_cases(cohort)[0]
@@ -325,11 +328,11 @@ def test_wrong_use_says_what_to_do(cohort, segment, tmp_path):
         segment(case, planes=["axial", "oblique"])
     with pytest.raises(ValueError, match=r"`threshold` must be a probability in \[0, 1\], got 1.5"):
         segment(case, threshold=1.5)
-    with pytest.raises(ValueError, match="`et_label` must be 3 where regions have a label 4 of their own"):
-        check_et_label(4, {"c3": [3], "c4": [4]})
-    with pytest.raises(ValueError, match="does not say which contrasts"):
+    with pytest.raises(ValueError, match="`enhancing_label` must be 3 where regions have a label 4 of their own"):
+        check_enhancing_label(4, {"c3": [3], "c4": [4]})
+    with pytest.raises(ValueError, match="does not say which modalities"):
         Sam2UNetVolumePipeline(segment.model, segment.processor)
-    with pytest.raises(ValueError, match="one contrast or three, got flair, t2"):
+    with pytest.raises(ValueError, match=r"`modalities` must be one or three of .*, got \['flair', 't2'\]"):
         Sam2UNetVolumePipeline(segment.model, segment.processor, ["flair", "t2"])
     other = nib.Nifti1Image(np.ones((40, 40, 25), np.int16), nib.load(case.path("t2")).affine)
     nib.save(other, tmp_path / "t2.nii.gz")
@@ -342,15 +345,70 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(cohort, segment, tmp_
     path = tmp_path / "seg.nii.gz"
     path.write_bytes(b"older")
 
-    def fail(image, target):
-        Path(target).write_bytes(b"half")
+    def fail(target, data):
+        with open(target, "wb") as file:
+            file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(nib, "save", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="No space left"):
-        write_nifti(path, found.label_map, found.scan)
+        write_nifti(path, found.label_map, found.scan.affine, found.scan.header)
     assert [path.name for path in tmp_path.iterdir()] == ["seg.nii.gz"]
     assert path.read_bytes() == b"older"
+
+
+def test_a_case_of_another_copy_of_the_code_is_a_case(cohort, segment):
+    case = find_cases(cohort)[0]
+    other = SimpleNamespace(read_images=case.read_images)
+    assert np.array_equal(segment(other, progress=False).label_map, segment(case, progress=False).label_map)
+
+
+# The arguments are the checkpoint, a folder of a case and where to write.
+FROM_CHECKPOINT = """
+import sys
+
+sys.modules["sam2unet_hf"] = sys.modules["isal"] = None  # an import fails, installed or not
+
+import numpy as np
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+checkpoint, folder, output = sys.argv[1:]
+pipeline_class = get_class_from_dynamic_module("volume_sam2unet.Sam2UNetVolumePipeline", checkpoint)
+segment = pipeline_class.from_pretrained(checkpoint, device="cpu")
+name = folder.rsplit("/", 1)[1]
+paths = {modality: f"{folder}/{name}_{modality}.nii.gz" for modality in segment.modalities}
+found = [segment(case, progress=False) for case in (folder, paths)]
+found[0].save(f"{output}/seg.nii.gz", enhancing_label=4)
+np.savez(f"{output}/found.npz", folder=found[0].label_map, paths=found[1].label_map)
+try:
+    segment(paths["flair"])
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_checkpoint_with_the_code_beside_it_segments_without_the_package(cohort, segment, tmp_path):
+    case = find_cases(cohort)[0]
+    processor = Sam2UNetImageProcessor(regions=REGIONS, size={"height": 64, "width": 64}, modalities=THREE)
+    for part in (segment.model, processor):
+        part.save_pretrained(tmp_path / "model")
+    for name in TRAVELLING_FILES:
+        shutil.copy(PACKAGE / name, tmp_path / "model")
+    done = subprocess.run(
+        [sys.executable, "-c", FROM_CHECKPOINT, str(tmp_path / "model"), str(case.folder), str(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "The model segments flair, t1ce, t2 together, got the one file" in done.stdout
+    expected, found = segment(case, progress=False).label_map, np.load(tmp_path / "found.npz")
+    assert np.array_equal(found["folder"], expected)
+    assert np.array_equal(found["paths"], expected)
+    written = np.asarray(nib.load(tmp_path / "seg.nii.gz").dataobj)
+    assert np.array_equal(written, np.where(expected == 3, 4, expected))
 
 
 def test_the_module_runs_as_a_command_elsewhere(tmp_path):

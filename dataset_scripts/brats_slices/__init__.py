@@ -3,7 +3,8 @@
 In Python use `BratsSlices`, on the command line `python -m dataset_scripts.brats_slices`.
 """
 
-from .brats_slices import CITATION, BratsSlices, BratsSlicesConfig, split_patients
+from .brats_slices import BratsSlices, BratsSlicesConfig, split_patients
+from .citations import CITATION
 
 
 __all__ = ["CITATION", "BratsSlices", "BratsSlicesConfig", "split_patients"]

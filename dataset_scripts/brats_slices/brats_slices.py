@@ -3,69 +3,23 @@
 import functools
 import hashlib
 import logging
-import multiprocessing
-import os
-import struct
-import threading
-import zlib
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import datasets
 import numpy as np
-from isal import isal_zlib
 
-from sam2unet_hf.cases import BratsCase, find_cases
-from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES, ScanError, Volume, intensity_window, take_slice
+from sam2unet_hf.cases_sam2unet import BratsCase, find_cases
+from sam2unet_hf.scans_sam2unet import PLANES, ScanError, Volume, check_modalities, intensity_window, take_slice
+
+from .citations import CITATION
+from .png import encode_png
+from .readers import CaseReaders
 
 
 logger = logging.getLogger(__name__)
 
-CITATION = """\
-@article{menze2015brats,
-  author  = {Menze, Bjoern H. and others},
-  title   = {The Multimodal Brain Tumor Image Segmentation Benchmark ({BRATS})},
-  journal = {IEEE Transactions on Medical Imaging},
-  volume  = {34},
-  number  = {10},
-  pages   = {1993--2024},
-  year    = {2015},
-  doi     = {10.1109/TMI.2014.2377694},
-}
-@article{bakas2017advancing,
-  author  = {Bakas, Spyridon and others},
-  title   = {Advancing The Cancer Genome Atlas glioma {MRI} collections with expert segmentation labels and radiomic
-             features},
-  journal = {Scientific Data},
-  volume  = {4},
-  pages   = {170117},
-  year    = {2017},
-  doi     = {10.1038/sdata.2017.117},
-}
-@article{bakas2018identifying,
-  author  = {Bakas, Spyridon and others},
-  title   = {Identifying the Best Machine Learning Algorithms for Brain Tumor Segmentation, Progression Assessment,
-             and Overall Survival Prediction in the {BRATS} Challenge},
-  journal = {arXiv preprint arXiv:1811.02629},
-  year    = {2018},
-}
-"""
-DECATHLON_CITATION = """\
-@article{antonelli2022decathlon,
-  author  = {Antonelli, Michela and others},
-  title   = {The Medical Segmentation Decathlon},
-  journal = {Nature Communications},
-  volume  = {13},
-  pages   = {4128},
-  year    = {2022},
-  doi     = {10.1038/s41467-022-30695-9},
-}
-"""
-# Cases that are read before they are written: more than processes are likely to be, few enough to hold in memory.
-_READ_AHEAD = 32
 _SKIP_ADVICE = "Or leave such cases out: `skip_bad_cases=True` (`--skip_bad_cases`)."
 
 
@@ -74,7 +28,7 @@ class BratsSlicesConfig(datasets.BuilderConfig):
     """Options of `BratsSlices`.
 
     Attributes:
-        modalities: One of `t1`, `t1ce`, `t2`, `flair` for grey images, or three of them as red, green and blue.
+        modalities: One of `sam2unet_hf.scans_sam2unet.MODALITIES` for grey images, or three as red, green and blue.
         slices: Index of a slice, a list of them, `"all"`, or `"tumor"` for the slices that show enough of it. See
             `sam2unet_hf.scans_sam2unet.take_slice` for where each plane counts from. 95 is the slice of the paper.
         min_tumor_pixels: How many pixels of tumour a slice must show; read with `slices="tumor"` alone.
@@ -95,8 +49,7 @@ class BratsSlicesConfig(datasets.BuilderConfig):
         if isinstance(self.modalities, str):
             self.modalities = [self.modalities]
         self.modalities = list(self.modalities)
-        if len(self.modalities) not in (1, 3) or not set(self.modalities) <= set(MODALITIES):
-            raise ValueError(f"`modalities` must be one or three of {', '.join(MODALITIES)}, got {self.modalities}.")
+        check_modalities(self.modalities)
         if self.slices not in ("all", "tumor"):
             indices = self.slices if isinstance(self.slices, (list, tuple, range)) else [self.slices]
             if not indices or not all(type(index) is int and index >= 0 for index in indices):
@@ -129,7 +82,7 @@ class BratsSlicesConfig(datasets.BuilderConfig):
             for name in (*self.modalities, "seg"):
                 if name in case.files:
                     path = case.files[name]
-                    # A dangling link has neither; reading it names the case.
+                    # Take those of a dangling link itself; the error of reading it names the case.
                     stat = path.stat() if path.exists() else path.lstat()
                     digest.update(repr((name, path.name, stat.st_size, stat.st_mtime_ns)).encode())
         return digest.hexdigest()
@@ -155,20 +108,21 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
     The cache folder depends on the options and on name, size and time of every file used.
 
     Args:
-        data_dir: Folder that holds the cases, in any layout that `sam2unet_hf.cases.find_cases` knows: BraTS from
-            2017 to 2023, or Task01_BrainTumour of the Medical Segmentation Decathlon, less its cases without masks.
+        data_dir: Folder that holds the cases, in any layout that `sam2unet_hf.cases_sam2unet.find_cases` knows:
+            BraTS from 2017 to 2023, or Task01_BrainTumour of the Medical Segmentation Decathlon, less its cases
+            without masks.
         **config_kwargs: Options, see `BratsSlicesConfig`, and the arguments of `datasets.DatasetBuilder`.
 
     Raises:
         FileNotFoundError: If `data_dir` does not exist or holds no case.
-        ValueError: If an option has no sense.
+        ValueError: If an option has an invalid value.
         ScanError: From `download_and_prepare`, if a case cannot be used and `skip_bad_cases` is false.
     """
 
     VERSION = datasets.Version("1.0.0")  # part of the cache folder: raise it whenever the rows change
     BUILDER_CONFIG_CLASS = BratsSlicesConfig
     config: BratsSlicesConfig
-    _readers: "_Readers | None" = None
+    _readers: CaseReaders[list[dict[str, Any]] | ScanError] | None = None
 
     @property
     def skipped_cases(self) -> dict[str, str]:
@@ -189,11 +143,12 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
         if num_proc is None or num_proc <= 1:
             super().download_and_prepare(*args, **kwargs)
         else:
-            self._readers = _Readers(num_proc)
+            # A copy of the options goes to the processes, without the list of all cases.
+            self._readers = CaseReaders(num_proc, functools.partial(_read, config=replace(self.config)))
             try:
                 super().download_and_prepare(*args, **kwargs)
             finally:
-                self._readers.pool.shutdown(cancel_futures=True)
+                self._readers.close()
                 self._readers = None
         for reason in self.skipped_cases.values():
             logger.warning("Left out: %s", reason)
@@ -232,12 +187,12 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
             if cases_of_split:
                 generators.append(datasets.SplitGenerator(split, gen_kwargs={"cases": cases_of_split}))
                 if self._readers is not None:
-                    self._readers.waiting.extend(cases_of_split)
+                    self._readers.expect(cases_of_split)
         return generators
 
     def _generate_examples(self, cases: list[BratsCase]) -> Iterator[tuple[str, dict[str, Any]]]:
         for case in cases:
-            rows = _read(case, self.config) if self._readers is None else self._readers.read(case, self.config)
+            rows = _read(case, self.config) if self._readers is None else self._readers.read(case)
             if isinstance(rows, ScanError):
                 if not self.config.skip_bad_cases:
                     raise ScanError(f"{rows} {_SKIP_ADVICE}") from rows
@@ -250,13 +205,13 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
                 yield f"{case.case_id}/{row['slice_index']:03d}", row
 
     def _note_skipped(self, case: BratsCase, text: str) -> None:
-        """Write a file beside the data, which stays in the cache, as no variable does."""
+        """Write the reason to a file beside the data, so that a later process finds it in the cache."""
         path = f"{self._output_dir}/skipped/{case.case_id}.txt"
         self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         self._fs.write_text(path, text)
 
     def _download_and_prepare(self, dl_manager, verification_mode, **prepare_split_kwargs) -> None:
-        self.info.splits = None  # of an older build, whose bad cases may have been repaired
+        self.info.splits = None  # forget those of an older build, whose bad cases may have been repaired
         try:
             super()._download_and_prepare(dl_manager, verification_mode, **prepare_split_kwargs)
         except datasets.exceptions.DatasetGenerationError as err:
@@ -296,7 +251,7 @@ def split_patients(patients: Iterable[str], seed: int = 0) -> dict[str, list[str
 
 
 def _check_complete(cases: list[BratsCase], names: tuple[str, ...]) -> None:
-    """Raise for what the file names alone tell, rather than after minutes of reading."""
+    """Raise for what the file names alone tell, before minutes are spent on reading."""
     problems = []
     for case in cases:
         try:
@@ -309,39 +264,6 @@ def _check_complete(cases: list[BratsCase], names: tuple[str, ...]) -> None:
         raise ScanError("\n".join(problems[:5]) + f"{more}\n{_SKIP_ADVICE}")
 
 
-class _Readers:
-    """Processes that read cases ahead of the one that writes, beyond the end of a split too.
-
-    Attributes:
-        pool: The processes.
-        waiting: The cases nobody has begun to read, in the order in which they will be asked for.
-    """
-
-    def __init__(self, num_proc: int):
-        self.pool = ProcessPoolExecutor(num_proc, initializer=_end_with_parent)
-        self.waiting: deque[BratsCase] = deque()
-        self._begun: dict[str, Future[list[dict[str, Any]] | ScanError]] = {}
-
-    def read(self, case: BratsCase, config: BratsSlicesConfig) -> list[dict[str, Any]] | ScanError:
-        """Return the rows of a case, or why it cannot be used, and let others be read meanwhile."""
-        config = replace(config)  # without the list of all cases
-        while self.waiting and len(self._begun) < _READ_AHEAD:
-            following = self.waiting.popleft()
-            self._begun[following.case_id] = self.pool.submit(_read, following, config)
-        return self._begun.pop(case.case_id).result()
-
-
-def _end_with_parent() -> None:
-    """Let this process end when the one that started it was killed, and could not tell it to."""
-    parent = cast("multiprocessing.Process", multiprocessing.parent_process())
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def _read(case: BratsCase, config: BratsSlicesConfig) -> list[dict[str, Any]] | ScanError:
     """Return the rows of a case, all or none, or why it cannot be used."""
     try:
@@ -351,7 +273,7 @@ def _read(case: BratsCase, config: BratsSlicesConfig) -> list[dict[str, Any]] | 
 
 
 def _rows(case: BratsCase, config: BratsSlicesConfig) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one case. The mask comes first: it may show that there is nothing to read the scans for."""
+    """Yield the rows of one case. Read the mask first: without tumour there may be no need to read the scans."""
     mask = case.read_mask()
     indices = _slice_indices(mask, config)
     if not indices:
@@ -386,34 +308,10 @@ def _slice_indices(mask: Volume, config: BratsSlicesConfig) -> list[int]:
         other_axes = tuple(other for other in range(3) if other != axis)
         wt_pixels = np.count_nonzero(mask.voxels, axis=other_axes)
         return np.flatnonzero(wt_pixels >= config.min_tumor_pixels).tolist()
-    indices = cast("list[int]", config.slices)  # `__post_init__` saw to that
+    indices = cast("list[int]", config.slices)  # checked by `__post_init__`
     if indices[-1] >= n_slices:
         raise ScanError(
             f"{mask.name} has {n_slices} {config.plane} slices, there is no slice {indices[-1]}. "
             f"Choose `slices` from 0 to {n_slices - 1}."
         )
     return indices
-
-
-def encode_png(pixels: np.ndarray) -> bytes:
-    """Encode an image as PNG, ten times faster than Pillow does at the same size of file.
-
-    Args:
-        pixels: `uint8` array of shape `(height, width, channels)` with one channel (grey) or three (RGB).
-    """
-    height, width, n_channels = pixels.shape
-    rows = pixels.reshape(height, width * n_channels)
-    filtered = np.empty((height, 1 + rows.shape[1]), np.uint8)
-    filtered[:, 0] = 2  # the filter "up": each row holds its difference to the row above
-    filtered[0, 1:] = rows[0]
-    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
-    color_type = 2 if n_channels == 3 else 0
-    chunks = (
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0)),
-        (b"IDAT", isal_zlib.compress(filtered.tobytes(), 1)),
-        (b"IEND", b""),
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
-    )

@@ -1,14 +1,14 @@
 """A cohort of made-up brain tumour scans in the layout of BraTS 2020."""
 
-import gzip
 import shutil
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from tqdm import tqdm
+
+from sam2unet_hf.scans_sam2unet import write_nifti
 
 from .brain import (
     GREY_THICKNESS_MM,
@@ -25,7 +25,6 @@ from .brain import (
 
 
 VERSION = "1.0.0"  # for caches: raise it whenever the volumes change
-CONTRASTS = ("t1", "t1ce", "t2", "flair")
 DEFAULT_SHAPE = (96, 96, 62)
 FIELD_OF_VIEW_MM = 240.0  # left to right, as in BraTS; the voxel size follows from it
 HEAD_SIZE_MM = (150.0, 190.0, 150.0)  # room for the largest phantom brain
@@ -38,6 +37,7 @@ INTENSITIES = {
     "t2": (2.80, 1.50, 1.00, 1.15, 0.90, 1.60, 2.05, 2.40, 1.85),
     "flair": (0.28, 1.20, 1.00, 1.12, 0.60, 1.65, 1.95, 1.45, 1.80),
 }
+MODALITIES = tuple(INTENSITIES)
 TUMOUR_TISSUES = ("oedema", "core", "enhancing")
 
 SUBARACHNOID_MM = 0.7  # fluid the skull stripping leaves around the brain
@@ -113,6 +113,14 @@ def _draw_tumour(
     return layers, labels
 
 
+def _affine(shape: Sequence[int]) -> np.ndarray:
+    """Return the affine of a volume that runs to the left, to the back and up from BraTS' origin."""
+    spacing_mm = FIELD_OF_VIEW_MM / shape[0]
+    affine = np.diag([-spacing_mm, -spacing_mm, spacing_mm, 1.0])
+    affine[1, 3] = (shape[1] - 1) * spacing_mm  # 239 mm at BraTS' size
+    return affine
+
+
 def make_phantom_case(
     seed: int | Sequence[int] | np.random.Generator, shape: Sequence[int] = DEFAULT_SHAPE
 ) -> dict[str, np.ndarray]:
@@ -143,8 +151,8 @@ def make_phantom_case(
     centre = column([side * rng.uniform(20, 42), rng.uniform(-45, 48), rng.uniform(-8, 42)])
     fraction = float(np.exp(rng.uniform(*np.log(TUMOUR_FRACTION))))  # as many small as large ones
     push_mm = 45 * fraction ** (1 / 3)
-    scale = rng.uniform(150, 450, size=len(CONTRASTS))
-    tumour_gain = rng.uniform(0.85, 1.15, size=(len(CONTRASTS), len(TUMOUR_TISSUES)))
+    scale = rng.uniform(150, 450, size=len(MODALITIES))
+    tumour_gain = rng.uniform(0.85, 1.15, size=(len(MODALITIES), len(TUMOUR_TISSUES)))
     noise_level = np.float32(rng.uniform(0.02, 0.045))
 
     indices, points = _head_points(shape, voxel_mm)
@@ -165,9 +173,9 @@ def make_phantom_case(
         return volume
 
     case = {}
-    for contrast, name in enumerate(CONTRASTS):
+    for channel, name in enumerate(MODALITIES):
         means = dict(zip(TISSUES, INTENSITIES[name], strict=True))
-        for tissue, gain in zip(TUMOUR_TISSUES, tumour_gain[contrast], strict=True):
+        for tissue, gain in zip(TUMOUR_TISSUES, tumour_gain[channel], strict=True):
             means[tissue] *= gain
         signal = np.full_like(grain, means["csf"])
         for tissue, share in [*layers, *tumour]:
@@ -175,7 +183,7 @@ def make_phantom_case(
         signal *= grain * (1 + 0.10 * random_waves(rng, points, 250.0, 4))
         noise = noise_level * rng.standard_normal(size=(2, len(indices)), dtype=np.float32)
         signal = np.hypot(signal + noise[0], noise[1])  # a magnitude image has Rician noise
-        case[name] = to_volume(np.where(stripped, 0, np.clip(np.rint(np.float32(scale[contrast]) * signal), 1, None)))
+        case[name] = to_volume(np.where(stripped, 0, np.clip(np.rint(np.float32(scale[channel]) * signal), 1, None)))
     case["seg"] = to_volume(np.where(stripped, 0, labels))
     return case
 
@@ -217,19 +225,10 @@ def write_phantom_cohort(
             case_dir = staging_dir / name
             case_dir.mkdir(parents=True)
             for suffix, volume in make_phantom_case([seed, number], shape).items():
-                _write_nifti(case_dir / f"{name}_{suffix}.nii.gz", volume)
+                write_nifti(case_dir / f"{name}_{suffix}.nii.gz", volume, _affine(shape), compression_level=4)
         if output_dir.exists():
             output_dir.rmdir()
         staging_dir.rename(output_dir)
     finally:
         shutil.rmtree(staging_dir, ignore_errors=True)
     return output_dir
-
-
-def _write_nifti(path: Path, volume: np.ndarray) -> None:
-    spacing_mm = FIELD_OF_VIEW_MM / volume.shape[0]
-    affine = np.diag([-spacing_mm, -spacing_mm, spacing_mm, 1.0])
-    affine[1, 3] = (volume.shape[1] - 1) * spacing_mm  # BraTS' origin: 239 mm at its size
-    image = nib.Nifti1Image(volume, affine)
-    image.header.set_xyzt_units("mm")
-    path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))

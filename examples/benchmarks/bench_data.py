@@ -24,7 +24,7 @@ from PIL import Image
 from timing import make_parser, report, time_in_turn
 
 from dataset_scripts.brats_slices import BratsSlices
-from sam2unet_hf.cases import BratsCase, find_cases
+from sam2unet_hf.cases_sam2unet import BratsCase, find_cases
 
 
 def plain_loop(cases: list[BratsCase]) -> int:

@@ -25,7 +25,7 @@ import numpy as np
 import py_sod_metrics
 from scipy import ndimage
 
-from sam2unet_hf.metrics import functional
+from sam2unet_hf.metrics import Accumulator, functional
 
 
 def make_pair(size: int, seed: int, background: float = -9, scattered: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +75,7 @@ def score_with_py_sod_metrics(pairs: list, normalize: bool) -> dict[str, float]:
 
 def score_with_ours(pairs: list, normalize: bool) -> dict[str, float]:
     """Score a data set by `sam2unet_hf.metrics.functional`."""
-    accumulator = functional.Accumulator()
+    accumulator = Accumulator()
     for pair in pairs:
         accumulator.add(functional.score(*pair, normalize="minmax" if normalize else None))
     return accumulator.result()
@@ -110,7 +110,7 @@ def profile(prediction: np.ndarray, reference: np.ndarray, rounds: int) -> dict[
     pair = functional.make_pair(prediction, reference)
     counts = functional.count_at_thresholds(pair)
     scores = functional.score(prediction, reference)
-    accumulator = functional.Accumulator()
+    accumulator = Accumulator()
     accumulator.add(scores)
     parts: dict[str, Callable] = {
         "all": lambda: functional.score(prediction, reference),

@@ -21,9 +21,8 @@ def load_checkpoint(source: str) -> tuple[Sam2UNetForSemanticSegmentation, Sam2U
     model_type = Sam2UNetForSemanticSegmentation.config_class.get_config_dict(source)[0].get("model_type")
     if model_type != "sam2unet":
         raise ValueError(f"{source} must be a SAM2-UNet, got a model of type {model_type!r}.")
-    model, info = Sam2UNetForSemanticSegmentation.from_pretrained(
-        source, dtype=torch.float32, output_loading_info=True
-    )
+    load = Sam2UNetForSemanticSegmentation.from_pretrained
+    model, info = load(source, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{source} lacks {len(missing)} weights, such as {missing[0]}. Save or download it again.")
     try:
@@ -58,11 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line tool.
-
-    Args:
-        argv: Arguments, those of the process by default.
-    """
+    """Run the command line."""
     logger.handlers = [logging.StreamHandler()]
     logger.setLevel(logging.INFO)
     args = parse_args(argv)

@@ -1,21 +1,21 @@
-"""Modules that `torch.onnx.export` traces: a model for images of one size, and for images of every size."""
+"""A model as `torch.onnx.export` can trace it for images of every size; the model itself is traced for one size."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..encoder_sam2unet import Sam2UNetEncoder, Sam2UNetWindowAttention
+from ..encoder_sam2unet import Sam2UNetWindowAttention
 from ..modeling_sam2unet import STRIDE, Sam2UNetForSemanticSegmentation
 from ..windows_sam2unet import max_pool_tokens, pool_windows
 
 
 def missing_to_multiple(length: int, divisor: int) -> int:
-    """Return `-length % divisor` without a negative number: ONNX divides those towards zero, PyTorch towards minus."""
+    """Return `-length % divisor` without a negative number, because ONNX rounds its quotient towards zero."""
     return (length + divisor - 1) // divisor * divisor - length
 
 
 def crop(tensor: torch.Tensor, dims: tuple[int, int], height: int, width: int) -> torch.Tensor:
-    """Return the top left part of a map; unlike that of a slice, torch.export knows its size to be what is asked."""
+    """Return the top left part of a map by `index_select`, because torch.export does not know the size of a slice."""
     for dim, length in zip(dims, (height, width), strict=True):
         tensor = tensor.index_select(dim, torch.arange(length))
     return tensor
@@ -24,15 +24,13 @@ def crop(tensor: torch.Tensor, dims: tuple[int, int], height: int, width: int) -
 class UnpackedLayout:
     """Layout of tokens that stay maps of shape `(batch_size, height, width, channels)`."""
 
-    def pool(self, maps: torch.Tensor, stride: list[int]) -> torch.Tensor:
-        """Max-pool the maps."""
-        return max_pool_tokens(maps, stride)
+    pool = staticmethod(max_pool_tokens)
 
 
 class PaddedWindowAttention(nn.Module):
     """Window attention on a map padded until windows tile it, as SAM 2 computes it.
 
-    It gives the result of `attention`, whose layers it shares, up to rounding, by the same steps at every size.
+    It shares the layers of `attention` and gives the same result, up to rounding, by the same steps at every size.
     """
 
     def __init__(self, attention: Sam2UNetWindowAttention):
@@ -64,26 +62,26 @@ class PaddedWindowAttention(nn.Module):
         return attention.proj(crop(attended, (1, 2), height, width))
 
 
-class AnySizeEncoder(nn.Module):
-    """An encoder by a graph that holds for images of every size; shares all layers of `encoder`, and changes it.
+class AnySizeLogits(nn.Module):
+    """The layers of a model, whose attention it replaces, with a graph for images of every size.
 
-    The encoder itself cuts a map into groups of windows, whose number depends on the size of the map.
+    The graph of the model itself is for one size, because the size of a map decides into how many groups of windows
+    it is cut.
     """
 
-    def __init__(self, encoder: Sam2UNetEncoder):
+    def __init__(self, model: Sam2UNetForSemanticSegmentation):
         super().__init__()
-        for block in encoder.blocks:
+        self.encoder, self.decode_head = model.encoder, model.decode_head
+        for block in self.encoder.blocks:
             block.attn = PaddedWindowAttention(block.attn)
-        self.encoder = encoder
 
-    @property
-    def patch_embed(self) -> nn.Module:
-        """The encoder's first layer, from which the model takes the type of its input."""
-        return self.encoder.patch_embed
-
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the four feature maps, `(batch_size, channels, height / stride, width / stride)`."""
-        maps = self.patch_embed(pixel_values)
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the logits, of the size of the images."""
+        height, width = pixel_values.shape[-2:]
+        # Pad always, because the model pads only where it must, which the graph would decide once for all sizes.
+        padding = (0, missing_to_multiple(width, STRIDE), 0, missing_to_multiple(height, STRIDE))
+        pixel_values = F.pad(pixel_values, padding)
+        maps = self.encoder.patch_embed(pixel_values)
         maps = maps + self.encoder.position_embedding(*maps.shape[1:3])
         feature_maps = []
         for index, block in enumerate(self.encoder.blocks):
@@ -91,31 +89,6 @@ class AnySizeEncoder(nn.Module):
             if index in self.encoder.stage_ends:
                 # (B, H, W, C) -> (B, C, H, W)
                 feature_maps.append(maps.permute(0, 3, 1, 2))
-        return tuple(feature_maps)
-
-
-class FixedSizeLogits(nn.Module):
-    """A model whose input and output are one tensor."""
-
-    def __init__(self, model: Sam2UNetForSemanticSegmentation):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the logits, of the size of the images."""
-        return self.model(pixel_values, return_dict=True).logits
-
-
-class AnySizeLogits(FixedSizeLogits):
-    """The same by a graph that holds for images of every size; changes the model's encoder."""
-
-    def __init__(self, model: Sam2UNetForSemanticSegmentation):
-        super().__init__(model)
-        model.register_module("encoder", AnySizeEncoder(model.encoder))
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the logits, of the size of the images."""
-        height, width = pixel_values.shape[-2:]
-        # The model pads only where it must, and whether it must would be decided once for all sizes.
-        padding = (0, missing_to_multiple(width, STRIDE), 0, missing_to_multiple(height, STRIDE))
-        return crop(super().forward(F.pad(pixel_values, padding)), (2, 3), height, width)
+        (logits,) = self.decode_head(*feature_maps)
+        logits = F.interpolate(logits, size=pixel_values.shape[-2:], mode="bilinear")
+        return crop(logits, (2, 3), height, width)

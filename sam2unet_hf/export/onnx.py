@@ -13,28 +13,12 @@ import torch
 from PIL import Image
 
 from ..image_processing_sam2unet import Sam2UNetImageProcessor
-from ..modeling_sam2unet import MIN_IMAGE_SIZE, STRIDE, Sam2UNetForSemanticSegmentation
+from ..modeling_sam2unet import MIN_IMAGE_SIZE, Sam2UNetForSemanticSegmentation
 from ..regions_sam2unet import region_levels
-from .graph import AnySizeLogits, FixedSizeLogits
+from .graph import AnySizeLogits
 
 
-# Largest difference of a logit between onnxruntime and PyTorch: absolute, and relative to the largest logit. Rounding
-# alone makes 1e-3 of logits of 1e3.
-ABSOLUTE_TOLERANCE = 1e-4
-RELATIVE_TOLERANCE = 1e-5
-# The first version of the operators with one for GELU; onnxruntime reads it from 1.17 on.
-OPSET = 20
 MAX_SIZE = 2**31 - 1
-PROCESSOR_FIELDS = (
-    "do_convert_rgb",
-    "do_resize",
-    "size",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-)
 
 
 class OnnxExportError(RuntimeError):
@@ -57,22 +41,8 @@ def float32_copy(model: Sam2UNetForSemanticSegmentation) -> Sam2UNetForSemanticS
 
 def largest_window(model: Sam2UNetForSemanticSegmentation) -> int:
     """Return the side in pixels of the largest window, where all stages of SAM 2's encoders have whole windows."""
-    backbone = model.config.backbone_config
-    strides = [STRIDE // 8, STRIDE // 4, STRIDE // 2, STRIDE]
-    sides = [size * stride for size, stride in zip(backbone.window_size_per_stage, strides, strict=True)]
+    sides = [size * 4 * 2**stage for stage, size in enumerate(model.config.backbone_config.window_size_per_stage)]
     return max(MIN_IMAGE_SIZE, *sides)
-
-
-def check_shapes(
-    model: Sam2UNetForSemanticSegmentation, image_size: tuple[int, int], dynamic_size: bool
-) -> list[tuple[int, int, int]]:
-    """Return the batch sizes, heights and widths at which a file is checked."""
-    shapes = [(1, *image_size), (3, *image_size)]
-    if dynamic_size:
-        side = largest_window(model)
-        # Smallest; no multiples of the stride; no window padded; windows padded on both sides.
-        shapes += [(1, MIN_IMAGE_SIZE, MIN_IMAGE_SIZE), (2, 70, 90), (1, side, 2 * side), (1, side + 42, side + 10)]
-    return shapes
 
 
 def convert(
@@ -82,27 +52,27 @@ def convert(
     import onnxscript.optimizer
 
     model = float32_copy(model)
-    # Without a largest size torch 2.7 compares with infinity, and fails.
+    model.config.return_dict = False
+    module: torch.nn.Module = AnySizeLogits(model) if dynamic_size else model
+    # Give a largest size, because torch 2.7 compares with infinity without one, and fails.
     shape: dict[int, Any] = {0: torch.export.Dim("batch", max=MAX_SIZE)}
-    module = FixedSizeLogits(model)
     if dynamic_size:
         for axis, name in ((2, "height"), (3, "width")):
             shape[axis] = torch.export.Dim(name, min=MIN_IMAGE_SIZE, max=MAX_SIZE)
-        module = AnySizeLogits(model)
-        # Several windows a side, and padding: a count of 0 or 1 would be taken as fixed.
+        # Trace several windows a side, and padding, because a count of 0 or 1 would be taken as fixed.
         side = 2 * largest_window(model)
         image_size = (side + 42, side + 74)
     pixel_values = torch.zeros(2, model.config.backbone_config.num_channels, *image_size)
     try:
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             module.eval(),
             (pixel_values,),
             dynamo=True,
             dynamic_shapes={"pixel_values": shape},
             input_names=["pixel_values"],
             output_names=["logits"],
-            opset_version=OPSET,
-            # Its rewriting rules take time quadratic in the number of nodes, over 10 minutes for the large preset.
+            opset_version=20,  # the first with GELU; onnxruntime reads it from 1.17 on
+            # The rewriting rules take time quadratic in the number of nodes, over 10 minutes for the large preset.
             optimize=False,
             verbose=False,
         )
@@ -110,8 +80,6 @@ def convert(
         remedy = "Leave `dynamic_size` out, or install a newer torch." if dynamic_size else "Install another torch."
         reason = err.__cause__ or err
         raise OnnxExportError(f"torch {torch.__version__} cannot export the model: {reason} {remedy}") from err
-    if program is None:
-        raise RuntimeError("`torch.onnx.export` returned nothing.")
     onnxscript.optimizer.fold_constants(program.model)
     onnxscript.optimizer.remove_unused_nodes(program.model)
     return program
@@ -121,15 +89,14 @@ def onnx_metadata(
     model: Sam2UNetForSemanticSegmentation, processor: Sam2UNetImageProcessor, image_size: tuple[int, int]
 ) -> dict[str, str]:
     """Return what a user of the file alone must know, each value as JSON."""
-    height, width = image_size
-    preparation = {name: getattr(processor, name) for name in PROCESSOR_FIELDS}
-    preparation["size"] = {"height": height, "width": width}
+    fields = ("do_convert_rgb", "do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+    preparation = {name: getattr(processor, name) for name in fields}
+    preparation["size"] = {"height": image_size[0], "width": image_size[1]}
     preparation["resample"] = Image.Resampling(processor.resample).name.lower()
-    regions = model.config.regions
     values = {
-        "regions": [[name, ids] for name, ids in regions.items()],
-        "region_levels": region_levels(regions),
-        "id2label": {str(label_id): name for label_id, name in model.config.id2label.items()},
+        "regions": list(model.config.regions.items()),
+        "region_levels": region_levels(model.config.regions),
+        "id2label": model.config.id2label,
         "image_processor": preparation,
     }
     return {name: json.dumps(value) for name, value in values.items()}
@@ -157,37 +124,32 @@ def check_onnx(
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Fatal errors alone: the others are raised.
+    # Log fatal errors only, because the others are raised.
     options.log_severity_level = 4
-    name = Path(path).name
     remedy = "Export with another torch version, or with a fixed size."
     model = float32_copy(model)
     generator = torch.Generator().manual_seed(0)
-    largest = 0.0
-    session = None
+    num_channels = model.config.backbone_config.num_channels
+    largest, session = 0.0, None
     for batch_size, height, width in shapes:
-        num_channels = model.config.backbone_config.num_channels
         pixel_values = torch.randn(batch_size, num_channels, height, width, generator=generator)
         with torch.inference_mode():
             expected = model(pixel_values, return_dict=True).logits
+        what = f"{Path(path).name} for {batch_size} images of {height}x{width}"
         try:
-            if session is None:
-                session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            session = session or onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             (output,) = session.run(["logits"], {"pixel_values": pixel_values.numpy()})
         except Exception as err:  # onnxruntime's errors have no public base class
-            raise OnnxExportError(
-                f"onnxruntime cannot compute {name} for {batch_size} images of {height}x{width}: {str(err).strip()} "
-                f"{remedy}"
-            ) from err
-        actual = torch.from_numpy(output)
-        same_shape = actual.shape == expected.shape
-        difference = (actual - expected).abs().max().item() if same_shape else float("inf")
-        allowed = max(ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE * expected.abs().max().item())
-        # A comparison with NaN is false.
+            raise OnnxExportError(f"onnxruntime cannot compute {what}: {str(err).strip()} {remedy}") from err
+        same_shape = output.shape == expected.shape
+        difference = (torch.from_numpy(output) - expected).abs().max().item() if same_shape else float("inf")
+        # Rounding alone makes 1e-3 of logits of 1e3.
+        allowed = max(1e-4, 1e-5 * expected.abs().max().item())
+        # Ask for what must hold, because a comparison with NaN is false.
         if not difference <= allowed:
             raise OnnxExportError(
-                f"The logits of {name} for {batch_size} images of {height}x{width}, of shape {tuple(output.shape)}, "
-                f"differ from the model's by up to {difference:.3g}, where {allowed:.3g} is allowed. {remedy}"
+                f"The logits of {what}, of shape {output.shape}, differ from the model's by up to {difference:.3g}, "
+                f"where {allowed:.3g} is allowed. {remedy}"
             )
         largest = max(largest, difference)
     return largest
@@ -216,13 +178,10 @@ def export_onnx(
         processor: How images are prepared, for the metadata. By default the default processor.
         image_size: Height and width of the images in pixels, from 64 up. By default those of `processor`.
         dynamic_size: Let the file take images of every size from 64x64 up, and only recommend `image_size`. It then
-            computes attention on padded windows, as SAM 2 does, and so more than a file for one size. Needs a newer
-            torch than 2.7.
+            computes attention on padded windows, as SAM 2 does, and so more than a file for one size.
 
     Returns:
-        The largest absolute difference of a logit between onnxruntime and PyTorch: at most 1e-4, or 1e-5 of the
-        largest logit if that is more. Batches of 1 and 3 images of noise are compared, and with `dynamic_size` four
-        other sizes.
+        As [`check_onnx`], over batches of 1 and 3 images, and with `dynamic_size` four other sizes.
 
     Raises:
         ImportError: If onnx, onnxruntime or onnxscript is not installed.
@@ -234,8 +193,7 @@ def export_onnx(
     output = Path(os.path.abspath(output))
     if output.is_dir():
         raise IsADirectoryError(f"`output` must be a file, got the folder {output}. Pass {output / 'model.onnx'}.")
-    if processor is None:
-        processor = Sam2UNetImageProcessor(regions=model.config.regions)
+    processor = processor or Sam2UNetImageProcessor(regions=model.config.regions)
     if image_size is None:
         size = dict(processor.size)
         if not {"height", "width"} <= size.keys():
@@ -248,9 +206,14 @@ def export_onnx(
             f"`image_size` must be at least {MIN_IMAGE_SIZE} pixels high and wide, got "
             f"{image_size[0]}x{image_size[1]}. Pass a larger one and resize the images to it."
         )
+    shapes = [(1, *image_size), (3, *image_size)]
+    if dynamic_size:
+        side = largest_window(model)
+        # Smallest; no multiples of the stride; no window padded; windows padded on both sides.
+        shapes += [(1, MIN_IMAGE_SIZE, MIN_IMAGE_SIZE), (2, 70, 90), (1, side, 2 * side), (1, side + 42, side + 10)]
     program = convert(model, image_size, dynamic_size)
     for node in program.model.graph.all_nodes():
-        # Stack traces, with the paths of this machine.
+        # Remove stack traces, because they hold local paths.
         node.metadata_props.clear()
     program.model.metadata_props.update(onnx_metadata(model, processor, image_size))
 
@@ -258,8 +221,8 @@ def export_onnx(
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as staging:
         program.save(Path(staging, output.name))
         del program
-        difference = check_onnx(Path(staging, output.name), model, check_shapes(model, image_size, dynamic_size))
-        # The graph last, after the weights it may name.
+        difference = check_onnx(Path(staging, output.name), model, shapes)
+        # Move the graph last, because it may name the file of the weights.
         for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == output.name):
             os.replace(path, output.parent / path.name)
     return difference

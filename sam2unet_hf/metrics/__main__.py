@@ -17,11 +17,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from .functional import Accumulator, score
+from .functional import score
+from .segmentation_metric import Accumulator
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-# The table of the reference implementation.
+# The reference implementation prints this table.
 TABLE = {
     "mDice": "mean_dice",
     "mIoU": "mean_iou",
@@ -34,17 +35,7 @@ TABLE = {
 
 
 def find_pairs(pred_dir: Path, ref_dir: Path, skip_missing: bool = False) -> list[tuple[Path, Path]]:
-    """Pair predictions and masks by their names without suffix; folders in them and hidden files do not count.
-
-    Args:
-        pred_dir: Folder of the predictions.
-        ref_dir: Folder of the masks.
-        skip_missing: Pass over masks without prediction and predictions without mask.
-
-    Raises:
-        ValueError: If a folder does not exist or holds no images, two files differ in their suffix alone, or a file
-            has no partner.
-    """
+    """Pair predictions and masks by their names without suffix; folders in them and hidden files do not count."""
     folders = []
     for name, folder in (("pred_dir", pred_dir), ("ref_dir", ref_dir)):
         if not folder.is_dir():
@@ -65,24 +56,14 @@ def find_pairs(pred_dir: Path, ref_dir: Path, skip_missing: bool = False) -> lis
     if not pairs:
         raise ValueError(f"No file in {pred_dir} has the name of one in {ref_dir}, such as {missing[0]}.")
     if (missing or extra) and not skip_missing:
-        problems = []
-        if missing:
-            problems.append(f"without prediction in {pred_dir}: {', '.join(missing)}")
-        if extra:
-            problems.append(f"without mask in {ref_dir}: {', '.join(extra)}")
+        found = ((f"prediction in {pred_dir}", missing), (f"mask in {ref_dir}", extra))
+        problems = [f"without {partner}: {', '.join(names)}" for partner, names in found if names]
         raise ValueError(f"{'; '.join(problems)}. Pass --skip_missing to score the others.")
     return pairs
 
 
 def read_map(path: Path) -> np.ndarray:
-    """Read an image as an 8-bit map, `(height, width)` in 0..255.
-
-    Args:
-        path: Image of 1, 8 or 24 bits, or with a palette; colours become their brightness.
-
-    Raises:
-        ValueError: If the file is no image, has more than 8 bits per channel, or an alpha channel.
-    """
+    """Read an image of 1, 8 or 24 bits, or with a palette, as an 8-bit map; colours become their brightness."""
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")) or image.mode.endswith("A"):
@@ -93,16 +74,7 @@ def read_map(path: Path) -> np.ndarray:
 
 
 def score_files(pair: tuple[Path, Path], threshold: int, **options: Any) -> tuple[np.ndarray, int, int]:
-    """Score one prediction; return the scores and the largest values of both files.
-
-    Args:
-        pair: Files of the prediction and of the mask.
-        threshold: The mask is what lies above this value of 0..255.
-        **options: See [`~functional.score`].
-
-    Raises:
-        ValueError: If a file cannot be read or their sizes differ; it names the file.
-    """
+    """Score one prediction against what of the mask lies above `threshold`; return the largest values of both too."""
     prediction, reference = map(read_map, pair)
     if 1 < (highest := int(reference.max())) < 32:
         raise ValueError(
@@ -110,7 +82,7 @@ def score_files(pair: tuple[Path, Path], threshold: int, **options: Any) -> tupl
             "region."
         )
     try:
-        # As probabilities, since an 8-bit map that is nearly empty would pass for a mask of 0 and 1.
+        # Pass probabilities, since an 8-bit map that is nearly empty would be taken for a mask of 0 and 1.
         scores = score(prediction / 255, reference > threshold, **options)
     except ValueError as err:
         raise ValueError(f"{pair[0]} and {pair[1]}: {err}") from err
@@ -118,18 +90,8 @@ def score_files(pair: tuple[Path, Path], threshold: int, **options: Any) -> tupl
 
 
 def score_folders(pairs: Sequence[tuple[Path, Path]], num_proc: int = 1, **options: Any) -> Accumulator:
-    """Score all predictions, with a progress bar.
-
-    Args:
-        pairs: Files of the predictions and of their masks.
-        num_proc: Number of processes.
-        **options: See [`~functional.score`].
-
-    Raises:
-        ValueError: If a pair cannot be scored, some masks are of 0 and 1 and others of 0 and 255, or no file shows
-            what its values mean; it names them.
-    """
-    # Above half of 255, as the reference protocol has it; above 0 if all masks turn out to be of 0 and 1.
+    """Score all predictions, in `num_proc` processes, with a progress bar."""
+    # The mask is above half of 255, as in the reference protocol, or above 0 if all masks are of 0 and 1.
     for threshold in (128, 0):
         accumulator, largest = Accumulator(), 0
         masks: dict[int, Path] = {}  # by their largest value, the first of each
@@ -161,11 +123,7 @@ def score_folders(pairs: Sequence[tuple[Path, Path]], num_proc: int = 1, **optio
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the command line; return what it writes as JSON.
-
-    Args:
-        argv: Arguments, those of the process by default.
-    """
+    """Run the command line; return what it writes as JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m sam2unet_hf.metrics", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -187,19 +145,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--skip_missing", action="store_true", help="pass over files without partner")
     parser.add_argument("--num_proc", type=int, default=1, help="number of processes")
     args = parser.parse_args(argv)
-    normalize = None if args.normalize == "none" else args.normalize
+    normalize, zero_division = None if args.normalize == "none" else args.normalize, float(args.zero_division)
     if args.num_proc < 1:
         parser.error(f"--num_proc must be >= 1, got {args.num_proc}.")
     try:
         pairs = find_pairs(args.pred_dir, args.ref_dir, args.skip_missing)
         if args.output is not None:
             args.output.parent.mkdir(parents=True, exist_ok=True)
-        accumulator = score_folders(pairs, args.num_proc, normalize=normalize, zero_division=float(args.zero_division))
+        accumulator = score_folders(pairs, args.num_proc, normalize=normalize, zero_division=zero_division)
     except (OSError, ValueError) as err:
         parser.error(str(err))
     scores = accumulator.result()
     result: dict[str, Any] = {"pred_dir": str(args.pred_dir), "ref_dir": str(args.ref_dir), "images": len(pairs)}
-    result |= {"normalize": normalize, "zero_division": float(args.zero_division), **scores}
+    result |= {"normalize": normalize, "zero_division": zero_division, **scores}
     result = {name: None if value != value else value for name, value in result.items()}  # JSON has no NaN
     text = json.dumps(result, indent=2)
     if args.output is not None:

@@ -1,78 +1,52 @@
-"""Measures of one predicted mask, and sums of them that merge exactly.
+"""Metrics of one predicted mask.
 
-[`score`] computes any of the seven measures in one pass over an image, [`Accumulator`] averages what it returns. The
+[`score`] computes any of the seven metrics in one pass over an image, `Accumulator` averages what it returns. The
 values are those of `py_sod_metrics`, which the authors of SAM2-UNet use; where it returns NaN they are defined here.
 """
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy import ndimage
 
 
-# Dice, IoU, F and E are known at 258 cuts: probability > 0.5, the adaptive one, and >= 0/255 ... 255/255.
+# Dice, IoU, F and E are known at 258 thresholds: probability > 0.5, the adaptive one, and >= 0/255 ... 255/255.
 CURVES = ("dice", "iou", "f_beta", "e_measure")
-CUTS = 258
-MEASURES = (*CURVES, "s_measure", "weighted_f_beta", "mae")
+NUM_THRESHOLDS = 258
+METRICS = (*CURVES, "s_measure", "weighted_f_beta", "mae")
 EPS = float(np.finfo(np.float64).eps)
-# Sums are counted in units of 2^-52.
-UNIT_BITS = 52
-UNIT = 2**UNIT_BITS
+OBJECT_WEIGHT = 0.5  # of the S-measure's objects against its regions, as in the paper
 # 1-D factor of the 7x7 Gaussian with sigma 5 of the weighted F-measure, and how far it reaches.
 _GAUSSIAN = np.exp(-(np.arange(-3.0, 4.0) ** 2) / 50)
 _GAUSSIAN /= _GAUSSIAN.sum()
 _REACH = 3
 
 
-class Pair(NamedTuple):
-    """One prediction and its mask, with what several measures need of them; [`make_pair`] makes it.
+class MaskPair(NamedTuple):
+    """One prediction and its mask, with what several metrics need of them; [`make_pair`] makes it."""
 
-    Attributes:
-        probability: Probabilities in [0, 1], contiguous float64 array of shape `(height, width)`.
-        mask: Boolean mask of the same shape.
-        rows: Rows of the pixels of the mask, in reading order.
-        columns: Columns of the same pixels.
-        inside: Probabilities of the same pixels.
-        sum: Sum of all probabilities.
-    """
-
-    probability: np.ndarray
-    mask: np.ndarray
-    rows: np.ndarray
-    columns: np.ndarray
-    inside: np.ndarray
-    sum: float
+    probability: np.ndarray  # in [0, 1], contiguous float64 array of shape (height, width)
+    mask: np.ndarray  # boolean, of the same shape
+    rows: np.ndarray  # of the pixels of the mask, in reading order
+    columns: np.ndarray  # of the same pixels
+    inside: np.ndarray  # probabilities of the same pixels
+    sum: float  # of all probabilities
 
 
 class ThresholdCounts(NamedTuple):
-    """Pixels of one image at each of the 258 cuts of its prediction.
+    """Pixels of one image at each of the 258 thresholds of its prediction."""
 
-    Attributes:
-        true_positive: Predicted pixels inside the mask, int64 of shape `(258,)`.
-        predicted: Predicted pixels, int64 of shape `(258,)`.
-        reference: Pixels of the mask.
-        total: Pixels of the image.
-    """
-
-    true_positive: np.ndarray
-    predicted: np.ndarray
-    reference: int
-    total: int
+    true_positive: np.ndarray  # predicted pixels inside the mask, int64 of shape (258,)
+    predicted: np.ndarray  # predicted pixels, int64 of shape (258,)
+    reference: int  # pixels of the mask
+    total: int  # pixels of the image
 
 
 def to_array(image: Any, name: str) -> np.ndarray:
-    """Turn an image into an array of shape `(height, width)` or `(regions, height, width)`.
-
-    Args:
-        image: NumPy array, tensor, PIL image or nested list.
-        name: What to call it in errors.
-
-    Raises:
-        ValueError: If it has no such shape, or no pixels.
-    """
+    """Turn an array, tensor, PIL image or nested list into an array of one channel, with or without regions."""
     if hasattr(image, "getbands") and (len(image.getbands()) > 1 or image.mode == "P"):
         raise ValueError(
             f"`{name}` must be an image of one channel, got a PIL image of mode {image.mode}. Turn its colours into a "
@@ -94,20 +68,7 @@ def to_array(image: Any, name: str) -> np.ndarray:
 
 
 def to_probability(prediction: Any, normalize: Literal["minmax"] | None = None) -> np.ndarray:
-    """Turn a prediction into probabilities.
-
-    Args:
-        prediction: Probabilities in [0, 1], an 8-bit map in 0..255, or a binary mask (boolean, or 0 and 1), of shape
-            `(height, width)` or `(regions, height, width)`.
-        normalize: `"minmax"` stretches each region to [0, 1] unless it is constant, and takes every integer
-            prediction for an 8-bit map. With `None`, integers not above 1 are taken for a binary mask.
-
-    Returns:
-        Contiguous array of the same shape, float64, in [0, 1].
-
-    Raises:
-        ValueError: If the values are none of these.
-    """
+    """Turn a prediction into probabilities: a contiguous float64 array of the same shape, in [0, 1]."""
     array = to_array(prediction, "prediction")
     if normalize not in (None, "minmax"):
         raise ValueError(f'`normalize` must be "minmax" or None, got {normalize!r}.')
@@ -123,7 +84,7 @@ def to_probability(prediction: Any, normalize: Literal["minmax"] | None = None) 
     eight_bit = integer and (high > 1 or normalize is not None)
 
     def plane_to_probability(plane: np.ndarray) -> np.ndarray:
-        # Of an 8-bit map, the 256 levels are worked out once each.
+        # Convert the 256 levels of an 8-bit map, which is faster than converting its pixels.
         values = np.arange(256) / 255 if eight_bit else np.ascontiguousarray(plane, dtype=np.float64)
         if normalize is not None:
             low, high = values[[plane.min(), plane.max()]] if eight_bit else (values.min(), values.max())
@@ -134,18 +95,7 @@ def to_probability(prediction: Any, normalize: Literal["minmax"] | None = None) 
 
 
 def to_mask(reference: Any) -> np.ndarray:
-    """Turn a reference into a boolean mask.
-
-    Args:
-        reference: Mask of shape `(height, width)` or `(regions, height, width)`: boolean, 0 and 1, or 8-bit, where
-            the mask is what lies above 128, with grey levels in between as at soft edges.
-
-    Returns:
-        Contiguous boolean array of the same shape.
-
-    Raises:
-        ValueError: If the values are none of these, or look like label ids: none above 128, or small ones and 255.
-    """
+    """Turn a reference into a contiguous boolean mask of the same shape, and refuse label ids."""
     array = np.ascontiguousarray(to_array(reference, "reference"))
     if array.dtype == bool:
         return array
@@ -154,7 +104,9 @@ def to_mask(reference: Any) -> np.ndarray:
         if high <= 1:
             return array > 0
         bright = array > 128
-        if 128 < high <= 255 and not _looks_like_label_ids(array, bright):
+        has_dark_values = np.count_nonzero(array) != np.count_nonzero(bright)
+        # Small values besides 0 and 255, the usual value of pixels to ignore, are label ids if there is no grey level.
+        if 128 < high <= 255 and (not has_dark_values or ((array > 31) & (array < 255)).any()):
             return bright
     if np.issubdtype(array.dtype, np.floating) and np.isin(array, (0, 1)).all():
         return array > 0
@@ -164,41 +116,25 @@ def to_mask(reference: Any) -> np.ndarray:
     )
 
 
-def make_pair(probability: np.ndarray, mask: np.ndarray) -> Pair:
-    """Put a prediction and its mask together for the measures.
-
-    Args:
-        probability: What [`to_probability`] returned, of shape `(height, width)`.
-        mask: What [`to_mask`] returned, of the same shape.
-    """
+def make_pair(probability: np.ndarray, mask: np.ndarray) -> MaskPair:
+    """Put what [`to_probability`] and [`to_mask`] returned together, both of shape `(height, width)`."""
     at = np.flatnonzero(mask)
     rows = at // mask.shape[1]
     columns = at - rows * mask.shape[1]
-    return Pair(probability, mask, rows, columns, probability.ravel().take(at), float(probability.sum()))
+    return MaskPair(probability, mask, rows, columns, probability.ravel().take(at), float(probability.sum()))
 
 
-def _looks_like_label_ids(array: np.ndarray, bright: np.ndarray) -> bool:
-    """Whether there are small ids besides 0 and 255, the usual value of pixels to ignore, and no grey level."""
-    if np.count_nonzero(array) == np.count_nonzero(bright):
-        return False
-    return not ((array > 31) & (array < 255)).any()
-
-
-def count_at_thresholds(pair: Pair) -> ThresholdCounts:
-    """Count predicted pixels at all cuts, with one histogram of 256 levels.
-
-    Args:
-        pair: Prediction and mask.
-    """
-    # The mean is computed as `py_sod_metrics` does, since pixels may lie on the cut.
+def count_at_thresholds(pair: MaskPair) -> ThresholdCounts:
+    """Count predicted pixels at all thresholds, with one histogram of 256 levels."""
+    # Compute the mean as `py_sod_metrics` does, since pixels may lie on the threshold.
     adaptive = min(2 * pair.sum / pair.mask.size, 1)
     true_positive, predicted = _count_above(pair.inside, adaptive), _count_above(pair.probability, adaptive)
     return ThresholdCounts(true_positive, predicted, pair.inside.size, pair.mask.size)
 
 
 def _count_above(probability: np.ndarray, adaptive: float) -> np.ndarray:
-    """Return the number of pixels above 0.5, at or above the adaptive cut, and at or above each of 256 levels."""
-    counts = np.empty(CUTS, dtype=np.int64)
+    """Return the number of pixels above 0.5, not below the adaptive threshold, and not below each of 256 levels."""
+    counts = np.empty(NUM_THRESHOLDS, dtype=np.int64)
     counts[0], counts[1] = np.count_nonzero(probability > 0.5), np.count_nonzero(probability >= adaptive)
     levels = np.empty(probability.size, dtype=np.uint16)
     np.multiply(probability.ravel(), 255, out=levels, casting="unsafe")
@@ -206,10 +142,10 @@ def _count_above(probability: np.ndarray, adaptive: float) -> np.ndarray:
     if 4 * bright < levels.size:
         histogram = np.bincount(levels[levels > 0], minlength=256)
     else:
-        # Four histograms in turn, since neighbours are alike and counting a level twice in a row is slow.
+        # Count neighbours, which are often alike, in four histograms: counting a level twice in a row is slow.
         levels += _lanes(levels.size)
         histogram = np.bincount(levels, minlength=4 * 256).reshape(4, 256).sum(axis=0)
-    # From bright to dark, the sums are the pixels at or above each level.
+    # The sums from bright to dark are the numbers of pixels at or above each level.
     np.cumsum(histogram[::-1], out=counts[:1:-1])
     counts[2] = levels.size
     return counts
@@ -226,33 +162,18 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray, zero_division: float)
 
 
 def dice(counts: ThresholdCounts, zero_division: float = 0.0) -> np.ndarray:
-    """Return the Dice coefficient `2 |A and B| / (|A| + |B|)` at each cut, `(258,)` in [0, 1].
-
-    Args:
-        counts: Pixels at each cut.
-        zero_division: Value where mask and prediction are both empty. Where only one is, Dice is 0.
-    """
+    """Return Dice in [0, 1], best at 1: `zero_division` if mask and prediction are both empty, 0 if only one is."""
     return _ratio(2 * counts.true_positive, counts.predicted + counts.reference, zero_division)
 
 
 def iou(counts: ThresholdCounts, zero_division: float = 0.0) -> np.ndarray:
-    """Return the intersection over union `|A and B| / |A or B|` at each cut, `(258,)` in [0, 1].
-
-    Args:
-        counts: Pixels at each cut.
-        zero_division: Value where mask and prediction are both empty. Where only one is, IoU is 0.
-    """
+    """Return IoU in [0, 1], best at 1: `zero_division` if mask and prediction are both empty, 0 if only one is."""
     union = counts.predicted + counts.reference - counts.true_positive
     return _ratio(counts.true_positive, union, zero_division)
 
 
 def f_beta(counts: ThresholdCounts, beta_squared: float = 0.3, zero_division: float = 0.0) -> np.ndarray:
-    """Return the F-measure `(1 + beta^2) P R / (beta^2 P + R)` at each cut, `(258,)` in [0, 1].
-
-    Args:
-        counts: Pixels at each cut.
-        beta_squared: Weight of recall against precision; below 1 precision counts more.
-        zero_division: Value where mask and prediction are both empty. Where only one is, F is 0.
+    """Return F in [0, 1], best at 1: `zero_division` if mask and prediction are both empty, 0 if only one is.
 
     Source: Achanta et al., CVPR 2009, doi 10.1109/CVPR.2009.5206596.
     """
@@ -262,15 +183,9 @@ def f_beta(counts: ThresholdCounts, beta_squared: float = 0.3, zero_division: fl
 
 
 def e_measure(counts: ThresholdCounts, ddof: int = 1) -> np.ndarray:
-    """Return the enhanced-alignment measure at each cut, `(258,)`.
+    """Return the enhanced-alignment measure, in [0, n / (n - ddof)] for n pixels, best at the upper end.
 
     With an empty mask it is the share of pixels left empty, with a full mask the share of predicted pixels.
-
-    Args:
-        counts: Pixels at each cut.
-        ddof: The sum over pixels is divided by `total - ddof`. 1 is what the authors' code does; a perfect score is
-            then slightly above 1, and an image of one pixel scores 0 or 4.5e15. 0 is the equation of the paper, which
-            stays in [0, 1].
 
     Source: Fan et al., IJCAI 2018, doi 10.24963/ijcai.2018/97, equations 3 to 5.
     """
@@ -282,7 +197,7 @@ def e_measure(counts: ThresholdCounts, ddof: int = 1) -> np.ndarray:
     else:
         share, mask_share = predicted / total, reference / total
         missed, wrong = reference - true_positive, predicted - true_positive
-        aligned = np.zeros(CUTS)
+        aligned = np.zeros(NUM_THRESHOLDS)
         for prediction, in_mask, outside in (
             (1 - share, true_positive, wrong),
             (-share, missed, total - predicted - missed),
@@ -294,14 +209,10 @@ def e_measure(counts: ThresholdCounts, ddof: int = 1) -> np.ndarray:
     return aligned / (total - ddof + EPS)
 
 
-def s_measure(pair: Pair, alpha: float = 0.5) -> float:
-    """Return the structure measure, in [0, 1].
+def s_measure(pair: MaskPair) -> float:
+    """Return the structure measure, in [0, 1], best at 1.
 
     With an empty mask it is one minus the mean probability, with a full mask the mean probability.
-
-    Args:
-        pair: Prediction and mask.
-        alpha: Weight of the objects' similarity against that of the four regions around the mask's centre.
 
     Source: Fan et al., ICCV 2017, doi 10.1109/ICCV.2017.487, equations 3 to 8.
     """
@@ -313,20 +224,20 @@ def s_measure(pair: Pair, alpha: float = 0.5) -> float:
     regions, square = _region_similarity(pair)
     outside_variance = (square - float(inside @ inside) - background * outside_mean**2) / max(background - 1, 1)
     if outside_variance < 1e-7:
-        # Too small for a difference of sums.
+        # The difference of two sums would lose most of its digits.
         deviation = pair.probability[~mask] - outside_mean
         outside_variance = float(deviation @ deviation) / max(background - 1, 1)
     inside_variance = float(np.square(inside - inside_mean).sum()) / max(foreground - 1, 1)
     objects = foreground / mask.size * _object_similarity(inside_mean, inside_variance)
     objects += background / mask.size * _object_similarity(1 - outside_mean, outside_variance)
-    return max(0.0, alpha * objects + (1 - alpha) * regions)
+    return max(0.0, OBJECT_WEIGHT * objects + (1 - OBJECT_WEIGHT) * regions)
 
 
 def _object_similarity(mean: float, variance: float) -> float:
     return 2 * mean / (mean**2 + 1 + math.sqrt(variance) + EPS)
 
 
-def _region_similarity(pair: Pair) -> tuple[float, float]:
+def _region_similarity(pair: MaskPair) -> tuple[float, float]:
     """Return the structural similarity of four quadrants, weighted by size, and the sum of squared probabilities."""
     probability, mask, rows, columns, inside, _ = pair
     # The quadrants meet behind the pixel of the mask's centre, as in the authors' code.
@@ -361,34 +272,28 @@ def _region_similarity(pair: Pair) -> tuple[float, float]:
 def _background_weights() -> np.ndarray:
     """Return the weight of an error by squared distance to the mask; from 265 pixels on it is 2 to the last bit."""
     weights = 2 - np.exp(math.log(0.5) / 5 * np.sqrt(np.arange(270.0**2)))
-    weights[0] = 0  # the mask itself, counted apart
+    weights[0] = 0  # errors in the mask are counted apart
     return weights
 
 
-def weighted_f_beta(pair: Pair, beta_squared: float = 1.0, zero_division: float = 0.0) -> float:
-    """Return the weighted F-measure, in [0, 1]: errors count less beside other errors, more far from the mask.
+def weighted_f_beta(pair: MaskPair, zero_division: float = 0.0) -> float:
+    """Return the weighted F-measure, in [0, 1], best at 1: errors count less beside others, more far from the mask.
 
-    Args:
-        pair: Prediction and mask.
-        beta_squared: Weight of recall against precision.
-        zero_division: Value where the mask is empty and no probability above 0.5. For an empty mask it is 0
-            elsewhere.
-
-    What lies outside the image is taken for right, as in the authors' code, so that a mask at the border scores more
-    than 0 even if nothing is predicted.
+    With an empty mask it is `zero_division` if no probability is above 0.5, else 0. What lies outside the image is
+    taken for right, as in the authors' code, so that a mask at the border scores more than 0 for no prediction at all.
 
     Source: Margolin et al., CVPR 2014, doi 10.1109/CVPR.2014.39.
     """
-    probability, mask, _, _, inside, total = pair
+    probability, mask, _, _, inside, _ = pair
     if not inside.size:
         return 0.0 if (probability > 0.5).any() else zero_division
-    # Where neither mask nor prediction is, there is no error: the box around the rest will do.
+    # Compute in the box around mask and prediction alone, since there is no error outside of it.
     inner = _bounding_box(pair.rows, pair.columns, mask.shape, margin=_REACH)
     outer: tuple[slice, ...] = (slice(0, mask.shape[0]), slice(0, mask.shape[1]))
     if not all(edge.any() for edge in (probability[0], probability[-1], probability[:, 0], probability[:, -1])):
-        predicted = probability > 0
-        rows, columns = np.flatnonzero(predicted.any(axis=1)), np.flatnonzero(predicted.any(axis=0))
-        outer = _join(inner, _bounding_box(rows, columns, mask.shape)) if total else inner
+        needed = probability > 0
+        needed[inner] = True
+        outer = _bounding_box(np.flatnonzero(needed.any(axis=1)), np.flatnonzero(needed.any(axis=0)), mask.shape)
     at = (pair.rows - inner[0].start, pair.columns - inner[1].start)
     inner = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(inner, outer, strict=True))
     probability, mask = probability[outer], mask[outer]
@@ -399,14 +304,14 @@ def weighted_f_beta(pair: Pair, beta_squared: float = 1.0, zero_division: float 
     weights = _background_weights().take(squared_distance.astype(np.intp), mode="clip")
     false_positive = float(np.vdot(probability, weights))
 
-    # In the mask an error counts no more than the mean error around, where pixels outside have that of the nearest
-    # one inside.
+    # An error in the mask counts no more than the mean error around it, where each pixel outside the mask takes the
+    # error of the nearest pixel inside.
     nearest = probability.ravel().take(rows[inner] * np.int32(mask.shape[1]) + columns[inner], mode="clip")
     missed = np.minimum(1 - inside, _blur_at(1 - nearest, *at))
     true_positive = missed.size - missed.sum()
     recall = 1 - missed.mean()
     precision = true_positive / (true_positive + false_positive + EPS)
-    return float((1 + beta_squared) * recall * precision / (recall + beta_squared * precision + EPS))
+    return float(2 * recall * precision / (recall + precision + EPS))
 
 
 def _blur_at(image: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -414,7 +319,7 @@ def _blur_at(image: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.nda
     width = image.shape[1] + 2 * _REACH
     padded = np.zeros((image.shape[0] + 2 * _REACH, width))
     padded[_REACH:-_REACH, _REACH:-_REACH] = image
-    # Along the rows everywhere, laid end to end; down the columns at the pixels asked for alone.
+    # Blur all rows, laid end to end, but columns only at the pixels asked for, which are few.
     blurred = np.correlate(padded.ravel(), _GAUSSIAN, mode="same")
     at = (rows + _REACH) * width + columns + _REACH
     result = _GAUSSIAN[_REACH] * blurred.take(at)
@@ -430,63 +335,52 @@ def _bounding_box(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, ...],
     )
 
 
-def _join(first: tuple[slice, ...], second: tuple[slice, ...]) -> tuple[slice, ...]:
-    pairs = zip(first, second, strict=True)
-    return tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in pairs)
-
-
-def mean_absolute_error(pair: Pair) -> float:
-    """Return the mean absolute difference of probability and mask, in [0, 1]; 0 is best.
-
-    Args:
-        pair: Prediction and mask.
+def mean_absolute_error(pair: MaskPair) -> float:
+    """Return the mean absolute difference of probability and mask, in [0, 1], best at 0; 0 if both are empty.
 
     Source: Perazzi et al., CVPR 2012, doi 10.1109/CVPR.2012.6247743, equation 10.
     """
     # The difference is 1 - p in the mask and p outside.
-    inside = pair.inside
-    return max(0.0, pair.sum + inside.size - 2 * float(inside.sum())) / pair.mask.size
+    return max(0.0, pair.sum + pair.inside.size - 2 * float(pair.inside.sum())) / pair.mask.size
 
 
 def score(
     prediction: Any,
     reference: Any,
-    measures: Sequence[str] = MEASURES,
+    metrics: Sequence[str] = METRICS,
     *,
     normalize: Literal["minmax"] | None = None,
     zero_division: float = 0.0,
-    alpha: float = 0.5,
     beta_squared: float = 0.3,
-    weighted_beta_squared: float = 1.0,
     ddof: int = 1,
-    valid: np.ndarray | None = None,
+    valid_mask: np.ndarray | None = None,
 ) -> np.ndarray:
     """Score one prediction.
 
     Args:
-        prediction: Probabilities in [0, 1], 8-bit map or binary mask of shape `(height, width)` or
-            `(regions, height, width)`; see [`to_probability`].
-        reference: Binary mask of the same shape; see [`to_mask`].
-        measures: Which of `MEASURES` to compute.
-        normalize: `"minmax"` stretches each prediction to [0, 1] first.
+        prediction: Probabilities in [0, 1], 8-bit map in 0..255 or binary mask (boolean, or 0 and 1) of shape
+            `(height, width)` or `(regions, height, width)`: NumPy array, tensor, PIL image or nested list.
+        reference: Binary mask of the same shape: boolean, 0 and 1, or 8-bit, where the mask is what lies above 128.
+        metrics: Which of `METRICS` to compute.
+        normalize: `"minmax"` stretches each region to [0, 1] first unless it is constant, and takes every integer
+            prediction for an 8-bit map. With `None`, integers not above 1 are taken for a binary mask.
         zero_division: Value of Dice, IoU, F and weighted F where mask and prediction (at each threshold) are both
             empty: 0 or 1, or NaN to leave out images where both are empty at probability > 0.5.
-        alpha: See [`s_measure`].
-        beta_squared: See [`f_beta`].
-        weighted_beta_squared: See [`weighted_f_beta`].
-        ddof: See [`e_measure`].
-        valid: Boolean array of shape `(height, width)`, false at pixels that do not count. S-measure and weighted F,
-            which need neighbours, take them for rightly predicted background.
+        beta_squared: Weight of recall against precision in F; below 1 precision counts more.
+        ddof: The sum over n pixels in E is divided by `n - ddof`. 1 is what the authors' code does; a perfect score is
+            then n / (n - 1), and an image of one pixel scores 0 or 4.5e15. 0 is the equation of the paper.
+        valid_mask: Boolean array of shape `(height, width)`, false at pixels that do not count. S-measure and
+            weighted F, which need neighbours, take them for rightly predicted background.
 
     Returns:
-        Float64 array of shape `(columns,)` or `(regions, columns)`: 258 columns for each measure in `CURVES`, see
-        [`ThresholdCounts`], and one for each other. [`Accumulator`] takes it.
+        Float64 array of shape `(columns,)` or `(regions, columns)`: 258 columns, one for each threshold, for each
+        metric in `CURVES`, and one for each other. `Accumulator` takes it.
 
     Raises:
         ValueError: If a value or the shapes are wrong.
     """
-    if unknown := sorted(set(measures) - set(MEASURES)):
-        raise ValueError(f"`measures` must be among {', '.join(MEASURES)}, got {', '.join(unknown)}.")
+    if unknown := sorted(set(metrics) - set(METRICS)):
+        raise ValueError(f"`metrics` must be among {', '.join(METRICS)}, got {', '.join(unknown)}.")
     probability, mask = to_probability(prediction, normalize), to_mask(reference)
     if probability.shape != mask.shape:
         raise ValueError(
@@ -495,197 +389,43 @@ def score(
         )
     if zero_division not in (0, 1) and not (isinstance(zero_division, float) and math.isnan(zero_division)):
         raise ValueError(f"`zero_division` must be 0, 1 or NaN, got {zero_division!r}.")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"`alpha` must be in [0, 1], got {alpha}.")
-    if not min(beta_squared, weighted_beta_squared) > 0:
-        raise ValueError(f"`beta_squared` must be above 0, got {min(beta_squared, weighted_beta_squared)}.")
+    if not beta_squared > 0:
+        raise ValueError(f"`beta_squared` must be above 0, got {beta_squared}.")
     if ddof not in (0, 1):
         raise ValueError(f"`ddof` must be 0 or 1, got {ddof}.")
-    valid = None if valid is None or valid.all() else valid
-
-    curves = {
-        "dice": lambda counts: dice(counts, zero_division),
-        "iou": lambda counts: iou(counts, zero_division),
-        "f_beta": lambda counts: f_beta(counts, beta_squared, zero_division),
-        "e_measure": lambda counts: e_measure(counts, ddof),
-    }
+    valid_mask = None if valid_mask is None or valid_mask.all() else valid_mask
 
     def score_region(probability: np.ndarray, mask: np.ndarray) -> np.ndarray:
         pair = counted = make_pair(probability, mask)
-        if valid is not None:
-            pair = make_pair(probability * valid, mask & valid)
-            counted = make_pair(probability[valid][None], mask[valid][None])
-        columns: dict[str, np.ndarray | list[float]] = {}
-        if any(measure in CURVES for measure in measures):
-            counts = count_at_thresholds(counted)
-            columns = {measure: curve(counts) for measure, curve in curves.items() if measure in measures}
-            if math.isnan(zero_division) and not counts.reference:
-                # Left out or wrong as a whole, lest each threshold averages other images.
-                value = math.nan if counts.predicted[0] == 0 else 0.0
-                columns |= {measure: np.full(CUTS, value) for measure in columns if measure != "e_measure"}
-        if "s_measure" in measures:
-            columns["s_measure"] = [s_measure(pair, alpha)]
-        if "weighted_f_beta" in measures:
-            columns["weighted_f_beta"] = [weighted_f_beta(pair, weighted_beta_squared, zero_division)]
-        if "mae" in measures:
-            columns["mae"] = [mean_absolute_error(counted)]
-        return np.concatenate([columns[measure] for measure in measures])
+        if valid_mask is not None:
+            pair = make_pair(probability * valid_mask, mask & valid_mask)
+            counted = make_pair(probability[valid_mask][None], mask[valid_mask][None])
+        counts: Any = count_at_thresholds(counted) if set(CURVES) & set(metrics) else None
+        functions: dict[str, Callable[[], Any]] = {
+            "dice": lambda: dice(counts, zero_division),
+            "iou": lambda: iou(counts, zero_division),
+            "f_beta": lambda: f_beta(counts, beta_squared, zero_division),
+            "e_measure": lambda: e_measure(counts, ddof),
+            "s_measure": lambda: [s_measure(pair)],
+            "weighted_f_beta": lambda: [weighted_f_beta(pair, zero_division)],
+            "mae": lambda: [mean_absolute_error(counted)],
+        }
+        if math.isnan(zero_division) and not counted.inside.size:
+            # Leave the image out, or count it as wrong, at all thresholds, so that all average the same images.
+            value = 0.0 if (counted.probability > 0.5).any() else math.nan
+            functions |= dict.fromkeys(("dice", "iou", "f_beta"), lambda: np.full(NUM_THRESHOLDS, value))
+        return np.concatenate([functions[metric]() for metric in metrics])
 
-    if valid is not None and not valid.any():
-        return np.full((*mask.shape[:-2], sum(map(num_columns, measures))), np.nan)
+    if valid_mask is not None and not valid_mask.any():
+        return np.full((*mask.shape[:-2], sum(map(num_columns, metrics))), np.nan)
     if mask.ndim == 2:
         return score_region(probability, mask)
     return np.stack([score_region(*region) for region in zip(probability, mask, strict=True)])
 
 
-def num_columns(measure: str) -> int:
-    """Return how many columns of [`score`] a measure takes.
-
-    Args:
-        measure: One of `MEASURES`.
-    """
-    return CUTS if measure in CURVES else 1
+def num_columns(metric: str) -> int:
+    """Return how many columns of [`score`] a metric takes."""
+    return NUM_THRESHOLDS if metric in CURVES else 1
 
 
-class Accumulator:
-    """Average of scores that is the same to the last bit in whatever order and grouping they come.
-
-    Sums are integers in units of 2^-52, hence exact; NaN is left out. What is merged or pickled is a few kilobytes,
-    however many images went in. Threads need an accumulator each.
-
-    Args:
-        measures: The measures of the scores, as passed to [`score`].
-    """
-
-    def __init__(self, measures: Sequence[str] = MEASURES):
-        self.measures = tuple(measures)
-        self.images = 0
-        self._whole = self._rest = self._count = np.zeros(0, dtype=np.int64)
-
-    def add(self, scores: np.ndarray) -> None:
-        """Add the scores of one image.
-
-        Args:
-            scores: What [`score`] returned, of shape `(columns,)` or `(regions, columns)`.
-
-        Raises:
-            ValueError: If images before had another number of regions.
-        """
-        scores = np.asarray(scores, dtype=np.float64)
-        known = ~np.isnan(scores)
-        scores = np.where(known, scores, 0.0)
-        whole = np.rint(scores)
-        rest = np.rint((scores - whole) * UNIT)
-        self._add(1, whole.astype(np.int64), rest.astype(np.int64), known.astype(np.int64))
-
-    def merge(self, other: "Accumulator") -> None:
-        """Add all that another accumulator of the same measures holds.
-
-        Args:
-            other: Left as it is.
-
-        Raises:
-            ValueError: If measures or regions differ.
-        """
-        if other.measures != self.measures:
-            raise ValueError(f"`other` must hold the measures {self.measures}, got {other.measures}.")
-        if other.images:
-            self._add(other.images, other._whole, other._rest, other._count)
-
-    def _add(self, images: int, whole: np.ndarray, rest: np.ndarray, count: np.ndarray) -> None:
-        if self.images and whole.shape != self._whole.shape:
-            raise ValueError(
-                f"All images must have the same regions, got {_regions(whole)} after {_regions(self._whole)}."
-            )
-        # Not in place: nothing changes if this raises.
-        rest = rest + self._rest if self.images else rest
-        whole = whole + (self._whole if self.images else 0) + (rest >> UNIT_BITS)
-        if np.abs(whole).max() >= 2**62:
-            raise OverflowError("E-measures of images of one pixel are too large to average; pass `ddof=0`.")
-        self._whole, self._rest = whole, rest & (UNIT - 1)
-        self._count = count + self._count if self.images else count
-        self.images += images
-
-    def mean(self) -> np.ndarray:
-        """Return the average of the scores in their shape; NaN where no image had a value.
-
-        Raises:
-            ValueError: If no image was added.
-        """
-        if not self.images:
-            raise ValueError("There is nothing to average: add images first.")
-        with np.errstate(invalid="ignore"):
-            return (self._whole + self._rest / UNIT) / self._count
-
-    def result(self, regions: Sequence[str] | None = None) -> dict[str, float]:
-        """Return the averages under their names.
-
-        Args:
-            regions: Names of the regions; their numbers by default.
-
-        Returns:
-            For Dice, IoU, F and E `dice` (probability > 0.5), `mean_dice` and `max_dice` (of the average curve over
-            256 thresholds), `adaptive_dice` (twice the mean probability); for the others one value each. With regions
-            `dice_<region>` and so on, and `dice` is the mean over regions.
-
-        Raises:
-            ValueError: If no image was added, or the names are not as many as the regions.
-        """
-        means = self.mean()
-        if means.ndim == 1:
-            if regions is not None:
-                raise ValueError(f"`regions` names {list(regions)}, but the images have no axis of regions.")
-            return self._name(means)
-        names = [str(index) for index in range(len(means))] if regions is None else list(regions)
-        if isinstance(regions, str) or len(names) != len(means) or len(set(names)) != len(names):
-            raise ValueError(f"`regions` must hold {len(means)} different names, one for each region, got {names}.")
-        per_region = [self._name(region) for region in means]
-        result = {key: float(_nanmean([values[key] for values in per_region])) for key in per_region[0]}
-        for name, values in zip(names, per_region, strict=True):
-            result.update({f"{key}_{name}": value for key, value in values.items()})
-        return result
-
-    def _name(self, means: np.ndarray) -> dict[str, float]:
-        result = {}
-        for measure in self.measures:
-            columns, means = np.split(means, [num_columns(measure)])
-            result[measure] = float(columns[0])
-            if measure in CURVES:
-                curve = columns[2:]
-                result[f"mean_{measure}"] = float(_nanmean(curve.tolist()))
-                result[f"max_{measure}"] = float(np.fmax.reduce(curve))
-                result[f"adaptive_{measure}"] = float(columns[1])
-        return result
-
-
-def _nanmean(values: Sequence[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return math.fsum(known) / len(known) if known else math.nan
-
-
-def _regions(scores: np.ndarray) -> str:
-    return "no axis of regions" if scores.ndim == 1 else f"{len(scores)} regions"
-
-
-__all__ = [
-    "CURVES",
-    "CUTS",
-    "MEASURES",
-    "Accumulator",
-    "Pair",
-    "ThresholdCounts",
-    "count_at_thresholds",
-    "dice",
-    "e_measure",
-    "f_beta",
-    "iou",
-    "make_pair",
-    "mean_absolute_error",
-    "num_columns",
-    "s_measure",
-    "score",
-    "to_array",
-    "to_mask",
-    "to_probability",
-    "weighted_f_beta",
-]
+__all__ = ["CURVES", "METRICS", "score"]

@@ -1,89 +1,55 @@
-"""All seven measures of predicted masks at once, as an `evaluate` module."""
+"""All seven metrics of predicted masks at once, as an `evaluate` module."""
 
-from typing import Any, Literal
-
-import evaluate
-import numpy as np
-
-from .functional import MEASURES, score
-from .segmentation_metric import FEATURES, IMAGES_DESCRIPTION, ZERO_DIVISION_DESCRIPTION, SegmentationMetric
+from .functional import METRICS, score
+from .segmentation_metric import CONSTANT_PREDICTION, SegmentationMetric
+from .streaming_metric import MetricFacts
 
 
-_DESCRIPTION = """
-Dice, IoU, F-measure, E-measure, S-measure, weighted F-measure and mean absolute error of predicted masks, as papers on
-SAM2-UNet report them, in one pass over each image.
-"""
-_CITATION = """
-@article{xiong2024sam2unet,
-    author = {Xiong, Xinyu and Wu, Zihuang and Tan, Shuangyi and Li, Wenxue and Tang, Feilong and Chen, Ying and
-        Li, Siying and Ma, Jie and Li, Guanbin},
-    title = {SAM2-UNet: Segment Anything 2 Makes Strong Encoder for Natural and Medical Image Segmentation},
-    journal = {arXiv:2408.08870},
-    year = {2024},
-    doi = {10.48550/arXiv.2408.08870}
-}
-"""
-_INPUTS_DESCRIPTION = f"""{IMAGES_DESCRIPTION}{ZERO_DIVISION_DESCRIPTION}\
-    alpha: Weight of objects against regions in the S-measure, in [0, 1]; 0.5 by default.
-    beta_squared: Weight of recall against precision in the F-measure, above 0; 0.3 by default.
-    weighted_beta_squared: The same in the weighted F-measure; 1 by default.
-    ddof: The sum over n pixels in the E-measure is divided by n - ddof: 1 by default, as in the authors' code; 0 is
-        the equation of the paper.
-
-Returns:
-    Dictionary with `dice`, `iou`, `f_beta` and `e_measure` at probability > 0.5; each with the prefixes `mean_` and
-    `max_`, mean and largest value of the average curve over the thresholds 0/255 to 255/255, and `adaptive_`, at
-    twice the mean probability of each image; `s_measure`, `weighted_f_beta` and `mae`. With regions the means over
-    them, and each key once more per region: `dice_<region>` and so on.
-
-Examples:
-    >>> import evaluate
-    >>> metric = evaluate.load("segmentation_report.py")  # path of this file, or id of its Space
-    >>> prediction, reference = [[0.9, 0.6], [0.2, 0.1]], [[1, 0], [0, 0]]
-    >>> scores = metric.compute(predictions=[prediction], references=[reference])
-    >>> round(scores["mean_dice"], 4)
-    0.6539
-"""
-
-
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS_DESCRIPTION)
 class SegmentationReport(SegmentationMetric):
-    """All seven measures of predicted masks at once."""
+    """All seven metrics of predicted masks at once."""
 
-    measures = MEASURES
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS_DESCRIPTION,
-            features=FEATURES,
-            reference_urls=["https://doi.org/10.48550/arXiv.2408.08870"],
-        )
-
-    def _score(
-        self,
-        prediction: Any,
-        reference: Any,
-        *,
-        normalize: Literal["minmax"] | None = None,
-        zero_division: float = 0.0,
-        alpha: float = 0.5,
-        beta_squared: float = 0.3,
-        weighted_beta_squared: float = 1.0,
-        ddof: int = 1,
-    ) -> np.ndarray:
-        return score(
-            prediction,
-            reference,
-            self.measures,
-            normalize=normalize,
-            zero_division=zero_division,
-            alpha=alpha,
-            beta_squared=beta_squared,
-            weighted_beta_squared=weighted_beta_squared,
-            ddof=ddof,
-        )
-
-
-__all__ = ["SegmentationReport"]
+    score_function = staticmethod(score)
+    metrics = METRICS
+    options = ("normalize", "zero_division", "beta_squared", "ddof")
+    facts = MetricFacts(
+        title="Segmentation report",
+        description="""
+            Dice, IoU, F-measure, E-measure, S-measure, weighted F-measure and mean absolute error of predicted masks,
+            as papers on SAM2-UNet report them, in one pass over each image.
+        """,
+        range="""
+            `mae` 0 to 1, lower is better; E-measures 0 to n / (n - 1) for an image of n pixels, or 0 to 1 with
+            `ddof=0`, and all others 0 to 1, higher is better. Papers' mDice, mIoU and E are `mean_dice`, `mean_iou`
+            and `mean_e_measure`.
+        """,
+        special_cases={
+            "Mask and prediction both empty": "Dice, IoU, F and weighted F are `zero_division`, 0 by default (BraTS "
+            "counts 1); S is 1, E its maximum, MAE 0.",
+            "Mask empty, prediction not": "Dice, IoU, F and weighted F are 0, however little is predicted; S is 1 "
+            "minus the mean probability, E the share of pixels not predicted, MAE the mean probability.",
+            "Mask full": "S is the mean probability and E the share of predicted pixels; the others as for any mask.",
+            "Constant prediction": CONSTANT_PREDICTION,
+            "One pixel": "E is 0 or 4.5e15, as in `py_sod_metrics`, or 0 or 1 with `ddof=0`.",
+            "One row, or a mask whose centre lies in the last row or column": "the quadrants of S without pixels "
+            "count nothing, where `py_sod_metrics` returns NaN.",
+        },
+        example_score=0.6667,
+        further_use="Images added one by one; only sums are kept:",
+        further_example="""
+            >>> for pair in [(prediction, reference), (reference, reference)]:
+            ...     metric.add(prediction=pair[0], reference=pair[1])
+            >>> len(metric), round(metric.compute()["s_measure"], 4)
+            (2, 0.9618)
+        """,
+        citation="""
+            @article{xiong2024sam2unet,
+                author = {Xiong, Xinyu and Wu, Zihuang and Tan, Shuangyi and Li, Wenxue and Tang, Feilong
+                    and Chen, Ying and Li, Siying and Ma, Jie and Li, Guanbin},
+                title = {SAM2-UNet: Segment Anything 2 Makes Strong Encoder for Natural and Medical Image
+                    Segmentation},
+                journal = {arXiv:2408.08870},
+                year = {2024},
+                doi = {10.48550/arXiv.2408.08870}
+            }
+        """,
+    )

@@ -1,61 +1,39 @@
 """Specificity of tumour regions in volumes, per patient, as an `evaluate` module."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import evaluate
-
+from .streaming_metric import MetricFacts
 from .volume_functional import score_volume
-from .volume_metric import RESULT_DESCRIPTION, VOLUME_FEATURES, VOLUMES_DESCRIPTION, VolumeMetric
+from .volume_metric import BRATS_CITATION, VolumeMetric
 
 
-_DESCRIPTION = """
-Specificity of predicted regions in label volumes: the share of the volume outside the reference that was left
-empty, per region and patient, averaged over patients.
-"""
-_CITATION = """
-@article{menze2015brats,
-    author = {Menze, Bjoern H. and Jakab, Andras and Bauer, Stefan and others},
-    title = {The Multimodal Brain Tumor Image Segmentation Benchmark ({BRATS})},
-    journal = {IEEE Transactions on Medical Imaging},
-    volume = {34},
-    number = {10},
-    pages = {1993--2024},
-    year = {2015},
-    doi = {10.1109/TMI.2014.2377694}
-}
-"""
-_INPUTS_DESCRIPTION = f"""{VOLUMES_DESCRIPTION}\
-{RESULT_DESCRIPTION.format(key="specificity")}
-Examples:
-    >>> import evaluate
-    >>> metric = evaluate.load("specificity.py")  # path of this file, or id of its Space
-    >>> prediction, reference = [[[2, 1, 0, 0], [2, 2, 0, 0]]], [[[2, 0, 0, 0], [2, 0, 0, 0]]]
-    >>> scores = metric.compute(predictions=[prediction], references=[reference])
-    >>> round(scores["specificity_WT"], 4)
-    0.6667
-"""
-
-
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS_DESCRIPTION)
 class Specificity(VolumeMetric):
     """Specificity of tumour regions in volumes, per patient."""
 
-    measures = ("specificity",)
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS_DESCRIPTION,
-            features=VOLUME_FEATURES,
-            reference_urls=["https://doi.org/10.1109/TMI.2014.2377694"],
-        )
-
-    def _score(
-        self, prediction: Any, reference: Any, *, regions: Mapping[str, Sequence[int]] | None = None
-    ) -> dict[str, dict[str, float]]:
-        return score_volume(prediction, reference, self.measures, regions=regions)
-
-
-__all__ = ["Specificity"]
+    score_function = staticmethod(score_volume)
+    metrics = ("specificity",)
+    options = ("regions",)
+    facts = MetricFacts(
+        title="Specificity",
+        description="""
+            Specificity of predicted regions in label volumes: the share of the volume outside the reference that was
+            left empty, per region and patient, averaged over patients.
+        """,
+        range="""
+            0 to 1, higher is better. Tumours are small, so it is close to 1 for any prediction, and depends on how
+            much air the volume has.
+        """,
+        special_cases={
+            "Reference fills the volume": "1, since there was no background to get wrong.",
+            "Reference empty": "the share of voxels not predicted.",
+            "Prediction empty": "1.",
+        },
+        example_score=0.6667,
+        further_use="One mask in place of label ids, with the scores of each patient:",
+        further_example="""
+            >>> found, mask = [[[True, False, True]]], [[[True, False, False]]]
+            >>> metric = evaluate.load("./specificity.py", regions={"lesion": [1]})
+            >>> scores = metric.compute(predictions=[found, mask], references=[mask, mask])
+            >>> scores["specificity"], scores["specificity_per_patient"]
+            (0.75, {'lesion': [0.5, 1.0]})
+        """,
+        citation=BRATS_CITATION,
+    )

@@ -1,4 +1,4 @@
-"""Measures of the regions of one patient's label volume: overlap in voxels, distance in millimetres.
+"""Metrics of the regions of one patient's label volume: overlap in voxels, distance in millimetres.
 
 [`score_volume`] computes any of them for all regions, reading the volumes once. Where a region is empty the values are
 those of BraTS: right if the prediction is empty too, as wrong as can be if it is not.
@@ -13,7 +13,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 
-VOLUME_MEASURES = ("volume_dice", "sensitivity", "specificity", "hausdorff95_mm")
+VOLUME_METRICS = ("volume_dice", "sensitivity", "specificity", "hausdorff95_mm")
 # Whole tumour, tumour core and enhancing tumour, of 1 necrosis, 2 oedema, 3 enhancing tumour.
 BRATS_REGIONS: Mapping[str, Sequence[int]] = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
 # The diagonal of BraTS' volumes of 240x240x155 voxels of 1 mm, 373.13 mm.
@@ -21,31 +21,16 @@ ONE_EMPTY_MM = math.hypot(240, 240, 155)
 
 
 class VoxelCounts(NamedTuple):
-    """Voxels of one region of one patient; [`count_voxels`] makes it.
+    """Voxels of one region of one patient; [`count_voxels`] makes it."""
 
-    Attributes:
-        true_positive: Predicted voxels inside the reference.
-        predicted: Predicted voxels.
-        reference: Voxels of the reference.
-        total: Voxels of the volume.
-    """
-
-    true_positive: int
+    true_positive: int  # predicted voxels inside the reference
     predicted: int
     reference: int
-    total: int
+    total: int  # voxels of the volume
 
 
 def to_label_map(volume: Any, name: str) -> np.ndarray:
-    """Turn a volume into an array of label ids of shape `(x, y, z)`, in any order of axes.
-
-    Args:
-        volume: NumPy array, tensor or nested list of integers >= 0, which may be stored as floats, or of booleans.
-        name: What to call it in errors.
-
-    Raises:
-        ValueError: If it has another shape, no voxels, or holds anything else.
-    """
+    """Turn an array, tensor or nested list into an array of label ids of shape `(x, y, z)`, in any order of axes."""
     if hasattr(volume, "detach"):
         volume = volume.detach().cpu()
         # NumPy has no bfloat16.
@@ -70,15 +55,7 @@ def to_label_map(volume: Any, name: str) -> np.ndarray:
 
 
 def to_mask(volume: Any, name: str) -> np.ndarray:
-    """Turn a volume into a boolean mask of the same shape.
-
-    Args:
-        volume: Volume of shape `(x, y, z)`: boolean, or of 0 and 1.
-        name: What to call it in errors.
-
-    Raises:
-        ValueError: If it has another shape or holds other values.
-    """
+    """Turn a volume of booleans, or of 0 and 1, into a boolean mask of the same shape."""
     array = to_label_map(volume, name)
     if (highest := array.max()) > 1:
         raise ValueError(f"`{name}` must be a mask of 0 and 1, got {highest:g}. Pick a region, as in `labels == 3`.")
@@ -86,26 +63,14 @@ def to_mask(volume: Any, name: str) -> np.ndarray:
 
 
 def count_voxels(prediction: Any, reference: Any) -> VoxelCounts:
-    """Count the voxels of a prediction and its reference.
-
-    Args:
-        prediction: Mask of shape `(x, y, z)`: boolean, or of 0 and 1.
-        reference: Mask of the same shape.
-
-    Raises:
-        ValueError: If one is no mask, or the shapes differ.
-    """
-    return _count(*_pair(prediction, reference))
+    """Count the voxels of two masks of shape `(x, y, z)`, boolean, or of 0 and 1."""
+    masks = _pair(prediction, reference)
+    true_positive, predicted, expected = map(np.count_nonzero, (masks[0] & masks[1], *masks))
+    return VoxelCounts(int(true_positive), int(predicted), int(expected), masks[0].size)
 
 
 def dice(counts: VoxelCounts) -> float:
-    """Return the Dice coefficient `2 |A and B| / (|A| + |B|)`, in [0, 1], best at 1.
-
-    It is 1 if prediction and reference are both empty, 0 if one of them is.
-
-    Args:
-        counts: Voxels of the region.
-    """
+    """Return the Dice coefficient, in [0, 1], best at 1. It is 1 if both are empty, 0 if one is."""
     return _ratio(2 * counts.true_positive, counts.predicted + counts.reference)
 
 
@@ -114,9 +79,6 @@ def sensitivity(counts: VoxelCounts) -> float:
 
     It is 1 if the reference is empty, whatever was predicted: there was nothing to miss, and Dice and specificity
     punish what is too much. The code of BraTS 2023 has 1 there if nothing was predicted, else 0.
-
-    Args:
-        counts: Voxels of the region.
     """
     return _ratio(counts.true_positive, counts.reference)
 
@@ -124,55 +86,37 @@ def sensitivity(counts: VoxelCounts) -> float:
 def specificity(counts: VoxelCounts) -> float:
     """Return the share of the volume outside the reference that was left empty, in [0, 1], best at 1.
 
-    It is 1 if the reference fills the volume: there was no background to get wrong. Tumours are small and volumes
-    large, so it is close to 1 for any prediction, and depends on how much air the volume has.
-
-    Args:
-        counts: Voxels of the region.
+    It is 1 if both are empty, if the prediction alone is, and if the reference fills the volume, since there was no
+    background to get wrong.
     """
     background = counts.total - counts.reference
     return _ratio(background - (counts.predicted - counts.true_positive), background)
 
 
 def hausdorff_distance_95(
-    prediction: Any,
-    reference: Any,
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
-    one_empty_mm: float = ONE_EMPTY_MM,
+    prediction: Any, reference: Any, spacing: Any = (1.0, 1.0, 1.0), one_empty_mm: float = ONE_EMPTY_MM
 ) -> float:
-    """Return the 95 % Hausdorff distance in mm, >= 0, best at 0.
+    """Return the 95 % Hausdorff distance of two masks in mm, >= 0, best at 0.
 
-    For each surface voxel of one mask, take the distance between its centre and that of the nearest surface voxel of
-    the other; of these the 95th percentile, interpolated linearly; and of both directions the larger. Surface voxels
-    have a face in common with a voxel outside the mask, or with the border of the volume.
-
-    It is 0 if both masks are empty and `one_empty_mm` if one is.
-
-    This is `compute_hausdorff_distance(percentile=95)` of MONAI. BraTS' own code from 2023 on cuts the surface into
-    elements between voxels, as `surface-distance` does, and weights each distance by the area of its element. Here
-    each voxel counts the same, so values are near those of the challenge, not equal to them.
-
-    Args:
-        prediction: Mask of shape `(x, y, z)`: boolean, or of 0 and 1.
-        reference: Mask of the same shape.
-        spacing: Size of a voxel in mm along the three axes of the masks.
-        one_empty_mm: Value where just one of the masks is empty. The default is the diagonal of BraTS' volumes,
-            373.13 mm, as in results on BraTS until 2021; its code takes 374 from 2023 on.
-
-    Raises:
-        ValueError: If one is no mask, the shapes differ, or a length is no length.
+    It is 0 if both masks are empty and `one_empty_mm` if one is, else what `DISTANCE_DETAILS` of `volume_metric` says.
 
     Source: Huttenlocher et al., IEEE TPAMI 15(9), 1993, doi 10.1109/34.232073, section 2 (percentiles: section 3).
     """
-    return _hausdorff_distance_95(
-        *_pair(prediction, reference), to_spacing(spacing), _to_length(one_empty_mm, "one_empty_mm")
-    )
+    masks, spacing_mm, one_empty_mm = _pair(prediction, reference), to_spacing(spacing), to_length(one_empty_mm)
+    points = [_surface_points(mask, spacing_mm) for mask in masks]
+    if not all(map(len, points)):
+        return one_empty_mm if any(map(len, points)) else 0.0
+    # A tree of the surface voxels is several times faster than a distance transform of the box around both masks. It
+    # is built and queried faster if neither balanced nor compact, since the points of a grid are full of ties.
+    trees = [cKDTree(own, balanced_tree=False, compact_nodes=False) for own in points]
+    distances = [tree.query(own)[0] for tree, own in zip(reversed(trees), points, strict=True)]
+    return max(float(np.percentile(own, 95)) for own in distances)
 
 
 def score_volume(
     prediction: Any,
     reference: Any,
-    measures: Sequence[str] = VOLUME_MEASURES,
+    metrics: Sequence[str] = VOLUME_METRICS,
     *,
     regions: Mapping[str, Sequence[int]] | None = None,
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
@@ -184,22 +128,23 @@ def score_volume(
         prediction: Label ids of shape `(x, y, z)`, integers >= 0 with 0 for the background. Booleans and 0 and 1 will
             do for a region that is label 1.
         reference: Label ids of the same shape.
-        measures: Which of `VOLUME_MEASURES` to compute.
+        metrics: Which of `VOLUME_METRICS` to compute.
         regions: Region name -> the label ids it joins. Ids in no region are background. Default: BraTS' regions, with
             which any other id than 0 to 3 is an error.
         spacing: Size of a voxel in mm along the three axes of the volumes.
-        one_empty_mm: See [`hausdorff_distance_95`].
+        one_empty_mm: Distance where just one of prediction and reference is empty. The default is the diagonal of
+            BraTS' volumes, 373.13 mm, as in results on BraTS until 2021; its code takes 374 from 2023 on.
 
     Returns:
-        Region name -> measure -> value.
+        Region name -> metric -> value.
 
     Raises:
         ValueError: If a value or the shapes are wrong.
     """
-    if unknown := sorted(set(measures) - set(VOLUME_MEASURES)):
-        raise ValueError(f"`measures` must be among {', '.join(VOLUME_MEASURES)}, got {', '.join(unknown)}.")
+    if unknown := sorted(set(metrics) - set(VOLUME_METRICS)):
+        raise ValueError(f"`metrics` must be among {', '.join(VOLUME_METRICS)}, got {', '.join(unknown)}.")
     label_ids = to_regions(regions)
-    spacing_mm, one_empty_mm = to_spacing(spacing), _to_length(one_empty_mm, "one_empty_mm")
+    lengths = to_spacing(spacing), to_length(one_empty_mm)
     volumes = {"prediction": to_label_map(prediction, "prediction"), "reference": to_label_map(reference, "reference")}
     for name, volume in volumes.items():
         if volume.dtype == bool and any(ids != [1] for ids in label_ids.values()):
@@ -214,30 +159,23 @@ def score_volume(
             )
     predicted, expected = volumes.values()
     _check_shapes(predicted, expected)
-    # All regions lie in the box around the tumour. What is outside counts by its number.
+    # Compute in the box around the tumour, which holds all regions; voxels outside it enter as a number.
     total, box = predicted.size, _bounding_box((predicted != 0) | (expected != 0))
     predicted, expected = (volume[box].astype(np.int64) for volume in (predicted, expected))
 
     scores = {}
     for name, ids in label_ids.items():
         pair = np.isin(predicted, ids), np.isin(expected, ids)
-        counts = _count(*pair)._replace(total=total)
+        counts = count_voxels(*pair)._replace(total=total)
         values = {"volume_dice": dice(counts), "sensitivity": sensitivity(counts), "specificity": specificity(counts)}
-        if "hausdorff95_mm" in measures:
-            values["hausdorff95_mm"] = _hausdorff_distance_95(*pair, spacing_mm, one_empty_mm)
-        scores[name] = {measure: values[measure] for measure in measures}
+        if "hausdorff95_mm" in metrics:
+            values["hausdorff95_mm"] = hausdorff_distance_95(*pair, *lengths)
+        scores[name] = {metric: values[metric] for metric in metrics}
     return scores
 
 
 def to_regions(regions: Any) -> dict[str, list[int]]:
-    """Check regions and return them with lists of label ids.
-
-    Args:
-        regions: Region name -> the label ids it joins, `None` for those of BraTS.
-
-    Raises:
-        ValueError: If they are something else, none at all, or hold ids below 1.
-    """
+    """Check regions, `None` for those of BraTS, and return them with lists of label ids."""
     regions = BRATS_REGIONS if regions is None else regions
     if not isinstance(regions, Mapping) or not regions:
         raise ValueError(f'`regions` must map names to label ids, such as {{"WT": [1, 2, 3]}}, got {regions!r}.')
@@ -249,14 +187,7 @@ def to_regions(regions: Any) -> dict[str, list[int]]:
 
 
 def to_spacing(spacing: Any) -> np.ndarray:
-    """Check the size of a voxel and return it as an array of shape `(3,)`.
-
-    Args:
-        spacing: Three lengths in mm, in the order of the axes.
-
-    Raises:
-        ValueError: If they are not three, not finite or not above 0.
-    """
+    """Check the size of a voxel in mm and return it as an array of shape `(3,)`."""
     numbers = np.asarray(spacing)
     if numbers.dtype.kind not in "iuf" or numbers.shape != (3,) or not (np.isfinite(numbers) & (numbers > 0)).all():
         raise ValueError(
@@ -266,9 +197,12 @@ def to_spacing(spacing: Any) -> np.ndarray:
     return numbers.astype(np.float64)
 
 
-def _to_length(value: Any, name: str) -> float:
+def to_length(value: Any) -> float:
+    """Check the distance where one mask is empty."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value < math.inf:
-        raise ValueError(f"`{name}` must be a length >= 0 in mm, got {value!r}. Pass 374 for BraTS from 2023 on.")
+        raise ValueError(
+            f"`one_empty_mm` must be a length >= 0 in mm, got {value!r}. Pass 374 for BraTS from 2023 on."
+        )
     return float(value)
 
 
@@ -286,56 +220,23 @@ def _check_shapes(prediction: np.ndarray, reference: np.ndarray) -> None:
         )
 
 
-def _count(prediction: np.ndarray, reference: np.ndarray) -> VoxelCounts:
-    true_positive, predicted, expected = map(np.count_nonzero, (prediction & reference, prediction, reference))
-    return VoxelCounts(int(true_positive), int(predicted), int(expected), prediction.size)
-
-
 def _ratio(numerator: int, denominator: int) -> float:
     return numerator / denominator if denominator else 1.0
-
-
-def _hausdorff_distance_95(
-    prediction: np.ndarray, reference: np.ndarray, spacing_mm: np.ndarray, one_empty_mm: float
-) -> float:
-    points = [_surface_points(mask, spacing_mm) for mask in (prediction, reference)]
-    if not all(map(len, points)):
-        return one_empty_mm if any(map(len, points)) else 0.0
-    # Of the surface alone, a tree is several times faster than a distance transform of the box around both. One that
-    # is neither balanced nor compact is built faster and asked faster, since grids are full of ties.
-    trees = [cKDTree(own, balanced_tree=False, compact_nodes=False) for own in points]
-    distances = [tree.query(own)[0] for tree, own in zip(reversed(trees), points, strict=True)]
-    return max(float(np.percentile(own, 95)) for own in distances)
 
 
 def _surface_points(mask: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
     """Return the centres of the surface voxels in mm, of shape `(voxels, 3)`."""
     box = _bounding_box(mask)
     inner = mask[box]
-    # Erosion takes what lies outside the box for empty, which it is, or outside the volume.
+    # Erosion takes what lies outside the box for empty: it is, or it is outside the volume.
     surface = inner & ~ndimage.binary_erosion(inner)
     return (np.argwhere(surface) + [side.start for side in box]) * spacing_mm
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """Return the smallest box that holds the mask; that of an empty mask is empty."""
+    """Return the smallest box that holds the mask; of an empty mask, its first voxel."""
     places = [np.flatnonzero(np.any(mask, axis=across)) for across in ((1, 2), (0, 2), (0, 1))]
-    return tuple(slice(int(at[0]), int(at[-1]) + 1) if at.size else slice(0, 0) for at in places)
+    return tuple(slice(int(at[0]), int(at[-1]) + 1) if at.size else slice(0, 1) for at in places)
 
 
-__all__ = [
-    "BRATS_REGIONS",
-    "ONE_EMPTY_MM",
-    "VOLUME_MEASURES",
-    "VoxelCounts",
-    "count_voxels",
-    "dice",
-    "hausdorff_distance_95",
-    "score_volume",
-    "sensitivity",
-    "specificity",
-    "to_label_map",
-    "to_mask",
-    "to_regions",
-    "to_spacing",
-]
+__all__ = ["BRATS_REGIONS", "VOLUME_METRICS", "score_volume"]

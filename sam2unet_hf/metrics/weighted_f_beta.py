@@ -1,77 +1,47 @@
 """Weighted F-measure of predicted masks, as an `evaluate` module."""
 
-from typing import Any, Literal
-
-import evaluate
-import numpy as np
-
 from .functional import score
-from .segmentation_metric import FEATURES, IMAGES_DESCRIPTION, ZERO_DIVISION_DESCRIPTION, SegmentationMetric
+from .segmentation_metric import SegmentationMetric
+from .streaming_metric import MetricFacts
 
 
-_DESCRIPTION = """
-Weighted F-measure: an F-measure of probabilities, without thresholds, in which an error counts less beside other
-errors of the kind and more the farther it is from the mask. Averaged over images.
-"""
-_CITATION = """
-@inproceedings{margolin2014evaluate,
-    author = {Margolin, Ran and Zelnik-Manor, Lihi and Tal, Ayellet},
-    title = {How to Evaluate Foreground Maps?},
-    booktitle = {IEEE Conference on Computer Vision and Pattern Recognition (CVPR)},
-    pages = {248--255},
-    year = {2014},
-    doi = {10.1109/CVPR.2014.39}
-}
-"""
-_INPUTS_DESCRIPTION = f"""{IMAGES_DESCRIPTION}{ZERO_DIVISION_DESCRIPTION}\
-    beta_squared: Weight of recall against precision, above 0; 1 by default.
-
-Returns:
-    Dictionary with `weighted_f_beta`, in [0, 1] and best at 1. With regions the mean over them, and
-    `weighted_f_beta_<region>`.
-
-Examples:
-    >>> import evaluate
-    >>> metric = evaluate.load("weighted_f_beta.py")  # path of this file, or id of its Space
-    >>> prediction, reference = [[0.9, 0.6], [0.2, 0.1]], [[1, 0], [0, 0]]
-    >>> scores = metric.compute(predictions=[prediction], references=[reference])
-    >>> round(scores["weighted_f_beta"], 4)
-    0.6578
-"""
-
-
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS_DESCRIPTION)
 class WeightedFBeta(SegmentationMetric):
     """Weighted F-measure of predicted masks."""
 
-    measures = ("weighted_f_beta",)
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS_DESCRIPTION,
-            features=FEATURES,
-            reference_urls=["https://doi.org/10.1109/CVPR.2014.39"],
-        )
-
-    def _score(
-        self,
-        prediction: Any,
-        reference: Any,
-        *,
-        normalize: Literal["minmax"] | None = None,
-        zero_division: float = 0.0,
-        beta_squared: float = 1.0,
-    ) -> np.ndarray:
-        return score(
-            prediction,
-            reference,
-            self.measures,
-            normalize=normalize,
-            zero_division=zero_division,
-            weighted_beta_squared=beta_squared,
-        )
-
-
-__all__ = ["WeightedFBeta"]
+    score_function = staticmethod(score)
+    metrics = ("weighted_f_beta",)
+    options = ("normalize", "zero_division")
+    facts = MetricFacts(
+        title="Weighted F-measure",
+        description="""
+            Weighted F-measure: an F-measure of probabilities, without thresholds, in which an error counts less beside
+            other errors of the kind and more the farther it is from the mask. Averaged over images.
+        """,
+        range="0 to 1, higher is better.",
+        special_cases={
+            "Mask empty": "0; `zero_division`, 0 by default, if no probability is above 0.5.",
+            "Prediction 0 everywhere, mask not empty": "0 if the mask keeps 3 pixels away from the border, else more, "
+            "since the authors' code takes what lies outside the image for right.",
+            "Mask full": "as any other; 1 if the prediction is 1 everywhere.",
+            "Constant prediction, one pixel, one row": 'as any other; `normalize="minmax"` leaves constants alone.',
+        },
+        example_score=0.6578,
+        further_use="The farther from the mask, the more a false pixel counts:",
+        further_example="""
+            >>> row = [[1, 1, 0, 0, 0, 0]]
+            >>> near = metric.compute(predictions=[[[1, 1, 1, 0, 0, 0]]], references=[row])
+            >>> far = metric.compute(predictions=[[[1, 1, 0, 0, 0, 1]]], references=[row])
+            >>> round(near["weighted_f_beta"], 4), round(far["weighted_f_beta"], 4)
+            (0.7798, 0.7372)
+        """,
+        citation="""
+            @inproceedings{margolin2014evaluate,
+                author = {Margolin, Ran and Zelnik-Manor, Lihi and Tal, Ayellet},
+                title = {How to Evaluate Foreground Maps?},
+                booktitle = {IEEE Conference on Computer Vision and Pattern Recognition (CVPR)},
+                pages = {248--255},
+                year = {2014},
+                doi = {10.1109/CVPR.2014.39}
+            }
+        """,
+    )

@@ -40,11 +40,7 @@ def estimate_batch_norm(model: nn.Module, loader: DataLoader, num_images: int, a
     The mean is that of all images of all processes, and the variance is that about it: the mean variance within
     batches plus the variance of the batches' means.
 
-    Args:
-        model: The model, which ends in training mode.
-        loader: Batches with `pixel_values`, other ones in each process.
-        num_images: Images that each process takes, rounded up to whole batches.
-        accelerator: Of the Trainer; its processes share their statistics.
+    Each process takes `num_images`, rounded up to whole batches. The model ends in training mode.
 
     Source: "precise batch norm", Wu and Johnson, arXiv 2105.07576, section 3.
     """
@@ -74,4 +70,4 @@ def estimate_batch_norm(model: nn.Module, loader: DataLoader, num_images: int, a
         cast("torch.Tensor", norm.running_var).copy_(statistics[1])
 
 
-__all__ = ["batch_norm_loader", "estimate_batch_norm"]
+__all__ = ["estimate_batch_norm"]

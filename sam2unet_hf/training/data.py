@@ -115,4 +115,4 @@ def transform_of(dataset: Any) -> Any:
     return getattr(dataset, "format", {}).get("format_kwargs", {}).get("transform")
 
 
-__all__ = ["SegmentationTransform", "collate", "transform_of"]
+__all__ = ["SegmentationTransform", "collate"]

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from transformers import EvalPrediction, TrainingArguments
 
-from ..metrics.functional import MEASURES, Accumulator, num_columns, score
+from ..metrics.functional import METRICS, num_columns, score
+from ..metrics.segmentation_metric import Accumulator
 from ..modeling_sam2unet import Sam2UNetForSemanticSegmentation
 
 
 class SegmentationMetrics:
-    """All measures of `sam2unet_hf.metrics`, for the `compute_metrics` of [`Sam2UNetTrainer`].
+    """All metrics of `sam2unet_hf.metrics`, for the `compute_metrics` of [`Sam2UNetTrainer`].
 
     Scores come batch by batch (`batch_eval_metrics=True`) or all at once. Their sums are exact, so the averages depend
     neither on the batch size nor on the number of processes.
@@ -47,9 +48,9 @@ class SegmentationMetrics:
         self._losses: list[float] = []
 
     def names(self) -> list[str]:
-        """Return the keys of the result: each measure over all regions, and per region with its name behind it."""
+        """Return the keys of the result: each metric over all regions, and per region with its name behind it."""
         accumulator = Accumulator()
-        accumulator.add(np.zeros((len(self.regions), sum(map(num_columns, MEASURES)))))
+        accumulator.add(np.zeros((len(self.regions), sum(map(num_columns, METRICS)))))
         return list(accumulator.result(self.regions))
 
     def score(
@@ -72,7 +73,7 @@ class SegmentationMetrics:
             at_mask = F.interpolate(image_logits[None].float(), size=label_map.shape, mode="bilinear")
             probability, mask, counted = (x[0].cpu().numpy() for x in (at_mask.sigmoid(), masks.bool(), valid[:, 0]))
             options: dict[str, Any] = {"zero_division": self.zero_division, "normalize": self.normalize}
-            scores.append(score(probability, mask, valid=counted, **options))
+            scores.append(score(probability, mask, valid_mask=counted, **options))
         return np.stack(scores)
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
@@ -84,7 +85,7 @@ class SegmentationMetrics:
         """
         for scores in np.asarray(prediction.predictions):
             self._accumulator.add(scores)
-            self._image_dice.append(scores[:, 0])
+            self._image_dice.append(scores[:, 0])  # of the first metric, Dice, at probability > 0.5
         self._losses.extend(np.asarray(prediction.label_ids).tolist())
         if not compute_result:
             return {}
@@ -112,4 +113,4 @@ def check_best_metric(args: TrainingArguments, names: list[str], eval_dataset: A
         raise ValueError(f"`greater_is_better` must be False for `metric_for_best_model` {best}, got True.")
 
 
-__all__ = ["SegmentationMetrics", "check_best_metric"]
+__all__ = ["SegmentationMetrics"]

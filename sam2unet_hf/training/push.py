@@ -2,9 +2,10 @@
 
 import contextlib
 import copy
+import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Sized
 from concurrent import futures
 from pathlib import Path
 from typing import Any, cast
@@ -14,13 +15,19 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ..hub import CHECKPOINT_FILES, push_folder, write_model_card
+from ..model_card import TRAINING_INFO
 from ..weights_sam2unet import is_local_source
 from .data import transform_of
 from .metrics import SegmentationMetrics
-from .run_record import first, hyperparameters, scores_by_split, write_training_info
+from .run_record import hyperparameters, scores_by_split
 
 
 logger = logging.getLogger(__name__)
+
+CARD_FACTS = (
+    *("license", "tags", "model_name", "finetuned_from", "dataset", "dataset_tags", "dataset_args"),
+    *("data", "data_citation", "share_predictions"),
+)
 
 
 @contextlib.contextmanager
@@ -52,7 +59,7 @@ class PushCallback(TrainerCallback):
         """Wait for the end of all uploads."""
         futures.wait(self.jobs)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Begin to upload the checkpoint, unless an upload is under way and `hub_always_push` is false."""
         if not state.is_world_process_zero or args.hub_strategy == HubStrategy.END:
             return
@@ -83,19 +90,13 @@ class PushCallback(TrainerCallback):
             )
             self.jobs.append(job)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Wait for the uploads."""
         self.wait()
 
 
 class HubTrainer(Trainer):
     """Trainer that writes our model card and uploads nothing that a model repository does not need.
-
-    Args:
-        args: As in [`~transformers.Trainer`].
-        kwargs: As in [`~transformers.Trainer`].
 
     Attributes:
         card: What was said of the run for its card, under the names of the arguments of `create_model_card`.
@@ -124,61 +125,52 @@ class HubTrainer(Trainer):
         if args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 
-    def create_model_card(  # type: ignore[override]
-        self,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-        data: Mapping[str, Any] | None = None,
-        data_citation: str | None = None,
-        share_predictions: bool | None = None,
-    ) -> None:
+    def create_model_card(self, **facts: Any) -> None:  # type: ignore[override]
         """Write `training_info.json` and from it the model card, `README.md`, into the output folder.
 
         What is not given is as in the call before. A card that somebody edited is left as it is.
 
         Args:
-            license: Licence of the weights, as the Hub names it.
-            tags: Tags for the Hub.
-            model_name: Title of the card.
-            finetuned_from: Model that training started from.
-            dataset_tags: Hub id of the data set.
-            dataset: Its name.
-            dataset_args: Its configuration.
-            data: What the reader should know of the data, a row of a table each.
-            data_citation: How to cite it.
-            share_predictions: Show `predictions.png`, and so upload it. It shows images of the data.
+            **facts: Of `license` (of the weights, as the Hub names it), `tags`, `model_name` (title of the card),
+                `finetuned_from` (model that training started from), `dataset` (its name), `dataset_tags` (its Hub
+                id), `dataset_args` (its configuration), `data` (what the reader should know of it, a row of a table
+                each), `data_citation`, and `share_predictions` (show `predictions.png`, which shows images of the
+                data, and so upload it).
+
+        Raises:
+            TypeError: If a name is none of these.
         """
+        if unknown := facts.keys() - CARD_FACTS:
+            raise TypeError(f"The model card has no {', '.join(sorted(unknown))}; it has {', '.join(CARD_FACTS)}.")
         if not self.is_world_process_zero():
             return
-        given = {
-            "license": license,
-            "tags": [tags] if isinstance(tags, str) else tags,
-            "model_name": model_name,
-            "finetuned_from": None if is_local_source(finetuned_from) else finetuned_from,
-            "dataset_tags": first(dataset_tags),
-            "dataset": first(dataset),
-            "dataset_args": first(dataset_args),
-            "data": data,
-            "data_citation": data_citation,
-            "share_predictions": share_predictions,
-        }
         # `save_model` pushes too, and knows none of them.
-        self.card |= {name: value for name, value in given.items() if value is not None}
-        images = {"training images": self.train_dataset, "validation images": self.eval_dataset}
-        sizes = {
-            name: len(rows) for name, rows in images.items() if isinstance(rows, Sized) and type(rows) is not dict
-        }
+        self.card |= {name: value for name, value in facts.items() if value is not None}
+        card = self.card
+        # transformers gives some of them as lists.
+        name, hub_id, configuration = (
+            value[0] if isinstance(value := card.get(key), list) and value else value
+            for key in ("dataset", "dataset_tags", "dataset_args")
+        )
+        rows = dict(card.get("data", {})) | ({"configuration": configuration} if configuration else {})
+        for title, images in (("training images", self.train_dataset), ("validation images", self.eval_dataset)):
+            if isinstance(images, Sized) and not isinstance(images, dict):
+                rows.setdefault(title, len(images))
         metrics = self.compute_metrics
         names = set(metrics.names()) if isinstance(metrics, SegmentationMetrics) else set()
-        results = scores_by_split(self.args, self.state, self.final_scores, names)
-        zero_division = getattr(metrics, "zero_division", None)
+        info = {
+            **{key: card.get(key) for key in ("license", "model_name")},
+            "finetuned_from": None if is_local_source(card.get("finetuned_from")) else card.get("finetuned_from"),
+            "tags": [tags] if isinstance(tags := card.get("tags", []), str) else tags,
+            "dataset": {"id": hub_id, "name": name, "citation": card.get("data_citation")},
+            "data": rows,
+            "recipe": self.hyperparameters(),
+            "results": scores_by_split(self.args, self.state, self.final_scores, names),
+            "zero_division": getattr(metrics, "zero_division", None),
+            "share_predictions": card.get("share_predictions", False),
+        }
         folder = Path(cast("str", self.args.output_dir))
-        write_training_info(folder, self.card, sizes, self.hyperparameters(), results, zero_division)
+        (folder / TRAINING_INFO).write_text(json.dumps(info, indent=2) + "\n")
         try:
             write_model_card(folder, getattr(self, "hub_model_id", None))
         except FileExistsError as err:
@@ -231,4 +223,4 @@ class HubTrainer(Trainer):
         )
 
 
-__all__ = ["HubTrainer", "PushCallback", "no_push_by_transformers"]
+__all__ = ["PushCallback"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
@@ -79,7 +79,10 @@ def why_incomplete(checkpoint: str | os.PathLike) -> str | None:
         if not any(any(folder.glob(pattern)) for pattern in patterns):
             return f"no {patterns[0]}"
     for path in sorted(folder.rglob("*.safetensors")):
-        if not _is_complete_safetensors(path):
+        try:
+            with safe_open(path, framework="pt"):  # compares the size with what the header promises
+                pass
+        except (OSError, SafetensorError):
             return f"{path.name} is cut off"
     # `torch.save` writes ZIP files, whose directory is at their end.
     for path in sorted(path for ending in ("*.pt", "*.pth", "*.bin") for path in folder.rglob(ending)):
@@ -88,28 +91,8 @@ def why_incomplete(checkpoint: str | os.PathLike) -> str | None:
     return None
 
 
-def _is_complete_safetensors(path: Path) -> bool:
-    """Compare the size of a file with what its header promises."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        size = os.fstat(file.fileno()).st_size
-        if 8 + length > size:
-            return False
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return 8 + length + max(ends, default=0) == size
-
-
 def check_resumable(checkpoint: str | os.PathLike, encoder_sha256: str | None) -> None:
-    """Raise a `ValueError` if a checkpoint is incomplete, or was trained on another encoder than this one.
-
-    Args:
-        checkpoint: Folder `checkpoint-{step}`.
-        encoder_sha256: Hash of the model's encoder where checkpoints are written without it.
-    """
+    """Raise a `ValueError` if a checkpoint is incomplete, or was trained on another encoder than this one."""
     if reason := why_incomplete(checkpoint):
         raise ValueError(
             f"`{checkpoint}` is not complete, so it cannot be resumed from: {reason}. Name another one, or pass True "
@@ -126,15 +109,9 @@ def check_resumable(checkpoint: str | os.PathLike, encoder_sha256: str | None) -
 
 @contextlib.contextmanager
 def complete_or_removed(folder: Path, accelerator: "Accelerator", is_writer: bool) -> Iterator[None]:
-    """Let what is written into a checkpoint folder be there completely or not at all.
+    """Let what is written into a checkpoint folder be there completely or not at all, and tell of a full disk.
 
-    Args:
-        folder: Folder `checkpoint-{step}`. What an interrupted run has left there is removed first.
-        accelerator: Its processes begin to write together.
-        is_writer: Whether this process writes.
-
-    Raises:
-        OSError: If the disk is full. The message names the newest complete checkpoint.
+    What an interrupted run has left there is removed first.
     """
     if is_writer and folder.exists():
         shutil.rmtree(folder)
@@ -161,18 +138,8 @@ def complete_or_removed(folder: Path, accelerator: "Accelerator", is_writer: boo
 class RunningLoss:
     """The losses of a run, which checkpoints keep so that a run that goes on logs what it would have logged.
 
-    [`~transformers.Trainer`] begins anew at a checkpoint: the first loss that it logs after one lacks the steps
-    before.
-
-    Args:
-        device: Of the losses.
-        replace_nan: Count a loss that is not finite as the mean of those since the last log entry, as
-            `logging_nan_inf_filter` says.
-
-    Attributes:
-        sum_logged: Sum of the losses of all steps that a log entry holds.
-        sum_since: Sum of those since, a scalar tensor.
-        last_logged_step: Step of the last log entry.
+    [`~transformers.Trainer`] begins anew at a checkpoint: the first loss that it logs there lacks the steps before.
+    With `replace_nan` a loss that is not finite counts as the mean of those since the last log entry.
     """
 
     def __init__(self, device: torch.device, replace_nan: bool):
@@ -251,18 +218,14 @@ class StopOnSigterm(TrainerCallback):
         if args.save_total_limit == 1:
             args.save_total_limit = 2
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Listen for the signal."""
         self.stopped = self._asked = False
         # Python lets no other thread handle signals. A training that failed, and is tried again, has left its handler.
         if threading.current_thread() is threading.main_thread() and self._handler is None:
             self._handler = signal.signal(signal.SIGTERM, self._on_signal)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save and stop, unless the training ends here anyway; at the end of an epoch after its evaluation."""
         if state.global_step < state.max_steps and not self._is_only_evaluated(args, state, control):
             if self._stop_requested():
@@ -277,25 +240,19 @@ class StopOnSigterm(TrainerCallback):
         is_saved = control.should_save or (at_end and args.save_strategy == SaveStrategy.EPOCH)
         return is_evaluated and not is_saved
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Do nothing that belongs to the end of an epoch after a stop within it."""
         if self.stopped and is_within_epoch(state):
             control.should_log = control.should_evaluate = control.should_save = False
         elif self.stopped:
             control.should_save = True
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stop after the checkpoint that belongs to this evaluation."""
         if control.should_save and args.save_strategy != SaveStrategy.BEST and self._stop_requested():
             self._stop(args, control)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave the signal to whoever had it before."""
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
@@ -352,9 +309,7 @@ class ResumeCallback(TrainerCallback):
         self.losses = losses
         self._first_step: int | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Take over losses, and find the best checkpoint again."""
         self._first_step = state.global_step
         saved = cast("Any", state.stateful_callbacks).get(LOSSES)
@@ -364,19 +319,10 @@ class ResumeCallback(TrainerCallback):
         if state.best_model_checkpoint is None and best.is_dir():
             state.best_model_checkpoint = str(best)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Repeat nothing at the end of an epoch whose steps were all done before."""
         if state.global_step == self._first_step:
             control.should_log = control.should_evaluate = control.should_save = False
 
 
-__all__ = [
-    "ResumeCallback",
-    "RunningLoss",
-    "StopOnSigterm",
-    "ignore_sigterm",
-    "last_complete_checkpoint",
-    "why_incomplete",
-]
+__all__ = ["ResumeCallback", "StopOnSigterm", "last_complete_checkpoint", "why_incomplete"]

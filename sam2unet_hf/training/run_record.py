@@ -1,9 +1,7 @@
-"""What a model card tells of a run: hyperparameters, scores by split, data."""
+"""What a model card tells of a run: its hyperparameters and scores."""
 
-import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,20 +10,12 @@ from torchvision.transforms import v2
 from transformers import TrainerState, TrainingArguments
 
 from ..configuration_sam2unet import Sam2UNetConfig
-from ..model_card import TRAINING_INFO
 
 
 _FIELDS = TrainingArguments.__dataclass_fields__
 # Rows of every card, whatever their values.
-_ALWAYS_SHOWN = (
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "optim",
-    "learning_rate",
-    "weight_decay",
-    "seed",
-)
-_OF_THE_OPTIMIZER = ("optim", "learning_rate", "lr_scheduler_type", "weight_decay")
+_ALWAYS_SHOWN = {"num_train_epochs", "per_device_train_batch_size", "optim", "learning_rate", "weight_decay", "seed"}
+_OF_THE_OPTIMIZER = {"optim", "learning_rate", "lr_scheduler_type", "weight_decay"}
 # The arguments of training that say how a run can be repeated.
 HYPERPARAMETERS = (
     "num_train_epochs",
@@ -61,13 +51,7 @@ def hyperparameters(
 ) -> dict[str, Any]:
     """Return what repeats a training, as rows for the model card.
 
-    Args:
-        args: Arguments of the training.
-        state: State of the Trainer at its end.
-        config: Configuration of the model.
-        optimizer: Name of an optimizer that does not come from `args`.
-        notes: Further rows.
-        augment: Transform of the training images.
+    `optimizer` names one that does not come from `args`, `notes` are further rows, `augment` changes training images.
     """
     rows: dict[str, Any] = {}
     for name in HYPERPARAMETERS:
@@ -102,13 +86,9 @@ def hyperparameters(
 def scores_by_split(
     args: TrainingArguments, state: TrainerState, final_scores: Mapping[str, float], names: Iterable[str]
 ) -> dict[str, dict[str, float]]:
-    """Return the scores of the trained model: those of evaluations after the training, or its last one.
+    """Return the scores of these names of the trained model: those after the training, or else of its last evaluation.
 
-    Args:
-        args: Arguments of the training.
-        state: State of the Trainer at its end.
-        final_scores: Scores of evaluations after the training, with the prefix `eval_` or `test_`.
-        names: Scores to return, without prefix.
+    `final_scores` are those after the training, with the prefix `eval_` or `test_`.
     """
     entries = [entry for entry in state.log_history if "eval_loss" in entry]
     step = state.best_global_step if args.load_best_model_at_end else state.global_step
@@ -121,50 +101,4 @@ def scores_by_split(
     return found
 
 
-def write_training_info(
-    folder: Path,
-    facts: Mapping[str, Any],
-    sizes: Mapping[str, int],
-    recipe: Mapping[str, Any],
-    results: Mapping[str, Any],
-    zero_division: float | None,
-) -> None:
-    """Write `training_info.json`, of which the model card is rendered.
-
-    Args:
-        folder: Output folder of the run.
-        facts: What was said of the run, under the names of the arguments of
-            [`~training.Sam2UNetTrainer.create_model_card`].
-        sizes: Number of images by their name, where `facts` does not say it.
-        recipe: See `hyperparameters`.
-        results: See `scores_by_split`.
-        zero_division: Score where mask and prediction are both empty.
-    """
-    rows = dict(facts.get("data") or {})
-    if "dataset_args" in facts:
-        rows["configuration"] = facts["dataset_args"]
-    info = {
-        **{name: facts.get(name) for name in ("license", "model_name", "finetuned_from")},
-        "tags": facts.get("tags", []),
-        "dataset": {
-            "id": facts.get("dataset_tags"),
-            "name": facts.get("dataset"),
-            "citation": facts.get("data_citation"),
-        },
-        "data": {**rows, **{name: size for name, size in sizes.items() if name not in rows}},
-        "recipe": dict(recipe),
-        "results": dict(results),
-        "zero_division": zero_division,
-        "share_predictions": facts.get("share_predictions", False),
-    }
-    (folder / TRAINING_INFO).write_text(json.dumps(info, indent=2) + "\n")
-
-
-def first(value: str | Sequence[str] | None) -> str | None:
-    """Return a text, or the first of several, as transformers takes either for the card."""
-    if value is None or isinstance(value, str):
-        return value
-    return value[0] if value else None
-
-
-__all__ = ["HYPERPARAMETERS", "first", "hyperparameters", "scores_by_split", "write_training_info"]
+__all__ = ["HYPERPARAMETERS"]

@@ -81,7 +81,7 @@ class ParquetRows(Dataset):
         self.num_bytes = sum(sizes)
         self.transform: Callable[[Any], Mapping[str, Sequence[Any]]] | None = None
         self.seeds = (0, 0)
-        self._held: dict[int, pa.Table] = {}
+        self._cache: dict[int, pa.Table] = {}
 
     def set_epoch(self, epoch: int, seed: int | None = None) -> None:
         """Let a [`RowGroupSampler`] that has no seed of its own shuffle by seed and epoch, from now on."""
@@ -91,7 +91,7 @@ class ParquetRows(Dataset):
         """Return the same rows, changed by a function of batches (a list per column) when they are read."""
         rows = copy.copy(self)
         rows.transform = transform
-        rows._held = {}
+        rows._cache = {}
         return rows
 
     def head(self, count: int) -> datasets.Dataset:
@@ -131,7 +131,7 @@ class ParquetRows(Dataset):
         return [{name: values[row] for name, values in batch.items()} for row in range(len(indices))]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": {}}
+        return {**self.__dict__, "_cache": {}}
 
     def _batch(self, indices: Sequence[int]) -> Mapping[str, Sequence[Any]]:
         examples = [self._row(index) for index in indices]
@@ -141,42 +141,42 @@ class ParquetRows(Dataset):
         try:
             return self.transform(batch)
         except (OSError, SyntaxError, ValueError) as err:
-            raise ValueError(f"One of the rows {', '.join(map(self._place, indices))}: {err}") from err
+            raise ValueError(f"One of the rows {', '.join(map(self._describe_row, indices))}: {err}") from err
 
     def _row(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"There is no row {index}, there are {len(self)}.")
         index %= len(self)
         group = self._group_of(index)
-        (example,) = self._hold(group).slice(index - self.group_starts[group], 1).to_pylist()
+        (example,) = self._cached_group(group).slice(index - self.group_starts[group], 1).to_pylist()
         for name, feature in self.features.items():
             image = example[name] if isinstance(feature, datasets.Image) else None
             if image is not None and image["bytes"] is None:  # `datasets` would open any path
                 raise ValueError(
-                    f"Row {self._place(index)} names the file {image['path']} in column {name!r}, not an image. "
-                    "Write the images into the rows, as `to_parquet` does."
+                    f"Row {self._describe_row(index)} names the file {image['path']} in column {name!r}, not an "
+                    "image. Write the images into the rows, as `to_parquet` does."
                 )
         try:
             return self.features.decode_example(example)
         except (OSError, SyntaxError, ValueError) as err:  # what Pillow raises
-            raise ValueError(f"Row {self._place(index)} cannot be decoded: {err}") from err
+            raise ValueError(f"Row {self._describe_row(index)} cannot be decoded: {err}") from err
 
     def _group_of(self, index: int) -> int:
         return int(np.searchsorted(self.group_starts, index, side="right")) - 1
 
-    def _place(self, index: int) -> str:
+    def _describe_row(self, index: int) -> str:
         """Say where a row is to be found."""
         group = self._group_of(index)
         file, number = self._groups[group]
         return f"{index} (row {index - self.group_starts[group - number]} of `{file.path}`)"
 
-    def _hold(self, group: int) -> pa.Table:
+    def _cached_group(self, group: int) -> pa.Table:
         """Return a row group, read if it is not among those used last."""
-        table = self._held.pop(group, None)
-        self._held[group] = table = self._read_group(group) if table is None else table
+        table = self._cache.pop(group, None)
+        self._cache[group] = table = self._read_group(group) if table is None else table
         limit = self.shuffle_buffer + int(np.diff(self.group_starts).max())
-        while len(self._held) > 1 and sum(map(len, self._held.values())) > limit:
-            del self._held[next(iter(self._held))]
+        while len(self._cache) > 1 and sum(map(len, self._cache.values())) > limit:
+            del self._cache[next(iter(self._cache))]
         return table
 
     def _open(self, path: str, size: int | None = None) -> Any:
@@ -284,13 +284,9 @@ class RowGroupSampler(Sampler[int]):
 
     @staticmethod
     def _shuffle_blocks(rows: np.ndarray, bounds: np.ndarray, size: int, generator: np.random.Generator) -> None:
-        """Shuffle row groups of together at least this many rows, in place.
+        """Shuffle row groups of together at least `size` rows, in place.
 
-        Args:
-            rows: Part of the order.
-            bounds: Where row groups begin and end, counted from the first of these rows, which may lie within one.
-            size: Rows of a block.
-            generator: Of random numbers.
+        Row groups begin and end at `bounds`, counted from the first of these rows, which may lie within one.
         """
         start = 0
         held_from = bounds[bounds <= 0].max()  # a row group is held as a whole
@@ -307,15 +303,7 @@ def row_group_loader(
     collate: Callable[[Any], Any],
     is_training: bool = False,
 ) -> DataLoader:
-    """Return a loader that reads each row group once, of all processes together until accelerate prepares it.
-
-    Args:
-        rows: The rows.
-        args: Arguments of the training; the loader follows those that begin with `dataloader_`.
-        batch_size: Rows in a batch of one process.
-        collate: Makes a batch of rows.
-        is_training: Shuffle, seed the workers, and drop the last batch if `dataloader_drop_last` says so.
-    """
+    """Return a loader that reads each row group once, of all processes together until accelerate prepares it."""
     names = ("num_workers", "pin_memory", "prefetch_factor", "multiprocessing_context", "in_order")
     options = {name: getattr(args, f"dataloader_{name}") for name in names if hasattr(args, f"dataloader_{name}")}
     if is_training:
@@ -357,4 +345,4 @@ def open_parquet(name: str, config_name: str | None = None, shuffle_buffer: int 
     return splits
 
 
-__all__ = ["ParquetRows", "RowGroupSampler", "open_parquet", "row_group_loader"]
+__all__ = ["ParquetRows", "RowGroupSampler", "open_parquet"]

@@ -1,7 +1,6 @@
 """The Trainer of SAM2-UNet."""
 
 import contextlib
-import functools
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -41,11 +40,9 @@ UNUSABLE_ARGUMENTS = {
 class SetEpochCallback(TrainerCallback):
     """Tells the training images and their transform the epoch."""
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any):
         """Set the epoch."""
-        dataset, epoch = kwargs["train_dataloader"].dataset, int(state.epoch or 0)
+        dataset, epoch = objects["train_dataloader"].dataset, int(state.epoch or 0)
         if isinstance(dataset, ParquetRows):
             dataset.set_epoch(epoch, args.seed)
         transform = transform_of(dataset)
@@ -84,30 +81,24 @@ class Sam2UNetTrainer(HubTrainer):
     Args:
         model: The model to train.
         args: Training arguments; `remove_unused_columns` must be false, since rows hold images.
-        batch_norm_images: Re-estimate the statistics of batch norm on this many training images before each
-            evaluation during training, and so before each checkpoint, and at the end. For models whose encoder is
-            trained: batch norm cancels the mean of the encoder's features, which therefore drifts, faster than the
-            running averages of the decoder's batch norms follow. 0 keeps the running averages, which do for a frozen
-            encoder. With several processes each takes as many images, and the statistics are those of all.
-        sync_batch_norm: With several processes, normalise by the statistics of the images of all of them
-            (`torch.nn.SyncBatchNorm`, GPUs only). Otherwise each process normalises its images by their own
-            statistics, as if `per_device_train_batch_size` were the batch size, and the running averages are those of
-            process 0, which `DistributedDataParallel` sends to the others. Checkpoints are the same either way.
+        batch_norm_images: Estimate batch norm anew on this many training images, per process, before each evaluation
+            during training and at its end. For models whose encoder is trained: its features drift faster than the
+            running averages of batch norm follow. 0 keeps the averages, which do for a frozen encoder.
+        sync_batch_norm: With several processes, normalise by the images of all of them (`torch.nn.SyncBatchNorm`,
+            GPUs only). Otherwise each process normalises by its own, and the running averages are those of process 0.
+            Checkpoints are the same either way.
         trainable_only: Save and push checkpoints without the encoder, which must be frozen and come from
             `from_sam2`; see [`Sam2UNetForSemanticSegmentation.save_pretrained`].
         kwargs: Arguments of [`~transformers.Trainer`]. `data_collator` and `compute_metrics` have the right defaults.
 
-    Data sets may be [`~streaming.ParquetRows`], too, read while training, of which each process reads its share.
-
-    With FSDP, which shards the weights, checkpoints still hold the whole model, for `from_pretrained`. It needs GPUs.
-
-    With `push_to_hub=True` only checkpoint, code, card and the pictures that the card shows are uploaded, and nothing
-    that is a pickle. (`hub_strategy="checkpoint"` and `"all_checkpoints"` also upload what resuming needs.)
+    Data sets may be [`~streaming.ParquetRows`], of which each process reads its share. With FSDP, which needs GPUs,
+    checkpoints still hold the whole model. With `push_to_hub=True` checkpoint, code, card and the pictures in the card
+    are uploaded, and no pickle. (`hub_strategy="checkpoint"` and `"all_checkpoints"` upload what resuming needs, too.)
 
     Raises:
         OSError: With `trainable_only=True`, if the encoder's source cannot be reached.
-        ValueError: If an argument would drop the images or the scores, or cannot be had on this device, or with
-            `trainable_only=True` the encoder is trained or not that of its source.
+        ValueError: If an argument would drop images or scores, or cannot be had on this device, or if, with
+            `trainable_only=True`, the encoder is trained or not that of its source.
     """
 
     def __init__(
@@ -224,33 +215,28 @@ class Sam2UNetTrainer(HubTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the training images as [`~transformers.Trainer`] does, or such that row groups are read once."""
-        rows = self.train_dataset
+        rows, batch_size = self.train_dataset, self.args.train_batch_size
         if not isinstance(rows, ParquetRows):
             return protect_workers(super().get_train_dataloader())
-        loader = row_group_loader(rows, self.args, self.args.train_batch_size, self.data_collator, is_training=True)
+        loader = row_group_loader(rows, self.args, batch_size, self.data_collator, is_training=True)
         return protect_workers(self.accelerator.prepare(loader))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the images of an evaluation, all of them whatever `dataloader_drop_last` says of training."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = cast("Any", self.eval_dataset if eval_dataset is None else eval_dataset)
         rows = cast("Any", self.eval_dataset)[rows] if isinstance(rows, str) else rows
-        return self.complete_loader(rows, functools.partial(super().get_eval_dataloader, eval_dataset))
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """Return the images to predict, all of them whatever `dataloader_drop_last` says of training."""
-        return self.complete_loader(test_dataset, functools.partial(super().get_test_dataloader, test_dataset))
-
-    def complete_loader(self, rows: Any, make_loader: Any) -> DataLoader:
-        """Return a loader of all rows: the one that is made, or one that reads row groups once."""
         if isinstance(rows, ParquetRows):
             loader = row_group_loader(rows, self.args, self.args.eval_batch_size, self.data_collator)
             return protect_workers(self.accelerator.prepare(loader))
-        drop_last = self.args.dataloader_drop_last
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            self.args.dataloader_drop_last = False
-            return protect_workers(make_loader())
+            return protect_workers(super().get_eval_dataloader(eval_dataset))
         finally:
             self.args.dataloader_drop_last = drop_last
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Return the images to predict, as `get_eval_dataloader` does."""
+        return self.get_eval_dataloader(test_dataset)
 
     # Evaluation
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .scans_sam2unet import (
     DECATHLON_ORDER,
+    MODALITIES,
     ScanError,
     Volume,
     check_same_grid,
@@ -22,14 +23,14 @@ from .scans_sam2unet import (
 
 logger = logging.getLogger(__name__)
 
-_FILE_NAME = re.compile(
-    r"(?P<prefix>[^.].*)(?P<ending>_(?:t1|t1ce|t2|flair|seg)|-(?:t1n|t1c|t2w|t2f|seg))\.nii(?:\.gz)?", re.DOTALL
-)
+# The endings of the files of a case, in BraTS 2017-2021 and from 2023 on.
+_ENDINGS = {**MODALITIES, "seg": ("_seg", "-seg")}
 
-_ENDINGS = {
-    "_t1": "t1", "_t1ce": "t1ce", "_t2": "t2", "_flair": "flair", "_seg": "seg",  # 2017-2021
-    "-t1n": "t1", "-t1c": "t1ce", "-t2w": "t2", "-t2f": "flair", "-seg": "seg",  # from 2023 on
-}  # fmt: skip
+_NAME_OF_ENDING = {ending: name for name, endings in _ENDINGS.items() for ending in endings}
+
+_FILE_NAME = re.compile(
+    rf"(?P<prefix>[^.].*)(?P<ending>{'|'.join(map(re.escape, _NAME_OF_ENDING))})\.nii(?:\.gz)?", re.DOTALL
+)
 
 _MISNAMED_MASK = re.compile(r"W39_1998\.09\.19_Segm\.nii(?:\.gz)?")  # case 355 of BraTS 2020, as released
 
@@ -37,10 +38,12 @@ _TIMEPOINT = re.compile(r"(BraTS-.+-\d+)-\d{3}")
 
 _DECATHLON_NAME = re.compile(r"(BRATS_\d+)\.nii(?:\.gz)?")
 
-_LAYOUT = """Expected one folder per case, at any depth, with one file per contrast:
-  BraTS 2017-2021   BraTS20_Training_001/BraTS20_Training_001_{t1,t1ce,t2,flair,seg}.nii[.gz]
-  BraTS 2023 on     BraTS-GLI-00000-000/BraTS-GLI-00000-000-{t1n,t1c,t2w,t2f,seg}.nii[.gz]
-or all contrasts of a case in one file, as the Medical Segmentation Decathlon has them:
+_OLD_ENDINGS, _NEW_ENDINGS = (",".join(ending[1:] for ending in year) for year in zip(*_ENDINGS.values(), strict=True))
+
+_LAYOUT = f"""Expected one folder per case, at any depth, with one file per modality:
+  BraTS 2017-2021   BraTS20_Training_001/BraTS20_Training_001_{{{_OLD_ENDINGS}}}.nii[.gz]
+  BraTS 2023 on     BraTS-GLI-00000-000/BraTS-GLI-00000-000-{{{_NEW_ENDINGS}}}.nii[.gz]
+or all modalities of a case in one file, as the Medical Segmentation Decathlon has them:
   Task01_BrainTumour   imagesTr/BRATS_001.nii[.gz] and labelsTr/BRATS_001.nii[.gz]; imagesTs, which has no masks,
                        must be named itself
 The scans are free for research after registration: https://www.synapse.org/brats (all years) or
@@ -51,10 +54,10 @@ https://www.med.upenn.edu/cbica/brats2020/ (2020). Those of the Decathlon need n
 class BratsCase:
     """The files of one scanning session of one patient.
 
-    Attributes:
+    Args:
         case_id: The prefix its files share, `"BraTS20_Training_001"` for example.
         folder: Where the scans lie.
-        files: Path by `"t1"`, `"t1ce"`, `"t2"`, `"flair"` and `"seg"`; what is missing is absent.
+        files: Path by modality, see `MODALITIES`, and of the mask by `"seg"`; what is missing is absent.
         grade: `"HGG"` or `"LGG"` if a folder name or `name_mapping.csv` tells, else `None`.
         problem: Why the files cannot be told apart, else `None`. Reading such a case raises.
         decathlon: The case is of the Medical Segmentation Decathlon: one file holds all four modalities, and NCR/NET
@@ -82,9 +85,10 @@ class BratsCase:
         if self.problem:
             raise ScanError(f"case {self.case_id}: {self.problem}")
         if name not in self.files:
-            folder, endings = self.folder, [ending for ending, known in _ENDINGS.items() if known == name]
+            folder = self.folder
+            endings: tuple[str, ...] = _ENDINGS.get(name, ())
             if self.decathlon:
-                folder, endings = _label_folder(folder) if name == "seg" else folder, [""]
+                folder, endings = _label_folder(folder) if name == "seg" else folder, ("",)
             expected = " or ".join(f"{self.case_id}{ending}.nii[.gz]" for ending in endings)
             what = "mask" if name == "seg" else f"{name} scan"
             hint = " The challenge's validation and test cases come without masks." if name == "seg" else ""
@@ -92,18 +96,6 @@ class BratsCase:
                 f"case {self.case_id}: no {what} in `{folder}`, expected {expected}. Download the case again.{hint}"
             )
         return self.files[name]
-
-    def read_image(self, modality: str, same_grid_as: Volume | None = None) -> Volume:
-        """Read one modality.
-
-        Args:
-            modality: One of `MODALITIES`.
-            same_grid_as: Another volume of the case, which must cover the same voxels in space.
-
-        Raises:
-            ScanError: If the file is missing, damaged or on another grid.
-        """
-        return self.read_images([modality], same_grid_as)[0]
 
     def read_images(self, modalities: Sequence[str], same_grid_as: Volume | None = None) -> list[Volume]:
         """Read several modalities at once: a file that holds them all is read and decompressed once.
@@ -127,7 +119,7 @@ class BratsCase:
         return volumes
 
     def read_mask(self, same_grid_as: Volume | None = None) -> Volume:
-        """Read the expert's mask as `uint8` label ids: 0 background, 1 NCR/NET, 2 ED, 3 ET.
+        """Read the reference, the expert's mask, as `uint8` label ids: 0 background, 1 NCR/NET, 2 ED, 3 ET.
 
         Args:
             same_grid_as: Another volume of the case, which must cover the same voxels in space.
@@ -144,7 +136,11 @@ class BratsCase:
 
 
 def patient_of(case_id: str) -> str:
-    """Return the case id less the timepoint that names have from 2023 on: `"BraTS-GLI-00001-001"` is a second scan."""
+    """Return the case id less the timepoint that names have from 2023 on.
+
+    Args:
+        case_id: Such as `"BraTS-GLI-00001-001"`, the second scan of `"BraTS-GLI-00001"`.
+    """
     match = _TIMEPOINT.fullmatch(case_id)
     return match[1] if match else case_id
 
@@ -216,7 +212,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
 def _case_in(folder: Path, names: list[str]) -> BratsCase | None:
     """Group the NIfTI files of one folder into a case, or return `None` if it is no case folder."""
     found = [match for match in map(_FILE_NAME.fullmatch, names) if match]
-    prefixes = sorted({match["prefix"] for match in found if _ENDINGS[match["ending"]] != "seg"})
+    prefixes = sorted({match["prefix"] for match in found if _NAME_OF_ENDING[match["ending"]] != "seg"})
     if any(match["prefix"] == folder.name for match in found):
         prefixes = [folder.name]
     if not prefixes:
@@ -230,7 +226,7 @@ def _case_in(folder: Path, names: list[str]) -> BratsCase | None:
     for match in found:  # sorted, so that x.nii comes before x.nii.gz
         if match["prefix"] != prefixes[0]:
             continue
-        name, path = _ENDINGS[match["ending"]], folder / match[0]
+        name, path = _NAME_OF_ENDING[match["ending"]], folder / match[0]
         taken = files.setdefault(name, path)
         if taken is not path and path.name == f"{taken.name}.gz":
             logger.warning("`%s` is there plain and gzipped, taking the plain file.", taken)
@@ -285,3 +281,6 @@ def _grades_from_tables(folders: set[Path]) -> dict[str, str]:
                 if row.get("Grade") in ("HGG", "LGG"):
                     grades.update({row[column]: row["Grade"] for column in row if str(column).startswith("BraTS")})
     return grades
+
+
+__all__ = ["BratsCase", "find_cases", "patient_of"]

@@ -1,0 +1,222 @@
+"""Writing slices as Parquet files with a data set card, and pushing them to the Hub."""
+
+import glob
+import logging
+import os
+import shlex
+import shutil
+import string
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+import datasets
+import filelock
+import huggingface_hub
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.info import DatasetInfosDict
+from huggingface_hub.errors import HTTPError  # of its HTTP library, which is not the same in all versions
+
+from .brats_slices import BratsSlices
+from .citations import CITATION, DECATHLON_CITATION
+
+
+logger = logging.getLogger(__name__)
+
+# What the card says of scans that must not be passed on, and of scans that may be.
+PRIVATE_TERMS = {
+    "license": "license: other\nlicense_name: brats-data-use\nlicense_link: https://www.synapse.org/brats",
+    "source": "of the Brain Tumor Segmentation (BraTS) challenge",
+    "terms": "The scans are under the terms of the challenge: register there to use them, and do not pass them on. "
+    "Keep this data set\nprivate.",
+}
+PUBLIC_TERMS = {
+    "license": "license: unknown",
+    "source": "in the layout of the Brain Tumor Segmentation (BraTS) challenge",
+    "terms": "Whoever published this data set states that its scans may be passed on. They are not those of the "
+    "challenge, which\nmay not.",
+}
+DECATHLON_TERMS = {
+    "license": "license: cc-by-sa-4.0",
+    "source": "of task 1 of the [Medical Segmentation Decathlon](http://medicaldecathlon.com)",
+    "terms": "The Decathlon gives its scans under CC BY-SA 4.0: name their authors, and pass on what you make of them "
+    "under the\nsame licence.",
+}
+LOCK = "building.lock"  # in the folder that becomes the data set
+SIZE_CATEGORIES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (float("inf"), "100K<n<1M"))  # the Hub's
+
+
+def write_dataset(
+    builder: BratsSlices, output_dir: Path, num_proc: int = 1, repo_id: str | None = None, public: bool = False
+) -> dict[str, str]:
+    """Build a data set and write it to a folder that appears whole or not at all.
+
+    Args:
+        builder: Builder whose options are set.
+        output_dir: New or empty folder. It gets `data/{split}-*.parquet` and `README.md`.
+        num_proc: Number of processes.
+        repo_id: Where on the Hub it will be, for the card.
+        public: The scans may be passed on; the card says so.
+
+    Returns:
+        Why cases have no rows, by case id.
+
+    Raises:
+        FileExistsError: If the folder is not empty. If it holds what was written for `repo_id`, the message names the
+            command that uploads it.
+        ScanError: If a case cannot be used and the builder does not skip bad cases.
+    """
+    output_dir = Path(os.path.abspath(output_dir))
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        advice = "Remove it or choose another `--output_dir`."
+        if repo_id and _is_written_for(output_dir, repo_id):
+            advice += f" Or, to upload what an earlier run wrote there: {upload_command(output_dir, repo_id, public)}"
+        raise FileExistsError(f"`{output_dir}` is not empty. {advice}")
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{output_dir.name}-"
+    _remove_leftovers(output_dir.parent, prefix)
+    with (
+        tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=prefix) as staging,
+        filelock.FileLock(Path(staging, LOCK)),
+    ):
+        build, whole = Path(staging, "build"), Path(staging, "whole")
+        builder.download_and_prepare(str(build), file_format="parquet", num_proc=num_proc)
+        (whole / "data").mkdir(parents=True)
+        for path in sorted(build.glob("*.parquet")):
+            name = path.stem.removeprefix(f"{builder.dataset_name}-")
+            path.rename(whole / "data" / f"{name if '-of-' in name else f'{name}-00000-of-00001'}.parquet")
+        skipped = builder.skipped_cases
+        card = render_card(builder, whole / "data", skipped, repo_id or output_dir.name, public)
+        (whole / "README.md").write_text(card, encoding="utf-8")
+        if output_dir.exists():
+            output_dir.rmdir()
+        whole.rename(output_dir)
+    return skipped
+
+
+def _remove_leftovers(folder: Path, prefix: str) -> None:
+    """Remove what killed builds of the same data set left; a build that is running holds its lock."""
+    for lock in folder.glob(f"{glob.escape(prefix)}*/{LOCK}"):
+        try:
+            with filelock.FileLock(lock, timeout=0):
+                pass
+        except (filelock.Timeout, OSError):
+            continue
+        logger.info("Removing what a build that was killed left: %s", lock.parent)
+        shutil.rmtree(lock.parent, ignore_errors=True)
+
+
+def _is_written_for(folder: Path, repo_id: str) -> bool:
+    """Whether the card there is one of ours for this repository."""
+    card = folder / "README.md"
+    return card.is_file() and f'load_dataset("{repo_id}")' in card.read_text(encoding="utf-8")
+
+
+def render_card(
+    builder: BratsSlices, data_folder: Path, skipped: dict[str, str], load_path: str, public: bool = False
+) -> str:
+    """Fill the template of the card with the options and with what the Parquet files hold."""
+    config = builder.config
+    decathlon = all(case.decathlon for case in config.cases)
+    patient_of = {case.case_id: case.patient_id for case in config.cases}
+    all_cases: set[str] = set()
+    n_slices = 0
+    split_rows = []
+    for split in builder.info.splits:
+        tables = [pq.read_table(path, columns=["case_id", "wt_pixels"]) for path in data_folder.glob(f"{split}-*")]
+        table = pa.concat_tables(tables)
+        cases = set(table["case_id"].to_pylist())
+        n_patients = len({patient_of[case] for case in cases})
+        n_tumor = np.count_nonzero(table["wt_pixels"])
+        split_rows.append(f"| {split} | {n_patients} | {len(cases)} | {len(table)} | {n_tumor} |")
+        all_cases |= cases
+        n_slices += len(table)
+    options = {
+        "modalities": " ".join(config.modalities),
+        "slices": " ".join(map(str, config.slices)) if isinstance(config.slices, list) else config.slices,
+        "min_tumor_pixels": config.min_tumor_pixels if config.slices == "tumor" else "not used",
+        "plane": config.plane,
+        "seed": config.seed,
+        "skip_bad_cases": config.skip_bad_cases,
+    }
+    # Without sizes, `load_dataset` would return what an older data set in the same folder left in its cache.
+    metadata = huggingface_hub.DatasetCardData()
+    info = datasets.DatasetInfo(
+        features=builder.info.features,
+        splits=builder.info.splits,
+        download_size=sum(path.stat().st_size for path in data_folder.iterdir()),
+        dataset_size=sum(split.num_bytes for split in builder.info.splits.values()),
+    )
+    DatasetInfosDict(default=info).to_dataset_card_data(metadata)
+    grey = f"grey, {config.modalities[0]}"
+    template = resources.files(__package__).joinpath("README.md").read_text(encoding="utf-8")
+    return string.Template(template).substitute(
+        size_category=next(name for limit, name in SIZE_CATEGORIES if n_slices < limit),
+        dataset_info=metadata.to_yaml(),
+        data_files="\n".join(f"  - split: {split}\n    path: data/{split}-*" for split in builder.info.splits),
+        n_cases=len(all_cases),
+        n_patients=len({patient_of[case] for case in all_cases}),
+        load_path=load_path,
+        split_rows="\n".join(split_rows),
+        image_content=grey if len(config.modalities) == 1 else f"RGB: {', '.join(config.modalities)}",
+        version=builder.VERSION,
+        option_rows="\n".join(f"| `{name}` | {value} |" for name, value in options.items()),
+        skipped=f"Cases without rows: {', '.join(skipped)}." if skipped else "All cases found have rows.",
+        citation=CITATION + DECATHLON_CITATION if decathlon else CITATION,
+        **(DECATHLON_TERMS if decathlon else PUBLIC_TERMS if public else PRIVATE_TERMS),
+    )
+
+
+def prepare_repository(repo_id: str, public: bool = False) -> huggingface_hub.RepoUrl:
+    """Find or make a data set repository that may be written to, before hours are spent on building the data set.
+
+    Args:
+        repo_id: `name` or `namespace/name`.
+        public: Make a new repository public, and take an existing one as it is. Else a new one is private.
+
+    Returns:
+        Its address, whose `repo_id` has the namespace.
+
+    Raises:
+        ValueError: If the repository is public and `public` is false, for BraTS forbids to pass the scans on.
+        OSError: If the token is missing or has no right to write there.
+    """
+    api = huggingface_hub.HfApi()
+    api.whoami()  # has the clearest error for a missing or wrong token
+    url = api.create_repo(repo_id, repo_type="dataset", private=not public, exist_ok=True)
+    # Check that it can be written to, because `exist_ok` accepts a repository that can only be read.
+    api.auth_check(url.repo_id, repo_type="dataset", write=True)
+    if not public and not api.repo_info(url.repo_id, repo_type="dataset").private:
+        raise ValueError(
+            f"`{url.repo_id}` is public, and the terms of BraTS forbid to pass the scans on. Make the repository "
+            "private or name another one. `--public` is for scans that you may pass on."
+        )
+    return url
+
+
+def push_dataset(folder: Path, repo_id: str, public: bool = False) -> None:
+    """Upload a data set folder to a repository in place of the data that is there.
+
+    Args:
+        folder: As `write_dataset` writes it.
+        repo_id: Of an existing repository, see `prepare_repository`.
+        public: As it was prepared; for the advice in the error.
+
+    Raises:
+        OSError: If the upload fails. The message names the command that repeats it.
+    """
+    try:
+        huggingface_hub.HfApi().upload_folder(
+            repo_id=repo_id, repo_type="dataset", folder_path=folder, delete_patterns="data/*"
+        )
+    except (RuntimeError, ValueError, OSError, HTTPError) as err:
+        command = upload_command(folder, repo_id, public)
+        raise OSError(f"{err}\nThe data set is complete in `{folder}`. To upload it: {command}") from err
+
+
+def upload_command(folder: Path, repo_id: str, public: bool = False) -> str:
+    """Return the shell command that does what `push_dataset` does."""
+    words = ["hf", "upload", repo_id, os.path.abspath(folder), "--repo-type", "dataset", "--delete", "data/*"]
+    return shlex.join(words if public else [*words, "--private"])

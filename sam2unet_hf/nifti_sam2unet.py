@@ -1,0 +1,233 @@
+"""The file format: header and voxels of a NIfTI file, checked, and writing one whole or not at all."""
+
+import contextlib
+import gzip
+import math
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import nibabel as nib
+import numpy as np
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+
+
+fast_gzip: Any = gzip
+fast_zlib: Any = zlib
+try:  # decompresses several times faster
+    from isal import igzip, isal_zlib
+
+    fast_gzip, fast_zlib = igzip, isal_zlib
+except ImportError:
+    pass
+
+# The largest file that is read, its voxels counted with at least 4 bytes each: 512 x 512 x 512 of them, or four
+# volumes of 256 x 256 x 256 in double precision. Reading, scaling and windowing one takes less than 2 GB.
+MAX_VOLUME_BYTES = 2**29
+
+MAX_TRAILING_BYTES = 4096  # some writers pad behind the voxels; more means that the header is wrong
+
+
+class ScanError(ValueError):
+    """A case or scan that cannot be used as it is; the message names it and says what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class NiftiHeader:
+    """What the header of a file says of its voxels.
+
+    Args:
+        fields: The header itself, without its extensions.
+        shape: Voxels along each axis, without trailing axes of length 1.
+        dtype: Type of the voxels in the file.
+        offset: The byte at which they begin.
+        slope: Factor of the values.
+        intercept: Added to the product.
+        affine: From voxel indices to RAS+ world coordinates in mm.
+    """
+
+    fields: nib.Nifti1Header
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int
+    slope: float
+    intercept: float
+    affine: np.ndarray
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether slope or intercept change the values."""
+        return (self.slope, self.intercept) != (1, 0)
+
+    @property
+    def scaled_dtype(self) -> np.dtype:
+        """Type of the scaled voxels: single precision where it tells small integers apart, as 1/128 of a step."""
+        if not self.is_scaled:
+            return self.dtype
+        single = self.dtype.kind in "iu" and self.dtype.itemsize <= 2 and 1e-30 < abs(self.slope) < 1e30
+        return np.dtype(np.float32 if single and abs(self.intercept) <= 2**16 * abs(self.slope) else np.float64)
+
+
+@contextlib.contextmanager
+def open_nifti(path: str | os.PathLike, name: str) -> Iterator[BinaryIO]:
+    """Open a file, and decompress it if its first bytes are those of gzip, whatever its name is.
+
+    Args:
+        path: The file.
+        name: What messages call it.
+
+    Raises:
+        ScanError: From within the `with` block too, if the file cannot be read, is damaged or cut off.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a pipe could block forever
+            raise ScanError(f"{name} cannot be read (it is no regular file). Check the path.")
+        with open(path, "rb") as file:
+            if file.peek(2)[:2] != b"\x1f\x8b":
+                yield file
+            else:
+                with fast_gzip.open(file) as stream:
+                    yield stream
+    except EOFError as err:
+        raise ScanError(f"{name} is cut off: its gzip stream ends early. Copy or download it again.") from err
+    except (gzip.BadGzipFile, fast_zlib.error) as err:
+        raise ScanError(f"{name} is damaged ({err}). Copy or download it again.") from err
+    except OSError as err:
+        raise ScanError(f"{name} cannot be read ({err.strerror}). Check the path and its permissions.") from err
+
+
+def read_header(file: BinaryIO, name: str) -> NiftiHeader:
+    """Read and check the header at the start of a file.
+
+    Args:
+        file: As `open_nifti` opens it.
+        name: What messages call it.
+
+    Raises:
+        ScanError: If it is no NIfTI-1 or -2 header of a single file, or is broken.
+    """
+    data = file.read(nib.Nifti1Header.sizeof_hdr)
+    header_class = nib.Nifti1Header
+    if not header_class.may_contain_header(data):
+        header_class = nib.Nifti2Header
+        data += file.read(header_class.sizeof_hdr - len(data))
+        if not header_class.may_contain_header(data):
+            raise ScanError(f"{name} is not a NIfTI file. Download it again, or convert it.")
+    try:
+        header = header_class(data)
+        if header["magic"].item() != header.single_magic:
+            raise HeaderDataError("it is that of a pair of files, .hdr and .img")
+        shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
+        slope, intercept = header.get_slope_inter()
+        affine = header.get_best_affine()
+        sizes_mm = header_class(data, check=False)["pixdim"][1:4]  # unchecked, because nibabel replaces 0 by 1
+        if header["sform_code"] == 0 and not (sizes_mm > 0).all():
+            raise HeaderDataError(f"voxels of {' x '.join(map(str, sizes_mm))} mm")
+        if offset < len(data):
+            raise HeaderDataError(f"its voxels would begin at byte {offset}, within it")
+    except (HeaderDataError, WrapStructError, ValueError, OverflowError) as err:
+        raise ScanError(f"{name} has a broken NIfTI header ({err}). Download it again.") from err
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    return NiftiHeader(header, shape, dtype, offset, 1.0 if slope is None else slope, intercept or 0.0, affine)
+
+
+def read_voxels(file: BinaryIO, header: NiftiHeader, name: str) -> bytes:
+    """Read the voxels, and the rest of the file, because the checksum of a gzipped one is at its end.
+
+    Args:
+        file: As `read_header` leaves it.
+        header: What it returned.
+        name: What messages call the file.
+
+    Returns:
+        The voxels as they are in the file, first axis fastest.
+
+    Raises:
+        ScanError: If they are no integers or floats, are more than `MAX_VOLUME_BYTES`, or the file has fewer, or
+            goes on behind them.
+    """
+    shape, dtype, offset = header.shape, header.dtype, header.offset
+    if dtype.kind not in "iuf":
+        raise ScanError(f"{name} holds voxels of type {dtype}, expected integers or floats.")
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if offset + math.prod(shape) * max(header.scaled_dtype.itemsize, dtype.itemsize, 4) > MAX_VOLUME_BYTES:
+        raise ScanError(
+            f"{name} is too large: its header promises {n_bytes} bytes of voxels of the shape {shape} from byte "
+            f"{offset} on, and {MAX_VOLUME_BYTES} are allowed, at 4 or more per voxel. Download it again if that is "
+            "not its size, else resample it."
+        )
+    for begin in range(file.tell(), offset, 2**20):
+        file.read(min(2**20, offset - begin))
+    data = file.read(n_bytes)
+    if len(data) < n_bytes:
+        raise ScanError(
+            f"{name} is cut off: its header promises {n_bytes} bytes of voxels from byte {offset} on, the file has "
+            f"{file.tell()} bytes in all. Copy or download it again."
+        )
+    if len(file.read(MAX_TRAILING_BYTES + 1)) > MAX_TRAILING_BYTES:
+        raise ScanError(
+            f"{name} goes on for more than {MAX_TRAILING_BYTES} bytes behind the {n_bytes} bytes of voxels that its "
+            "header promises. Download it again, or repair its header."
+        )
+    return data
+
+
+def write_nifti(
+    path: str | os.PathLike,
+    array: np.ndarray,
+    affine: np.ndarray,
+    header: nib.Nifti1Header | None = None,
+    compression_level: int = 1,
+) -> None:
+    """Write an array in its own type, whole or not at all, and as the same bytes every time.
+
+    Args:
+        path: Ends in `.nii` or `.nii.gz`.
+        array: Three-dimensional, of integers or floats.
+        affine: From its indices to RAS+ world coordinates in mm.
+        header: That of a scan, of which the file keeps what does not depend on the voxels. Default: a new one.
+        compression_level: Of `.nii.gz`, from 1 (fast) to 9 (small).
+
+    Raises:
+        ValueError: If the path ends in neither `.nii` nor `.nii.gz`.
+    """
+    path = Path(path)
+    ending = next((ending for ending in (".nii.gz", ".nii") if path.name.endswith(ending)), None)
+    if ending is None:
+        raise ValueError(f"`{path}` must end in .nii or .nii.gz.")
+    image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    if header is None:
+        header = nib.Nifti1Header()
+        header.set_xyzt_units("mm")
+    image = image_class(array, affine, header, dtype=array.dtype)  # makes a copy of the header
+    image.header.set_slope_inter(1, 0)
+    image.header["cal_min"] = image.header["cal_max"] = 0
+    data = image.to_bytes()
+    if ending == ".nii.gz":
+        data = gzip.compress(data, compression_level, mtime=0)
+    partial = path.with_name(f".{path.name.removesuffix(ending)}.partial{ending}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+__all__ = [
+    "MAX_TRAILING_BYTES",
+    "MAX_VOLUME_BYTES",
+    "NiftiHeader",
+    "ScanError",
+    "open_nifti",
+    "read_header",
+    "read_voxels",
+    "write_nifti",
+]

@@ -1,0 +1,288 @@
+"""From a patient's scans to a label volume: SAM2-UNet slice by slice."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .cases_sam2unet import BratsCase, find_cases
+from .checkpoint_sam2unet import DOWNLOAD_ARGUMENTS
+from .image_processing_sam2unet import Sam2UNetImageProcessor
+from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
+from .scans_sam2unet import (
+    PLANES,
+    Volume,
+    check_modalities,
+    check_same_grid,
+    intensity_window,
+    read_volume,
+    take_slice,
+    write_nifti,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class VolumeSegmentation:
+    """The tumour of one patient.
+
+    Args:
+        label_map: Label ids on the grid of the input file, of its shape; `uint8`, or larger if an id needs it. 0 is
+            the background.
+        regions: Region name -> the label ids it joins.
+        scan: The first scan that was segmented, with `voxels`, `affine` and `lps_affine`.
+        probabilities: Of shape `(regions, *label_map.shape)`, float32 in [0, 1], if they were asked for.
+    """
+
+    label_map: np.ndarray
+    regions: dict[str, list[int]]
+    scan: Volume
+    probabilities: np.ndarray | None = None
+
+    def region(self, name: str) -> np.ndarray:
+        """Return the voxels of a region as booleans, on the grid of the input file."""
+        return np.isin(self.label_map, self.regions[name])
+
+    @property
+    def volumes_ml(self) -> dict[str, float]:
+        """Volume of each region in millilitres."""
+        voxel_ml = abs(np.linalg.det(self.scan.affine[:3, :3])) / 1000
+        return {name: float(np.count_nonzero(self.region(name)) * voxel_ml) for name in self.regions}
+
+    @property
+    def largest_slice(self) -> int | None:
+        """Index of the axial slice with the most tumour, counted from the feet up; `None` without tumour."""
+        pixels = np.count_nonzero(self.scan.from_file_grid(self.label_map), axis=(0, 1))
+        return int(pixels.argmax()) if pixels.any() else None
+
+    def save(self, path: str | os.PathLike, enhancing_label: int = 3) -> None:
+        """Write the label map as NIfTI with the affine and the header of the scan, whole or not at all.
+
+        Args:
+            path: Ends in `.nii` or `.nii.gz`.
+            enhancing_label: Label of enhancing tumour, our id 3: 3 as in BraTS from 2023 on, 4 as before.
+
+        Raises:
+            ValueError: If the path has another ending, the label is another, or 4 is a label of its own.
+        """
+        check_enhancing_label(enhancing_label, self.regions)
+        label_map = np.where(self.label_map == 3, np.uint8(enhancing_label), self.label_map)
+        write_nifti(path, label_map, self.scan.affine, self.scan.header)
+
+    def save_probabilities(self, path: str | os.PathLike, region: str) -> None:
+        """Write the probabilities of a region as NIfTI, float32, with the affine and the header of the scan.
+
+        Raises:
+            ValueError: If they were not asked for, or the path has another ending than `.nii` and `.nii.gz`.
+        """
+        if self.probabilities is None:
+            raise ValueError("There are no probabilities. Segment with `return_probabilities=True`.")
+        index = list(self.regions).index(region)
+        write_nifti(path, self.probabilities[index], self.scan.affine, self.scan.header)
+
+
+class Sam2UNetVolumePipeline:
+    """Segment a patient's scans slice by slice, with the intensities that the data set builder gives the model.
+
+    Scans may have any orientation and spacing. Slices in which all scans are background become background unseen.
+
+    Args:
+        model: The model.
+        processor: Its image processor.
+        modalities: Those that the model was trained on: one, or three in the order of the channels.
+            Default: those that the processor names, which it does after training with `run_segmentation.py` on scans.
+
+    Raises:
+        ValueError: If neither `modalities` nor the processor names them, or if they are not one or three.
+
+    Example:
+        ```python
+        >>> from sam2unet_hf.volume import Sam2UNetVolumePipeline
+
+        >>> segment = Sam2UNetVolumePipeline.from_pretrained("runs/phantom")  # doctest: +SKIP
+        >>> found = segment("BraTS20_Training_001")  # doctest: +SKIP
+        >>> found.volumes_ml  # doctest: +SKIP
+        {'WT': 83.213}
+        >>> found.save("BraTS20_Training_001_prediction.nii.gz")  # doctest: +SKIP
+
+        ```
+    """
+
+    def __init__(
+        self,
+        model: Sam2UNetForSemanticSegmentation,
+        processor: Sam2UNetImageProcessor,
+        modalities: Sequence[str] | None = None,
+    ):
+        self.model = model.eval()
+        self.processor = processor
+        processor.regions = model.config.regions
+        named = modalities or processor.modalities
+        if not named:
+            raise ValueError(
+                "The checkpoint does not say which modalities it segments. Pass `modalities`, such as ['flair'] or "
+                "['t1ce', 't2', 'flair'], in the order of its training."
+            )
+        check_modalities(named)
+        self.modalities = list(named)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike,
+        modalities: Sequence[str] | None = None,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> "Sam2UNetVolumePipeline":
+        """Load a model and its processor.
+
+        Args:
+            model: Hub id or folder.
+            modalities: As in the constructor.
+            device: Where to run. Default: a GPU if there is one.
+            **kwargs: Arguments of the model's `from_pretrained`, such as `dtype=torch.bfloat16` and `revision`; those
+                of downloads are the processor's too.
+        """
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", torch.float32)
+        loaded = Sam2UNetForSemanticSegmentation.from_pretrained(model, **kwargs)
+        shared = {name: kwargs[name] for name in (*DOWNLOAD_ARGUMENTS, "revision", "subfolder") if name in kwargs}
+        processor = Sam2UNetImageProcessor.from_pretrained(model, **shared)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(loaded.to(device), processor, modalities)
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        case: str | os.PathLike | BratsCase | Mapping[str, str | os.PathLike],
+        planes: Sequence[str] | None = None,
+        flips: bool = False,
+        batch_size: int = 8,
+        threshold: float = 0.5,
+        return_probabilities: bool = False,
+        progress: bool = True,
+    ) -> VolumeSegmentation:
+        """Segment one patient.
+
+        Args:
+            case: Folder of a BraTS case, a case of [`~cases_sam2unet.find_cases`], the path of a scan if the model
+                takes one modality, or a path for each modality.
+            planes: Planes to cut, of axial, coronal and sagittal; probabilities are averaged over them. Default: the
+                one that the processor names, or axial.
+            flips: Average over the slices and their mirror images (horizontal, vertical, both) too.
+            batch_size: Slices at once, mirror images not counted.
+            threshold: A voxel belongs to a region if its probability is above this.
+            return_probabilities: Keep the probabilities.
+            progress: Show a progress bar.
+
+        Raises:
+            ScanError: If a scan is missing, damaged or on another grid than the first.
+            FileNotFoundError: If there is no case in a folder.
+            ValueError: If an argument is off, or there is more than one case in a folder.
+        """
+        planes = [self.processor.plane or "axial"] if planes is None else planes
+        if not planes or any(plane not in PLANES for plane in planes) or len(set(planes)) < len(planes):
+            raise ValueError(f"`planes` must name each of {', '.join(PLANES)} at most once, got {list(planes)}.")
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"`threshold` must be a probability in [0, 1], got {threshold}.")
+        scans = self._read(case)
+        windows = [intensity_window(scan) for scan in scans]
+        grey = [window.apply(scan.voxels) for window, scan in zip(windows, scans, strict=True)]
+        regions = self.model.config.regions
+        total = np.zeros((len(regions), *grey[0].shape), np.float32)
+        work = [(plane, index) for plane in planes for index in foreground_slices(grey, plane)]
+        with tqdm(total=len(work), desc=scans[0].name.split(": ")[0], unit="slice", disable=not progress) as bar:
+            for plane in planes:
+                indices = [index for name, index in work if name == plane]
+                for start in range(0, len(indices), batch_size):
+                    batch = indices[start : start + batch_size]
+                    images = [np.stack([take_slice(scan, plane, i) for scan in grey], axis=-1) for i in batch]
+                    for index, probabilities in zip(batch, self._probabilities(images, flips), strict=True):
+                        for region, values in zip(total, probabilities, strict=True):
+                            take_slice(region, plane, index)[...] += values
+                    bar.update(len(batch))
+        total /= len(planes)
+        highest_id = max(label_id for label_ids in regions.values() for label_id in label_ids)
+        label_map = np.empty(total.shape[1:], np.min_scalar_type(highest_id))
+        for index in range(total.shape[-1]):
+            ids = self.processor.regions_to_label_map(torch.from_numpy(total[..., index]), threshold)
+            label_map[..., index] = ids.numpy()
+        kept = np.stack([scans[0].to_file_grid(region) for region in total]) if return_probabilities else None
+        on_grid = np.ascontiguousarray(scans[0].to_file_grid(label_map))
+        return VolumeSegmentation(on_grid, regions, scans[0], kept)
+
+    def _read(self, case: str | os.PathLike | BratsCase | Mapping[str, str | os.PathLike]) -> list[Volume]:
+        """Read the scans of the model's modalities."""
+        if isinstance(case, (str, os.PathLike)) and Path(case).is_dir():
+            cases = find_cases(case)
+            if len(cases) > 1:
+                raise ValueError(f"`{case}` holds {len(cases)} cases. Pass them one by one: `find_cases` lists them.")
+            (case,) = cases
+        if not isinstance(case, (str, os.PathLike, Mapping)):
+            # Do not ask for a `BratsCase`: code that was loaded from a checkpoint has its own class of this name.
+            return case.read_images(self.modalities)
+        if not isinstance(case, Mapping):
+            if len(self.modalities) > 1:
+                raise ValueError(
+                    f"The model segments {', '.join(self.modalities)} together, got the one file `{case}`. Pass a "
+                    f"folder, or a path for each: {{'{self.modalities[0]}': ..., ...}}."
+                )
+            case = {self.modalities[0]: case}
+        if missing := [name for name in self.modalities if name not in case]:
+            raise ValueError(f"`case` must give a path for each of {self.modalities}, {missing} missing.")
+        scans = [read_volume(case[name]) for name in self.modalities]
+        for scan in scans[1:]:
+            check_same_grid(scan, scans[0])
+        return scans
+
+    def _probabilities(self, images: list[np.ndarray], flips: bool) -> np.ndarray:
+        """Return the probabilities of slices of one size, of shape `(slices, regions, height, width)`."""
+        pixel_values = self.processor(images, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
+        sizes = [image.shape[:2] for image in images]
+        mirrored: list[tuple[int, ...]] = [(), (-1,), (-2,), (-2, -1)] if flips else [()]
+        found = []
+        for axes in mirrored:
+            outputs = self.model(pixel_values.flip(axes))
+            maps = self.processor.post_process_regions(outputs, target_sizes=sizes)
+            found.append(torch.stack(maps).flip(axes))
+        return torch.stack(found).mean(dim=0).cpu().numpy()
+
+
+def foreground_slices(grey: Sequence[np.ndarray], plane: str) -> list[int]:
+    """Return the indices of the slices in which a scan shows more than background.
+
+    Args:
+        grey: Scans of shape `(left, posterior, superior)`, 0 where there is background.
+        plane: `"axial"`, `"coronal"` or `"sagittal"`.
+    """
+    others = tuple(axis for axis in range(3) if axis != PLANES[plane])
+    foreground = np.any([scan.any(axis=others) for scan in grey], axis=0)
+    return np.flatnonzero(foreground).tolist()
+
+
+def check_enhancing_label(enhancing_label: int, regions: Mapping[str, Sequence[int]]) -> None:
+    """Check that enhancing tumour can be written with a label.
+
+    Args:
+        enhancing_label: 3 as in BraTS from 2023 on, or 4 as before.
+        regions: Region name -> the label ids it joins.
+
+    Raises:
+        ValueError: If it is another, or if 4 is a label of its own.
+    """
+    if enhancing_label not in (3, 4):
+        raise ValueError(f"`enhancing_label` must be 3 (BraTS from 2023 on) or 4 (before), got {enhancing_label}.")
+    if enhancing_label == 4 and any(4 in label_ids for label_ids in regions.values()):
+        raise ValueError(
+            f"`enhancing_label` must be 3 where regions have a label 4 of their own, got {dict(regions)}."
+        )
+
+
+__all__ = ["Sam2UNetVolumePipeline", "VolumeSegmentation", "check_enhancing_label", "foreground_slices"]

@@ -1,0 +1,405 @@
+import gzip
+import os
+import zlib
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scan_files import LPS, RAS, SAL, SHAPE, make_scan, save
+
+from sam2unet_hf import nifti_sam2unet, scans_sam2unet
+from sam2unet_hf.scans_sam2unet import IntensityWindow, ScanError, intensity_window, read_volume, take_slice
+
+
+@pytest.fixture(params=["isal", "zlib"])
+def decompressor(request, monkeypatch):
+    """Read as where isal is installed, and as where it is not."""
+    if request.param == "zlib":
+        monkeypatch.setattr(nifti_sam2unet, "fast_gzip", gzip)
+        monkeypatch.setattr(nifti_sam2unet, "fast_zlib", zlib)
+
+
+# Reading
+
+
+@pytest.mark.parametrize(
+    ("affine", "shape", "marker"),
+    [(LPS, (8, 9, 5), (6, 1, 3)), (RAS, (8, 9, 5), (1, 7, 3)), (SAL, (5, 9, 8), (3, 7, 6))],
+    ids=["LPS", "RAS", "SAL"],
+)
+def test_read_volume_marker_lands_where_it_lies_in_the_head(tmp_path, affine, shape, marker):
+    # A voxel at the left, front and top of the head: x = -3.75, y = 6, z = 3 mm.
+    assert (affine @ [*marker, 1]).tolist() == [-3.75, 6, 3, 1]
+    voxels = np.zeros(shape, np.int16)
+    voxels[marker] = 7
+    volume = read_volume(save(tmp_path / "x.nii.gz", voxels, affine))
+    assert np.argwhere(volume.voxels == 7).tolist() == [[6, 1, 3]]
+    assert volume.spacing_mm == (1.5, 2, 3)
+    np.testing.assert_allclose(volume.affine, affine)
+    np.testing.assert_allclose(volume.lps_affine, LPS)
+    np.testing.assert_array_equal(volume.to_file_grid(volume.voxels), voxels)
+
+    axial, coronal, sagittal = (
+        take_slice(volume.voxels, plane, index) for plane, index in (("axial", 3), ("coronal", 1), ("sagittal", 6))
+    )
+    assert (axial.shape, coronal.shape, sagittal.shape) == ((9, 8), (5, 8), (5, 9))
+    assert np.argwhere(axial == 7).tolist() == [[1, 6]]  # near the top is the front, near the right is the left
+    assert np.argwhere(coronal == 7).tolist() == [[1, 6]]
+    assert np.argwhere(sagittal == 7).tolist() == [[1, 1]]  # near the left is the front
+
+
+def test_take_slice_literal_volume_in_every_plane():
+    voxels = np.arange(8).reshape(2, 2, 2)  # (left, posterior, superior)
+    assert take_slice(voxels, "axial", 0).tolist() == [[0, 4], [2, 6]]
+    assert take_slice(voxels, "coronal", 0).tolist() == [[1, 5], [0, 4]]
+    assert take_slice(voxels, "sagittal", 0).tolist() == [[1, 3], [0, 2]]
+    with pytest.raises(ValueError, match="`plane` must be one of sagittal, coronal, axial, got 'oblique'"):
+        take_slice(voxels, "oblique", 0)
+
+
+@pytest.mark.parametrize("byte_order", ["<", ">"])
+@pytest.mark.parametrize("kind", ["u1", "i1", "i2", "u2", "i4", "i8", "f4", "f8"])
+def test_read_volume_every_type_and_byte_order_equals_nibabel(tmp_path, kind, byte_order):
+    voxels = (make_scan() % 100).astype(kind)
+    image = nib.Nifti1Image(voxels, LPS, nib.Nifti1Header(endianness=byte_order), dtype=voxels.dtype)
+    nib.save(image, tmp_path / "x.nii.gz")
+    volume = read_volume(tmp_path / "x.nii.gz")
+    assert volume.voxels.dtype == np.dtype(kind)
+    np.testing.assert_array_equal(volume.voxels, voxels)
+
+
+def test_read_volume_scaled_values_follow_the_header(tmp_path):
+    image = nib.Nifti1Image(make_scan(), LPS)
+    image.header.set_slope_inter(0.5, -3)
+    nib.save(image, tmp_path / "x.nii")
+    volume = read_volume(tmp_path / "x.nii")
+    assert volume.voxels.dtype == np.float32
+    np.testing.assert_array_equal(volume.voxels, make_scan() * 0.5 - 3)
+
+
+@pytest.mark.usefixtures("decompressor")
+def test_read_volume_nifti2_trailing_axis_and_gzip_under_a_plain_name(tmp_path):
+    path = save(tmp_path / "x.nii.gz", make_scan()[..., None], image_class=nib.Nifti2Image)
+    np.testing.assert_array_equal(read_volume(path).voxels, make_scan())
+    np.testing.assert_array_equal(read_volume(path.rename(tmp_path / "x.nii")).voxels, make_scan())
+
+
+def test_read_volume_takes_no_copy(tmp_path):
+    assert not read_volume(save(tmp_path / "x.nii", make_scan(), RAS)).voxels.flags.owndata
+
+
+@pytest.mark.usefixtures("decompressor")
+def test_read_volume_checks_the_sum_of_a_gzipped_file(tmp_path):
+    voxels = np.random.default_rng(0).integers(0, 900, (120, 120, 80)).astype(np.int16)
+    data = bytearray(gzip.compress(nib.Nifti1Image(voxels, LPS).to_bytes(), 1))
+    data[-8] ^= 1
+    (tmp_path / "x.nii.gz").write_bytes(data)
+    with pytest.raises(ScanError, match=r"x\.nii\.gz` is damaged \(CRC check failed.*Copy or download it again"):
+        read_volume(tmp_path / "x.nii.gz")
+
+
+@pytest.mark.usefixtures("decompressor")
+def test_read_volume_many_gzip_members_and_padding(tmp_path):
+    data = nib.Nifti1Image(make_scan(), LPS).to_bytes() + bytes(4096)
+    members = b"".join(gzip.compress(data[at : at + 7]) for at in range(0, len(data), 7))
+    (tmp_path / "x.nii.gz").write_bytes(members + gzip.compress(b"") * 1000)
+    np.testing.assert_array_equal(read_volume(tmp_path / "x.nii.gz").voxels, make_scan())
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(1e-3, 1e6), (1e-38, 0), (3e38, 3e37), (1e20, -1e25)])
+def test_read_volume_unusual_scaling_keeps_small_differences(tmp_path, slope, intercept):
+    image = nib.Nifti1Image(make_scan(), LPS)
+    image.header.set_slope_inter(slope, intercept)
+    nib.save(image, tmp_path / "x.nii")
+    volume, expected = read_volume(tmp_path / "x.nii"), nib.load(tmp_path / "x.nii").get_fdata()
+    np.testing.assert_allclose(volume.voxels, expected, rtol=1e-12)
+    assert len(np.unique(intensity_window(volume).apply(volume.voxels))) > 150
+
+
+def test_read_volume_integers_beyond_double_precision_are_an_error(tmp_path):
+    voxels = make_scan().astype(np.int64)
+    voxels[2, 2, 2] = 2**53
+    image = nib.Nifti1Image(voxels, LPS, dtype=np.int64)
+    nib.save(image, tmp_path / "x.nii")
+    assert read_volume(tmp_path / "x.nii").voxels.max() == 2**53
+    voxels[2, 2, 2] = -(2**53) - 1
+    nib.save(nib.Nifti1Image(voxels, LPS, dtype=np.int64), tmp_path / "x.nii")
+    with pytest.raises(ScanError, match=r"x\.nii` holds integers beyond 2\*\*53, which no scan does"):
+        read_volume(tmp_path / "x.nii")
+
+
+def test_read_volume_extensions_are_passed_over(tmp_path):
+    image = nib.Nifti1Image(make_scan(), LPS)
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"patient" * 99))
+    data = bytearray(image.to_bytes())
+    for broken in (bytes(8), b"\xff" * 8):
+        data[352:360] = broken
+        (tmp_path / "x.nii").write_bytes(data)
+        np.testing.assert_array_equal(read_volume(tmp_path / "x.nii").voxels, make_scan())
+
+
+# Broken files. Each error names the case and the file.
+
+
+def truncate(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def write_truncated_gzip(path):
+    truncate(path, path.stat().st_size // 2)
+
+
+def write_corrupt_gzip(path):
+    data = bytearray(gzip.compress(bytes(5000)))
+    data[12] ^= 0xFF
+    path.write_bytes(data)
+
+
+def write_truncated_plain(path):
+    path.write_bytes(nib.Nifti1Image(make_scan(), LPS).to_bytes()[:-1])
+
+
+def write_text(path):
+    path.write_text("not a scan")
+
+
+def write_broken_header(path):
+    data = bytearray(nib.Nifti1Image(make_scan(), LPS).to_bytes())
+    data[70:72] = b"\x01\x7f"  # datatype
+    path.write_bytes(data)
+
+
+def write_time_series(path):
+    save(path, np.zeros((*SHAPE, 2), np.int16))
+
+
+def write_colours(path):
+    save(path, np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")]))
+
+
+def write_nan(path):
+    voxels = make_scan().astype(np.float32)
+    voxels[1, 2, 3], voxels[2, 2, 2] = np.nan, np.inf
+    save(path, voxels)
+
+
+def write_flat_affine(path):
+    image = nib.Nifti1Image(make_scan(), LPS)
+    image.header["srow_x"], image.header["vox_offset"] = 0, 352
+    path.write_bytes(image.header.binaryblock + bytes(4) + make_scan().tobytes())
+
+
+def write_infinite_intercept(path):
+    image = nib.Nifti1Image(make_scan(), LPS)
+    image.header["scl_slope"], image.header["scl_inter"] = 1, np.inf
+    path.write_bytes(image.header.binaryblock + bytes(4) + make_scan().tobytes())
+
+
+def write_impossible_rotation(path):
+    image = nib.Nifti1Image(make_scan(), LPS)
+    image.header["sform_code"], image.header["qform_code"] = 0, 1
+    image.header["quatern_b"], image.header["quatern_c"] = 2, 2
+    path.write_bytes(image.header.binaryblock + bytes(4) + make_scan().tobytes())
+
+
+def write_huge_claim(path):
+    header = nib.Nifti1Header()
+    header.set_data_shape((32767, 32767, 32767))
+    header["vox_offset"] = 352
+    path.write_bytes(header.binaryblock + bytes(100))
+
+
+def header_bytes(**fields):
+    image = nib.Nifti1Image(make_scan(), LPS)
+    for field, value in {"vox_offset": 352, **fields}.items():
+        image.header[field] = value
+    return image.header.binaryblock + bytes(4)
+
+
+def write_header(**fields):
+    return lambda path: path.write_bytes(header_bytes(**fields) + make_scan().tobytes(order="F"))
+
+
+def write_bomb(path):
+    """A sound volume, and behind it 8 GB of zeros in 8 MB."""
+    zeros = gzip.compress(bytes(2**27), 1, mtime=0)
+    path.write_bytes(gzip.compress(nib.Nifti1Image(make_scan(), LPS).to_bytes()) + zeros * 64)
+
+
+def write_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (write_bomb, "goes on for more than 4096 bytes behind the 720 bytes of voxels that its header promises. Down"),
+        (write_pipe, r"cannot be read \(it is no regular file\). Check the path"),
+        (lambda path: path.write_bytes(b""), "is not a NIfTI file"),
+        (write_header(vox_offset=8), "has a broken NIfTI header .*offset 8.*Download it again"),
+        (write_header(vox_offset=-352), "has a broken NIfTI header .*Download it again"),
+        (write_header(vox_offset=np.nan), "has a broken NIfTI header .*NaN.*Download it again"),
+        (write_header(vox_offset=1e15), "is too large: .* from byte 999999986991104 on, and 536870912 are allowed"),
+        (write_header(magic=b"ni1"), "has a broken NIfTI header .*a pair of files, .hdr and .img"),
+        (write_header(sizeof_hdr=7, vox_offset=4000), "is cut off: .* from byte 4000 on, the file has 1072 bytes"),
+        (write_header(dim=[3, 8, 0, 5, 1, 1, 1, 1]), r"has the shape \(8, 0, 5\), expected one 3-D volume"),
+        (write_header(dim=[3, 8, -9, 5, 1, 1, 1, 1]), r"has the shape \(8, -9, 5\), expected one 3-D volume"),
+        (
+            write_header(dim=[3, 512, 512, 513, 1, 1, 1, 1]),
+            "is too large: .* 268959744 bytes of voxels .* at 4 or more",
+        ),
+        (write_header(dim=[3, -1, 1, 1, 1, 1, 1, 1]), "has a broken NIfTI header .*-1 in dim.*Download"),
+        (
+            write_header(sform_code=0, pixdim=[1, 0, 2, np.nan, 0, 0, 0, 0]),
+            r"has a broken NIfTI header .voxels of 0\.0 x 2\.0 x nan mm",
+        ),
+        (write_header(srow_x=[np.nan, 0, 0, 0]), "has no usable affine: .*nan.* Repair its header"),
+        (write_header(datatype=32, bitpix=64), "holds voxels of type complex64, expected integers or floats"),
+        (write_header(datatype=1536, bitpix=128), "has a broken NIfTI header .data code 1536|holds voxels of type"),
+        (write_truncated_gzip, "is cut off: its gzip stream ends early. Copy or download it again"),
+        (write_corrupt_gzip, "is damaged .*Copy or download it again"),
+        (
+            write_truncated_plain,
+            "is cut off: its header promises 720 bytes of voxels from byte 352 on, .*has 1071 bytes",
+        ),
+        (write_text, "is not a NIfTI file. Download it again, or convert it"),
+        (write_broken_header, "has a broken NIfTI header .*Download it again"),
+        (write_time_series, r"has the shape \(8, 9, 5, 2\), expected one 3-D volume. Split it"),
+        (write_colours, "holds voxels of type .*, expected integers or floats"),
+        (write_nan, "holds 2 voxels that are NaN or infinite. Repair it or download it again"),
+        (write_flat_affine, "has no usable affine: .*Repair its header"),
+        (write_infinite_intercept, "has a broken NIfTI header .*intercept.*Download it again"),
+        (write_impossible_rotation, "has a broken NIfTI header .*Download it again"),
+        (
+            write_huge_claim,
+            r"is too large: its header promises 140724603846652 bytes .* \(32767, 32767, 32767\) from byte 352 on, "
+            "and 536870912 are allowed, at 4 or more per voxel. Download it again if that is not its size, else res",
+        ),
+        (lambda path: (path.unlink(), path.mkdir()), r"cannot be read \(Is a directory\). Check the path"),
+    ],
+)
+@pytest.mark.usefixtures("decompressor")
+def test_read_volume_bad_file_names_case_file_and_remedy(tmp_path, write, message):
+    path = save(tmp_path / "BraTS20_Training_001_flair.nii.gz", make_scan())
+    write(path)
+    with pytest.raises(ScanError, match=rf"case BraTS20_Training_001: `.*001_flair\.nii\.gz` {message}"):
+        read_volume(path, "BraTS20_Training_001")
+
+
+# Intensities
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.float32, np.float64])
+@pytest.mark.parametrize("size", [5, 1000])
+def test_intensity_window_percentiles_equal_numpy(tmp_path, dtype, size):
+    values = np.random.default_rng(size).normal(60, 20, size).clip(1, 127).astype(dtype)
+    if np.dtype(dtype).itemsize == 2:
+        values[:3] = (1, 2, 32767)
+    if dtype == np.int16:
+        values[3:5] = (-32768, -5)
+    voxels = np.zeros((12, 12, 12), dtype)
+    voxels[1:11, 1:11, 1:11].flat[:size] = values
+    volume = read_volume(save(tmp_path / "x.nii", voxels, RAS))
+    window = intensity_window(volume)
+    expected = np.percentile(voxels[voxels != 0].astype(np.float64), [0.5, 99.5])
+    np.testing.assert_allclose((window.low, window.high), expected, rtol=1e-6)
+    assert window.background == 0
+
+
+def test_intensity_window_z_scored_volume_has_its_constant_as_background(tmp_path):
+    voxels = np.full(SHAPE, -0.75, np.float32)
+    voxels[1:-1, 1:-1, 1:-1] = np.linspace(-0.5, 2, 6 * 7 * 3).reshape(6, 7, 3)
+    volume = read_volume(save(tmp_path / "x.nii", voxels))
+    window = intensity_window(volume)
+    assert window.background == -0.75
+    assert window.low > -0.5
+    grey = window.apply(volume.voxels)
+    assert (grey[0] == 0).all()
+    assert grey.max() == 255
+
+
+def test_intensity_window_z_scored_brain_keeps_zero_as_background(tmp_path):
+    voxels = np.zeros(SHAPE, np.float32)
+    voxels[1:-1, 1:-1, 1:-1] = np.linspace(-2, 2, 6 * 7 * 3).reshape(6, 7, 3)
+    volume = read_volume(save(tmp_path / "x.nii", voxels))
+    grey = intensity_window(volume).apply(volume.voxels)
+    assert grey[0, 0, 0] == 0
+    assert grey[-2, -2, -2] == 255
+    assert 100 < grey[4, 3, 2] < 150
+
+
+def test_intensity_window_corner_in_the_brain_takes_zero(tmp_path):
+    voxels = make_scan() - 500
+    voxels[0], voxels[0, 0, 0] = 0, 3
+    assert intensity_window(read_volume(save(tmp_path / "x.nii", voxels))).background == 0
+
+
+def test_intensity_window_apply_literal_values():
+    window = IntensityWindow(low=10, high=20, background=0)
+    values = np.array([[0, 5, 10, 12], [15, 20, 32767, -9]], np.int16)
+    assert window.apply(values).tolist() == [[0, 0, 0, 51], [128, 255, 255, 0]]
+    flat = IntensityWindow(low=7, high=7, background=0)
+    assert flat.apply(np.array([0, 7])).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 9, 5), (8, 1, 5), (8, 9, 1)])
+def test_volumes_one_voxel_thick(tmp_path, shape):
+    voxels = np.random.default_rng(0).integers(1, 900, shape).astype(np.int16)
+    volume = read_volume(save(tmp_path / "x.nii.gz", voxels))
+    np.testing.assert_array_equal(volume.voxels, voxels)
+    if shape == (1, 1, 1):
+        with pytest.raises(ScanError, match=r"x\.nii\.gz` is empty: all voxels are \d+, there is nothing to scale"):
+            intensity_window(volume)
+    else:
+        assert intensity_window(volume).apply(voxels).max() == 255
+
+
+def test_one_foreground_voxel_becomes_255(tmp_path):
+    voxels = np.zeros(SHAPE, np.float32)
+    voxels[3, 3, 3] = 1e-40
+    volume = read_volume(save(tmp_path / "x.nii", voxels))
+    grey = intensity_window(volume).apply(volume.voxels)
+    assert grey[3, 3, 3] == 255
+    assert np.count_nonzero(grey) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"),
+    [
+        (np.float32, -3e38, 3e38),
+        (np.float32, 0, 1e-42),
+        (np.float32, -2e-40, 1e-39),
+        (np.float64, -1.7e308, 1.7e308),
+        (np.float64, 1e-320, 1e-318),
+        (np.int32, -(2**31), 2**31 - 1),
+        (np.int64, -(2**53), 2**53),
+        (np.uint32, 1, 2**32 - 1),
+        (np.uint16, 1, 65535),
+        (np.int16, -32768, 32767),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_extremes_of_every_type_become_the_right_grey(tmp_path, dtype, low, high):
+    voxels = np.zeros((12, 12, 12), dtype)
+    steps = np.linspace(0, 1, 1000, dtype=np.longdouble)
+    voxels[1:-1, 1:-1, 1:-1] = (low * (1 - steps) + high * steps).astype(dtype).reshape(10, 10, 10)
+    nib.save(nib.Nifti1Image(voxels, LPS, dtype=dtype), tmp_path / "x.nii")
+    volume = read_volume(tmp_path / "x.nii")
+    grey = intensity_window(volume).apply(volume.voxels)[1:-1, 1:-1, 1:-1].ravel()
+    values = voxels[1:-1, 1:-1, 1:-1].ravel().astype(np.longdouble)
+    bottom, top = np.percentile(values[values != 0], [0.5, 99.5])
+    expected = np.where(values == 0, 0, np.clip((values - bottom) / (top - bottom) * 255, 0, 255))
+    np.testing.assert_allclose(grey, expected.astype(float), atol=0.501)
+
+
+@pytest.mark.parametrize("value", [0, 5])
+def test_intensity_window_constant_volume_is_an_error(tmp_path, value):
+    volume = read_volume(save(tmp_path / "x.nii", np.full(SHAPE, value, np.int16)))
+    with pytest.raises(ScanError, match=rf"x\.nii` is empty: all voxels are {value}, there is nothing to scale"):
+        intensity_window(volume)
+
+
+@pytest.mark.parametrize(("plane", "expected"), [("axial", (2, 1)), ("coronal", (3, 1)), ("sagittal", (3, 2))])
+def test_pixels_are_as_high_and_wide_as_their_voxels(plane, expected):
+    assert scans_sam2unet.pixel_size_mm((1, 2, 3), plane) == expected
