@@ -6,95 +6,67 @@ segmentation_models_pytorch has them in the encoder alone. Mask R-CNN is torchvi
 pyramid.
 """
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from torch import nn
+from torchvision.models.detection import maskrcnn_resnet50_fpn
+from torchvision.ops import masks_to_boxes
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sam2unet_hf import Sam2UNetForSemanticSegmentation
 from sam2unet_hf.modeling_sam2unet import Sam2UNetOutput
 
 
+Labels = torch.Tensor | Sequence[torch.Tensor] | None
 # Height and width of the input must be multiples of the deepest stride of the networks.
 STRIDE = 32
 
 
 class BaselineConfig(PreTrainedConfig):
-    """Configuration of a system other than SAM2-UNet.
-
-    Args:
-        system: A key of `BASELINES`.
-        regions: Region name -> the label ids it joins, one channel each.
-        weights: ImageNet weights of the encoder, `"imagenet"`, or none; ResUNet has none.
-    """
+    """A system other than SAM2-UNet, its regions, one channel each, and ImageNet weights of its encoder, if any."""
 
     model_type = "segmentation_baseline"
 
-    def __init__(
-        self,
-        system: str = "unet",
-        regions: dict[str, list[int]] | None = None,
-        weights: str | None = None,
-        **kwargs: Any,
-    ):
-        self.system = system
-        self.regions = regions or {"WT": [1, 2, 3]}
-        self.weights = weights
-        # Train with the loss of SAM2-UNet for one output.
-        self.auxiliary_loss_weights: list[float] = []
-        self.weight_bce = False
-        self.ignore_index = 255
-        super().__init__(**kwargs)
+    system: str = "unet"
+    regions: dict[str, list[int]] | None = None
+    weights: str | None = None
+    # Train with the loss of SAM2-UNet for one output.
+    auxiliary_loss_weights: tuple = ()
+    weight_bce: bool = False
+    ignore_index: int = 255
 
 
-def smp_network(name: str, num_regions: int, weights: str | None) -> nn.Module:
+def build_network(system: str, num_regions: int, weights: str | None) -> nn.Module:
+    """Build the network of a system; `weights` are `"imagenet"` or none, and ResUNet has none."""
+    if system == "maskrcnn":
+        # Leave the images as they are, because the image processor normalises and resizes them.
+        return maskrcnn_resnet50_fpn(
+            weights_backbone=None if weights is None else "IMAGENET1K_V1",
+            num_classes=num_regions + 1,
+            image_mean=[0.0] * 3,
+            image_std=[1.0] * 3,
+            # Propose fewer boxes than for photographs, because a slice shows few tumours.
+            rpn_post_nms_top_n_train=256,
+            rpn_post_nms_top_n_test=256,
+            box_batch_size_per_image=128,
+            # Drop no instance for a low score, because masks are weighted by their scores.
+            box_score_thresh=0.0,
+            box_detections_per_img=20,
+        )
+    if system == "resunet":
+        from monai.networks.nets import UNet
+
+        channels = (64, 128, 256, 512, 1024)
+        network = UNet(2, 3, channels[0], channels, strides=(2, 2, 2, 2), num_res_units=2, norm="BATCH")
+        # End with a convolution, as the paper does: the last unit normalises its output channels, and with one channel
+        # per region this would bound the logits and leave the background near 0.5.
+        return nn.Sequential(network, nn.BatchNorm2d(channels[0]), nn.PReLU(), nn.Conv2d(channels[0], num_regions, 1))
     import segmentation_models_pytorch as smp
 
-    return getattr(smp, name)(encoder_weights=weights, classes=num_regions)
-
-
-def residual_unet(num_regions: int, weights: str | None) -> nn.Module:
-    from monai.networks.nets import UNet
-
-    channels = (64, 128, 256, 512, 1024)
-    network = UNet(2, 3, channels[0], channels, strides=(2, 2, 2, 2), num_res_units=2, norm="BATCH")
-    # End with a convolution, as the paper does: the last unit normalises its output channels, and with one channel per
-    # region this would bound the logits and leave the background near 0.5.
-    return nn.Sequential(network, nn.BatchNorm2d(channels[0]), nn.PReLU(), nn.Conv2d(channels[0], num_regions, 1))
-
-
-def mask_rcnn(num_regions: int, weights: str | None) -> nn.Module:
-    from torchvision.models import ResNet50_Weights
-    from torchvision.models.detection import maskrcnn_resnet50_fpn
-
-    # Leave the images as they are, because the image processor normalises and resizes them.
-    return maskrcnn_resnet50_fpn(
-        weights_backbone=None if weights is None else ResNet50_Weights.IMAGENET1K_V1,
-        num_classes=num_regions + 1,
-        image_mean=[0.0] * 3,
-        image_std=[1.0] * 3,
-        # Propose fewer boxes than for photographs, because a slice shows few tumours.
-        rpn_post_nms_top_n_train=256,
-        rpn_post_nms_top_n_test=256,
-        box_batch_size_per_image=128,
-        # Drop no instance for a low score, because masks are weighted by their scores.
-        box_score_thresh=0.0,
-        box_detections_per_img=20,
-    )
-
-
-BASELINES: dict[str, Callable[[int, str | None], nn.Module]] = {
-    "unet": functools.partial(smp_network, "Unet"),
-    "unetplusplus": functools.partial(smp_network, "UnetPlusPlus"),
-    "maskrcnn": mask_rcnn,
-    "deeplabv3": functools.partial(smp_network, "DeepLabV3"),
-    "resunet": residual_unet,
-}
+    return smp.create_model(system, encoder_weights=weights, classes=num_regions)
 
 
 class Baseline(PreTrainedModel):
@@ -105,7 +77,7 @@ class Baseline(PreTrainedModel):
 
     def __init__(self, config: BaselineConfig):
         super().__init__(config)
-        self.network = BASELINES[config.system](len(config.regions), config.weights)
+        self.network = build_network(config.system, len(config.regions), config.weights)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Keep the initial weights of the network's library."""
@@ -113,9 +85,7 @@ class Baseline(PreTrainedModel):
     region_masks = Sam2UNetForSemanticSegmentation.region_masks
     compute_loss = Sam2UNetForSemanticSegmentation.compute_loss
 
-    def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | Sequence[torch.Tensor] | None = None
-    ) -> Sam2UNetOutput:
+    def forward(self, pixel_values: torch.Tensor, labels: Labels = None) -> Sam2UNetOutput:
         """Segment images of shape `(batch_size, 3, height, width)`; labels are as those of SAM2-UNet."""
         height, width = pixel_values.shape[-2:]
         padded = F.pad(pixel_values, (0, -width % STRIDE, 0, -height % STRIDE))
@@ -124,27 +94,23 @@ class Baseline(PreTrainedModel):
 
 
 def instances(masks: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the connected components of region masks as the instances that Mask R-CNN learns.
+    """Return the connected components of the region masks of an image as the instances that Mask R-CNN learns.
 
-    Args:
-        masks: Masks of one image of shape `(num_regions, height, width)` in {0, 1}.
-
-    Returns:
-        `boxes` of shape `(instances, 4)` as `(left, top, right, bottom)` in pixels, `labels` of shape `(instances,)`,
-        which are 1 for the first region, and `masks` of shape `(instances, height, width)`, `uint8`.
+    Masks have the shape `(num_regions, height, width)`, boxes are `(left, top, right, bottom)` in pixels, labels count
+    the regions from 1.
     """
-    boxes, labels, instance_masks = [], [], []
-    for label, mask in enumerate(masks.bool().cpu().numpy(), start=1):
-        components, _ = ndimage.label(mask, structure=[[1, 1, 1]] * 3)  # join pixels that touch at a corner
-        for number, (rows, columns) in enumerate(ndimage.find_objects(components), start=1):
-            boxes.append([columns.start, rows.start, columns.stop, rows.stop])
-            labels.append(label)
-            instance_masks.append(torch.from_numpy(components == number))
-    device = masks.device
+    found, labels = [], []
+    for label, mask in enumerate(masks.cpu().numpy(), start=1):
+        components, count = ndimage.label(mask, structure=[[1, 1, 1]] * 3)  # join pixels that touch at a corner
+        found.append(torch.from_numpy(components) == torch.arange(1, count + 1)[:, None, None])
+        labels += [label] * count
+    instance_masks = torch.cat(found).to(masks.device, torch.uint8)
+    boxes = masks_to_boxes(instance_masks)
+    boxes[:, 2:] += 1  # a box ends behind its last pixel
     return {
-        "boxes": torch.tensor(boxes, dtype=torch.float32, device=device).reshape(-1, 4),
-        "labels": torch.tensor(labels, dtype=torch.int64, device=device),
-        "masks": (torch.stack(instance_masks) if instance_masks else masks[:0]).to(device, torch.uint8),
+        "boxes": boxes,
+        "labels": torch.tensor(labels, dtype=torch.int64, device=masks.device),
+        "masks": instance_masks,
     }
 
 
@@ -154,25 +120,20 @@ class MaskRCNNBaseline(Baseline):
     The probability of a pixel is the maximum over instances of mask probability times score.
     """
 
-    def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | Sequence[torch.Tensor] | None = None
-    ) -> Sam2UNetOutput:
+    def forward(self, pixel_values: torch.Tensor, labels: Labels = None) -> Sam2UNetOutput:
         """Segment as [`Baseline.forward`] does, but return no logits in training mode with labels: there are none."""
         height, width = pixel_values.shape[-2:]
         # The network resizes images to these sizes; set those of the images.
         self.network.transform.min_size, self.network.transform.max_size = (min(height, width),), max(height, width)
-        if self.training and labels is not None:
+        # Detect without labels in training mode too, in which the batch norm of the backbone is estimated anew.
+        is_trained = self.training and labels is not None
+        self.network.train(is_trained)
+        self.network.backbone.train(self.training)
+        if is_trained:
             masks, _ = self.region_masks(labels)
             losses = self.network(list(pixel_values), [instances(image_masks) for image_masks in masks])
             return Sam2UNetOutput(loss=torch.stack(list(losses.values())).sum())
-        # Detect in training mode too, in which batch norm is estimated anew.
-        parts = (self.network, self.network.transform, self.network.rpn, self.network.roi_heads)
-        modes = [part.training for part in parts]
-        for part in parts:
-            part.training = False
         detections = self.network(list(pixel_values))
-        for part, mode in zip(parts, modes, strict=True):
-            part.training = mode
         probabilities = pixel_values.new_zeros(len(pixel_values), len(self.config.regions), height, width)
         for image, detection in zip(probabilities, detections, strict=True):
             weighted = detection["masks"][:, 0] * detection["scores"][:, None, None]
@@ -183,11 +144,7 @@ class MaskRCNNBaseline(Baseline):
 
 
 def build_baseline(system: str, regions: dict[str, list[int]], weights: str | None = None) -> Baseline:
-    """Build a system other than SAM2-UNet.
-
-    Raises:
-        SystemExit: If its library is missing.
-    """
+    """Build a system other than SAM2-UNet, or exit if its library is missing."""
     model_class = MaskRCNNBaseline if system == "maskrcnn" else Baseline
     try:
         return model_class(BaselineConfig(system=system, regions=regions, weights=weights))

@@ -12,10 +12,12 @@ A comparison that was stopped resumes when the same command is run on the same d
 import argparse
 import json
 import logging
+import resource
 import shutil
+import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import torch
 import transformers
 from arguments import SegmentationTrainingArguments
 from baselines import build_baseline
-from comparison_costs import measure_model
+from benchmarks.timing import count_flops, time_in_turn
 from comparison_data import ComparisonData
 from comparison_report import SYSTEMS, write_report
 from predictions import predict_label_maps
@@ -64,13 +66,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--learning_rate", nargs="+", default=["1e-4"], help="a number, and SYSTEM=NUMBER for each exception"
     )
-    parser.add_argument(
-        "--augmentation",
-        nargs="+",
-        default=["flips"],
-        choices=["none", *AUGMENTATIONS],
-        help="random changes of training images",
-    )
+    names, changes = ["none", *AUGMENTATIONS], "random changes of training images"
+    parser.add_argument("--augmentation", nargs="+", default=["flips"], choices=names, help=changes)
     parser.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
     parser.add_argument("--evaluations", type=int, default=10, help="how often the best checkpoint is chosen")
     parser.add_argument("--weights", choices=["imagenet"], help="pretrained encoders for the other systems")
@@ -118,14 +115,46 @@ def build_model(args: argparse.Namespace, system: str, regions: dict[str, list[i
     return Sam2UNetForSemanticSegmentation(config)
 
 
+def time_step(model: PreTrainedModel, batches: Iterator[dict[str, Any]], bf16: bool) -> float:
+    """Return the median seconds of a training step, loading included."""
+    device = model.device.type
+    model.train()
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad])
+
+    def step() -> None:
+        batch = next(batches)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            loss = model(batch["pixel_values"].to(device), labels=batch["labels"].to(device)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return statistics.median(time_in_turn({"step": step}, 5, device, warmup=2)["step"])
+
+
 def measure(args: argparse.Namespace, system: str) -> dict[str, float]:
     """Measure what a system costs; call it in a new process, because the peak memory is that of the process."""
     data = ComparisonData(args)
     set_seed(0)
     device = "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
-    model = build_model(args, system, data.regions).to(device)
-    batches = data.training_batches(args.batch_size, args.num_workers)
-    return measure_model(model, batches, args.image_size, args.bf16)
+    model = build_model(args, system, data.regions).to(device).eval()
+    image = torch.randn(1, 3, args.image_size, args.image_size, device=device)
+
+    # Do not use inference mode, because the model is trained next, which fails with inference tensors that it keeps.
+    @torch.no_grad()
+    def segment() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
+            model(image)
+
+    costs = {
+        "parameters": model.num_parameters(),
+        "trained_parameters": model.num_parameters(only_trainable=True),
+        "flops": count_flops(model, image),
+        "seconds_per_image": statistics.median(time_in_turn({"image": segment}, 5, device, warmup=2)["image"]),
+        "seconds_per_step": time_step(model, data.training_batches(args.batch_size, args.num_workers), args.bf16),
+    }
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {**costs, "peak_memory_gb": (torch.cuda.max_memory_allocated() if device == "cuda" else peak) / 1e9}
 
 
 def measure_costs(args: argparse.Namespace, system: str, argv: Sequence[str]) -> dict[str, float]:
@@ -143,11 +172,15 @@ def measure_costs(args: argparse.Namespace, system: str, argv: Sequence[str]) ->
     return json.loads(path.read_text())
 
 
-def training_arguments(args: argparse.Namespace, system: str, seed: int, steps: int) -> SegmentationTrainingArguments:
-    """Return the recipe of a training; systems differ in the learning rate only."""
+def run(args: argparse.Namespace, data: ComparisonData, system: str, seed: int, steps: int) -> None:
+    """Train and score a system, or resume it, and write `result.json` and `examples.npz` into its folder."""
+    folder = args.output_dir / system / f"seed-{seed}"
+    if (folder / "result.json").exists():
+        logger.info("%s, seed %d: finished before.", SYSTEMS[system].name, seed)
+        return
     every = max(1, steps // args.evaluations)
-    return SegmentationTrainingArguments(
-        output_dir=str(args.output_dir / system / f"seed-{seed}"),
+    training_args = SegmentationTrainingArguments(
+        output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
@@ -161,25 +194,17 @@ def training_arguments(args: argparse.Namespace, system: str, seed: int, steps: 
         logging_steps=max(1, steps // 100),
         dataloader_drop_last=True,
         dataloader_num_workers=args.num_workers,
-        dataloader_pin_memory=torch.cuda.is_available() and not args.use_cpu,
+        dataloader_pin_memory=not args.use_cpu,
         bf16=args.bf16,
         use_cpu=args.use_cpu,
         seed=seed,
         report_to="none",
     )
-
-
-def run(args: argparse.Namespace, data: ComparisonData, system: str, seed: int, steps: int) -> None:
-    """Train and score a system, or resume it, and write `result.json` and `examples.npz` into its folder."""
-    folder = args.output_dir / system / f"seed-{seed}"
-    if (folder / "result.json").exists():
-        logger.info("%s, seed %d: finished before.", SYSTEMS[system].name, seed)
-        return
     set_seed(seed)
     from_scratch = (args.sam2_checkpoint if system == "sam2unet" else args.weights) is None
     trainer = Sam2UNetTrainer(
         build_model(args, system, data.regions),
-        training_arguments(args, system, seed, steps),
+        training_args,
         batch_norm_images=128 if from_scratch else 0,
         train_dataset=data.train(),
         eval_dataset=data.evaluation("validation"),
@@ -205,11 +230,7 @@ def run(args: argparse.Namespace, data: ComparisonData, system: str, seed: int, 
 
 
 def check_arguments(args: argparse.Namespace) -> dict[Path, dict[str, Any]]:
-    """Return the arguments to note of each system by path.
-
-    Raises:
-        SystemExit: If a system was begun with other arguments.
-    """
+    """Return the arguments to note of each system by path, or exit if a system was begun with others."""
     notes = {}
     for system in args.systems:
         path = args.output_dir / system / "arguments.json"
@@ -228,11 +249,7 @@ def check_arguments(args: argparse.Namespace) -> dict[Path, dict[str, Any]]:
 
 
 def check_data(data: ComparisonData, notes: dict[Path, dict[str, Any]]) -> None:
-    """Note arguments and fingerprints of the data of each system.
-
-    Raises:
-        SystemExit: If a system was begun on other data; then nothing is noted.
-    """
+    """Note arguments and data of each system, or exit and note nothing if a system was begun on other data."""
     now = {split: fingerprint(rows) for split, rows in data.splits.items()}
     for path in notes:
         before = json.loads(path.read_text()).get("fingerprints") if path.exists() else now
@@ -240,11 +257,10 @@ def check_data(data: ComparisonData, notes: dict[Path, dict[str, Any]]) -> None:
             logger.warning("%s does not tell which data its run began on. The data of now is taken for it.", path)
         elif changed := changed_values(before, now):
             raise SystemExit(
-                f"{path.parent} holds a run on other data: it differs in the split {', '.join(changed)}. Choose "
-                "another --output_dir."
+                f"{path.parent} holds a run on other data: it differs in the split {', '.join(changed)}. "
+                "Choose another --output_dir."
             )
     for path, arguments in notes.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {**arguments, "fingerprints": now}, sort_keys=False)
 
 

@@ -1,8 +1,9 @@
 """What all systems of a comparison share: splits, regions, transforms, and the images of its picture."""
 
 import argparse
-import functools
+import itertools
 from collections.abc import Iterator
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import datasets
@@ -27,51 +28,36 @@ class Example(NamedTuple):
 
 
 class ComparisonData:
-    """The data of all systems.
-
-    Args:
-        args: Options of the comparison.
-
-    Raises:
-        SystemExit: If there is no such data, it cannot be used, or it has no test split.
-    """
+    """The data of all systems, for the options of the comparison; exits if it cannot be used."""
 
     def __init__(self, args: argparse.Namespace):
         # Of a phantom, take the slices that show enough tumour.
-        data_args = DataArguments(
-            dataset_name=args.data, slices=["tumor"], min_tumor_pixels=20, allow_leaks=args.allow_leaks
-        )
+        data_args = DataArguments(args.data, slices=["tumor"], min_tumor_pixels=20, allow_leaks=args.allow_leaks)
         self.splits = load_data(data_args)
         if "test" not in self.splits:
             raise SystemExit("The data set has no split named test, which the systems are scored on.")
         self.image_column, self.mask_column = find_columns(self.splits, data_args)
-        self.regions, self.label_mapping = find_regions(self.splits, self.image_column, self.mask_column, None)
+        self.regions, label_mapping = find_regions(self.splits, self.image_column, self.mask_column, None)
         self.augment = augmentation(*(name for name in args.augmentation if name != "none"))
         size = {"height": args.image_size, "width": args.image_size}
         self.processor = Sam2UNetImageProcessor(regions=self.regions, size=size)
-
-    def transform(self, **kwargs: Any) -> SegmentationTransform:
-        """Return the transform of rows."""
-        return SegmentationTransform(
-            self.processor, self.image_column, self.mask_column, label_mapping=self.label_mapping, **kwargs
-        )
+        columns = (self.image_column, self.mask_column)
+        self.transform = partial(SegmentationTransform, self.processor, *columns, label_mapping=label_mapping)
 
     def train(self) -> datasets.Dataset:
         """Return the training images with augmentation."""
         return self.splits["train"].with_transform(self.transform(augment=self.augment))
 
     def training_batches(self, batch_size: int, num_workers: int = 0) -> Iterator[dict[str, Any]]:
-        """Yield training batches without end, for timing."""
+        """Return training batches without end, for timing."""
         options = {"shuffle": True, "drop_last": True, "collate_fn": collate, "num_workers": num_workers}
-        loader = DataLoader(self.train(), batch_size, **options)
-        while True:
-            yield from loader
+        return itertools.chain.from_iterable(itertools.repeat(DataLoader(self.train(), batch_size, **options)))
 
     def evaluation(self, split: str) -> datasets.Dataset:
         """Return images with masks at their own size."""
         return self.splits[split].with_transform(self.transform(resize_masks=False))
 
-    @functools.cached_property
+    @cached_property
     def examples(self) -> list[Example]:
         """Up to four test images of different cases, each the one of its case with the most to find."""
         rows = self.splits["test"]
@@ -81,11 +67,8 @@ class ComparisonData:
         for row, case in enumerate(case_ids("test", rows) or range(len(rows))):
             if sizes[row] > sizes[largest.setdefault(case, row)]:
                 largest[case] = row
-        chosen = list(largest.values())
         # Take them evenly over the order of the data, so that the choice is not a matter of taste.
-        places = np.unique(np.linspace(0, len(chosen) - 1, 4).round().astype(int))
+        places = np.unique(np.linspace(0, len(largest) - 1, 4).round().astype(int))
+        chosen = np.array(list(largest.values()))[places].tolist()
         names = case_names(rows)
-        return [
-            Example(row, names[row], rows[row][self.image_column], references[row])
-            for row in (chosen[place] for place in places)
-        ]
+        return [Example(row, names[row], rows[row][self.image_column], references[row]) for row in chosen]

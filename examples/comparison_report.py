@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from comparison_data import ComparisonData, Example
+from comparison_data import ComparisonData
 from plots import COLOURS, plt
 
 
@@ -32,23 +32,15 @@ SYSTEMS = {
     "deeplabv3": System("DeepLabV3", 0.709, 0.549, 0.062),
     "resunet": System("ResUNet", 0.591, 0.419, 0.183),
 }
-NOTE = """\
-Published: Pidishetti, Amjad, Sheng, Appl. Sci. 2025, 15, 3267, Table 3, BraTS 2020. Over one set of images mIoU cannot
-be below D / (2 - D) for mean Dice D. The rows of SAM2-UNet (0.771 needs 0.627) and Mask R-CNN (0.746 needs 0.595)
-break this; they are quoted as published."""
-# Columns of the table of scores: by protocol, the key of `SegmentationMetrics` and its title.
-SHOWN = {
-    "plain": {"dice": "Dice", "iou": "IoU", "mae": "MAE"},
-    "paper": {"mean_dice": "mDice", "mean_iou": "mIoU", "mae": "MAE"},
-}
+# Scores in the report, by protocol.
+SHOWN = {"plain": ("dice", "iou", "mae"), "paper": ("mean_dice", "mean_iou", "mae")}
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-# The results of each system, one per seed, as `result.json` holds them.
+# The results of each system, one per seed, as `result.json` holds them, and what each costs.
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
+Costs = Mapping[str, Mapping[str, float]]
 
 
-def write_report(
-    args: argparse.Namespace, data: ComparisonData, costs: Mapping[str, Mapping[str, float]], command: str
-) -> None:
+def write_report(args: argparse.Namespace, data: ComparisonData, costs: Costs, command: str) -> None:
     """Write and print tables and figures of all results; `command` is named in the report."""
     folder = args.output_dir
     results = {
@@ -64,17 +56,11 @@ def write_report(
     predictions = {
         SYSTEMS[system].name: [found[str(example.row)] for example in data.examples] for system, found in maps.items()
     }
-    plot_systems(data.examples, predictions, data.regions, folder / "systems.png")
+    plot_systems(data, predictions, folder / "systems.png")
     print(text)
 
 
-def report_text(
-    args: argparse.Namespace,
-    data: ComparisonData,
-    results: Results,
-    costs: Mapping[str, Mapping[str, float]],
-    command: str,
-) -> str:
+def report_text(args: argparse.Namespace, data: ComparisonData, results: Results, costs: Costs, command: str) -> str:
     """Return the report as Markdown."""
     device = f"CPU, {torch.get_num_threads()} threads"
     if torch.cuda.is_available() and not args.use_cpu:
@@ -83,72 +69,41 @@ def report_text(
         f"{len(rows)} {split}" + (f" of {len(set(rows['case_id']))} cases" if "case_id" in rows.column_names else "")
         for split, rows in data.splits.items()
     )
-    scores = [score_row(SYSTEMS[system], runs) for system, runs in results.items()]
-    prices = [cost_row(SYSTEMS[system], costs[system]) for system in results]
-    return f"""# Comparison of {len(results)} systems
-
-`{command}`
-
-{date.today().isoformat()}, {device}, torch {torch.__version__}. Seeds: {", ".join(map(str, args.seeds))}.
-Images: {images}.
-
-Scores of the test images, each at its mask's own size, averaged over images; (plain): Dice and IoU of the mask at
-probability > 0.5, (paper): means over 256 thresholds, each prediction stretched to its full range first.
-
-{markdown_table(scores)}
-
-{NOTE}
-
-![scores](comparison.png)
-
-Floating-point operations and seconds are of one image of {args.image_size}x{args.image_size}, a step is one of
-{args.batch_size} images with loading, memory is the peak of a process that trains.
-
-{markdown_table(prices)}
-
-![learning curves](learning_curves.png)
-
-The same test images through all systems:
-
-![predictions](systems.png)
-"""
+    template = Path(__file__).with_name("comparison_template.md").read_text()
+    return template.format(
+        args=args,
+        torch=torch,
+        num_systems=len(results),
+        command=command,
+        date=date.today().isoformat(),
+        device=device,
+        seeds=", ".join(map(str, args.seeds)),
+        images=images,
+        scores="\n".join(score_row(SYSTEMS[system], runs) for system, runs in results.items()),
+        costs="\n".join(cost_row(SYSTEMS[system], costs[system]) for system in results),
+    )
 
 
-def score_row(system: System, runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the scores of a system, and those that were published, by title."""
-    scores = {
-        f"{title} ({protocol})": format_mean_std([found["scores"][protocol][key] for found in runs])
-        for protocol, shown in SHOWN.items()
-        for key, title in shown.items()
-    }
-    published = {"published mDice": system.mean_dice, "mIoU": system.mean_iou, "MAE": system.mae}
-    return {"system": system.name, **scores, **{title: f"{value:.3f}" for title, value in published.items()}}
+def score_row(system: System, runs: Sequence[Mapping[str, Any]]) -> str:
+    """Format the scores of a system, and those that were published, as a row of a table."""
+    keys = [(protocol, key) for protocol, shown in SHOWN.items() for key in shown]
+    scores = [format_mean_std([found["scores"][protocol][key] for found in runs]) for protocol, key in keys]
+    published = [f"{value:.3f}" for value in (system.mean_dice, system.mean_iou, system.mae)]
+    return f"| {' | '.join([system.name, *scores, *published])} |"
 
 
-def cost_row(system: System, costs: Mapping[str, float]) -> dict[str, str]:
-    """Return what a system costs, by title."""
-    return {
-        "system": system.name,
-        "parameters": f"{costs['parameters'] / 1e6:.2f} M",
-        "trained": f"{costs['trained_parameters'] / 1e6:.2f} M",
-        "GFLOP": f"{costs['flops'] / 1e9:.1f}",
-        "s/image": f"{costs['seconds_per_image']:.3f}",
-        "s/step": f"{costs['seconds_per_step']:.3f}",
-        "steps": str(costs["steps"]),
-        "peak memory": f"{costs['peak_memory_gb']:.2f} GB",
-    }
+def cost_row(system: System, costs: Mapping[str, float]) -> str:
+    """Format what a system costs as a row of a table."""
+    millions = [f"{costs[name] / 1e6:.2f} M" for name in ("parameters", "trained_parameters")]
+    seconds = [f"{costs[name]:.3f}" for name in ("seconds_per_image", "seconds_per_step")]
+    gigaflops, memory = f"{costs['flops'] / 1e9:.1f}", f"{costs['peak_memory_gb']:.2f} GB"
+    return f"| {' | '.join([system.name, *millions, gigaflops, *seconds, str(costs['steps']), memory])} |"
 
 
 def format_mean_std(values: Sequence[float]) -> str:
     """Format a mean and, of several seeds, the standard deviation."""
     mean = f"{statistics.mean(values):.3f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
-
-
-def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Format rows of the same titles as a table."""
-    lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write_scores(results: Results, seeds: Sequence[int], path: Path) -> None:
@@ -185,38 +140,29 @@ def plot_comparison(results: Results, path: Path) -> None:
 def plot_learning_curves(results: Results, path: Path) -> None:
     """Draw training loss and validation Dice over steps, a colour per system, a line per seed."""
     figure, (losses, scores) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for (system, runs), colour in zip(results.items(), (*COLOURS, "#000000"), strict=False):
-        for number, found in enumerate(runs):
-            for axes, key in ((losses, "loss"), (scores, "eval_dice")):
-                points = [(entry["step"], entry[key]) for entry in found["curve"] if key in entry]
-                label = SYSTEMS[system].name if number == 0 else None
-                if points:
-                    axes.plot(*zip(*points, strict=True), color=colour, label=label, alpha=0.9)
+    for axes, key in ((losses, "loss"), (scores, "eval_dice")):
+        axes.grid(alpha=0.3)
+        for (system, runs), colour in zip(results.items(), (*COLOURS, "#000000"), strict=False):
+            for number, found in enumerate(runs):
+                steps, values = zip(*((e["step"], e[key]) for e in found["curve"] if key in e), strict=True)
+                axes.plot(steps, values, color=colour, label=None if number else SYSTEMS[system].name, alpha=0.9)
     losses.set(xlabel="step", ylabel="loss, each system's own", title="Training loss", yscale="log")
     scores.set(xlabel="step", ylabel="Dice at probability > 0.5", title="Validation", ylim=(0, 1))
-    for axes in (losses, scores):
-        axes.grid(alpha=0.3)
     figure.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def plot_systems(
-    examples: Sequence[Example],
-    predictions: Mapping[str, Sequence[np.ndarray]],
-    regions: Mapping[str, Sequence[int]],
-    path: Path,
-) -> None:
+def plot_systems(data: ComparisonData, predictions: Mapping[str, Sequence[np.ndarray]], path: Path) -> None:
     """Draw images with the outlines of reference and prediction, one row per image, one column per system."""
-    columns = 1 + len(predictions)
-    size = (2.2 * columns, 2.45 * len(examples) + 0.6)
-    figure, axes = plt.subplots(len(examples), columns, figsize=size, layout="constrained", squeeze=False)
+    examples, regions = data.examples, data.regions
+    size = (len(examples), 1 + len(predictions))
+    figsize = (2.2 * size[1], 2.45 * size[0] + 0.6)
+    figure, axes = plt.subplots(*size, figsize=figsize, layout="constrained", squeeze=False)
     colours = [COLOURS[index % len(COLOURS)] for index in range(len(regions))]
     # Draw the prediction of a single region in the second colour, which no other region needs.
-    kinds = {
-        "reference": (colours, "solid"),
-        "prediction": ([COLOURS[1]] if len(regions) == 1 else colours, "dashed"),
-    }
+    predicted_colours = [COLOURS[1]] if len(regions) == 1 else colours
+    kinds = {"reference": (colours, "solid"), "prediction": (predicted_colours, "dashed")}
     for number, (row, example) in enumerate(zip(axes, examples, strict=True)):
         image = example.image
         # Do not convert 16-bit and float images, which would lose their range.

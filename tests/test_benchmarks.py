@@ -28,7 +28,7 @@ SMALL = ["--image_size", "64", "--device", "cpu", "--rounds", "1"]
 
 
 def test_the_padded_variant_gives_the_same_logits_and_gradients():
-    models = bench_model.build("tiny", None, ["ours", "padded"], 96)
+    models = bench_model.build("tiny", 96)
     image = torch.randn(2, 3, 96, 96)
     with torch.inference_mode():
         logits = [model.eval()(image).logits for model in models.values()]

@@ -316,8 +316,6 @@ PRIVATE_NAMES = {
     "_preprocess_image_like_inputs": "documented for processors that take more than images",
     "_raise_exceptions_for_missing_entries": "the public function raises where a file is optional",
     # torch and torchvision
-    "_get_pos_embed": "a benchmark runs transformers' encoder step by step",
-    "_is_amx_tile_supported": "a benchmark names what the processor has",
     "_transformed_types": "documented: the types that a transform changes",
     # datasets and evaluate: abstract methods, and what their caches are made of
     "_info": "abstract",

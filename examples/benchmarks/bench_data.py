@@ -21,7 +21,7 @@ import datasets
 import nibabel as nib
 import numpy as np
 from PIL import Image
-from timing import make_parser, report, run_facts, time_in_turn
+from timing import make_parser, report, time_in_turn
 
 from dataset_scripts.brats_slices import BratsSlices
 from sam2unet_hf.cases_sam2unet import BratsCase, find_cases
@@ -84,37 +84,29 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             brats_dir = Path(folder)
             link_copies(find_cases(args.brats_dir), args.copies, brats_dir)
         cases = find_cases(brats_dir)
-        slices = {"plain loop": plain_loop(cases), "builder": build(brats_dir, None)}
-        if len(set(slices.values())) > 1:
-            raise SystemExit(f"Not the same slices were made: {slices}.")
         competitors: dict[str, Callable[[], Any]] = {
             "plain loop": lambda: plain_loop(cases),
             "builder": lambda: build(brats_dir, None),
-            f"builder, {args.num_proc} processes": lambda: build(brats_dir, args.num_proc),
         }
+        made = {name: function() for name, function in competitors.items()}
+        slices = made["builder"]
+        if made["plain loop"] != slices:
+            raise SystemExit(f"Not the same slices were made: {made}.")
+        parallel = f"builder, {args.num_proc} processes"
+        competitors[parallel] = lambda: build(brats_dir, args.num_proc)
         if importlib.util.find_spec("monai") is not None:
             competitors["MONAI, reading alone"] = lambda: monai_reading(cases)
         seconds = time_in_turn(competitors, args.rounds, warmup=0)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    results = {
-        **run_facts(__file__, argv),
-        "cases": len(cases),
-        "slices": slices["builder"],
-        "seconds": medians,
-        "builder_against_plain_loop": medians["plain loop"] / medians["builder"],
-        "processes_against_one": medians["builder"] / medians[f"builder, {args.num_proc} processes"],
-    }
-    rows = [
-        {
-            "what": name,
-            "time": f"{median:.2f} s",
-            "slices/s": f"{slices['builder'] / median:.0f}",
-            "against the plain loop": f"{medians['plain loop'] / median:.2f}x",
-        }
-        for name, median in medians.items()
-    ]
-    report(results, rows, args.output)
-    return results
+    plain, built = medians["plain loop"], medians["builder"]
+    found = {"cases": len(cases), "slices": slices, "seconds": medians}
+    found["builder_against_plain_loop"] = plain / built
+    found["processes_against_one"] = built / medians[parallel]
+    rows = []
+    for name, median in medians.items():
+        row = {"what": name, "time": f"{median:.2f} s", "slices/s": f"{slices / median:.0f}"}
+        rows.append({**row, "against the plain loop": f"{plain / median:.2f}x"})
+    return report(__file__, argv, args, found, rows)
 
 
 if __name__ == "__main__":

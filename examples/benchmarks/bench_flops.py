@@ -13,20 +13,9 @@ from typing import Any
 
 import torch
 from bench_model import build, forward_pass
-from timing import DTYPES, make_parser, report, run_facts, time_in_turn
-from torch.utils.flop_counter import FlopCounterMode
+from timing import DTYPES, count_flops, make_parser, report, time_in_turn
 
 from sam2unet_hf.configuration_sam2unet import PRESETS
-
-
-def count_flops(model: torch.nn.Module, pixel_values: torch.Tensor) -> int:
-    """Count multiplications and additions of matrix products, convolutions and attention."""
-    # Run attention as matrix products, which the counter knows on every device.
-    model.set_attn_implementation("eager")
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(pixel_values)
-    model.set_attn_implementation("sdpa")
-    return counter.get_total_flops()
 
 
 def matmul_rate(preset: str, tokens: int, dtype: torch.dtype, device: str, rounds: int) -> float:
@@ -50,12 +39,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--image_size", type=int, default=352)
     args = parser.parse_args(argv)
-    results: dict[str, Any] = {**run_facts(__file__, argv, args.device), "cases": []}
-    rows = []
+    cases, rows = [], []
     for preset in args.presets:
-        models = build(preset, None, ["ours", "padded"], args.image_size)
+        models = build(preset, args.image_size)
         shape = (args.batch_size, 3, args.image_size, args.image_size)
-        flops = {name: count_flops(model.eval(), torch.zeros(shape)) for name, model in models.items()}
+        flops = {name: count_flops(model, torch.zeros(shape)) for name, model in models.items()}
         for dtype in args.dtypes:
             model = copy.deepcopy(models["ours"]).to(args.device, DTYPES[dtype])
             run = forward_pass(model, torch.randn(shape, device=args.device, dtype=DTYPES[dtype]))
@@ -64,19 +52,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             rate = matmul_rate(preset, tokens, DTYPES[dtype], args.device, args.rounds)
             case = {"preset": preset, "dtype": dtype, "flops": flops, "seconds": seconds, "matmul_flops_per_s": rate}
             case["share"] = flops["ours"] / rate / seconds
-            results["cases"].append(case)
-            rows.append(
-                {
-                    "preset": preset,
-                    "dtype": dtype,
-                    "GFLOP": f"{flops['ours'] / 1e9:.1f} (padded {flops['padded'] / 1e9:.1f})",
-                    "time": f"{seconds:.3f} s",
-                    "matmul rate": f"{rate / 1e9:.0f} GFLOP/s",
-                    "share": f"{case['share']:.2f}",
-                }
-            )
-    report(results, rows, args.output)
-    return results
+            cases.append(case)
+            billions = f"{flops['ours'] / 1e9:.1f} (padded {flops['padded'] / 1e9:.1f})"
+            row = {"preset": preset, "dtype": dtype, "GFLOP": billions, "time": f"{seconds:.3f} s"}
+            rows.append({**row, "matmul rate": f"{rate / 1e9:.0f} GFLOP/s", "share": f"{case['share']:.2f}"})
+    return report(__file__, argv, args, {"cases": cases}, rows)
 
 
 if __name__ == "__main__":

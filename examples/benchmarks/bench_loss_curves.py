@@ -10,13 +10,15 @@ bfloat16 and float16 are the dtype of autocast.
 
 import argparse
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from timing import DTYPES, make_parser, report, run_facts
+from timing import DTYPES, make_parser, report
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -26,28 +28,21 @@ from sam2unet_hf.training import SegmentationTransform, collate
 from sam2unet_hf.training.augmentation import augmentation
 
 
-def train(
-    model: Sam2UNetForSemanticSegmentation, loader: DataLoader, args: argparse.Namespace, dtype: str
-) -> list[float]:
+def train(model: nn.Module, loader: DataLoader, args: argparse.Namespace, dtype: str) -> list[float]:
     """Train and return the loss of each step."""
     torch.manual_seed(args.seed)  # sets the order of images and their flips
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=1e-4, fused=True)
     model.train()
-    losses: list[float] = []
-    progress = tqdm(total=args.steps, desc=dtype, unit="step")
-    while len(losses) < args.steps:
-        for batch in loader:
-            with torch.autocast(args.device, DTYPES[dtype], enabled=dtype != "float32"):
-                loss = model(batch["pixel_values"].to(args.device), labels=batch["labels"].to(args.device)).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.item())
-            progress.update()
-            if len(losses) == args.steps:
-                break
-    progress.close()
+    losses = []
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))  # shuffled anew in each epoch
+    for batch in tqdm(itertools.islice(batches, args.steps), total=args.steps, desc=dtype, unit="step"):
+        with torch.autocast(args.device, DTYPES[dtype], enabled=dtype != "float32"):
+            loss = model(batch["pixel_values"].to(args.device), labels=batch["labels"].to(args.device)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
     return losses
 
 
@@ -72,9 +67,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     processor = Sam2UNetImageProcessor(regions=regions, size={"height": args.image_size, "width": args.image_size})
     rows = datasets.load_dataset(args.dataset, split="train")  # nosec B615 # rows, no code
     rows = rows.with_transform(SegmentationTransform(processor, augment=augmentation("flips")))
-    loader = DataLoader(
-        rows, args.batch_size, shuffle=True, drop_last=True, collate_fn=collate, num_workers=args.num_workers
-    )
+    options = {"shuffle": True, "drop_last": True, "collate_fn": collate, "num_workers": args.num_workers}
+    loader = DataLoader(rows, args.batch_size, **options)
     torch.manual_seed(args.seed)
     if args.sam2_checkpoint is None:
         model = Sam2UNetForSemanticSegmentation(Sam2UNetConfig.from_preset(args.preset, regions=regions))
@@ -87,26 +81,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if args.save is not None and dtype == args.dtypes[0]:
             trained.save_pretrained(args.save)
             processor.save_pretrained(args.save)
-    windows = range(0, args.steps - args.window + 1, args.window)
-    first, second = (
-        np.array([np.mean(losses[d][start : start + args.window]) for start in windows]) for d in args.dtypes
-    )
-    differences = np.abs(second - first) / first
-    results = {
-        **run_facts(__file__, argv, args.device),
-        "losses": losses,
-        "largest_difference": float(differences.max()),
-    }
-    table = [
-        {
-            "steps": f"{start + 1} to {start + args.window}",
-            **{name: f"{value:.4f}" for name, value in zip(args.dtypes, pair, strict=True)},
-            "difference": f"{100 * difference:.2f} %",
-        }
-        for start, *pair, difference in zip(windows, first, second, differences, strict=True)
-    ]
-    report(results, table, args.output)
-    return results
+    table, differences = [], []
+    for start in range(0, args.steps - args.window + 1, args.window):
+        row = {"steps": f"{start + 1} to {start + args.window}"}
+        first, second = (float(np.mean(losses[dtype][start : start + args.window])) for dtype in args.dtypes)
+        row |= {args.dtypes[0]: f"{first:.4f}", args.dtypes[1]: f"{second:.4f}"}
+        differences.append(abs(second - first) / first)
+        table.append({**row, "difference": f"{100 * differences[-1]:.2f} %"})
+    return report(__file__, argv, args, {"losses": losses, "largest_difference": max(differences)}, table)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,20 @@ weights, trained with the loss as the paper writes it. Peak memory is measured i
 
 import argparse
 import copy
-import importlib.util
+import importlib
 import itertools
-import resource
+import multiprocessing
+import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import DTYPES, make_parser, mask_iou, report, run_facts, time_in_turn
+from timing import DTYPES, make_parser, mask_iou, report, time_in_turn
 from torch import nn
 from transformers import Sam2HieraDetModel
 
@@ -31,27 +32,21 @@ from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation
 from sam2unet_hf.configuration_sam2unet import PRESETS
 
 
-class PaddedEncoder(nn.Module):
+class PaddedEncoder(Sam2HieraDetModel):
     """transformers' SAM 2 encoder, which pads every window, with an adapter before each block."""
 
     def __init__(self, model: Sam2UNetForSemanticSegmentation):
-        super().__init__()
-        self.encoder = Sam2HieraDetModel(model.config.backbone_config)
+        super().__init__(model.config.backbone_config)
         ours = {name: value for name, value in model.encoder.state_dict().items() if ".adapter." not in name}
-        self.encoder.load_state_dict(ours)
-        self.encoder.requires_grad_(not model.config.freeze_encoder)
-        self.adapters = nn.ModuleList([copy.deepcopy(block.adapter) for block in model.encoder.blocks])
-        self.patch_embed = self.encoder.patch_embed
+        self.load_state_dict(ours)
+        self.requires_grad_(not model.config.freeze_encoder)
+        for block, adapted in zip(self.blocks, model.encoder.blocks, strict=True):
+            block.adapter = copy.deepcopy(adapted.adapter)
+            block.register_forward_pre_hook(lambda block, inputs: block.adapter(*inputs))
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        hidden_states = self.encoder.patch_embed(pixel_values)
-        hidden_states = hidden_states + self.encoder._get_pos_embed(hidden_states.shape[1:3])
-        feature_maps = []
-        for index, (block, adapter) in enumerate(zip(self.encoder.blocks, self.adapters, strict=True)):
-            hidden_states = block(adapter(hidden_states))
-            if index in self.encoder.stage_ends:
-                feature_maps.append(hidden_states.permute(0, 3, 1, 2))
-        return tuple(feature_maps)
+        maps = super().forward(pixel_values).intermediate_hidden_states
+        return tuple(feature_map.permute(0, 3, 1, 2) for feature_map in maps)
 
 
 def plain_loss(outputs: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
@@ -67,52 +62,39 @@ def plain_loss(outputs: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.T
     return total
 
 
-def padded_variant(model: Sam2UNetForSemanticSegmentation) -> Sam2UNetForSemanticSegmentation:
-    """Return a copy of the model on the padded encoder."""
-    padded = copy.deepcopy(model)
-    padded.encoder = PaddedEncoder(model)
-    return padded
-
-
 class Reference(nn.Module):
     """The `SAM2UNet` of the reference implementation, from its file, with the plain loss; for the large encoder."""
 
     def __init__(self, path: Path):
         super().__init__()
         sys.path.insert(0, str(path.resolve().parent))
-        spec = importlib.util.spec_from_file_location("reference_sam2unet", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        self.model = module.SAM2UNet()
-        self.config = None
+        self.model = importlib.import_module(path.stem).SAM2UNet()
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
         outputs = self.model(pixel_values)
         return outputs[0] if labels is None else plain_loss(outputs, labels)
 
 
-def build(preset: str, reference: Path | None, names: list[str], image_size: int) -> dict[str, nn.Module]:
-    """Build the competitors with the same random weights."""
+def build(preset: str, image_size: int, reference: Path | None = None) -> dict[str, nn.Module]:
+    """Build the competitors, ours and the padded one with the same random weights."""
     torch.manual_seed(0)
-    model = Sam2UNetForSemanticSegmentation(Sam2UNetConfig.from_preset(preset, regions={"WT": [1]})).eval()
-    # Make position embeddings large, because fresh ones are near 0 and would hide differences.
+    model = Sam2UNetForSemanticSegmentation(Sam2UNetConfig.from_preset(preset, regions={"WT": [1]})).train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "pos_embed" in name:
-                parameter.normal_(std=0.1)
+                parameter.normal_(std=0.1)  # fresh ones are near 0 and would hide differences
         # Estimate batch norm as after training, so that the logits depend on the image.
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None
-        model.train()
         for _ in range(2):
             model(torch.randn(2, 3, image_size, image_size))
-    found: dict[str, nn.Module] = {}
-    if "padded" in names:
-        found["padded"] = padded_variant(model)
-    if "reference" in names and reference is not None:
-        found["reference"] = Reference(reference)
-    return {"ours": model, **found} if "ours" in names else found
+    padded = copy.deepcopy(model)
+    padded.encoder = PaddedEncoder(model)
+    models = {"ours": model, "padded": padded}
+    if reference is not None and preset == "large":
+        models["reference"] = Reference(reference)
+    return models
 
 
 def forward_pass(model: nn.Module, pixel_values: torch.Tensor) -> Callable[[], Any]:
@@ -149,107 +131,84 @@ def training_step(model: nn.Module, pixel_values: torch.Tensor, autocast: torch.
     return run
 
 
+def prepare(
+    args: argparse.Namespace, name: str, model: nn.Module, mode: str, dtype: str, pixel_values: torch.Tensor
+) -> Callable[[], Any]:
+    """Return a function that runs a competitor once in a mode and a dtype."""
+    model = model.to(args.device)
+    if mode == "forward":
+        model = model.to(DTYPES[dtype])
+        if args.channels_last and args.device == "cuda":
+            model = model.to(memory_format=torch.channels_last)
+    elif name == "ours" and args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if args.compile and name == "ours":
+        model = torch.compile(model)
+    if mode == "forward":
+        return forward_pass(model, pixel_values.to(DTYPES[dtype]))
+    return training_step(model, pixel_values, None if dtype == "float32" else DTYPES[dtype])
+
+
 def compare(args: argparse.Namespace, preset: str, mode: str, dtype: str, batch_size: int) -> dict[str, Any]:
     """Time one case for all competitors."""
-    # Run the others in float32 too, as the reference implementation does.
-    models = build(preset, args.reference, ["ours", "padded", "reference"], args.image_size)
+    models = build(preset, args.image_size, args.reference)
     pixel_values = torch.randn(batch_size, 3, args.image_size, args.image_size, device=args.device)
     competitors: dict[str, Callable[[], Any]] = {}
     for name, model in models.items():
-        if name == "reference" and preset != "large":
-            continue
-        variants = ["float32"] if name != "ours" or dtype == "float32" else []
-        variants += [dtype] if dtype != "float32" else []
-        for variant in variants:
-            copied = copy.deepcopy(model).to(args.device)
-            if mode == "training" and name == "ours" and args.gradient_checkpointing:
-                copied.gradient_checkpointing_enable()
-            if mode == "forward":
-                if name == "ours":
-                    copied.eval().fuse_for_inference()
-                copied = copied.to(DTYPES[variant])
-                if args.channels_last and args.device == "cuda":
-                    copied = copied.to(memory_format=torch.channels_last)
-            if args.compile and name == "ours":
-                copied = torch.compile(copied)
-            if mode == "forward":
-                function = forward_pass(copied, pixel_values.to(DTYPES[variant]))
-            else:
-                function = training_step(copied, pixel_values, None if variant == "float32" else DTYPES[variant])
-            competitors[f"{name} {variant}"] = function
-        del model
-    agreement = {}
-    if mode == "forward":
-        own = competitors[f"ours {dtype}"]().float()
-        base = competitors["padded float32"]().float()
-        agreement = {
-            "largest_difference": (own - base).abs().max().item(),
-            "largest_logit": base.abs().max().item(),
-            "mask_iou": mask_iou([own], [base]),
-        }
+        # Run the others in float32 too, as the reference implementation does.
+        for variant in [dtype] if name == "ours" else dict.fromkeys(["float32", dtype]):
+            copied = copy.deepcopy(model)
+            if mode == "forward" and name == "ours":
+                copied.eval().fuse_for_inference()
+            competitors[f"{name} {variant}"] = prepare(args, name, copied, mode, variant, pixel_values)
+    case = {"preset": preset, "mode": mode, "dtype": dtype, "batch_size": batch_size}
     seconds = time_in_turn(competitors, args.rounds, args.device)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ours = medians[f"ours {dtype}"]
-    return {
-        "preset": preset,
-        "mode": mode,
-        "dtype": dtype,
-        "batch_size": batch_size,
-        "seconds": medians,
-        "ratios": {name: value / ours for name, value in medians.items() if not name.startswith("ours")},
-        **agreement,
-    }
+    case["seconds"] = {name: statistics.median(values) for name, values in seconds.items()}
+    ours, *others = case["seconds"].items()
+    case["ratios"] = {name: value / ours[1] for name, value in others}
+    if mode == "forward":
+        own, base = competitors[ours[0]]().float(), competitors["padded float32"]().float()
+        case["largest_difference"] = (own - base).abs().max().item()
+        case["largest_logit"] = base.abs().max().item()
+        case["mask_iou"] = mask_iou([own], [base])
+    return case
 
 
-def peak_memory(args: argparse.Namespace, name: str) -> float:
-    """Run one forward pass or two training steps of one competitor, and return the peak in GB; for a subprocess."""
-    (preset,), (mode,), (dtype,), (batch_size,) = args.presets, args.modes, args.dtypes, args.batch_sizes
+def peak_memory(args: argparse.Namespace, name: str, preset: str, mode: str, dtype: str, batch_size: int) -> float:
+    """Run two forward passes or training steps of one competitor, and return the peak in GB of this process."""
     torch.manual_seed(0)
     model: nn.Module
     if name == "reference":
         model = Reference(args.reference)
     else:
-        config = Sam2UNetConfig.from_preset(preset, regions={"WT": [1]})
-        model = Sam2UNetForSemanticSegmentation(config)
+        model = Sam2UNetForSemanticSegmentation(Sam2UNetConfig.from_preset(preset, regions={"WT": [1]}))
         if name == "padded":
-            encoder = PaddedEncoder(model)
-            model.encoder = None
-            model.encoder = encoder
-    model.to(args.device)
-    if args.gradient_checkpointing and name == "ours":
-        model.gradient_checkpointing_enable()
+            model.encoder = PaddedEncoder(model)
     pixel_values = torch.randn(batch_size, 3, args.image_size, args.image_size, device=args.device)
-    if mode == "forward":
-        model.to(DTYPES[dtype])
-        run = forward_pass(model, pixel_values.to(DTYPES[dtype]))
-    else:
-        run = training_step(model, pixel_values, None if dtype == "float32" else DTYPES[dtype])
+    run = prepare(args, name, model, mode, dtype, pixel_values)
+    # Reset the peak, because building the model takes more than one copy of the weights.
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        run(), run()
-        return torch.cuda.max_memory_allocated() / 1e9
-    # Reset the peak, because building the model takes more than one copy of the weights.
-    Path("/proc/self/clear_refs").write_text("5")
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
     run(), run()
-    peaks = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(peaks[0].split()[1]) * 1024 / 1e9 if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    (kibibytes,) = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(kibibytes) * 1024 / 1e9
 
 
 def compare_memory(args: argparse.Namespace, preset: str, mode: str, dtype: str, batch_size: int) -> dict[str, Any]:
     """Measure the peak memory of each competitor in a process of its own."""
     names = ["ours", "padded"] + (["reference"] if args.reference and preset == "large" else [])
+    args = argparse.Namespace(**{**vars(args), "compile": False, "channels_last": False})
     gigabytes = {}
     for name in names:
-        command = [
-            sys.executable, __file__, "--presets", preset, "--modes", mode, "--dtypes", dtype, "--batch_sizes",
-            str(batch_size), "--image_size", str(args.image_size), "--device", args.device, "--peak_memory_of", name,
-            *(["--reference", str(args.reference)] if args.reference else []),
-            *(["--gradient_checkpointing"] if args.gradient_checkpointing else []),
-        ]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True, check=False)  # nosec B603 # this script
-        if result.returncode:
-            raise SystemExit(f"{name} failed: {result.stderr[-2000:]}")
-        gigabytes[name] = float(result.stdout.split()[-1])
+        with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            try:
+                gigabytes[name] = pool.submit(peak_memory, args, name, preset, mode, dtype, batch_size).result()
+            except Exception as err:
+                raise SystemExit(f"{name} failed: {err}") from err
     return {"peak_gb": gigabytes, "peak_ratio": gigabytes["ours"] / gigabytes["padded"]}
 
 
@@ -267,17 +226,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--memory", action="store_true", help="measure the peak memory too")
     parser.add_argument("--reference", type=Path, help="SAM2UNet.py of the reference implementation")
-    parser.add_argument("--peak_memory_of", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
-    if args.peak_memory_of:
-        print(peak_memory(args, args.peak_memory_of))
-        return {}
-    results: dict[str, Any] = {**run_facts(__file__, argv, args.device), "cases": []}
-    rows = []
+    cases, rows = [], []
     for preset, mode, dtype, batch_size in itertools.product(args.presets, args.modes, args.dtypes, args.batch_sizes):
         case = compare(args, preset, mode, dtype, batch_size)
         row = {key: case[key] for key in ("preset", "mode", "dtype", "batch_size")}
@@ -286,11 +240,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if args.memory:
             case |= compare_memory(args, preset, mode, dtype, batch_size)
             row["peak memory"] = ", ".join(f"{name} {peak:.2f} GB" for name, peak in case["peak_gb"].items())
-        results["cases"].append(case)
+        cases.append(case)
         rows.append(row)
         print(row, file=sys.stderr)
-    report(results, rows, args.output)
-    return results
+    return report(__file__, argv, args, {"cases": cases}, rows)
 
 
 if __name__ == "__main__":

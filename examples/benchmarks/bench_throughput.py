@@ -22,7 +22,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from timing import DTYPES, make_parser, mask_iou, report, run_facts, synchronize, time_in_turn
+from timing import DTYPES, make_parser, mask_iou, report, synchronize, time_in_turn
 from torch.utils.data import DataLoader
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
@@ -32,38 +32,29 @@ from sam2unet_hf.training.augmentation import augmentation
 from sam2unet_hf.training.streaming import RowGroupSampler, open_parquet
 
 
-class Batcher:
+def to_batch(rows: Sequence[dict[str, Any]], processor: Sam2UNetImageProcessor) -> tuple[torch.Tensor, list]:
     """Collate rows to `pixel_values` and the sizes of the images."""
-
-    def __init__(self, processor: Sam2UNetImageProcessor):
-        self.processor = processor
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        images = [row["image"] for row in rows]
-        sizes = [(image.height, image.width) for image in images]
-        return self.processor(images, return_tensors="pt")["pixel_values"], sizes
+    images = [row["image"] for row in rows]
+    return processor(images, return_tensors="pt")["pixel_values"], [(image.height, image.width) for image in images]
 
 
 def segment(
     model: Sam2UNetForSemanticSegmentation, processor: Sam2UNetImageProcessor, loader: DataLoader, device: str
 ) -> tuple[dict[str, float], list[np.ndarray]]:
     """Return seconds by what they went to, and the label map of each image."""
-    seconds = dict.fromkeys(("waiting for images", "model", "label maps"), 0.0)
     label_maps = []
+    marks = [time.perf_counter()]
     with torch.inference_mode():
-        before = time.perf_counter()
         for pixel_values, sizes in loader:
-            marks = [before, time.perf_counter()]
+            marks.append(time.perf_counter())
             outputs = model(pixel_values.to(device, non_blocking=True))
             synchronize(device)
             marks.append(time.perf_counter())
             maps = processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
             label_maps += [label_map.to("cpu", torch.uint8).numpy() for label_map in maps]
-            before = time.perf_counter()
-            marks.append(before)
-            for name, duration in zip(seconds, np.diff(marks), strict=True):
-                seconds[name] += float(duration)
-    return seconds, label_maps
+            marks.append(time.perf_counter())
+    waiting, running, mapping = np.diff(marks).reshape(-1, 3).sum(axis=0).tolist()
+    return {"waiting for images": waiting, "model": running, "label maps": mapping}, label_maps
 
 
 def size_option(args: argparse.Namespace) -> dict[str, Any]:
@@ -77,8 +68,7 @@ def time_reading(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[st
     transform = SegmentationTransform(processor, augment=augmentation("flips"))
     streamed = open_parquet(args.dataset)[args.split].with_transform(transform)
     sampler = RowGroupSampler(streamed, args.batch_size, num_workers=args.num_workers, shuffle=True)
-    cached = datasets.load_dataset(args.dataset, split=args.split)  # nosec B615 # rows, no code
-    cached = cached.with_transform(transform)
+    cached = datasets.load_dataset(args.dataset, split=args.split).with_transform(transform)  # nosec B615 # no code
     options = {"batch_size": args.batch_size, "num_workers": args.num_workers, "collate_fn": collate}
     loaders = {
         "datasets": DataLoader(cached, shuffle=True, **options),
@@ -104,8 +94,7 @@ def time_reading(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[st
 
 def time_segmentation(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Return how many images per second are read and segmented in each dtype, and how well the masks agree."""
-    rows = datasets.load_dataset(args.dataset, split=args.split)  # nosec B615 # rows, no code
-    rows = rows.select_columns("image")
+    rows = datasets.load_dataset(args.dataset, split=args.split).select_columns("image")  # nosec B615 # rows, no code
     if args.max_images is not None:
         rows = rows.select(range(min(args.max_images, len(rows))))
     if args.model is None:
@@ -119,43 +108,26 @@ def time_segmentation(args: argparse.Namespace) -> tuple[dict[str, Any], list[di
     models = {dtype: copy.deepcopy(model).to(args.device, DTYPES[dtype]).eval() for dtype in args.dtypes}
     for variant in models.values():
         variant.fuse_for_inference()
-    loader = DataLoader(
-        rows,
-        args.batch_size,
-        collate_fn=Batcher(processor),
-        num_workers=args.num_workers,
-        persistent_workers=args.num_workers > 0,
-        pin_memory=args.device == "cuda",
-    )
+    collate_fn = functools.partial(to_batch, processor=processor)
+    options = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0}
+    loader = DataLoader(rows, args.batch_size, collate_fn=collate_fn, pin_memory=args.device == "cuda", **options)
     rounds: dict[str, list[dict[str, float]]] = {dtype: [] for dtype in args.dtypes}
     found: dict[str, list[np.ndarray]] = {}
-    # The first round starts the workers and warms up.
-    for turn in range(args.rounds + 1):
+    for _ in range(args.rounds + 1):
         for dtype in args.dtypes:
             seconds, found[dtype] = segment(models[dtype], processor, loader, args.device)
-            if turn:
-                rounds[dtype].append(seconds)
+            rounds[dtype].append(seconds)
     cases, table = [], []
-    for dtype in args.dtypes:
-        seconds = {name: statistics.median([one[name] for one in rounds[dtype]]) for name in rounds[dtype][0]}
-        case = {
-            "dtype": dtype,
-            "images_per_second": len(rows) / sum(seconds.values()),
-            "idle": seconds["waiting for images"] / sum(seconds.values()),
-            "seconds": seconds,
-            "foreground": float(np.mean([(label_map > 0).mean() for label_map in found[dtype]])),
-            "mask_iou": mask_iou(found[dtype], found[args.dtypes[0]]),
-        }
-        cases.append(case)
-        table.append(
-            {
-                "dtype": dtype,
-                "images/s": f"{case['images_per_second']:.2f}",
-                "idle": f"{100 * case['idle']:.1f} %",
-                "foreground": f"{100 * case['foreground']:.2f} %",
-                f"mask IoU with {args.dtypes[0]}": f"{case['mask_iou']:.4f}",
-            }
-        )
+    for dtype, (first, *timed) in rounds.items():  # the first round starts the workers and warms up
+        seconds = {name: statistics.median([one[name] for one in timed]) for name in first}
+        rate, idle = len(rows) / sum(seconds.values()), seconds["waiting for images"] / sum(seconds.values())
+        foreground = float(np.mean([(label_map > 0).mean() for label_map in found[dtype]]))
+        agreement = mask_iou(found[dtype], found[args.dtypes[0]])
+        case = {"dtype": dtype, "images_per_second": rate, "idle": idle, "seconds": seconds}
+        cases.append({**case, "foreground": foreground, "mask_iou": agreement})
+        row = {"dtype": dtype, "images/s": f"{rate:.2f}", "idle": f"{100 * idle:.1f} %"}
+        row["foreground"] = f"{100 * foreground:.2f} %"
+        table.append({**row, f"mask IoU with {args.dtypes[0]}": f"{agreement:.4f}"})
     return {"images": len(rows), "cases": cases}, table
 
 
@@ -172,10 +144,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--num_workers", type=int, default=1, help="processes that read images")
     parser.add_argument("--max_images", type=int)
     args = parser.parse_args(argv)
+    if args.reading:
+        args.device = "cpu"
     found, table = (time_reading if args.reading else time_segmentation)(args)
-    results = {**run_facts(__file__, argv, "cpu" if args.reading else args.device), **found}
-    report(results, table, args.output)
-    return results
+    return report(__file__, argv, args, found, table)
 
 
 if __name__ == "__main__":

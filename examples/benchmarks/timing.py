@@ -1,4 +1,4 @@
-"""What the benchmarks share: their options, timing in turn, agreement of masks, and the report."""
+"""What the benchmarks share: options, timing in turn, counting of operations, agreement of masks, and the report."""
 
 import argparse
 import gc
@@ -14,19 +14,15 @@ from typing import Any
 
 import torch
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def make_parser(description: str | None, rounds: int | None = None, device: bool = True) -> argparse.ArgumentParser:
-    """Return a parser with the options that benchmarks share.
-
-    Args:
-        description: Docstring of the script.
-        rounds: Default of `--rounds`; without it the script has no such option.
-        device: Whether the script can run on a GPU.
-    """
+    """Return a parser with the options that benchmarks share; without a default for `--rounds` it has none."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds is not None:
         parser.add_argument("--rounds", type=int, default=rounds, help="how often each competitor is timed")
@@ -35,21 +31,6 @@ def make_parser(description: str | None, rounds: int | None = None, device: bool
         parser.add_argument("--device", default=default, choices=["cpu", "cuda"])
     parser.add_argument("--output", type=Path, help="write the results to this JSON file, and a table beside it")
     return parser
-
-
-def run_facts(script: str, argv: list[str] | None, device: str = "cpu") -> dict[str, Any]:
-    """Return the command, and the machine that the figures are measured on."""
-    words = sys.argv[1:] if argv is None else argv
-    machine: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
-        "bf16": "AMX" if torch.cpu._is_amx_tile_supported() else "no AMX",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    if device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
-    return {"command": " ".join(["python", f"examples/benchmarks/{Path(script).name}", *words]), "machine": machine}
 
 
 def synchronize(device: str) -> None:
@@ -61,11 +42,7 @@ def synchronize(device: str) -> None:
 def time_in_turn(
     competitors: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Time functions in turn, `rounds` times, so that all of them run under the same load of the machine.
-
-    Returns:
-        Seconds of each call by name.
-    """
+    """Return the seconds of each call, timed in turn, so that all functions run under the same load of the machine."""
     for function in competitors.values():
         for _ in range(warmup):
             function()
@@ -81,6 +58,14 @@ def time_in_turn(
     return seconds
 
 
+def count_flops(model: torch.nn.Module, pixel_values: torch.Tensor) -> int:
+    """Count multiplications and additions of matrix products, convolutions and attention of a forward pass."""
+    # Run attention as matrix products, which the counter knows on every device.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.eval()(pixel_values)
+    return counter.get_total_flops()
+
+
 def mask_iou(masks: Sequence[Any], others: Sequence[Any]) -> float:
     """Return the IoU of the foreground (> 0) over all arrays or tensors together; 1 if there is none."""
     pairs = [(mask > 0, other > 0) for mask, other in zip(masks, others, strict=True)]
@@ -91,20 +76,30 @@ def mask_iou(masks: Sequence[Any], others: Sequence[Any]) -> float:
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format rows with the same keys as a Markdown table."""
-    if not rows:
-        return ""
-    names = list(rows[0])
-    lines = [f"| {' | '.join(names)} |", f"| {' | '.join('---' for _ in names)} |"]
-    lines += [f"| {' | '.join(str(row[name]) for name in names)} |" for row in rows]
-    return "\n".join(lines)
+    lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def report(results: dict[str, Any], rows: Sequence[Mapping[str, Any]], output: Path | None) -> None:
-    """Print a table, and write it beside the JSON of all results if asked to."""
-    facts = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
-    text = f"`{results['command']}`\n\n{facts}\n\n{markdown_table(rows)}\n"
+def report(script: str, argv: list[str] | None, args: argparse.Namespace, found: dict, rows: list) -> dict[str, Any]:
+    """Print a table, write it and all results as JSON if asked to, and return what was found, where and how."""
+    words = sys.argv[1:] if argv is None else argv
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux, the only system with AMX
+    machine = {
+        "date": date.today().isoformat(),
+        "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
+        "bf16": "AMX" if cpuinfo.exists() and "amx_tile" in cpuinfo.read_text() else "no AMX",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if vars(args).get("device") == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
+    command = " ".join(["python", f"examples/benchmarks/{Path(script).name}", *words])
+    results = {"command": command, "machine": machine, **found}
+    facts = ", ".join(f"{name} {value}" for name, value in machine.items())
+    text = f"`{command}`\n\n{facts}\n\n{markdown_table(rows)}\n"
     print(text)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=2) + "\n")
-        output.with_suffix(".md").write_text(text)
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=2) + "\n")
+        args.output.with_suffix(".md").write_text(text)
+    return results
