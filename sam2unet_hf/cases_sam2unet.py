@@ -34,8 +34,6 @@ _FILE_NAME = re.compile(
 
 _MISNAMED_MASK = re.compile(r"W39_1998\.09\.19_Segm\.nii(?:\.gz)?")  # case 355 of BraTS 2020, as released
 
-_TIMEPOINT = re.compile(r"(BraTS-.+-\d+)-\d{3}")
-
 _DECATHLON_NAME = re.compile(r"(BRATS_\d+)\.nii(?:\.gz)?")
 
 _OLD_ENDINGS, _NEW_ENDINGS = (",".join(ending[1:] for ending in year) for year in zip(*_ENDINGS.values(), strict=True))
@@ -136,13 +134,8 @@ class BratsCase:
 
 
 def patient_of(case_id: str) -> str:
-    """Return the case id less the timepoint that names have from 2023 on.
-
-    Args:
-        case_id: Such as `"BraTS-GLI-00001-001"`, the second scan of `"BraTS-GLI-00001"`.
-    """
-    match = _TIMEPOINT.fullmatch(case_id)
-    return match[1] if match else case_id
+    """Return the case id less the timepoint: `"BraTS-GLI-00001-001"` is the second scan of `"BraTS-GLI-00001"`."""
+    return re.sub(r"\A(BraTS-.+-\d+)-\d{3}\Z", r"\1", case_id)
 
 
 def find_cases(root: str | os.PathLike) -> list[BratsCase]:
@@ -283,4 +276,4 @@ def _grades_from_tables(folders: set[Path]) -> dict[str, str]:
     return grades
 
 
-__all__ = ["BratsCase", "find_cases", "patient_of"]
+__all__ = ["BratsCase", "find_cases"]

@@ -39,25 +39,15 @@ class ScanError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class NiftiHeader:
-    """What the header of a file says of its voxels.
+    """What the header of a file says of its voxels, of which each means `slope * voxel + intercept`."""
 
-    Args:
-        fields: The header itself, without its extensions.
-        shape: Voxels along each axis, without trailing axes of length 1.
-        dtype: Type of the voxels in the file.
-        offset: The byte at which they begin.
-        slope: Factor of the values.
-        intercept: Added to the product.
-        affine: From voxel indices to RAS+ world coordinates in mm.
-    """
-
-    fields: nib.Nifti1Header
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    offset: int
+    fields: nib.Nifti1Header  # without extensions
+    shape: tuple[int, ...]  # without trailing axes of length 1
+    dtype: np.dtype  # in the file
+    offset: int  # the byte at which they begin
     slope: float
     intercept: float
-    affine: np.ndarray
+    affine: np.ndarray  # from voxel indices to RAS+ world coordinates in mm
 
     @property
     def is_scaled(self) -> bool:
@@ -75,15 +65,7 @@ class NiftiHeader:
 
 @contextlib.contextmanager
 def open_nifti(path: str | os.PathLike, name: str) -> Iterator[BinaryIO]:
-    """Open a file, and decompress it if its first bytes are those of gzip, whatever its name is.
-
-    Args:
-        path: The file.
-        name: What messages call it.
-
-    Raises:
-        ScanError: From within the `with` block too, if the file cannot be read, is damaged or cut off.
-    """
+    """Open a file, and decompress it if its first bytes are those of gzip; errors in the `with` block name it."""
     try:
         mode = os.stat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a pipe could block forever
@@ -103,15 +85,7 @@ def open_nifti(path: str | os.PathLike, name: str) -> Iterator[BinaryIO]:
 
 
 def read_header(file: BinaryIO, name: str) -> NiftiHeader:
-    """Read and check the header at the start of a file.
-
-    Args:
-        file: As `open_nifti` opens it.
-        name: What messages call it.
-
-    Raises:
-        ScanError: If it is no NIfTI-1 or -2 header of a single file, or is broken.
-    """
+    """Read and check the header at the start of a file, of which messages speak by `name`."""
     data = file.read(nib.Nifti1Header.sizeof_hdr)
     header_class = nib.Nifti1Header
     if not header_class.may_contain_header(data):
@@ -139,20 +113,7 @@ def read_header(file: BinaryIO, name: str) -> NiftiHeader:
 
 
 def read_voxels(file: BinaryIO, header: NiftiHeader, name: str) -> bytes:
-    """Read the voxels, and the rest of the file, because the checksum of a gzipped one is at its end.
-
-    Args:
-        file: As `read_header` leaves it.
-        header: What it returned.
-        name: What messages call the file.
-
-    Returns:
-        The voxels as they are in the file, first axis fastest.
-
-    Raises:
-        ScanError: If they are no integers or floats, are more than `MAX_VOLUME_BYTES`, or the file has fewer, or
-            goes on behind them.
-    """
+    """Read the voxels as they are, and the rest of the file, because the checksum of a gzipped one is at its end."""
     shape, dtype, offset = header.shape, header.dtype, header.offset
     if dtype.kind not in "iuf":
         raise ScanError(f"{name} holds voxels of type {dtype}, expected integers or floats.")
@@ -221,13 +182,4 @@ def write_nifti(
         partial.unlink(missing_ok=True)
 
 
-__all__ = [
-    "MAX_TRAILING_BYTES",
-    "MAX_VOLUME_BYTES",
-    "NiftiHeader",
-    "ScanError",
-    "open_nifti",
-    "read_header",
-    "read_voxels",
-    "write_nifti",
-]
+__all__ = ["ScanError", "write_nifti"]
