@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 from nibabel import orientations
 
-from .nifti_sam2unet import NiftiHeader, ScanError, open_nifti, read_header, read_voxels, write_nifti
+from .nifti_sam2unet import ScanError, open_nifti, read_header, read_voxels, value_dtype, write_nifti
 
 
 # The modalities, and the endings of their files in BraTS 2017-2021 and from 2023 on. A further modality needs a line
@@ -99,21 +99,21 @@ def read_volumes(
     name = f"case {case_id}: `{path}`" if case_id else f"`{path}`"
     with open_nifti(path, name) as file:
         header = read_header(file, name)
-        _check_shape(header.shape, name, modalities)
+        shape, dtype, affine = header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()
+        _check_shape(shape, name, modalities)
         data = read_voxels(file, header, name)
-    shape = header.shape[:3]
-    transform = _to_lps(header.affine, name)
-    lps_affine = header.affine @ orientations.inv_ornt_aff(transform, shape)
+    transform = _to_lps(affine, name)
+    lps_affine = affine @ orientations.inv_ornt_aff(transform, shape[:3])
     parts = {name: 0}
     if modalities is not None:
         parts = {f"{name} ({modality})": DECATHLON_ORDER.index(modality) for modality in modalities}
-    stack = np.frombuffer(data, header.dtype).reshape((*shape, -1), order="F")
+    stack = np.frombuffer(data, dtype).reshape((*shape[:3], -1), order="F")
     volumes = []
     for part, index in parts.items():
         # Copy one of several volumes, because a view would keep the others in memory.
-        voxels = stack[..., index].astype(header.dtype.newbyteorder("="), copy=modalities is not None)
+        voxels = stack[..., index].astype(dtype.newbyteorder("="), copy=modalities is not None)
         voxels = orientations.apply_orientation(_to_values(voxels, header, part), transform)  # a view
-        volumes.append(Volume(part, voxels, header.affine, lps_affine, header.fields))
+        volumes.append(Volume(part, voxels, affine, lps_affine, header))
     return volumes
 
 
@@ -131,13 +131,14 @@ def _check_shape(shape: tuple[int, ...], name: str, modalities: Sequence[str] | 
         )
 
 
-def _to_values(voxels: np.ndarray, header: NiftiHeader, name: str) -> np.ndarray:
+def _to_values(voxels: np.ndarray, header: nib.Nifti1Header, name: str) -> np.ndarray:
     """Scale voxels as their header says, and check that they are numbers that double precision holds."""
-    if header.is_scaled:
-        voxels = voxels.astype(header.scaled_dtype)
+    slope, intercept = header.get_slope_inter()
+    if (slope, intercept) != (1, 0):
+        voxels = voxels.astype(value_dtype(header))
         with np.errstate(over="ignore", invalid="ignore"):  # infinite and NaN values are refused below
-            voxels *= header.slope
-            voxels += header.intercept
+            voxels *= slope
+            voxels += intercept
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
         raise ScanError(
             f"{name} holds {np.count_nonzero(~np.isfinite(voxels))} voxels that are NaN or infinite. Repair it or "

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from importlib import resources
 from typing import Any, TypeAlias, cast
 
 import datasets
@@ -19,11 +20,12 @@ import numpy as np
 from sam2unet_hf.cases_sam2unet import BratsCase, find_cases
 from sam2unet_hf.scans_sam2unet import PLANES, ScanError, Volume, check_modalities, intensity_window, take_slice
 
-from .citations import CITATION
 from .png import encode_png
 
 
 logger = logging.getLogger(__name__)
+
+CITATION = resources.files(__package__).joinpath("brats.bib").read_text(encoding="utf-8")
 
 Rows: TypeAlias = list[dict[str, Any]] | ScanError  # of a case, or why it has none
 

@@ -19,8 +19,7 @@ from huggingface_hub.errors import HTTPError  # of its HTTP library, which is no
 
 from sam2unet_hf.cases_sam2unet import patient_of
 
-from .brats_slices import OPTIONS, BratsSlices
-from .citations import CITATION, DECATHLON_CITATION
+from .brats_slices import CITATION, OPTIONS, BratsSlices
 
 
 logger = logging.getLogger(__name__)
@@ -118,7 +117,9 @@ def render_card(builder: BratsSlices, data_folder: Path, skipped: dict[str, str]
     metadata = huggingface_hub.DatasetCardData()
     DatasetInfosDict(default=info).to_dataset_card_data(metadata)
     grey = f"grey, {config.modalities[0]}"
-    template = resources.files(__package__).joinpath("README.md").read_text(encoding="utf-8")
+    folder = resources.files(__package__)
+    template = folder.joinpath("README.md").read_text(encoding="utf-8")
+    citation = CITATION + folder.joinpath("decathlon.bib").read_text(encoding="utf-8") if decathlon else CITATION
     return string.Template(template).substitute(
         size_category=next(name for limit, name in SIZE_CATEGORIES if n_slices < limit),
         dataset_info=metadata.to_yaml(),
@@ -131,7 +132,7 @@ def render_card(builder: BratsSlices, data_folder: Path, skipped: dict[str, str]
         version=builder.VERSION,
         option_rows="\n".join(f"| `{name}` | {value} |" for name, value in options.items()),
         skipped=f"Cases without rows: {', '.join(skipped)}." if skipped else "All cases found have rows.",
-        citation=CITATION + DECATHLON_CITATION if decathlon else CITATION,
+        citation=citation,
         **(DECATHLON_TERMS if decathlon else PUBLIC_TERMS if public else PRIVATE_TERMS),
     )
 
