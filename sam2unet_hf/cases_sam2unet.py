@@ -4,7 +4,7 @@ import csv
 import logging
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,21 +25,14 @@ logger = logging.getLogger(__name__)
 
 # The endings of the files of a case, in BraTS 2017-2021 and from 2023 on.
 _ENDINGS = {**MODALITIES, "seg": ("_seg", "-seg")}
-
 _NAME_OF_ENDING = {ending: name for name, endings in _ENDINGS.items() for ending in endings}
-
 _FILE_NAME = re.compile(
     rf"(?P<prefix>[^.].*)(?P<ending>{'|'.join(map(re.escape, _NAME_OF_ENDING))})\.nii(?:\.gz)?", re.DOTALL
 )
-
 _MISNAMED_MASK = re.compile(r"W39_1998\.09\.19_Segm\.nii(?:\.gz)?")  # case 355 of BraTS 2020, as released
-
-_TIMEPOINT = re.compile(r"(BraTS-.+-\d+)-\d{3}")
-
 _DECATHLON_NAME = re.compile(r"(BRATS_\d+)\.nii(?:\.gz)?")
 
 _OLD_ENDINGS, _NEW_ENDINGS = (",".join(ending[1:] for ending in year) for year in zip(*_ENDINGS.values(), strict=True))
-
 _LAYOUT = f"""Expected one folder per case, at any depth, with one file per modality:
   BraTS 2017-2021   BraTS20_Training_001/BraTS20_Training_001_{{{_OLD_ENDINGS}}}.nii[.gz]
   BraTS 2023 on     BraTS-GLI-00000-000/BraTS-GLI-00000-000-{{{_NEW_ENDINGS}}}.nii[.gz]
@@ -136,13 +129,8 @@ class BratsCase:
 
 
 def patient_of(case_id: str) -> str:
-    """Return the case id less the timepoint that names have from 2023 on.
-
-    Args:
-        case_id: Such as `"BraTS-GLI-00001-001"`, the second scan of `"BraTS-GLI-00001"`.
-    """
-    match = _TIMEPOINT.fullmatch(case_id)
-    return match[1] if match else case_id
+    """Return the case id less the timepoint: `"BraTS-GLI-00001-001"` is the second scan of `"BraTS-GLI-00001"`."""
+    return re.sub(r"\A(BraTS-.+-\d+)-\d{3}\Z", r"\1", case_id)
 
 
 def find_cases(root: str | os.PathLike) -> list[BratsCase]:
@@ -240,25 +228,16 @@ def _case_in(folder: Path, names: list[str]) -> BratsCase | None:
 def _decathlon_cases(folder: Path, names: list[str]) -> list[BratsCase]:
     """Pair the scans in an image folder of the Decathlon with the masks in the label folder beside it."""
     labels = _label_folder(folder)
-    _, mask_names = next(_walk(labels), (labels, [])) if labels.is_dir() else (labels, [])
-    scans, masks = _decathlon_files(folder, names), _decathlon_files(labels, mask_names)
-    cases = []
-    for case_id in sorted({*scans, *masks}):
-        files = dict.fromkeys(DECATHLON_ORDER, scans[case_id]) if case_id in scans else {}
-        if case_id in masks:
-            files["seg"] = masks[case_id]
-        cases.append(BratsCase(case_id, folder, files, decathlon=True))
-    return cases
-
-
-def _decathlon_files(folder: Path, names: list[str]) -> dict[str, Path]:
-    """Return the files of cases by case id; `names` are those in the folder."""
-    files: dict[str, Path] = {}
-    for match in filter(None, map(_DECATHLON_NAME.fullmatch, sorted(names))):  # x.nii comes before x.nii.gz
-        taken = files.setdefault(match[1], folder / match[0])
-        if taken.name != match[0]:
-            logger.warning("`%s` is there plain and gzipped, taking the plain file.", taken)
-    return files
+    mask_names = next(_walk(labels), (labels, []))[1] if labels.is_dir() else []
+    files: defaultdict[str, dict[str, Path]] = defaultdict(dict)
+    for contents, place, names_there in ((DECATHLON_ORDER, folder, names), (("seg",), labels, mask_names)):
+        for match in filter(None, map(_DECATHLON_NAME.fullmatch, sorted(names_there))):  # x.nii before x.nii.gz
+            taken = files[match[1]].get(contents[0])
+            if taken:
+                logger.warning("`%s` is there plain and gzipped, taking the plain file.", taken)
+            else:
+                files[match[1]].update(dict.fromkeys(contents, place / match[0]))
+    return [BratsCase(case_id, folder, files[case_id], decathlon=True) for case_id in sorted(files)]
 
 
 def _label_folder(image_folder: Path) -> Path:
@@ -283,4 +262,4 @@ def _grades_from_tables(folders: set[Path]) -> dict[str, str]:
     return grades
 
 
-__all__ = ["BratsCase", "find_cases", "patient_of"]
+__all__ = ["BratsCase", "find_cases"]

@@ -7,7 +7,6 @@ import os
 import stat
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,53 +36,9 @@ class ScanError(ValueError):
     """A case or scan that cannot be used as it is; the message names it and says what to do."""
 
 
-@dataclass(frozen=True, eq=False)
-class NiftiHeader:
-    """What the header of a file says of its voxels.
-
-    Args:
-        fields: The header itself, without its extensions.
-        shape: Voxels along each axis, without trailing axes of length 1.
-        dtype: Type of the voxels in the file.
-        offset: The byte at which they begin.
-        slope: Factor of the values.
-        intercept: Added to the product.
-        affine: From voxel indices to RAS+ world coordinates in mm.
-    """
-
-    fields: nib.Nifti1Header
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    offset: int
-    slope: float
-    intercept: float
-    affine: np.ndarray
-
-    @property
-    def is_scaled(self) -> bool:
-        """Whether slope or intercept change the values."""
-        return (self.slope, self.intercept) != (1, 0)
-
-    @property
-    def scaled_dtype(self) -> np.dtype:
-        """Type of the scaled voxels: single precision where it tells small integers apart, as 1/128 of a step."""
-        if not self.is_scaled:
-            return self.dtype
-        single = self.dtype.kind in "iu" and self.dtype.itemsize <= 2 and 1e-30 < abs(self.slope) < 1e30
-        return np.dtype(np.float32 if single and abs(self.intercept) <= 2**16 * abs(self.slope) else np.float64)
-
-
 @contextlib.contextmanager
 def open_nifti(path: str | os.PathLike, name: str) -> Iterator[BinaryIO]:
-    """Open a file, and decompress it if its first bytes are those of gzip, whatever its name is.
-
-    Args:
-        path: The file.
-        name: What messages call it.
-
-    Raises:
-        ScanError: From within the `with` block too, if the file cannot be read, is damaged or cut off.
-    """
+    """Open a file, and decompress it if its first bytes are those of gzip; errors in the `with` block name it."""
     try:
         mode = os.stat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a pipe could block forever
@@ -102,16 +57,8 @@ def open_nifti(path: str | os.PathLike, name: str) -> Iterator[BinaryIO]:
         raise ScanError(f"{name} cannot be read ({err.strerror}). Check the path and its permissions.") from err
 
 
-def read_header(file: BinaryIO, name: str) -> NiftiHeader:
-    """Read and check the header at the start of a file.
-
-    Args:
-        file: As `open_nifti` opens it.
-        name: What messages call it.
-
-    Raises:
-        ScanError: If it is no NIfTI-1 or -2 header of a single file, or is broken.
-    """
+def read_header(file: BinaryIO, name: str) -> nib.Nifti1Header:
+    """Read and check a header; it gets slope and intercept if it has none, and loses trailing axes of length 1."""
     data = file.read(nib.Nifti1Header.sizeof_hdr)
     header_class = nib.Nifti1Header
     if not header_class.may_contain_header(data):
@@ -123,41 +70,39 @@ def read_header(file: BinaryIO, name: str) -> NiftiHeader:
         header = header_class(data)
         if header["magic"].item() != header.single_magic:
             raise HeaderDataError("it is that of a pair of files, .hdr and .img")
-        shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
-        slope, intercept = header.get_slope_inter()
-        affine = header.get_best_affine()
+        shape, _ = header.get_data_shape(), header.get_data_dtype()  # each raises what is wrong with it
+        if header.get_slope_inter() == (None, None):
+            header.set_slope_inter(1, 0)
+        header.get_best_affine()
         sizes_mm = header_class(data, check=False)["pixdim"][1:4]  # unchecked, because nibabel replaces 0 by 1
         if header["sform_code"] == 0 and not (sizes_mm > 0).all():
             raise HeaderDataError(f"voxels of {' x '.join(map(str, sizes_mm))} mm")
-        if offset < len(data):
-            raise HeaderDataError(f"its voxels would begin at byte {offset}, within it")
+        if header.get_data_offset() < len(data):
+            raise HeaderDataError(f"its voxels would begin at byte {header.get_data_offset()}, within it")
     except (HeaderDataError, WrapStructError, ValueError, OverflowError) as err:
         raise ScanError(f"{name} has a broken NIfTI header ({err}). Download it again.") from err
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    return NiftiHeader(header, shape, dtype, offset, 1.0 if slope is None else slope, intercept or 0.0, affine)
+        header.set_data_shape(shape)
+    return header
 
 
-def read_voxels(file: BinaryIO, header: NiftiHeader, name: str) -> bytes:
-    """Read the voxels, and the rest of the file, because the checksum of a gzipped one is at its end.
+def value_dtype(header: nib.Nifti1Header) -> np.dtype:
+    """Return the type of scaled voxels: single precision where it tells small integers apart, as 1/128 of a step."""
+    dtype, (slope, intercept) = header.get_data_dtype(), header.get_slope_inter()
+    if (slope, intercept) == (1, 0):
+        return dtype
+    single = dtype.kind in "iu" and dtype.itemsize <= 2 and 1e-30 < abs(slope) < 1e30
+    return np.dtype(np.float32 if single and abs(intercept) <= 2**16 * abs(slope) else np.float64)
 
-    Args:
-        file: As `read_header` leaves it.
-        header: What it returned.
-        name: What messages call the file.
 
-    Returns:
-        The voxels as they are in the file, first axis fastest.
-
-    Raises:
-        ScanError: If they are no integers or floats, are more than `MAX_VOLUME_BYTES`, or the file has fewer, or
-            goes on behind them.
-    """
-    shape, dtype, offset = header.shape, header.dtype, header.offset
+def read_voxels(file: BinaryIO, header: nib.Nifti1Header, name: str) -> bytes:
+    """Read the voxels as they are, and the rest of the file, because the checksum of a gzipped one is at its end."""
+    shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
     if dtype.kind not in "iuf":
         raise ScanError(f"{name} holds voxels of type {dtype}, expected integers or floats.")
     n_bytes = math.prod(shape) * dtype.itemsize
-    if offset + math.prod(shape) * max(header.scaled_dtype.itemsize, dtype.itemsize, 4) > MAX_VOLUME_BYTES:
+    if offset + math.prod(shape) * max(value_dtype(header).itemsize, dtype.itemsize, 4) > MAX_VOLUME_BYTES:
         raise ScanError(
             f"{name} is too large: its header promises {n_bytes} bytes of voxels of the shape {shape} from byte "
             f"{offset} on, and {MAX_VOLUME_BYTES} are allowed, at 4 or more per voxel. Download it again if that is "
@@ -199,8 +144,8 @@ def write_nifti(
         ValueError: If the path ends in neither `.nii` nor `.nii.gz`.
     """
     path = Path(path)
-    ending = next((ending for ending in (".nii.gz", ".nii") if path.name.endswith(ending)), None)
-    if ending is None:
+    ending = ".nii.gz" if path.suffix == ".gz" else ".nii"
+    if not path.name.endswith(ending):
         raise ValueError(f"`{path}` must end in .nii or .nii.gz.")
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     if header is None:
@@ -221,13 +166,4 @@ def write_nifti(
         partial.unlink(missing_ok=True)
 
 
-__all__ = [
-    "MAX_TRAILING_BYTES",
-    "MAX_VOLUME_BYTES",
-    "NiftiHeader",
-    "ScanError",
-    "open_nifti",
-    "read_header",
-    "read_voxels",
-    "write_nifti",
-]
+__all__ = ["ScanError", "write_nifti"]

@@ -4,6 +4,7 @@ Arrays have the axes (left, posterior, superior): indices grow toward the patien
 BraTS itself stores its scans, so its files are read without a copy.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import nibabel as nib
 import numpy as np
 from nibabel import orientations
 
-from .nifti_sam2unet import NiftiHeader, ScanError, open_nifti, read_header, read_voxels, write_nifti
+from .nifti_sam2unet import ScanError, open_nifti, read_header, read_voxels, value_dtype, write_nifti
 
 
 # The modalities, and the endings of their files in BraTS 2017-2021 and from 2023 on. A further modality needs a line
@@ -31,20 +32,11 @@ PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the axis that the index of
 
 GRID_TOLERANCE_MM = 0.1
 
-_VOXEL_SIZES_MM = (1e-6, 1e6)  # an affine with smaller or larger voxels is damaged
-
-_TO_LPS = orientations.axcodes2ornt("LPS")
+_LPS = orientations.axcodes2ornt("LPS")
 
 
 def check_modalities(modalities: Sequence[str]) -> None:
-    """Check that images can be made of these modalities: grey ones of one, or three as red, green and blue.
-
-    Args:
-        modalities: Names of modalities, in the order of the channels.
-
-    Raises:
-        ValueError: If they are neither one nor three, or not among `MODALITIES`.
-    """
+    """Check that images can be made of these modalities: grey ones of one, or three as red, green and blue."""
     if len(modalities) not in (1, 3) or not set(modalities) <= set(MODALITIES):
         raise ValueError(f"`modalities` must be one or three of {', '.join(MODALITIES)}, got {list(modalities)}.")
 
@@ -74,13 +66,12 @@ class Volume:
 
     def to_file_grid(self, array: np.ndarray) -> np.ndarray:
         """Return an array of shape `(left, posterior, superior)` in the axis order and directions of the file."""
-        transform = orientations.ornt_transform(_TO_LPS, orientations.io_orientation(self.affine))
+        transform = orientations.ornt_transform(_LPS, orientations.io_orientation(self.affine))
         return orientations.apply_orientation(array, transform)
 
     def from_file_grid(self, array: np.ndarray) -> np.ndarray:
         """Return an array in the axis order and directions of the file with the axes (left, posterior, superior)."""
-        transform = orientations.ornt_transform(orientations.io_orientation(self.affine), _TO_LPS)
-        return orientations.apply_orientation(array, transform)
+        return orientations.apply_orientation(array, _to_lps(self.affine, self.name))
 
 
 def read_volume(path: str | os.PathLike, case_id: str | None = None) -> Volume:
@@ -104,36 +95,25 @@ def read_volume(path: str | os.PathLike, case_id: str | None = None) -> Volume:
 def read_volumes(
     path: str | os.PathLike, case_id: str | None, modalities: Sequence[str] | None = None
 ) -> list[Volume]:
-    """Read a file of one volume, or several modalities of a file of the Decathlon, which is decompressed once.
-
-    Args:
-        path: As `read_volume` takes it; of the Decathlon with four volumes, in the order of `DECATHLON_ORDER`.
-        case_id: Named in messages if given.
-        modalities: Of a file of the Decathlon, those that are wanted. Default: the file holds one volume.
-
-    Raises:
-        ScanError: As `read_volume` does, or if the file does not hold as many volumes.
-    """
+    """Read a file of one volume, or these modalities of a file of the Decathlon, which is decompressed once."""
     name = f"case {case_id}: `{path}`" if case_id else f"`{path}`"
     with open_nifti(path, name) as file:
         header = read_header(file, name)
-        _check_shape(header.shape, name, modalities)
+        shape, dtype, affine = header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()
+        _check_shape(shape, name, modalities)
         data = read_voxels(file, header, name)
-    shape = header.shape[:3]
-    transform = _orientation(header.affine, name)
-    lps_affine = header.affine @ orientations.inv_ornt_aff(transform, shape)
+    transform = _to_lps(affine, name)
+    lps_affine = affine @ orientations.inv_ornt_aff(transform, shape[:3])
     parts = {name: 0}
     if modalities is not None:
         parts = {f"{name} ({modality})": DECATHLON_ORDER.index(modality) for modality in modalities}
+    stack = np.frombuffer(data, dtype).reshape((*shape[:3], -1), order="F")
     volumes = []
     for part, index in parts.items():
-        n_voxels = math.prod(shape)
-        voxels = np.frombuffer(data, header.dtype, n_voxels, index * n_voxels * header.dtype.itemsize)
         # Copy one of several volumes, because a view would keep the others in memory.
-        voxels = voxels.astype(header.dtype.newbyteorder("="), copy=modalities is not None)
-        voxels = _to_values(voxels, header, part)
-        voxels = orientations.apply_orientation(voxels.reshape(shape, order="F"), transform)  # a view
-        volumes.append(Volume(part, voxels, header.affine, lps_affine, header.fields))
+        voxels = stack[..., index].astype(dtype.newbyteorder("="), copy=modalities is not None)
+        voxels = orientations.apply_orientation(_to_values(voxels, header, part), transform)  # a view
+        volumes.append(Volume(part, voxels, affine, lps_affine, header))
     return volumes
 
 
@@ -151,13 +131,14 @@ def _check_shape(shape: tuple[int, ...], name: str, modalities: Sequence[str] | 
         )
 
 
-def _to_values(voxels: np.ndarray, header: NiftiHeader, name: str) -> np.ndarray:
+def _to_values(voxels: np.ndarray, header: nib.Nifti1Header, name: str) -> np.ndarray:
     """Scale voxels as their header says, and check that they are numbers that double precision holds."""
-    if header.is_scaled:
-        voxels = voxels.astype(header.scaled_dtype)
+    slope, intercept = header.get_slope_inter()
+    if (slope, intercept) != (1, 0):
+        voxels = voxels.astype(value_dtype(header))
         with np.errstate(over="ignore", invalid="ignore"):  # infinite and NaN values are refused below
-            voxels *= header.slope
-            voxels += header.intercept
+            voxels *= slope
+            voxels += intercept
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
         raise ScanError(
             f"{name} holds {np.count_nonzero(~np.isfinite(voxels))} voxels that are NaN or infinite. Repair it or "
@@ -168,31 +149,24 @@ def _to_values(voxels: np.ndarray, header: NiftiHeader, name: str) -> np.ndarray
     return voxels
 
 
-def _orientation(affine: np.ndarray, name: str) -> np.ndarray:
+def _to_lps(affine: np.ndarray, name: str) -> np.ndarray:
     """Return how to turn the axes of a file to (left, posterior, superior)."""
-    smallest, largest = _VOXEL_SIZES_MM
     with np.errstate(over="ignore", invalid="ignore"):
-        sizes = nib.affines.voxel_sizes(affine)
-        usable = np.isfinite(affine).all() and ((smallest < sizes) & (sizes < largest)).all()
+        sizes_mm = nib.affines.voxel_sizes(affine)  # out of these bounds the affine is damaged
+        usable = np.isfinite(affine).all() and ((1e-6 < sizes_mm) & (sizes_mm < 1e6)).all()
         orientation = orientations.io_orientation(affine) if usable else np.full((3, 2), np.nan)
     if np.isnan(orientation).any():
         raise ScanError(f"{name} has no usable affine: {affine.tolist()}. Repair its header.")
-    return orientations.ornt_transform(orientation, _TO_LPS)
+    return orientations.ornt_transform(orientation, _LPS)
 
 
 @dataclass(frozen=True)
 class IntensityWindow:
-    """How the intensities of one scan become 8-bit grey.
-
-    Args:
-        low: This and everything below becomes 0.
-        high: This and everything above becomes 255.
-        background: The value of the voxels outside the head. They become 0, even if the window includes it.
-    """
+    """How the intensities of one scan become 8-bit grey: `low` and all below 0, `high` and all above 255."""
 
     low: float
     high: float
-    background: float
+    background: float  # outside the head, where voxels become 0 even if the window includes it
 
     def apply(self, voxels: np.ndarray) -> np.ndarray:
         """Return `voxels`, of any shape, as `uint8`. A scan of one foreground value becomes 255 there."""
@@ -292,30 +266,13 @@ def take_slice(voxels: np.ndarray, plane: str, index: int) -> np.ndarray:
 
 
 def pixel_size_mm(spacing_mm: Sequence[float], plane: str) -> tuple[float, float]:
-    """Return height and width of a pixel of [`take_slice`] in mm.
-
-    Args:
-        spacing_mm: Voxel size along the left, posterior and superior axes, as in `Volume.spacing_mm`.
-        plane: `"axial"`, `"coronal"` or `"sagittal"`.
-    """
+    """Return height and width of a pixel of [`take_slice`] in mm, from what `Volume.spacing_mm` gives."""
     width, height = (size for axis, size in enumerate(spacing_mm) if axis != PLANES[plane])
     return height, width
 
 
 def to_tumour_labels(volume: Volume, since_2023: bool, decathlon: bool) -> np.ndarray:
-    """Map the labels of a mask to our ids: 0 background, 1 NCR/NET, 2 ED, 3 ET.
-
-    Args:
-        volume: The mask as it was read.
-        since_2023: It has the labels of BraTS from 2023 on, else those of 2017-2021.
-        decathlon: It has those of the Decathlon.
-
-    Returns:
-        Array of `uint8` in the shape of `volume.voxels`.
-
-    Raises:
-        ScanError: If it holds other labels.
-    """
+    """Map a mask's labels, of BraTS 2017-2021 unless told, to `uint8`: 0 background, 1 NCR/NET, 2 ED, 3 ET."""
     known = (0, 1, 2, 3) if since_2023 or decathlon else (0, 1, 2, 4)
     tumour = _in_memory_order(volume.voxels)
     unknown = np.setdiff1d(tumour[tumour != 0], known)
@@ -336,24 +293,15 @@ def to_tumour_labels(volume: Volume, since_2023: bool, decathlon: bool) -> np.nd
 
 
 def check_same_grid(first: Volume, second: Volume) -> None:
-    """Check that two volumes cover the same voxels in space.
-
-    Args:
-        first: A volume.
-        second: The one to compare it with.
-
-    Raises:
-        ScanError: If their shapes differ, or a corner lies more than `GRID_TOLERANCE_MM` apart.
-    """
+    """Check that two volumes cover the same voxels in space, to within `GRID_TOLERANCE_MM` at each corner."""
     if first.voxels.shape != second.voxels.shape:
         raise ScanError(
             f"{first.name} has the shape {first.voxels.shape}, {second.name} {second.voxels.shape} (left, "
             "posterior, superior). Resample one onto the other."
         )
-    last = np.array(first.voxels.shape) - 1
-    corners = np.stack(np.meshgrid(*([0, end] for end in last), indexing="ij"), axis=-1).reshape(-1, 3)
-    shift = nib.affines.apply_affine(first.lps_affine, corners) - nib.affines.apply_affine(second.lps_affine, corners)
-    distance_mm = np.linalg.norm(shift, axis=1).max()
+    corners = list(itertools.product(*((0, size - 1) for size in first.voxels.shape)))
+    shifts_mm = nib.affines.apply_affine(first.lps_affine - second.lps_affine, corners)
+    distance_mm = np.linalg.norm(shifts_mm, axis=1).max()
     if distance_mm > GRID_TOLERANCE_MM:
         raise ScanError(
             f"{first.name} and {second.name} have different affines: a corner lies {distance_mm:.3g} mm apart, "
@@ -361,21 +309,4 @@ def check_same_grid(first: Volume, second: Volume) -> None:
         )
 
 
-__all__ = [
-    "DECATHLON_ORDER",
-    "GRID_TOLERANCE_MM",
-    "MODALITIES",
-    "PLANES",
-    "IntensityWindow",
-    "ScanError",
-    "Volume",
-    "check_modalities",
-    "check_same_grid",
-    "intensity_window",
-    "pixel_size_mm",
-    "read_volume",
-    "read_volumes",
-    "take_slice",
-    "to_tumour_labels",
-    "write_nifti",
-]
+__all__ = ["ScanError", "Volume", "intensity_window", "read_volume", "take_slice", "write_nifti"]

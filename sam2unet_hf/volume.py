@@ -11,7 +11,6 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -100,12 +99,6 @@ def _save(found: VolumeSegmentation, name: str, args: argparse.Namespace) -> Pat
     return path
 
 
-def _score(found: VolumeSegmentation, reference: Volume) -> dict[str, Any]:
-    check_same_grid(reference, found.scan)
-    label_map = found.scan.from_file_grid(found.label_map)
-    return score_volume(label_map, reference.voxels, regions=found.regions, spacing=found.scan.spacing_mm)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Segment the cases of a folder; print the volumes of each, and its scores if asked to, as a line of JSON."""
     args = parse_args(argv)
@@ -137,7 +130,10 @@ def main(argv: list[str] | None = None) -> None:
         volumes = {region: round(value, 3) for region, value in found.volumes_ml.items()}
         line = {"case": name, "segmentation": str(path), "volumes_ml": volumes, "largest_slice": found.largest_slice}
         try:
-            line |= {} if reference is None else _score(found, reference)
+            if reference is not None:
+                check_same_grid(reference, found.scan)
+                label_map = found.scan.from_file_grid(found.label_map)
+                line |= score_volume(label_map, reference.voxels, regions=found.regions, spacing=found.scan.spacing_mm)
         except ScanError as err:  # keep the segmentation
             logger.error("Not scored: %s", err)
             failed += 1

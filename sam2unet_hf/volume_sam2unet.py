@@ -185,23 +185,22 @@ class Sam2UNetVolumePipeline:
             ValueError: If an argument is off, or there is more than one case in a folder.
         """
         planes = [self.processor.plane or "axial"] if planes is None else planes
-        if not planes or any(plane not in PLANES for plane in planes) or len(set(planes)) < len(planes):
+        if not planes or not set(planes) <= set(PLANES) or len(set(planes)) < len(planes):
             raise ValueError(f"`planes` must name each of {', '.join(PLANES)} at most once, got {list(planes)}.")
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         if not 0 <= threshold <= 1:
             raise ValueError(f"`threshold` must be a probability in [0, 1], got {threshold}.")
         scans = self._read(case)
-        windows = [intensity_window(scan) for scan in scans]
-        grey = [window.apply(scan.voxels) for window, scan in zip(windows, scans, strict=True)]
+        grey = [intensity_window(scan).apply(scan.voxels) for scan in scans]
         regions = self.model.config.regions
         total = np.zeros((len(regions), *grey[0].shape), np.float32)
-        work = [(plane, index) for plane in planes for index in foreground_slices(grey, plane)]
-        with tqdm(total=len(work), desc=scans[0].name.split(": ")[0], unit="slice", disable=not progress) as bar:
+        indices = {plane: foreground_slices(grey, plane) for plane in planes}
+        n_slices = sum(map(len, indices.values()))
+        with tqdm(total=n_slices, desc=scans[0].name.split(": ")[0], unit="slice", disable=not progress) as bar:
             for plane in planes:
-                indices = [index for name, index in work if name == plane]
-                for start in range(0, len(indices), batch_size):
-                    batch = indices[start : start + batch_size]
+                for start in range(0, len(indices[plane]), batch_size):
+                    batch = indices[plane][start : start + batch_size]
                     images = [np.stack([take_slice(scan, plane, i) for scan in grey], axis=-1) for i in batch]
                     for index, probabilities in zip(batch, self._probabilities(images, flips), strict=True):
                         for region, values in zip(total, probabilities, strict=True):
@@ -224,16 +223,16 @@ class Sam2UNetVolumePipeline:
             if len(cases) > 1:
                 raise ValueError(f"`{case}` holds {len(cases)} cases. Pass them one by one: `find_cases` lists them.")
             (case,) = cases
-        if not isinstance(case, (str, os.PathLike, Mapping)):
-            # Do not ask for a `BratsCase`: code that was loaded from a checkpoint has its own class of this name.
-            return case.read_images(self.modalities)
-        if not isinstance(case, Mapping):
+        if isinstance(case, (str, os.PathLike)):
             if len(self.modalities) > 1:
                 raise ValueError(
                     f"The model segments {', '.join(self.modalities)} together, got the one file `{case}`. Pass a "
                     f"folder, or a path for each: {{'{self.modalities[0]}': ..., ...}}."
                 )
             case = {self.modalities[0]: case}
+        if not isinstance(case, Mapping):
+            # Do not ask for a `BratsCase`: code that was loaded from a checkpoint has its own class of this name.
+            return case.read_images(self.modalities)
         if missing := [name for name in self.modalities if name not in case]:
             raise ValueError(f"`case` must give a path for each of {self.modalities}, {missing} missing.")
         scans = [read_volume(case[name]) for name in self.modalities]
@@ -256,27 +255,14 @@ class Sam2UNetVolumePipeline:
 
 
 def foreground_slices(grey: Sequence[np.ndarray], plane: str) -> list[int]:
-    """Return the indices of the slices in which a scan shows more than background.
-
-    Args:
-        grey: Scans of shape `(left, posterior, superior)`, 0 where there is background.
-        plane: `"axial"`, `"coronal"` or `"sagittal"`.
-    """
+    """Return the indices of the slices in which a scan of shape `(left, posterior, superior)` is not all 0."""
     others = tuple(axis for axis in range(3) if axis != PLANES[plane])
     foreground = np.any([scan.any(axis=others) for scan in grey], axis=0)
     return np.flatnonzero(foreground).tolist()
 
 
 def check_enhancing_label(enhancing_label: int, regions: Mapping[str, Sequence[int]]) -> None:
-    """Check that enhancing tumour can be written with a label.
-
-    Args:
-        enhancing_label: 3 as in BraTS from 2023 on, or 4 as before.
-        regions: Region name -> the label ids it joins.
-
-    Raises:
-        ValueError: If it is another, or if 4 is a label of its own.
-    """
+    """Check that enhancing tumour can be written with a label, which must not be that of something else."""
     if enhancing_label not in (3, 4):
         raise ValueError(f"`enhancing_label` must be 3 (BraTS from 2023 on) or 4 (before), got {enhancing_label}.")
     if enhancing_label == 4 and any(4 in label_ids for label_ids in regions.values()):
@@ -285,4 +271,4 @@ def check_enhancing_label(enhancing_label: int, regions: Mapping[str, Sequence[i
         )
 
 
-__all__ = ["Sam2UNetVolumePipeline", "VolumeSegmentation", "check_enhancing_label", "foreground_slices"]
+__all__ = ["Sam2UNetVolumePipeline", "VolumeSegmentation"]

@@ -217,8 +217,8 @@ def test_decathlon_gives_the_rows_of_the_same_patients_in_brats_layout(brats_dir
 def test_readers_end_when_the_process_that_writes_is_killed():
     script = """
 import time
-from dataset_scripts.brats_slices.readers import CaseReaders
-pool = CaseReaders(2, print).pool
+from dataset_scripts.brats_slices.brats_slices import start_readers
+pool = start_readers(2)
 reading = [pool.submit(time.sleep, 600) for _ in range(2)]
 while not all(future.running() for future in reading):
     time.sleep(0.01)

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HTTPError
 
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
 
-from .brats_slices import BratsSlices
+from .brats_slices import OPTIONS, BratsSlices
 from .publish import prepare_repository, push_dataset, write_dataset
 
 
@@ -61,15 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.setLevel(logging.INFO)
     args = parse_args(argv)
     try:
-        builder = BratsSlices(
-            data_dir=args.brats_dir,
-            modalities=args.modalities,
-            slices=args.slices,
-            min_tumor_pixels=args.min_tumor_pixels,
-            plane=args.plane,
-            seed=args.seed,
-            skip_bad_cases=args.skip_bad_cases,
-        )
+        builder = BratsSlices(data_dir=args.brats_dir, **{name: getattr(args, name) for name in OPTIONS})
         url = prepare_repository(args.push_to_hub, args.public) if args.push_to_hub else None
         repo_id = url.repo_id if url else None
         skipped = write_dataset(builder, args.output_dir, args.num_proc, repo_id, args.public)

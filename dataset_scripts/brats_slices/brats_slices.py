@@ -2,10 +2,17 @@
 
 import functools
 import hashlib
+import json
 import logging
+import multiprocessing
+import os
+import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from importlib import resources
+from typing import Any, TypeAlias, cast
 
 import datasets
 import numpy as np
@@ -13,13 +20,19 @@ import numpy as np
 from sam2unet_hf.cases_sam2unet import BratsCase, find_cases
 from sam2unet_hf.scans_sam2unet import PLANES, ScanError, Volume, check_modalities, intensity_window, take_slice
 
-from .citations import CITATION
 from .png import encode_png
-from .readers import CaseReaders
 
 
 logger = logging.getLogger(__name__)
 
+CITATION = resources.files(__package__).joinpath("brats.bib").read_text(encoding="utf-8")
+
+Rows: TypeAlias = list[dict[str, Any]] | ScanError  # of a case, or why it has none
+
+# The fields of the config, which the command line has too.
+OPTIONS = ("modalities", "slices", "min_tumor_pixels", "plane", "seed", "skip_bad_cases")
+# Cases that are read ahead: more than there are likely to be processes, few enough to hold in memory.
+READ_AHEAD = 32
 _SKIP_ADVICE = "Or leave such cases out: `skip_bad_cases=True` (`--skip_bad_cases`)."
 
 
@@ -71,11 +84,7 @@ class BratsSlicesConfig(datasets.BuilderConfig):
 
     def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
         """Name the cache folder after the options and the scans found, so that changed scans make a new build."""
-        names = ("modalities", "slices", "min_tumor_pixels", "plane", "seed", "skip_bad_cases")
-        options = {name: getattr(self, name) for name in names}
-        return super().create_config_id({**config_kwargs, **options, "scans": self._fingerprint()}, custom_features)
-
-    def _fingerprint(self) -> str:
+        options = {name: getattr(self, name) for name in OPTIONS}
         digest = hashlib.sha256()
         for case in self.cases:
             digest.update(repr((case.case_id, case.grade, case.problem)).encode())
@@ -85,7 +94,8 @@ class BratsSlicesConfig(datasets.BuilderConfig):
                     # Take those of a dangling link itself; the error of reading it names the case.
                     stat = path.stat() if path.exists() else path.lstat()
                     digest.update(repr((name, path.name, stat.st_size, stat.st_mtime_ns)).encode())
-        return digest.hexdigest()
+        options["scans"] = digest.hexdigest()
+        return super().create_config_id({**config_kwargs, **options}, custom_features)
 
 
 class BratsSlices(datasets.GeneratorBasedBuilder):
@@ -95,9 +105,8 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
     3 ET), `case_id`, `slice_index`, `grade` (`"HGG"`, `"LGG"` or `None`) and the number of pixels of whole tumour
     (labels 1, 2, 3), tumour core (1, 3) and enhancing tumour (3).
 
-    Images are upright and one voxel per pixel: axial slices show the front at the top and coronal ones the head, both
-    with the patient's left at the right; sagittal slices show the head at the top and the front at the left.
-    Intensities are scaled per scan, see `sam2unet_hf.scans_sam2unet.intensity_window`.
+    Slices are oriented as `sam2unet_hf.scans_sam2unet.take_slice` says, one voxel per pixel, and their intensities
+    are scaled per scan as `intensity_window` there does.
 
     ```python
     builder = BratsSlices(data_dir="BraTS2020_TrainingData", slices="tumor", min_tumor_pixels=50)
@@ -122,14 +131,13 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
     VERSION = datasets.Version("1.0.0")  # part of the cache folder: raise it whenever the rows change
     BUILDER_CONFIG_CLASS = BratsSlicesConfig
     config: BratsSlicesConfig
-    _readers: CaseReaders[list[dict[str, Any]] | ScanError] | None = None
+    _pool: ProcessPoolExecutor | None = None  # reads cases, ahead of this process, which writes
 
     @property
     def skipped_cases(self) -> dict[str, str]:
-        """Why cases have no rows, by case id. Complete once the data set is prepared; the cache keeps it."""
-        folder = f"{self._output_dir}/skipped"
-        paths = sorted(self._fs.ls(folder, detail=False)) if self._fs.exists(folder) else []
-        return {path.rsplit("/", 1)[1].removesuffix(".txt"): self._fs.read_text(path) for path in paths}
+        """Why cases have no rows, by case id. The cache keeps it beside the data, once they are prepared."""
+        path = f"{self._output_dir}/skipped.json"
+        return json.loads(self._fs.read_text(path)) if self._fs.exists(path) else {}
 
     def download_and_prepare(self, *args, num_proc: int | None = None, **kwargs) -> None:
         """Build the data set as `datasets.DatasetBuilder` does, and warn of every case that has no rows.
@@ -140,30 +148,22 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
                 anew for each split, each with its share of the cases.
             **kwargs: As in `datasets`.
         """
-        if num_proc is None or num_proc <= 1:
+        if num_proc is not None and num_proc > 1:
+            self._pool = start_readers(num_proc)
+        try:
             super().download_and_prepare(*args, **kwargs)
-        else:
-            # A copy of the options goes to the processes, without the list of all cases.
-            self._readers = CaseReaders(num_proc, functools.partial(_read, config=replace(self.config)))
-            try:
-                super().download_and_prepare(*args, **kwargs)
-            finally:
-                self._readers.close()
-                self._readers = None
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
+                self._pool = None
         for reason in self.skipped_cases.values():
             logger.warning("Left out: %s", reason)
 
     def _info(self) -> datasets.DatasetInfo:
-        features = {
-            "image": datasets.Image(),
-            "mask": datasets.Image(),
-            "case_id": datasets.Value("string"),
-            "slice_index": datasets.Value("int32"),
-            "grade": datasets.Value("string"),
-            "wt_pixels": datasets.Value("int32"),
-            "tc_pixels": datasets.Value("int32"),
-            "et_pixels": datasets.Value("int32"),
-        }
+        text, count = datasets.Value("string"), datasets.Value("int32")
+        features = {"image": datasets.Image(), "mask": datasets.Image()}
+        features |= {"case_id": text, "slice_index": count, "grade": text}
+        features |= {"wt_pixels": count, "tc_pixels": count, "et_pixels": count}
         return datasets.DatasetInfo(
             description="2-D slices of BraTS scans with expert masks of the tumour.",
             features=datasets.Features(features),
@@ -176,39 +176,30 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
         cases = self.config.cases
         if not self.config.skip_bad_cases:
             _check_complete(cases, (*self.config.modalities, "seg"))
-        split_of = {
-            patient: split
-            for split, patients in split_patients((case.patient_id for case in cases), self.config.seed).items()
-            for patient in patients
+        patients_of = split_patients((case.patient_id for case in cases), self.config.seed)
+        cases_of = {
+            split: [case for case in cases if case.patient_id in patients] for split, patients in patients_of.items()
         }
-        generators = []
-        for split in (datasets.Split.TRAIN, datasets.Split.VALIDATION, datasets.Split.TEST):
-            cases_of_split = [case for case in cases if split_of[case.patient_id] == split]
-            if cases_of_split:
-                generators.append(datasets.SplitGenerator(split, gen_kwargs={"cases": cases_of_split}))
-                if self._readers is not None:
-                    self._readers.expect(cases_of_split)
-        return generators
+        self._skipped: dict[str, str] = {}
+        if self._pool is not None:
+            self._read_ahead = _read_ahead(self._pool, sum(cases_of.values(), []), self.config)
+        return [datasets.SplitGenerator(split, {"cases": cases_of[split]}) for split in cases_of if cases_of[split]]
 
     def _generate_examples(self, cases: list[BratsCase]) -> Iterator[tuple[str, dict[str, Any]]]:
-        for case in cases:
-            rows = _read(case, self.config) if self._readers is None else self._readers.read(case)
+        config = self.config
+        rows_of_cases = (_read(case, config) for case in cases) if self._pool is None else self._read_ahead
+        # The processes go on with the next split, so that there may be more rows than cases.
+        for case, rows in zip(cases, rows_of_cases, strict=False):
             if isinstance(rows, ScanError):
-                if not self.config.skip_bad_cases:
+                if not config.skip_bad_cases:
                     raise ScanError(f"{rows} {_SKIP_ADVICE}") from rows
-                self._note_skipped(case, str(rows))
+                self._skipped[case.case_id] = str(rows)
                 continue
             if not rows:
-                reason = f"no {self.config.plane} slice shows {self.config.min_tumor_pixels} or more pixels of tumour"
-                self._note_skipped(case, f"case {case.case_id}: {reason}.")
+                reason = f"no {config.plane} slice shows {config.min_tumor_pixels} or more pixels of tumour"
+                self._skipped[case.case_id] = f"case {case.case_id}: {reason}."
             for row in rows:
                 yield f"{case.case_id}/{row['slice_index']:03d}", row
-
-    def _note_skipped(self, case: BratsCase, text: str) -> None:
-        """Write the reason to a file beside the data, so that a later process finds it in the cache."""
-        path = f"{self._output_dir}/skipped/{case.case_id}.txt"
-        self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        self._fs.write_text(path, text)
 
     def _download_and_prepare(self, dl_manager, verification_mode, **prepare_split_kwargs) -> None:
         self.info.splits = None  # forget those of an older build, whose bad cases may have been repaired
@@ -221,9 +212,11 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
         splits = self.info.splits
         for name in [name for name, split in splits.items() if not split.num_examples]:
             del splits[name]
+        skipped = dict(sorted(self._skipped.items()))
         if not splits:
-            reasons = "\n".join(self.skipped_cases.values())
+            reasons = "\n".join(skipped.values())
             raise ScanError(f"None of the {len(self.config.cases)} cases gives a slice:\n{reasons}")
+        self._fs.write_text(f"{self._output_dir}/skipped.json", json.dumps(skipped))
 
 
 def split_patients(patients: Iterable[str], seed: int = 0) -> dict[str, list[str]]:
@@ -264,7 +257,34 @@ def _check_complete(cases: list[BratsCase], names: tuple[str, ...]) -> None:
         raise ScanError("\n".join(problems[:5]) + f"{more}\n{_SKIP_ADVICE}")
 
 
-def _read(case: BratsCase, config: BratsSlicesConfig) -> list[dict[str, Any]] | ScanError:
+def start_readers(num_proc: int) -> ProcessPoolExecutor:
+    """Return processes that end when this one does, even if it is killed and cannot end them."""
+    return ProcessPoolExecutor(num_proc, initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    parent = cast("multiprocessing.Process", multiprocessing.parent_process())
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _read_ahead(pool: ProcessPoolExecutor, cases: list[BratsCase], config: BratsSlicesConfig) -> Iterator[Rows]:
+    """Yield the rows of each case in turn, while the processes read the next ones."""
+    config = replace(config)  # a copy without the list of all cases, for the processes
+    begun: deque[Future[Rows]] = deque()
+    for case in cases:
+        begun.append(pool.submit(_read, case, config))
+        if len(begun) == READ_AHEAD:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
+
+
+def _read(case: BratsCase, config: BratsSlicesConfig) -> Rows:
     """Return the rows of a case, all or none, or why it cannot be used."""
     try:
         return list(_rows(case, config))

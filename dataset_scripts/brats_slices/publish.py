@@ -10,17 +10,16 @@ import tempfile
 from importlib import resources
 from pathlib import Path
 
-import datasets
 import filelock
 import huggingface_hub
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.info import DatasetInfosDict
 from huggingface_hub.errors import HTTPError  # of its HTTP library, which is not the same in all versions
 
-from .brats_slices import BratsSlices
-from .citations import CITATION, DECATHLON_CITATION
+from sam2unet_hf.cases_sam2unet import patient_of
+
+from .brats_slices import CITATION, OPTIONS, BratsSlices
 
 
 logger = logging.getLogger(__name__)
@@ -51,27 +50,16 @@ SIZE_CATEGORIES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (float
 def write_dataset(
     builder: BratsSlices, output_dir: Path, num_proc: int = 1, repo_id: str | None = None, public: bool = False
 ) -> dict[str, str]:
-    """Build a data set and write it to a folder that appears whole or not at all.
+    """Build a data set and write it to a new or empty folder, which appears whole or not at all.
 
-    Args:
-        builder: Builder whose options are set.
-        output_dir: New or empty folder. It gets `data/{split}-*.parquet` and `README.md`.
-        num_proc: Number of processes.
-        repo_id: Where on the Hub it will be, for the card.
-        public: The scans may be passed on; the card says so.
-
-    Returns:
-        Why cases have no rows, by case id.
-
-    Raises:
-        FileExistsError: If the folder is not empty. If it holds what was written for `repo_id`, the message names the
-            command that uploads it.
-        ScanError: If a case cannot be used and the builder does not skip bad cases.
+    The card names `repo_id`, where the data set will be on the Hub, and says whether the scans may be passed on.
+    Returns why cases have no rows, by case id.
     """
     output_dir = Path(os.path.abspath(output_dir))
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         advice = "Remove it or choose another `--output_dir`."
-        if repo_id and _is_written_for(output_dir, repo_id):
+        card_path = output_dir / "README.md"
+        if repo_id and card_path.is_file() and f'load_dataset("{repo_id}")' in card_path.read_text(encoding="utf-8"):
             advice += f" Or, to upload what an earlier run wrote there: {upload_command(output_dir, repo_id, public)}"
         raise FileExistsError(f"`{output_dir}` is not empty. {advice}")
     output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -108,80 +96,51 @@ def _remove_leftovers(folder: Path, prefix: str) -> None:
         shutil.rmtree(lock.parent, ignore_errors=True)
 
 
-def _is_written_for(folder: Path, repo_id: str) -> bool:
-    """Whether the card there is one of ours for this repository."""
-    card = folder / "README.md"
-    return card.is_file() and f'load_dataset("{repo_id}")' in card.read_text(encoding="utf-8")
-
-
-def render_card(
-    builder: BratsSlices, data_folder: Path, skipped: dict[str, str], load_path: str, public: bool = False
-) -> str:
+def render_card(builder: BratsSlices, data_folder: Path, skipped: dict[str, str], load_path: str, public: bool) -> str:
     """Fill the template of the card with the options and with what the Parquet files hold."""
-    config = builder.config
+    config, info = builder.config, builder.info.copy()
     decathlon = all(case.decathlon for case in config.cases)
-    patient_of = {case.case_id: case.patient_id for case in config.cases}
-    all_cases: set[str] = set()
-    n_slices = 0
-    split_rows = []
-    for split in builder.info.splits:
-        tables = [pq.read_table(path, columns=["case_id", "wt_pixels"]) for path in data_folder.glob(f"{split}-*")]
-        table = pa.concat_tables(tables)
+    counts = {}
+    for split in info.splits:
+        table = pq.ParquetDataset(list(data_folder.glob(f"{split}-*"))).read(columns=["case_id", "wt_pixels"])
         cases = set(table["case_id"].to_pylist())
-        n_patients = len({patient_of[case] for case in cases})
-        n_tumor = np.count_nonzero(table["wt_pixels"])
-        split_rows.append(f"| {split} | {n_patients} | {len(cases)} | {len(table)} | {n_tumor} |")
-        all_cases |= cases
-        n_slices += len(table)
-    options = {
-        "modalities": " ".join(config.modalities),
-        "slices": " ".join(map(str, config.slices)) if isinstance(config.slices, list) else config.slices,
-        "min_tumor_pixels": config.min_tumor_pixels if config.slices == "tumor" else "not used",
-        "plane": config.plane,
-        "seed": config.seed,
-        "skip_bad_cases": config.skip_bad_cases,
-    }
+        n_patients = len(set(map(patient_of, cases)))
+        counts[split] = (n_patients, len(cases), len(table), np.count_nonzero(table["wt_pixels"]))
+    n_patients, n_cases, n_slices, _ = map(sum, zip(*counts.values(), strict=True))
+    options = {name: getattr(config, name) for name in OPTIONS}
+    for name, value in options.items():
+        options[name] = " ".join(map(str, value)) if isinstance(value, list) else value
+    if config.slices != "tumor":
+        options["min_tumor_pixels"] = "not used"
     # Without sizes, `load_dataset` would return what an older data set in the same folder left in its cache.
+    info.download_size = sum(path.stat().st_size for path in data_folder.iterdir())
     metadata = huggingface_hub.DatasetCardData()
-    info = datasets.DatasetInfo(
-        features=builder.info.features,
-        splits=builder.info.splits,
-        download_size=sum(path.stat().st_size for path in data_folder.iterdir()),
-        dataset_size=sum(split.num_bytes for split in builder.info.splits.values()),
-    )
     DatasetInfosDict(default=info).to_dataset_card_data(metadata)
     grey = f"grey, {config.modalities[0]}"
-    template = resources.files(__package__).joinpath("README.md").read_text(encoding="utf-8")
+    folder = resources.files(__package__)
+    template = folder.joinpath("README.md").read_text(encoding="utf-8")
+    citation = CITATION + folder.joinpath("decathlon.bib").read_text(encoding="utf-8") if decathlon else CITATION
     return string.Template(template).substitute(
         size_category=next(name for limit, name in SIZE_CATEGORIES if n_slices < limit),
         dataset_info=metadata.to_yaml(),
-        data_files="\n".join(f"  - split: {split}\n    path: data/{split}-*" for split in builder.info.splits),
-        n_cases=len(all_cases),
-        n_patients=len({patient_of[case] for case in all_cases}),
+        data_files="\n".join(f"  - split: {split}\n    path: data/{split}-*" for split in info.splits),
+        n_cases=n_cases,
+        n_patients=n_patients,
         load_path=load_path,
-        split_rows="\n".join(split_rows),
+        split_rows="\n".join(f"| {split} | {' | '.join(map(str, row))} |" for split, row in counts.items()),
         image_content=grey if len(config.modalities) == 1 else f"RGB: {', '.join(config.modalities)}",
         version=builder.VERSION,
         option_rows="\n".join(f"| `{name}` | {value} |" for name, value in options.items()),
         skipped=f"Cases without rows: {', '.join(skipped)}." if skipped else "All cases found have rows.",
-        citation=CITATION + DECATHLON_CITATION if decathlon else CITATION,
+        citation=citation,
         **(DECATHLON_TERMS if decathlon else PUBLIC_TERMS if public else PRIVATE_TERMS),
     )
 
 
-def prepare_repository(repo_id: str, public: bool = False) -> huggingface_hub.RepoUrl:
+def prepare_repository(repo_id: str, public: bool) -> huggingface_hub.RepoUrl:
     """Find or make a data set repository that may be written to, before hours are spent on building the data set.
 
-    Args:
-        repo_id: `name` or `namespace/name`.
-        public: Make a new repository public, and take an existing one as it is. Else a new one is private.
-
-    Returns:
-        Its address, whose `repo_id` has the namespace.
-
-    Raises:
-        ValueError: If the repository is public and `public` is false, for BraTS forbids to pass the scans on.
-        OSError: If the token is missing or has no right to write there.
+    Unless `public`, a new one is private and an existing public one an error, for BraTS forbids to pass the scans on.
     """
     api = huggingface_hub.HfApi()
     api.whoami()  # has the clearest error for a missing or wrong token
@@ -196,17 +155,8 @@ def prepare_repository(repo_id: str, public: bool = False) -> huggingface_hub.Re
     return url
 
 
-def push_dataset(folder: Path, repo_id: str, public: bool = False) -> None:
-    """Upload a data set folder to a repository in place of the data that is there.
-
-    Args:
-        folder: As `write_dataset` writes it.
-        repo_id: Of an existing repository, see `prepare_repository`.
-        public: As it was prepared; for the advice in the error.
-
-    Raises:
-        OSError: If the upload fails. The message names the command that repeats it.
-    """
+def push_dataset(folder: Path, repo_id: str, public: bool) -> None:
+    """Upload what `write_dataset` wrote, in place of the data that is in the repository."""
     try:
         huggingface_hub.HfApi().upload_folder(
             repo_id=repo_id, repo_type="dataset", folder_path=folder, delete_patterns="data/*"
@@ -216,7 +166,7 @@ def push_dataset(folder: Path, repo_id: str, public: bool = False) -> None:
         raise OSError(f"{err}\nThe data set is complete in `{folder}`. To upload it: {command}") from err
 
 
-def upload_command(folder: Path, repo_id: str, public: bool = False) -> str:
+def upload_command(folder: Path, repo_id: str, public: bool) -> str:
     """Return the shell command that does what `push_dataset` does."""
     words = ["hf", "upload", repo_id, os.path.abspath(folder), "--repo-type", "dataset", "--delete", "data/*"]
     return shlex.join(words if public else [*words, "--private"])

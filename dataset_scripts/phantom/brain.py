@@ -1,4 +1,4 @@
-"""The brain of a phantom, drawn with distance functions.
+"""The brain of a phantom and its tumour, drawn with distance functions.
 
 The template frame is in millimetres: x to the left, y to the back, z up, origin between the thalami. Positions in the
 volume are warped into it, so every patient differs. Points are arrays (3, n); a distance is negative inside.
@@ -30,6 +30,12 @@ MIDLINE_VENTRICLES = (((0, 2, -3), (2.2, 13, 9)), ((0, 33, -36), (6, 4.5, 10)))
 GREY_THICKNESS_MM = 3.5
 GYRAL_WAVELENGTH_MM = 21.0  # two gyri
 FOLIA_WAVELENGTH_MM = 9.0
+
+CORE_FRACTION = (0.15, 0.55)  # tumour core per whole tumour
+NECROSIS_FRACTION = (0.25, 0.65)  # necrotic centre per tumour core
+LOW_GRADE_RATE = 0.15  # core without enhancing part
+NO_NECROSIS_RATE = 0.10
+OUTSIDE = -1000.0  # depth in mm of voxels the tumour cannot reach
 
 
 def random_waves(rng: Rng, points: np.ndarray, wavelength_mm: float, num_waves: int = 12) -> np.ndarray:
@@ -155,3 +161,56 @@ def draw_anatomy(
     veins = np.clip(random_waves(rng, points, 14.0, 24) - 1.0, 0, 1) * cover(-depth, voxel_mm)
     layers += [("vessel", np.maximum(0.9 * sinus, veins))]
     return layers, depth, ventricles
+
+
+def _shift_to_count(depth: np.ndarray, count: int) -> np.ndarray:
+    """Shift `depth` so that `count` elements are positive, or all that are not `OUTSIDE` if they are fewer."""
+    return depth - max(np.partition(depth, -count - 1)[-count - 1], np.float32(OUTSIDE / 2))
+
+
+def draw_tumour(
+    rng: Rng,
+    points: np.ndarray,
+    template: np.ndarray,
+    centre: np.ndarray,
+    fraction: float,
+    depth: np.ndarray,
+    ventricles: np.ndarray,
+    voxel_mm: float,
+) -> tuple[Layers, np.ndarray]:
+    """Return the layers of a tumour at `centre` and its BraTS labels, both from the same nested depth fields."""
+    volume = int(fraction * points.shape[1])
+    radius_mm = (volume * voxel_mm**3 * 3 / (4 * np.pi)) ** (1 / 3)
+    allowed = (ventricles > 0) & (depth > -1)
+    # Oedema spreads along white matter, hardly into cortex, and only through the callosum to the other side.
+    offset = (points - centre) * column(rng.uniform(0.8, 1.25, size=3))
+    lumps = 0.22 * random_waves(rng, points, 2.2 * radius_mm) + 0.10 * random_waves(rng, points, 0.9 * radius_mm)
+    across = np.maximum(-np.sign(centre[0]) * template[0], 0)
+    spread = radius_mm * lumps - norm(offset) - across + 3 * np.clip(depth - GREY_THICKNESS_MM - 1, -4, 2)
+    oedema = _shift_to_count(np.where(allowed, spread, OUTSIDE), volume)
+
+    core_share = rng.uniform(*CORE_FRACTION)
+    core_radius_mm = radius_mm * core_share ** (1 / 3)
+    core_offset = points - centre - column(rng.normal(size=3)) * 0.1 * radius_mm
+    core_lumps = 0.18 * random_waves(rng, points, 1.8 * core_radius_mm) + 0.09 * random_waves(rng, points, 9.0)
+    core = core_radius_mm * (1.1 + core_lumps) - norm(core_offset)
+    core = np.minimum(core, oedema - 0.1 * radius_mm)  # keeps off the cortex
+    core = _shift_to_count(np.where(oedema > 0, core, OUTSIDE), max(int(core_share * volume), 8))
+    # The rim's thickness varies along the rim.
+    necrosis = core + 0.10 * core_radius_mm * random_waves(rng, points, 1.2 * core_radius_mm)
+    necrosis = np.where(core > 0.8 * voxel_mm, necrosis, OUTSIDE)
+    necrosis = _shift_to_count(necrosis, max(int(core_share * volume * rng.uniform(*NECROSIS_FRACTION)), 1))
+    kind = rng.uniform()
+    if kind < LOW_GRADE_RATE:
+        necrosis = core
+    elif kind < LOW_GRADE_RATE + NO_NECROSIS_RATE:
+        necrosis = np.full_like(core, OUTSIDE)
+
+    labels = np.select([necrosis > 0, core > 0, oedema > 0], [1, 4, 2], 0).astype(np.int16)
+    texture = 1 - 0.08 * np.clip(random_waves(rng, points, 16.0, 20), 0, 2)
+    layers = [
+        ("oedema", cover(oedema, max(7.0, 2.2 * voxel_mm)) * (depth > -1) * texture * rng.uniform(0.55, 0.95)),
+        ("enhancing", cover(core, voxel_mm) * texture * rng.uniform(0.75, 1.0)),
+        ("core", cover(necrosis, voxel_mm) * texture),
+    ]
+    return layers, labels

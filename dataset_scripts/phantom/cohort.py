@@ -1,7 +1,6 @@
 """A cohort of made-up brain tumour scans in the layout of BraTS 2020."""
 
-import shutil
-import uuid
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,18 +9,7 @@ from tqdm import tqdm
 
 from sam2unet_hf.scans_sam2unet import write_nifti
 
-from .brain import (
-    GREY_THICKNESS_MM,
-    Layers,
-    Rng,
-    brain_parts,
-    column,
-    cover,
-    draw_anatomy,
-    norm,
-    random_waves,
-    to_template,
-)
+from .brain import brain_parts, column, draw_anatomy, draw_tumour, norm, random_waves, to_template
 
 
 VERSION = "1.0.0"  # for caches: raise it whenever the volumes change
@@ -42,16 +30,19 @@ TUMOUR_TISSUES = ("oedema", "core", "enhancing")
 
 SUBARACHNOID_MM = 0.7  # fluid the skull stripping leaves around the brain
 TUMOUR_FRACTION = (0.012, 0.11)  # whole tumour per brain volume
-CORE_FRACTION = (0.15, 0.55)  # tumour core per whole tumour
-NECROSIS_FRACTION = (0.25, 0.65)  # necrotic centre per tumour core
-LOW_GRADE_RATE = 0.15  # core without enhancing part
-NO_NECROSIS_RATE = 0.10
-OUTSIDE = -1000.0  # depth in mm of voxels the tumour cannot reach
 
 
-def _shift_to_count(depth: np.ndarray, count: int) -> np.ndarray:
-    """Shift `depth` so that `count` elements are positive, or all that are not `OUTSIDE` if they are fewer."""
-    return depth - max(np.partition(depth, -count - 1)[-count - 1], np.float32(OUTSIDE / 2))
+def _voxel_size_mm(shape: Sequence[int]) -> float:
+    """Check the shape of a volume, and return how wide its voxels are."""
+    if len(shape) != 3:
+        raise ValueError(f"`shape` must have three sizes, got {tuple(shape)}.")
+    voxel_mm = FIELD_OF_VIEW_MM / shape[0]
+    if any(size * voxel_mm < head for size, head in zip(shape, HEAD_SIZE_MM, strict=True)) or shape[0] < 24:
+        raise ValueError(
+            f"`shape` must be at least 24 voxels wide and hold a head of {HEAD_SIZE_MM} mm at {FIELD_OF_VIEW_MM:g} mm "
+            f"/ shape[0] = {voxel_mm:.3g} mm a voxel, got {tuple(shape)}. Pass the proportions of 240 x 240 x 155."
+        )
+    return voxel_mm
 
 
 def _head_points(shape: Sequence[int], spacing_mm: float) -> tuple[np.ndarray, np.ndarray]:
@@ -63,62 +54,6 @@ def _head_points(shape: Sequence[int], spacing_mm: float) -> tuple[np.ndarray, n
     indices = np.flatnonzero(inside)
     i, j, k = np.unravel_index(indices, tuple(shape))
     return indices, np.stack([axes[0][i], axes[1][j], axes[2][k]]).astype(np.float32)
-
-
-def _draw_tumour(
-    rng: Rng,
-    points: np.ndarray,
-    template: np.ndarray,
-    centre: np.ndarray,
-    fraction: float,
-    depth: np.ndarray,
-    ventricles: np.ndarray,
-    voxel_mm: float,
-) -> tuple[Layers, np.ndarray]:
-    """Return the layers of a tumour at `centre` and its BraTS labels, both from the same nested depth fields."""
-    volume = int(fraction * points.shape[1])
-    radius_mm = (volume * voxel_mm**3 * 3 / (4 * np.pi)) ** (1 / 3)
-    allowed = (ventricles > 0) & (depth > -1)
-    # Oedema spreads along white matter, hardly into cortex, and only through the callosum to the other side.
-    offset = (points - centre) * column(rng.uniform(0.8, 1.25, size=3))
-    lumps = 0.22 * random_waves(rng, points, 2.2 * radius_mm) + 0.10 * random_waves(rng, points, 0.9 * radius_mm)
-    across = np.maximum(-np.sign(centre[0]) * template[0], 0)
-    spread = radius_mm * lumps - norm(offset) - across + 3 * np.clip(depth - GREY_THICKNESS_MM - 1, -4, 2)
-    oedema = _shift_to_count(np.where(allowed, spread, OUTSIDE), volume)
-
-    core_share = rng.uniform(*CORE_FRACTION)
-    core_radius_mm = radius_mm * core_share ** (1 / 3)
-    core_offset = points - centre - column(rng.normal(size=3)) * 0.1 * radius_mm
-    core_lumps = 0.18 * random_waves(rng, points, 1.8 * core_radius_mm) + 0.09 * random_waves(rng, points, 9.0)
-    core = core_radius_mm * (1.1 + core_lumps) - norm(core_offset)
-    core = np.minimum(core, oedema - 0.1 * radius_mm)  # keeps off the cortex
-    core = _shift_to_count(np.where(oedema > 0, core, OUTSIDE), max(int(core_share * volume), 8))
-    # The rim's thickness varies along the rim.
-    necrosis = core + 0.10 * core_radius_mm * random_waves(rng, points, 1.2 * core_radius_mm)
-    necrosis = np.where(core > 0.8 * voxel_mm, necrosis, OUTSIDE)
-    necrosis = _shift_to_count(necrosis, max(int(core_share * volume * rng.uniform(*NECROSIS_FRACTION)), 1))
-    kind = rng.uniform()
-    if kind < LOW_GRADE_RATE:
-        necrosis = core
-    elif kind < LOW_GRADE_RATE + NO_NECROSIS_RATE:
-        necrosis = np.full_like(core, OUTSIDE)
-
-    labels = np.select([necrosis > 0, core > 0, oedema > 0], [1, 4, 2], 0).astype(np.int16)
-    texture = 1 - 0.08 * np.clip(random_waves(rng, points, 16.0, 20), 0, 2)
-    layers = [
-        ("oedema", cover(oedema, max(7.0, 2.2 * voxel_mm)) * (depth > -1) * texture * rng.uniform(0.55, 0.95)),
-        ("enhancing", cover(core, voxel_mm) * texture * rng.uniform(0.75, 1.0)),
-        ("core", cover(necrosis, voxel_mm) * texture),
-    ]
-    return layers, labels
-
-
-def _affine(shape: Sequence[int]) -> np.ndarray:
-    """Return the affine of a volume that runs to the left, to the back and up from BraTS' origin."""
-    spacing_mm = FIELD_OF_VIEW_MM / shape[0]
-    affine = np.diag([-spacing_mm, -spacing_mm, spacing_mm, 1.0])
-    affine[1, 3] = (shape[1] - 1) * spacing_mm  # 239 mm at BraTS' size
-    return affine
 
 
 def make_phantom_case(
@@ -138,14 +73,7 @@ def make_phantom_case(
     Raises:
         ValueError: If the brain does not fit into `shape`.
     """
-    if len(shape) != 3:
-        raise ValueError(f"`shape` must have three sizes, got {tuple(shape)}.")
-    voxel_mm = FIELD_OF_VIEW_MM / shape[0]
-    if any(size * voxel_mm < head for size, head in zip(shape, HEAD_SIZE_MM, strict=True)) or shape[0] < 24:
-        raise ValueError(
-            f"`shape` must be at least 24 voxels wide and hold a head of {HEAD_SIZE_MM} mm at {FIELD_OF_VIEW_MM:g} mm "
-            f"/ shape[0] = {voxel_mm:.3g} mm a voxel, got {tuple(shape)}. Pass the proportions of 240 x 240 x 155."
-        )
+    voxel_mm = _voxel_size_mm(shape)
     rng = np.random.default_rng(seed)
     side = rng.choice([-1, 1])
     centre = column([side * rng.uniform(20, 42), rng.uniform(-45, 48), rng.uniform(-8, 42)])
@@ -163,7 +91,7 @@ def make_phantom_case(
     indices, points, template = indices[inside], points[:, inside], template[:, inside]
     parts, pressure = parts[:, inside], pressure[inside]
     layers, depth, ventricles = draw_anatomy(rng, template, parts, pressure, voxel_mm)
-    tumour, labels = _draw_tumour(rng, points, template, centre, fraction, depth, ventricles, voxel_mm)
+    tumour, labels = draw_tumour(rng, points, template, centre, fraction, depth, ventricles, voxel_mm)
     stripped = (parts.min(0) > -3) & (depth < -0.8)  # skull stripping also takes the fluid where sulci open
     grain = 1 + 0.03 * random_waves(rng, points, 12.0)
 
@@ -218,17 +146,18 @@ def write_phantom_cohort(
         raise FileExistsError(
             f"`output_dir` must be new or empty, got {output_dir}. Remove it or pass another folder."
         )
-    staging_dir = output_dir.absolute().with_name(f".{output_dir.absolute().name}.{uuid.uuid4().hex}")
-    try:
+    voxel_mm = _voxel_size_mm(shape)
+    affine = np.diag([-voxel_mm, -voxel_mm, voxel_mm, 1.0])
+    affine[1, 3] = (shape[1] - 1) * voxel_mm  # BraTS' origin: 239 mm at its size
+    path = output_dir.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as staging_dir:
+        cohort = Path(staging_dir, "cohort")
         for number in tqdm(range(1, num_patients + 1), desc="Drawing phantom patients", unit="patient"):
             name = f"Phantom_{number:03d}"
-            case_dir = staging_dir / name
-            case_dir.mkdir(parents=True)
             for suffix, volume in make_phantom_case([seed, number], shape).items():
-                write_nifti(case_dir / f"{name}_{suffix}.nii.gz", volume, _affine(shape), compression_level=4)
+                write_nifti(cohort / name / f"{name}_{suffix}.nii.gz", volume, affine, compression_level=4)
         if output_dir.exists():
             output_dir.rmdir()
-        staging_dir.rename(output_dir)
-    finally:
-        shutil.rmtree(staging_dir, ignore_errors=True)
+        cohort.rename(path)
     return output_dir
