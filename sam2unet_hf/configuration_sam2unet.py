@@ -215,7 +215,8 @@ class Sam2UNetConfig(PreTrainedConfig):
         written = label_names(self.regions)
         if unnamed := [label_id for label_id in written if label_id not in self.id2label]:
             raise ValueError(
-                f"`id2label` {self.id2label} does not name the label ids {unnamed} of `regions` {self.regions}."
+                f"`id2label` {self.id2label} does not name the label ids {unnamed} that `regions` {self.regions} "
+                "write."
             )
         # `num_labels` or `id2label` without `regions` would name such ids.
         if unknown := [label_id for label_id in self.id2label if label_id not in written]:

@@ -81,8 +81,8 @@ def convert_reference_checkpoint(
         source, reference = os.fspath(path_or_state_dict), load_pickled_state_dict(path_or_state_dict)
     # The reference builds a fourth decoder step and never calls it.
     dropped = [name for name in reference if name.startswith("up4.")]
-    names = {name: rename(name, REFERENCE_NAMES + SAM2_NAMES) for name in reference if name not in dropped}
-    state_dict = {names[name]: reference[name] for name in names}
+    kept = {name: value for name, value in reference.items() if name not in dropped}
+    state_dict = {rename(name, REFERENCE_NAMES + SAM2_NAMES): value for name, value in kept.items()}
     if not any(name.startswith("encoder.") for name in state_dict):
         raise ValueError(f"{source} is not a reference SAM2-UNet: no key starts with 'encoder.'.")
     if config is None:

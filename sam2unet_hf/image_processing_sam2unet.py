@@ -87,8 +87,7 @@ class Sam2UNetImageProcessor(TorchvisionBackend):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes for JSON, with `regions` as pairs to keep their order."""
-        pairs = [[name, ids] for name, ids in regions_from_pairs(self.regions).items()]
-        return {**super().to_dict(), "regions": pairs}
+        return {**super().to_dict(), "regions": [list(pair) for pair in regions_from_pairs(self.regions).items()]}
 
     def preprocess(
         self, images: ImageInput, segmentation_maps: ImageInput | None = None, **kwargs: Unpack[ImagesKwargs]

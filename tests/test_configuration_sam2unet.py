@@ -163,7 +163,7 @@ def test_every_field_is_documented():
 @pytest.mark.parametrize("name", OWN_FIELDS)
 def test_every_field_is_read_by_the_model(name):
     package = Path(inspect.getfile(Sam2UNetConfig)).parent
-    files = [package / f"{part}_sam2unet.py" for part in ("modeling", "encoder", "decoder")]
+    files = [package / f"{part}_sam2unet.py" for part in ("modeling", "encoder", "decoder", "checkpoint")]
     trees = [ast.parse(path.read_text()) for path in files]
     read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert name in read
