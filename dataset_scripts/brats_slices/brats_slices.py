@@ -142,11 +142,8 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
     def download_and_prepare(self, *args, num_proc: int | None = None, **kwargs) -> None:
         """Build the data set as `datasets.DatasetBuilder` does, and warn of every case that has no rows.
 
-        Args:
-            *args: As in `datasets`.
-            num_proc: Processes that read cases, ahead of the one that writes. Left to `datasets`, they would start
-                anew for each split, each with its share of the cases.
-            **kwargs: As in `datasets`.
+        `num_proc` processes read cases ahead of this one, which writes: `datasets` would start them anew for each
+        split.
         """
         if num_proc is not None and num_proc > 1:
             self._pool = start_readers(num_proc)

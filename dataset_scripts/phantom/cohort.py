@@ -17,7 +17,7 @@ DEFAULT_SHAPE = (96, 96, 62)
 FIELD_OF_VIEW_MM = 240.0  # left to right, as in BraTS; the voxel size follows from it
 HEAD_SIZE_MM = (150.0, 190.0, 150.0)  # room for the largest phantom brain
 
-# Mean intensity of each tissue relative to white matter, read off the cases of BraTS 2018.
+# Mean intensity of each tissue relative to white matter, read off the cases of BraTS 2018; the tumour's come last.
 TISSUES = ("csf", "grey", "white", "deep_grey", "vessel", "gliosis", "oedema", "core", "enhancing")
 INTENSITIES = {
     "t1": (0.30, 0.76, 1.00, 0.86, 0.70, 0.90, 0.78, 0.62, 0.72),
@@ -25,8 +25,6 @@ INTENSITIES = {
     "t2": (2.80, 1.50, 1.00, 1.15, 0.90, 1.60, 2.05, 2.40, 1.85),
     "flair": (0.28, 1.20, 1.00, 1.12, 0.60, 1.65, 1.95, 1.45, 1.80),
 }
-MODALITIES = tuple(INTENSITIES)
-TUMOUR_TISSUES = ("oedema", "core", "enhancing")
 
 SUBARACHNOID_MM = 0.7  # fluid the skull stripping leaves around the brain
 TUMOUR_FRACTION = (0.012, 0.11)  # whole tumour per brain volume
@@ -79,8 +77,9 @@ def make_phantom_case(
     centre = column([side * rng.uniform(20, 42), rng.uniform(-45, 48), rng.uniform(-8, 42)])
     fraction = float(np.exp(rng.uniform(*np.log(TUMOUR_FRACTION))))  # as many small as large ones
     push_mm = 45 * fraction ** (1 / 3)
-    scale = rng.uniform(150, 450, size=len(MODALITIES))
-    tumour_gain = rng.uniform(0.85, 1.15, size=(len(MODALITIES), len(TUMOUR_TISSUES)))
+    scales = rng.uniform(150, 450, size=len(INTENSITIES))
+    intensities = np.array(list(INTENSITIES.values()))
+    intensities[:, -3:] *= rng.uniform(0.85, 1.15, size=(len(INTENSITIES), 3))
     noise_level = np.float32(rng.uniform(0.02, 0.045))
 
     indices, points = _head_points(shape, voxel_mm)
@@ -101,17 +100,15 @@ def make_phantom_case(
         return volume
 
     case = {}
-    for channel, name in enumerate(MODALITIES):
-        means = dict(zip(TISSUES, INTENSITIES[name], strict=True))
-        for tissue, gain in zip(TUMOUR_TISSUES, tumour_gain[channel], strict=True):
-            means[tissue] *= gain
+    for name, means_in_order, scale in zip(INTENSITIES, intensities, scales, strict=True):
+        means = dict(zip(TISSUES, means_in_order, strict=True))
         signal = np.full_like(grain, means["csf"])
         for tissue, share in [*layers, *tumour]:
             signal += share * (np.float32(means[tissue]) - signal)
         signal *= grain * (1 + 0.10 * random_waves(rng, points, 250.0, 4))
         noise = noise_level * rng.standard_normal(size=(2, len(indices)), dtype=np.float32)
         signal = np.hypot(signal + noise[0], noise[1])  # a magnitude image has Rician noise
-        case[name] = to_volume(np.where(stripped, 0, np.clip(np.rint(np.float32(scale[channel]) * signal), 1, None)))
+        case[name] = to_volume(np.where(stripped, 0, np.clip(np.rint(np.float32(scale) * signal), 1, None)))
     case["seg"] = to_volume(np.where(stripped, 0, labels))
     return case
 
