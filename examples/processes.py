@@ -57,7 +57,7 @@ def exit_on(*errors: type[Exception], prefix: str = "") -> Iterator[None]:
         raise SystemExit(f"{prefix}{err}") from err
 
 
-def set_up_logging(is_muted: bool) -> None:
+def set_up_logging(is_muted: bool = False) -> None:
     """Log to standard error, in one format for the script and transformers; a muted process logs errors alone."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     transformers.utils.logging.disable_default_handler()
