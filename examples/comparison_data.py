@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+from arguments import DataArguments
 from case_names import case_ids, case_names
-from data_sources import DataArguments, find_columns, find_regions, load_data
+from data_sources import find_columns, find_regions, load_data
 from PIL import Image
 from torch.utils.data import DataLoader
 
