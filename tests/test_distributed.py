@@ -267,7 +267,7 @@ def test_converting_to_sync_batch_norm_changes_no_checkpoint(tmp_path):
     trainer = make_trainer(small_model(), make_rows([(64, 64)] * 4), tmp_path, batch_norm_images=4)
     plain = small_model()
     trainer.sync_batch_norm = True
-    trainer.model = model = trainer.synchronize(small_model())
+    trainer.model = model = trainer.to_sync_batch_norm(small_model())
     assert all(type(module) is not torch.nn.BatchNorm2d for module in model.modules())
     assert model.state_dict().keys() == plain.state_dict().keys()
     model.save_pretrained(tmp_path / "saved")

@@ -68,6 +68,3 @@ def estimate_batch_norm(model: nn.Module, loader: DataLoader, num_images: int, a
         norm.momentum = momentum
         cast("torch.Tensor", norm.running_mean).copy_(statistics[0])
         cast("torch.Tensor", norm.running_var).copy_(statistics[1])
-
-
-__all__ = ["estimate_batch_norm"]

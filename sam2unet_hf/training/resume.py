@@ -33,7 +33,7 @@ LOSSES = "losses"  # under this name in that state
 # Weights, optimizer, schedule and random numbers, by one process or several, in one piece or by FSDP.
 REQUIRED_FILES = (("model*.safetensors", "pytorch_model*"), ("optimizer*",), ("scheduler.pt",), ("rng_state*.pth",))
 # What the operating system, PyTorch and safetensors say of a full disk.
-DISK_FULL_MESSAGES = ("no space left", "quota exceeded", "os error 28", "file write failed", "pytorchstreamwriter")
+DISK_FULL_MESSAGES = ("no space left", "quota exceeded", "os error 28", "file write failed", "unexpected pos")
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
