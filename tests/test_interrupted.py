@@ -227,7 +227,7 @@ def test_a_full_disk_is_named_and_costs_no_older_checkpoint(runner, small_disk):
     assert answer["code"] == 1, log
     assert "checkpoint-15` could not be written (" in log
     assert "GB free on its disk. `" in log
-    assert "checkpoint-10` is whole: resume from it once there is room" in log
+    assert "checkpoint-10` is complete: resume from it once there is room" in log
     assert "Traceback" not in log
     left = sorted(path.name for path in (runner.folder / name).glob("checkpoint-*"))
     assert left == ["checkpoint-10", "checkpoint-5"]
