@@ -246,6 +246,8 @@ def test_the_results_of_a_trainer_are_those_of_what_was_trained(tmp_path):
     assert info["results"]["validation"]["mae"] == after["eval_mae"]
     assert set(info["results"]) == {"validation", "test"}
     assert info["finetuned_from"] is None
+    with pytest.raises(TypeError, match="The model card has no licence; it has license, tags, "):
+        trainer.create_model_card(licence="mit")
     # `save_model` and `push_to_hub` write it again without these.
     trainer.create_model_card()
     assert json.loads((tmp_path / "run" / "training_info.json").read_text()) == info

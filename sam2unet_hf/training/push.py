@@ -61,7 +61,8 @@ class PushCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Begin to upload the checkpoint, unless an upload is under way and `hub_always_push` is false."""
-        if not state.is_world_process_zero or args.hub_strategy == HubStrategy.END:
+        # The trials of a search have folders of their own, and none is the model to be shared.
+        if not state.is_world_process_zero or args.hub_strategy == HubStrategy.END or state.is_hyper_param_search:
             return
         if not all(job.done() for job in self.jobs) and not args.hub_always_push:
             return
