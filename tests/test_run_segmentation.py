@@ -313,6 +313,8 @@ def test_an_unfinished_run_goes_on_with_the_same_arguments_alone(tmp_path):
         (["--lr_scheduler_type", "linear"], "lr_scheduler_kwargs", None),
         ([], "greater_is_better", True),
         (["--metric_for_best_model", "mae_WT"], "greater_is_better", False),
+        (["--metric_for_best_model", "patient_missed_ml_WT"], "greater_is_better", False),
+        (["--metric_for_best_model", "patient_dice"], "greater_is_better", True),
         (["--metric_for_best_model", "loss"], "greater_is_better", False),
         (["--do_train", "false"], "output_dir", "runs/phantom-evaluation"),
     ],
