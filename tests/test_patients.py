@@ -1,5 +1,7 @@
 """Patients: sums of an evaluation over their slices, and their volumes."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,13 @@ from PIL import Image as PILImage
 from test_training import make_trainer
 
 from sam2unet_hf.metrics import score_volume
+from sam2unet_hf.patient_checks import (
+    describe_known_patients,
+    describe_other_modalities,
+    read_splits,
+    why_implausible,
+)
+from sam2unet_hf.patient_table import PatientTable, score_patient
 from sam2unet_hf.training import SegmentationMetrics
 from sam2unet_hf.training.evaluation import losses_of_images
 from sam2unet_hf.training.patients import PatientRows, add_up, find_patients, score_sums
@@ -146,3 +155,82 @@ def test_the_loss_of_a_crop_is_that_of_its_window():
     boxes = torch.tensor([[-10, 20, 86, 84]])
     assert losses_of_images(model, outputs, whole[None], boxes).tolist() == [expected.item()]
     assert losses_of_images(model, outputs, whole[None]).tolist() != [expected.item()]
+
+
+# The table
+
+
+def table_of(*patients):
+    table = PatientTable()
+    for name, dice, distance in patients:
+        scores = {"volume_dice": dice, "hausdorff95_mm": distance, "reference_ml": 2.5, "predicted_ml": 0, "more": 9}
+        table.add(name, {"WT": scores, "ET": {**scores, "volume_dice": dice / 2}})
+    return table
+
+
+def test_the_table_of_patients_by_hand(tmp_path):
+    table = table_of(("c", 0.5, 4), ("a", 0.9, 2), ("b", 0.6, 12))
+    wt, et = table.summary().values()
+    assert wt["volume_dice"] == pytest.approx({"mean": 2 / 3, "std": (0.13 / 3) ** 0.5, "median": 0.6, "worst": 0.5})
+    assert et["hausdorff95_mm"] == pytest.approx({"mean": 6, "std": 28**0.5, "median": 4, "worst": 12})
+    assert wt.keys() == {"volume_dice", "hausdorff95_mm"}
+    assert table.dice == pytest.approx({"a": 0.675, "b": 0.45, "c": 0.375})
+    assert list(table.dice) == ["a", "b", "c"]
+    assert table.write(tmp_path, "test_patients") == [tmp_path / "test_patients.csv", tmp_path / "test_patients.json"]
+    lines = (tmp_path / "test_patients.csv").read_text().splitlines()
+    assert lines[:2] == [
+        "patient,region,volume_dice,hausdorff95_mm,reference_ml,predicted_ml",
+        "c,WT,0.5,4.0,2.5,0.0",
+    ]
+    found = json.loads((tmp_path / "test_patients.json").read_text())
+    assert (found["patients"], found["summary"]) == (table.rows, table.summary())
+    assert table_of(("a", 0.9, 2)).summary()["WT"]["volume_dice"]["std"] is None
+    assert PatientTable().write(tmp_path / "none") == []
+
+
+def test_volumes_of_a_patient_are_measured_in_millilitres():
+    reference, prediction = np.zeros((4, 5, 6), np.uint8), np.zeros((4, 5, 6), np.uint8)
+    reference[1, :2], prediction[1, 0] = 3, 2
+    scores = score_patient(prediction, reference, BRATS_REGIONS, (10, 2, 5))
+    assert (scores["WT"]["reference_ml"], scores["WT"]["predicted_ml"]) == pytest.approx((1.2, 0.6))
+    assert (scores["ET"]["reference_ml"], scores["ET"]["predicted_ml"]) == pytest.approx((1.2, 0))
+    assert scores["WT"]["volume_dice"] == 12 / 18
+    assert scores["WT"]["hausdorff95_mm"] == 2
+    assert scores["ET"]["volume_dice"] == 0
+
+
+# What is suspicious
+
+
+def test_results_that_are_hardly_believable():
+    label_map = np.zeros((10, 10), np.uint8)
+    assert "nothing was found" in why_implausible(label_map, 100)
+    label_map[:3] = 2
+    assert why_implausible(label_map, 100) is None
+    label_map[3, :4] = 1
+    assert "34% of the head was taken for tumour, more than a third" in why_implausible(label_map, 100)
+    assert "of the head was taken for tumour" in why_implausible(label_map, 0)
+
+
+def test_patients_of_the_training_are_known_by_any_of_their_scans(tmp_path):
+    splits = {"train": ["BraTS-GLI-00001", "b"], "validation": ["c"], "test": ["d"], "earlier": ["e"]}
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    for folder in (tmp_path, tmp_path / "checkpoint-3", str(tmp_path)):
+        assert read_splits(folder) == splits
+    assert read_splits("someone/a_model_on_the_hub") == read_splits(None) == {}
+    known = describe_known_patients(splits, ["BraTS-GLI-00001-001", "d", "e", "f"])
+    assert "The model was trained on 2 of the 4 patients that are scored: BraTS-GLI-00001-001, e." in known
+    assert "was chosen by 1 of the 2 patients that are scored: c." in describe_known_patients(splits, ["c", "d"])
+    assert describe_known_patients(splits, ["d", "f"]) is None
+    assert describe_known_patients({}, ["b"]) is None
+    for broken in ("[", "[1]", '{"train": 3}'):
+        (tmp_path / "splits.json").write_text(broken)
+        with pytest.raises(ValueError, match="splits.json` cannot be read .* Put back what the run wrote"):
+            read_splits(tmp_path)
+
+
+def test_other_contrasts_are_named():
+    assert describe_other_modalities(["t1", "t2"], ["t1", "t2"]) is None
+    assert describe_other_modalities(None, ["t1"]) is None
+    assert "trained on t1, t2, and is to segment t2, t1" in describe_other_modalities(["t1", "t2"], ["t2", "t1"])
