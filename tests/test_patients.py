@@ -1,6 +1,7 @@
 """Patients: sums of an evaluation over their slices, and their volumes."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from sam2unet_hf.patient_table import PatientTable, score_patient
 from sam2unet_hf.training import SegmentationMetrics
 from sam2unet_hf.training.evaluation import losses_of_images
 from sam2unet_hf.training.patients import PatientRows, add_up, find_patients, score_sums
+from sam2unet_hf.training.volumes import count_head, score_patients, why_no_volumes
 
 
 CASES = ["b", "a", "b", "a", "b"]  # in this order, which is neither sorted nor patient by patient
@@ -234,3 +236,78 @@ def test_other_contrasts_are_named():
     assert describe_other_modalities(["t1", "t2"], ["t1", "t2"]) is None
     assert describe_other_modalities(None, ["t1"]) is None
     assert "trained on t1, t2, and is to segment t2, t1" in describe_other_modalities(["t1", "t2"], ["t2", "t1"])
+
+
+# Whole heads
+
+
+def make_heads(names=("b", "a"), image="image", shift=0, tumour=(3, 6)):
+    """Whole heads of ten slices, in mixed order: a bright square in each slice, a brighter one where tumour is."""
+    generator = np.random.default_rng(1)
+    rows = []
+    for place, name in enumerate(names):
+        for index in range(10):
+            mask, grey = np.zeros((64, 72), np.uint8), np.zeros((64, 72), np.uint8)
+            grey[8:56, 10:60] = generator.integers(40, 90, (48, 50))
+            if tumour[0] <= index < tumour[1]:
+                mask[20 : 40 + place, 20:45], mask[25:35, 25:40] = 2, 3
+            boxes = {image: [10, 8, 60, 56]}
+            row = {image: PILImage.fromarray(grey + 50 * mask), "mask": PILImage.fromarray(mask), "case_id": name}
+            row |= {"slice_index": index + shift, "head_boxes": boxes, "wt_pixels": np.count_nonzero(mask)}
+            rows.append({**row, "spacing_mm": [1.0, 1.5, 4.0 + place]})
+    features = {image: Image(), "mask": Image(), "case_id": Value("string"), "slice_index": Value("int32")}
+    features |= {"head_boxes": {image: List(Value("int32"))}, "wt_pixels": Value("int32")}
+    features |= {"spacing_mm": List(Value("float64"))}
+    data = Dataset.from_list(rows, features=Features(features))
+    return data.select(np.random.default_rng(2).permutation(len(data)))
+
+
+@pytest.mark.parametrize("plane", ["axial", "coronal"])
+def test_volumes_put_together_from_rows_score_as_volumes(plane, tmp_path):
+    model = small_model(regions=BRATS_REGIONS)
+    data = make_heads(shift=7)
+    rows = make_trainer(model, data, tmp_path).eval_dataset
+    processor = rows.format["format_kwargs"]["transform"].processor
+    processor.plane = plane
+    found = list(score_patients(model, processor, rows, batch_size=4))
+    assert sorted(one.case_id for one in found) == ["a", "b"]
+    for case_id, scores, doubt in found:
+        own = sorted(
+            (slice_index, row)
+            for row, slice_index in enumerate(data["slice_index"])
+            if data["case_id"][row] == case_id
+        )
+        examples = [rows[row] for _, row in own]
+        with torch.inference_mode():
+            outputs = [model(example["pixel_values"][None]) for example in examples]
+        predicted = [processor.post_process_semantic_segmentation(out, target_sizes=[(64, 72)])[0] for out in outputs]
+        thickness = 4 if case_id == "b" else 5
+        spacing_mm = {"axial": (thickness, 1.5, 1), "coronal": (1.5, thickness, 1)}[plane]
+        reference = np.stack([example["labels"].numpy() for example in examples])
+        assert [index for index, labels in enumerate(reference) if labels.any()] == [3, 4, 5]
+        expected = score_patient(np.stack(predicted), reference, BRATS_REGIONS, spacing_mm)
+        assert scores == {region: pytest.approx(values, abs=1e-9) for region, values in expected.items()}
+        assert 0 < scores["WT"]["volume_dice"] < 1
+        assert "of the head was taken for tumour" in doubt
+    assert [one.case_id for one in score_patients(model, processor, rows, case_ids=["a"])] == ["a"]
+
+
+def test_the_head_is_counted_in_the_images_of_the_model(tmp_path):
+    rows = make_trainer(small_model(), make_heads(), tmp_path).eval_dataset
+    processor = rows.format["format_kwargs"]["transform"].processor
+    batch = {"pixel_values": torch.stack([rows[index]["pixel_values"] for index in range(3)])}
+    assert count_head(batch, [(64, 72)] * 3, processor) == pytest.approx(3 * 48 * 50, rel=0.05)
+    window = {**batch, "pixel_mask": torch.ones(3, 64, 64).bool(), "crop_boxes": torch.tensor([[0, 0, 64, 32]] * 3)}
+    assert count_head(window, [(64, 72)] * 3, processor) == 3 * 64 * 32
+
+
+def test_slices_that_are_no_whole_heads_give_no_volumes():
+    heads = make_heads()
+    assert why_no_volumes(heads) is None
+    assert why_no_volumes(make_slices()) == "the rows have no `head_boxes`"
+    for keep, reason in (
+        (lambda row: row["wt_pixels"] > 0, "the rows have no slice of . without tumour"),
+        (lambda row: row["slice_index"] != 4, "slices of . are missing or there twice"),
+        (lambda row: row["slice_index"] in (2, 3), "the rows have 2 slices of . alone"),
+    ):
+        assert re.fullmatch(reason, why_no_volumes(heads.filter(keep)))
