@@ -52,6 +52,11 @@ class ModelArguments:
     )
     preset: str = option("tiny", "Size of an encoder from scratch, without a checkpoint.", choices=list(PRESETS))
     freeze_encoder: bool | None = option(None, "Train adapters and decoder only. Default: yes, unless from scratch.")
+    iou_over_batch: bool | None = option(
+        None,
+        "Take the IoU of the loss over a batch instead of each image, for images without the region. "
+        "Default: as the model says, else no.",
+    )
     image_size: int | None = option(
         None, "Height and width to resize images to. Default: those of the checkpoint, else 352."
     )

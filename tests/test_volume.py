@@ -15,6 +15,7 @@ import pytest
 import torch
 from common import PACKAGE, TRAVELLING_FILES, small_model
 from nibabel import orientations
+from PIL import Image
 
 from dataset_scripts.brats_slices import BratsSlices
 from dataset_scripts.phantom import write_phantom_cohort
@@ -83,11 +84,12 @@ def test_slices_go_through_the_model_as_from_the_builder(cohort, segment, tmp_pa
     for row in rows:
         index = row["slice_index"]
         on_slice = found.scan.from_file_grid(found.label_map)[:, :, index].T
-        if not np.asarray(row["image"]).any():
+        image = np.stack([np.asarray(row[name]) for name in THREE], axis=-1)
+        if not image.any():
             assert not on_slice.any()
             continue
         seen += 1
-        inputs = SegmentationTransform(segment.processor, mask_column=None)({"image": [row["image"]]})
+        inputs = SegmentationTransform(segment.processor, mask_column=None)({"image": [Image.fromarray(image)]})
         with torch.no_grad():
             outputs = segment.model(torch.stack(inputs["pixel_values"]))
         (expected,) = segment.processor.post_process_regions(outputs, target_sizes=[(40, 40)])
@@ -380,8 +382,8 @@ def test_wrong_use_says_what_to_do(cohort, segment, tmp_path):
         check_enhancing_label(4, {"c3": [3], "c4": [4]})
     with pytest.raises(ValueError, match="does not say which modalities"):
         Sam2UNetVolumePipeline(segment.model, segment.processor)
-    with pytest.raises(ValueError, match=r"`modalities` must be one or three of .*, got \['flair', 't2'\]"):
-        Sam2UNetVolumePipeline(segment.model, segment.processor, ["flair", "t2"])
+    with pytest.raises(ValueError, match=r"`modalities` must name one or more of .*, got \['flair', 'flair'\]"):
+        Sam2UNetVolumePipeline(segment.model, segment.processor, ["flair", "flair"])
     other = nib.Nifti1Image(np.ones((40, 40, 25), np.int16), nib.load(case.path("t2")).affine)
     nib.save(other, tmp_path / "t2.nii.gz")
     with pytest.raises(ScanError, match="Resample one onto the other"):

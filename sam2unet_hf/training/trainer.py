@@ -16,9 +16,10 @@ from ..modeling_sam2unet import Sam2UNetForSemanticSegmentation
 from .batch_norm import batch_norm_loader, estimate_batch_norm
 from .data import SegmentationTransform, collate, transform_of
 from .evaluation import evaluation_order, losses_of_images, reorder
+from .loaders import LoaderTrainer, foreground_share_of
 from .metrics import SegmentationMetrics, check_best_metric
 from .patients import find_patients
-from .push import HubTrainer, no_push_by_transformers
+from .push import no_push_by_transformers
 from .resume import (
     LOSSES,
     ResumeCallback,
@@ -26,9 +27,9 @@ from .resume import (
     check_resumable,
     complete_or_removed,
     last_complete_checkpoint,
-    protect_workers,
 )
-from .streaming import ParquetRows, row_group_loader
+from .rows import streamed_rows
+from .sampling import ForegroundShare
 
 
 UNUSABLE_ARGUMENTS = {
@@ -40,13 +41,18 @@ UNUSABLE_ARGUMENTS = {
 
 
 class SetEpochCallback(TrainerCallback):
-    """Tells the training images and their transform the epoch."""
+    """Tells the training images, their choice and their transform the epoch."""
+
+    def __init__(self, foreground: ForegroundShare | None):
+        self.foreground = foreground
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any):
         """Set the epoch."""
         dataset, epoch = objects["train_dataloader"].dataset, int(state.epoch or 0)
-        if isinstance(dataset, ParquetRows):
-            dataset.set_epoch(epoch, args.seed)
+        if self.foreground is not None:
+            self.foreground.set_epoch(epoch, args.seed)
+        if (streamed := streamed_rows(dataset)) is not None:
+            streamed.set_epoch(epoch, args.seed)
         transform = transform_of(dataset)
         if isinstance(transform, SegmentationTransform):
             transform.set_epoch(epoch, args.seed)
@@ -72,7 +78,7 @@ def check_arguments(args: TrainingArguments, sync_batch_norm: bool) -> None:
         )
 
 
-class Sam2UNetTrainer(HubTrainer):
+class Sam2UNetTrainer(LoaderTrainer):
     """Trainer that scores each image where it was predicted and passes on its scores instead of logits.
 
     So masks of different sizes need no padding, processes exchange a few kilobytes per image, and memory is that of
@@ -91,6 +97,8 @@ class Sam2UNetTrainer(HubTrainer):
             Checkpoints are the same either way.
         trainable_only: Save and push checkpoints without the encoder, which must be frozen and come from
             `from_sam2`; see [`Sam2UNetForSemanticSegmentation.save_pretrained`].
+        foreground_share: Show each training slice with foreground once an epoch, and as many empty ones in turn as
+            make this their share of all; see [`~sampling.ForegroundShare`]. By default an epoch is all slices once.
         kwargs: Arguments of [`~transformers.Trainer`]. `data_collator` and `compute_metrics` have the right defaults.
 
     Data sets may be [`~streaming.ParquetRows`], of which each process reads its share. With FSDP, which needs GPUs,
@@ -110,6 +118,7 @@ class Sam2UNetTrainer(HubTrainer):
         batch_norm_images: int = 0,
         sync_batch_norm: bool = False,
         trainable_only: bool = False,
+        foreground_share: float | None = None,
         **kwargs: Any,
     ):
         check_arguments(args, sync_batch_norm)
@@ -125,6 +134,7 @@ class Sam2UNetTrainer(HubTrainer):
             # Check before training, which takes hours.
             model.verify_encoder_source(may_be_local=not args.push_to_hub)
             model.trainable_only = True
+        self.foreground = foreground_share_of(kwargs.get("train_dataset"), foreground_share)
         self.batch_norm_images = batch_norm_images
         self.sync_batch_norm = sync_batch_norm and args.world_size > 1
         super().__init__(self.to_sync_batch_norm(model), args, **kwargs)
@@ -136,10 +146,12 @@ class Sam2UNetTrainer(HubTrainer):
         if trainable_only and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("`trainable_only` must be False with FSDP and DeepSpeed, which split the weights.")
         self.losses = RunningLoss(args.device, args.logging_nan_inf_filter)
-        self.add_callback(SetEpochCallback())
+        self.add_callback(SetEpochCallback(self.foreground))
         self.add_callback(ResumeCallback(self.losses))
         if batch_norm_images:
             self.notes["batch norm"] = f"statistics estimated anew on {batch_norm_images} training images"
+        if self.foreground is not None:
+            self.notes["slices with foreground"] = f"{self.foreground.reached_share:.0%} of each epoch"
         if self.sync_batch_norm:
             self.notes["batch norm over"] = "all processes"
 
@@ -210,35 +222,8 @@ class Sam2UNetTrainer(HubTrainer):
     def estimate_batch_norm(self) -> None:
         """Replace the running statistics of batch norm by those over `batch_norm_images` training images."""
         model = self.accelerator.unwrap_model(self.model)
-        loader = batch_norm_loader(self.train_dataset, self.args, self.data_collator)
+        loader = batch_norm_loader(self.train_dataset, self.args, self.data_collator, self.foreground)
         estimate_batch_norm(model, loader, self.batch_norm_images, self.accelerator)
-
-    # Data
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Return the training images as [`~transformers.Trainer`] does, or such that row groups are read once."""
-        rows, batch_size = self.train_dataset, self.args.train_batch_size
-        if not isinstance(rows, ParquetRows):
-            return protect_workers(super().get_train_dataloader())
-        loader = row_group_loader(rows, self.args, batch_size, self.data_collator, is_training=True)
-        return protect_workers(self.accelerator.prepare(loader))
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return the images of an evaluation, all of them whatever `dataloader_drop_last` says of training."""
-        rows = cast("Any", self.eval_dataset if eval_dataset is None else eval_dataset)
-        rows = cast("Any", self.eval_dataset)[rows] if isinstance(rows, str) else rows
-        if isinstance(rows, ParquetRows):
-            loader = row_group_loader(rows, self.args, self.args.eval_batch_size, self.data_collator)
-            return protect_workers(self.accelerator.prepare(loader))
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return protect_workers(super().get_eval_dataloader(eval_dataset))
-        finally:
-            self.args.dataloader_drop_last = drop_last
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """Return the images to predict, as `get_eval_dataloader` does."""
-        return self.get_eval_dataloader(test_dataset)
 
     # Evaluation
 
@@ -258,7 +243,8 @@ class Sam2UNetTrainer(HubTrainer):
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as [`~transformers.Trainer`] does, with the batch norm statistics of process 0, which are saved."""
         metrics, rows = self.compute_metrics, dataloader.dataset
-        order = evaluation_order(rows, self.args) if isinstance(rows, ParquetRows) else None
+        streamed = streamed_rows(rows)
+        order = None if streamed is None else evaluation_order(streamed, self.args)
         if isinstance(metrics, SegmentationMetrics):
             metrics.reset()
             metrics.patient_rows = find_patients(rows, order)
