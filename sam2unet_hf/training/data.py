@@ -11,6 +11,7 @@ from torchvision import tv_tensors
 
 from ..image_processing_sam2unet import Sam2UNetImageProcessor
 from ..images_sam2unet import to_label_map
+from .rows import ImageRows
 from .streaming import ParquetRows
 
 
@@ -110,7 +111,7 @@ def collate(examples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
 
 def transform_of(dataset: Any) -> Any:
     """Return the function given to `dataset.with_transform`, if there is one."""
-    if isinstance(dataset, ParquetRows):
+    if isinstance(dataset, (ParquetRows, ImageRows)):
         return dataset.transform
     return getattr(dataset, "format", {}).get("format_kwargs", {}).get("transform")
 

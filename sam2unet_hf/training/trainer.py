@@ -15,8 +15,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..modeling_sam2unet import Sam2UNetForSemanticSegmentation
 from .batch_norm import batch_norm_loader, estimate_batch_norm
 from .data import SegmentationTransform, collate, transform_of
+from .evaluation import evaluation_order, losses_of_images, reorder
+from .loaders import LoaderTrainer, foreground_share_of
 from .metrics import SegmentationMetrics, check_best_metric
-from .push import HubTrainer, no_push_by_transformers
+from .patients import find_patients
+from .push import no_push_by_transformers
 from .resume import (
     LOSSES,
     ResumeCallback,
@@ -24,9 +27,9 @@ from .resume import (
     check_resumable,
     complete_or_removed,
     last_complete_checkpoint,
-    protect_workers,
 )
-from .streaming import ParquetRows, RowGroupSampler, row_group_loader
+from .rows import streamed_rows
+from .sampling import ForegroundShare
 
 
 UNUSABLE_ARGUMENTS = {
@@ -38,13 +41,18 @@ UNUSABLE_ARGUMENTS = {
 
 
 class SetEpochCallback(TrainerCallback):
-    """Tells the training images and their transform the epoch."""
+    """Tells the training images, their choice and their transform the epoch."""
+
+    def __init__(self, foreground: ForegroundShare | None):
+        self.foreground = foreground
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any):
         """Set the epoch."""
         dataset, epoch = objects["train_dataloader"].dataset, int(state.epoch or 0)
-        if isinstance(dataset, ParquetRows):
-            dataset.set_epoch(epoch, args.seed)
+        if self.foreground is not None:
+            self.foreground.set_epoch(epoch, args.seed)
+        if (streamed := streamed_rows(dataset)) is not None:
+            streamed.set_epoch(epoch, args.seed)
         transform = transform_of(dataset)
         if isinstance(transform, SegmentationTransform):
             transform.set_epoch(epoch, args.seed)
@@ -70,7 +78,7 @@ def check_arguments(args: TrainingArguments, sync_batch_norm: bool) -> None:
         )
 
 
-class Sam2UNetTrainer(HubTrainer):
+class Sam2UNetTrainer(LoaderTrainer):
     """Trainer that scores each image where it was predicted and passes on its scores instead of logits.
 
     So masks of different sizes need no padding, processes exchange a few kilobytes per image, and memory is that of
@@ -89,6 +97,8 @@ class Sam2UNetTrainer(HubTrainer):
             Checkpoints are the same either way.
         trainable_only: Save and push checkpoints without the encoder, which must be frozen and come from
             `from_sam2`; see [`Sam2UNetForSemanticSegmentation.save_pretrained`].
+        foreground_share: Show each training slice with foreground once an epoch, and as many empty ones in turn as
+            make this their share of all; see [`~sampling.ForegroundShare`]. By default an epoch is all slices once.
         kwargs: Arguments of [`~transformers.Trainer`]. `data_collator` and `compute_metrics` have the right defaults.
 
     Data sets may be [`~streaming.ParquetRows`], of which each process reads its share. With FSDP, which needs GPUs,
@@ -108,6 +118,7 @@ class Sam2UNetTrainer(HubTrainer):
         batch_norm_images: int = 0,
         sync_batch_norm: bool = False,
         trainable_only: bool = False,
+        foreground_share: float | None = None,
         **kwargs: Any,
     ):
         check_arguments(args, sync_batch_norm)
@@ -116,13 +127,14 @@ class Sam2UNetTrainer(HubTrainer):
         kwargs.setdefault("data_collator", collate)
         metrics = kwargs.setdefault("compute_metrics", SegmentationMetrics(list(model.config.regions)))
         if isinstance(metrics, SegmentationMetrics):
-            check_best_metric(args, ["loss", *metrics.names()], kwargs.get("eval_dataset"))
+            check_best_metric(args, metrics, kwargs.get("eval_dataset"))
         if trainable_only:
             if not model.config.freeze_encoder:
                 raise ValueError("`trainable_only` must be False for a model whose encoder is trained.")
             # Check before training, which takes hours.
             model.verify_encoder_source(may_be_local=not args.push_to_hub)
             model.trainable_only = True
+        self.foreground = foreground_share_of(kwargs.get("train_dataset"), foreground_share)
         self.batch_norm_images = batch_norm_images
         self.sync_batch_norm = sync_batch_norm and args.world_size > 1
         super().__init__(self.to_sync_batch_norm(model), args, **kwargs)
@@ -134,10 +146,12 @@ class Sam2UNetTrainer(HubTrainer):
         if trainable_only and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("`trainable_only` must be False with FSDP and DeepSpeed, which split the weights.")
         self.losses = RunningLoss(args.device, args.logging_nan_inf_filter)
-        self.add_callback(SetEpochCallback())
+        self.add_callback(SetEpochCallback(self.foreground))
         self.add_callback(ResumeCallback(self.losses))
         if batch_norm_images:
             self.notes["batch norm"] = f"statistics estimated anew on {batch_norm_images} training images"
+        if self.foreground is not None:
+            self.notes["slices with foreground"] = f"{self.foreground.reached_share:.0%} of each epoch"
         if self.sync_batch_norm:
             self.notes["batch norm over"] = "all processes"
 
@@ -208,35 +222,8 @@ class Sam2UNetTrainer(HubTrainer):
     def estimate_batch_norm(self) -> None:
         """Replace the running statistics of batch norm by those over `batch_norm_images` training images."""
         model = self.accelerator.unwrap_model(self.model)
-        loader = batch_norm_loader(self.train_dataset, self.args, self.data_collator)
+        loader = batch_norm_loader(self.train_dataset, self.args, self.data_collator, self.foreground)
         estimate_batch_norm(model, loader, self.batch_norm_images, self.accelerator)
-
-    # Data
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Return the training images as [`~transformers.Trainer`] does, or such that row groups are read once."""
-        rows, batch_size = self.train_dataset, self.args.train_batch_size
-        if not isinstance(rows, ParquetRows):
-            return protect_workers(super().get_train_dataloader())
-        loader = row_group_loader(rows, self.args, batch_size, self.data_collator, is_training=True)
-        return protect_workers(self.accelerator.prepare(loader))
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return the images of an evaluation, all of them whatever `dataloader_drop_last` says of training."""
-        rows = cast("Any", self.eval_dataset if eval_dataset is None else eval_dataset)
-        rows = cast("Any", self.eval_dataset)[rows] if isinstance(rows, str) else rows
-        if isinstance(rows, ParquetRows):
-            loader = row_group_loader(rows, self.args, self.args.eval_batch_size, self.data_collator)
-            return protect_workers(self.accelerator.prepare(loader))
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return protect_workers(super().get_eval_dataloader(eval_dataset))
-        finally:
-            self.args.dataloader_drop_last = drop_last
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """Return the images to predict, as `get_eval_dataloader` does."""
-        return self.get_eval_dataloader(test_dataset)
 
     # Evaluation
 
@@ -256,50 +243,50 @@ class Sam2UNetTrainer(HubTrainer):
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as [`~transformers.Trainer`] does, with the batch norm statistics of process 0, which are saved."""
         metrics, rows = self.compute_metrics, dataloader.dataset
+        streamed = streamed_rows(rows)
+        order = None if streamed is None else evaluation_order(streamed, self.args)
         if isinstance(metrics, SegmentationMetrics):
             metrics.reset()
+            metrics.patient_rows = find_patients(rows, order)
         if self.accelerator.num_processes > 1 and self.state.global_step:
             for buffer in self.accelerator.unwrap_model(self.model).buffers():
                 torch.distributed.broadcast(buffer, src=0)
         output = super().evaluation_loop(dataloader, *args, **kwargs)
-        if not isinstance(rows, ParquetRows):
+        if order is None:
             return output
-        size, processes, workers = self.args.eval_batch_size, self.args.world_size, self.args.dataloader_num_workers
-        places = np.argsort(RowGroupSampler(rows, size, processes, workers).order())
+        places = np.argsort(order)
         if isinstance(metrics, SegmentationMetrics) and len(metrics.image_dice):
             metrics.image_dice = metrics.image_dice[places]
-        if isinstance(output.predictions, np.ndarray) and isinstance(output.label_ids, np.ndarray):
-            output = output._replace(predictions=output.predictions[places], label_ids=output.label_ids[places])
-        return output
+        return output._replace(
+            predictions=reorder(output.predictions, places), label_ids=reorder(output.label_ids, places)
+        )
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Return no loss, and scores and loss of each image of the batch, the loss in the place of the labels.
+        """Return no loss, and scores of each image of the batch, with losses and counts in the place of the labels.
 
         [`~transformers.Trainer`] averages losses of batches, and the last batches of several processes are filled up
-        with images of the first ones. It leaves those out of scores and labels.
+        with images of the first ones. It leaves those out of all else.
         """
         if not isinstance(self.compute_metrics, SegmentationMetrics) or "labels" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         own_model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if isinstance(own_model, Sam2UNetForSemanticSegmentation) and self.compute_loss_func is None:
             inputs = send_to_device(inputs, self.args.device)
-            labels = inputs["labels"]
+            labels, crop_boxes = inputs["labels"], inputs.get("crop_boxes")
+            crops = {name: inputs[name] for name in ("pixel_mask", "crop_boxes") if name in inputs}
             with torch.no_grad(), self.compute_loss_context_manager():
-                outputs = model(inputs["pixel_values"], output_auxiliary_logits=True, return_dict=True)
-                logits = outputs.logits
-                images = zip(labels, logits, *outputs.auxiliary_logits, strict=True)
-                losses = torch.stack(
-                    [own_model.compute_loss([output[None] for output in image], mask[None]) for mask, *image in images]
-                )
+                outputs = model(inputs["pixel_values"], output_auxiliary_logits=True, return_dict=True, **crops)
+                logits, losses = outputs.logits, losses_of_images(own_model, outputs, labels, crop_boxes)
         else:
             loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-            losses = cast("torch.Tensor", loss).repeat(len(cast("torch.Tensor", logits)))
-        scores = torch.from_numpy(self.compute_metrics.score(logits, labels, own_model))
+            losses, crop_boxes = cast("torch.Tensor", loss).repeat(len(cast("torch.Tensor", logits))), None
+        found = self.compute_metrics.score_and_count(logits, labels, own_model, crop_boxes)
+        scores, counts = map(torch.from_numpy, found)
         if self.accelerator.num_processes > 1:
-            scores = scores.to(self.accelerator.device)
-        return None, scores, losses
+            scores, counts = scores.to(self.accelerator.device), counts.to(self.accelerator.device)
+        return None, scores, cast("Any", (losses, counts))
 
     # Checkpoints
 
