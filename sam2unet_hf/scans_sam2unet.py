@@ -4,6 +4,7 @@ Arrays have the axes (left, posterior, superior): indices grow toward the patien
 BraTS itself stores its scans, so its files are read without a copy.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -36,9 +37,15 @@ _LPS = orientations.axcodes2ornt("LPS")
 
 
 def check_modalities(modalities: Sequence[str]) -> None:
-    """Check that images can be made of these modalities: grey ones of one, or three as red, green and blue."""
-    if len(modalities) not in (1, 3) or not set(modalities) <= set(MODALITIES):
-        raise ValueError(f"`modalities` must be one or three of {', '.join(MODALITIES)}, got {list(modalities)}.")
+    """Check that these are one or more modalities, each of them once.
+
+    Raises:
+        ValueError: If there is none, an unknown one, or the same one twice.
+    """
+    if not modalities or not set(modalities) <= set(MODALITIES) or len(set(modalities)) < len(modalities):
+        raise ValueError(
+            f"`modalities` must name one or more of {', '.join(MODALITIES)}, each once, got {list(modalities)}."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,6 +220,55 @@ def intensity_window(volume: Volume) -> IntensityWindow:
     return IntensityWindow(low, high, float(background))
 
 
+def to_grey(volume: Volume) -> np.ndarray:
+    """Scale a whole scan to 8-bit grey, by the window that [`intensity_window`] chooses.
+
+    Args:
+        volume: A skull-stripped scan.
+
+    Returns:
+        `uint8` array of shape `(left, posterior, superior)`: exactly 0 outside the head, whatever value the background
+        of the scan has, and 0 to 255 in the head.
+
+    Raises:
+        ScanError: If every voxel is background.
+    """
+    window = intensity_window(volume)
+    grey = np.empty_like(volume.voxels, np.uint8)  # in the memory order of the voxels
+    # Scale one layer of memory at a time, which stays in the processor's cache.
+    for layer, voxels in zip(_in_memory_order(grey), _in_memory_order(volume.voxels), strict=True):
+        layer[...] = window.apply(voxels)
+    return grey
+
+
+def head_box(greys: Sequence[np.ndarray], plane: str) -> list[int]:
+    """Find the box that holds the head in every slice of a plane.
+
+    Args:
+        greys: Scans of one patient as [`to_grey`] gives them, all of one shape.
+        plane: `"axial"`, `"coronal"` or `"sagittal"`.
+
+    Returns:
+        `[x_min, y_min, x_max, y_max]` in pixels of a slice as [`take_slice`] cuts it, half-open: the smallest box that
+        holds what is not 0 in any of the scans.
+
+    Raises:
+        ValueError: If all scans are 0 everywhere, which no result of [`to_grey`] is.
+    """
+    cut_axis = PLANES[plane]
+    shadow = functools.reduce(np.bitwise_or, [np.bitwise_or.reduce(grey, axis=cut_axis) for grey in greys])
+    # Turn the shadow as a slice is turned, by cutting the one slice of a volume that is as thick as that.
+    pixels = take_slice(np.expand_dims(shadow, cut_axis), plane, 0)
+    box = []
+    for axis in (0, 1):  # x, which lies along the rows, then y
+        places = np.flatnonzero(pixels.any(axis=axis))
+        if not places.size:
+            raise ValueError("`greys` are 0 everywhere, there is no head to find a box of.")
+        box.append((int(places[0]), int(places[-1]) + 1))
+    (x_min, x_max), (y_min, y_max) = box
+    return [x_min, y_min, x_max, y_max]
+
+
 def _in_memory_order(voxels: np.ndarray) -> np.ndarray:
     """Return a view that is fast to scan: a boolean index over a Fortran-ordered array takes several times longer."""
     return voxels.transpose(np.argsort(np.abs(voxels.strides))[::-1])
@@ -309,4 +365,13 @@ def check_same_grid(first: Volume, second: Volume) -> None:
         )
 
 
-__all__ = ["ScanError", "Volume", "intensity_window", "read_volume", "take_slice", "write_nifti"]
+__all__ = [
+    "ScanError",
+    "Volume",
+    "head_box",
+    "intensity_window",
+    "read_volume",
+    "take_slice",
+    "to_grey",
+    "write_nifti",
+]

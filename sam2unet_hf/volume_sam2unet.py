@@ -97,7 +97,7 @@ class Sam2UNetVolumePipeline:
             Default: those that the processor names, which it does after training with `run_segmentation.py` on scans.
 
     Raises:
-        ValueError: If neither `modalities` nor the processor names them, or if they are not one or three.
+        ValueError: If neither `modalities` nor the processor names them, or if they are not known or not distinct.
 
     Example:
         ```python

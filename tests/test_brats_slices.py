@@ -294,9 +294,9 @@ def test_cache_ignores_files_that_are_not_read(brats_dir):
     [
         (
             {"modalities": ["flair", "t2"]},
-            r"`modalities` must be one or three of t1, t1ce, t2, flair, got \['flair', 't2'\]",
+            r"`modalities` must be one, or three as red, green and blue, got \['flair', 't2'\]",
         ),
-        ({"modalities": "t1gd"}, r"`modalities` must be one or three of .*, got \['t1gd'\]"),
+        ({"modalities": "t1gd"}, r"`modalities` must name one or more of .*, got \['t1gd'\]"),
         ({"slices": -1}, r"`slices` must be an index from 0 on, .*, got -1"),
         ({"slices": True}, r"`slices` must be an index from 0 on, .*, got True"),
         ({"slices": []}, r"`slices` must be .*, got \[\]"),

@@ -41,6 +41,16 @@ def test_backbone_dict_needs_no_model_type():
     assert Sam2UNetConfig(backbone_config={"hidden_size": 96}).backbone_config.hidden_size == 96
 
 
+def test_number_of_channels_is_the_backbones(tmp_path):
+    config = Sam2UNetConfig.from_preset("tiny", num_channels=6)
+    assert config.backbone_config.num_channels == 6
+    config.save_pretrained(tmp_path)
+    assert Sam2UNetConfig.from_pretrained(tmp_path).backbone_config.num_channels == 6
+    assert Sam2UNetConfig.from_preset("tiny").backbone_config.num_channels == 3
+    with pytest.raises(StrictDataclassError, match="`backbone_config.num_channels` must be at least 1, got 0"):
+        Sam2UNetConfig.from_preset("tiny", num_channels=0)
+
+
 @pytest.mark.parametrize(
     ("preset", "dims", "blocks", "windows", "background"),
     [

@@ -8,7 +8,16 @@ import pytest
 from scan_files import LPS, RAS, SAL, SHAPE, make_scan, save
 
 from sam2unet_hf import nifti_sam2unet, scans_sam2unet
-from sam2unet_hf.scans_sam2unet import IntensityWindow, ScanError, intensity_window, read_volume, take_slice
+from sam2unet_hf.scans_sam2unet import (
+    IntensityWindow,
+    ScanError,
+    check_modalities,
+    head_box,
+    intensity_window,
+    read_volume,
+    take_slice,
+    to_grey,
+)
 
 
 @pytest.fixture(params=["isal", "zlib"])
@@ -403,3 +412,41 @@ def test_intensity_window_constant_volume_is_an_error(tmp_path, value):
 @pytest.mark.parametrize(("plane", "expected"), [("axial", (2, 1)), ("coronal", (3, 1)), ("sagittal", (3, 2))])
 def test_pixels_are_as_high_and_wide_as_their_voxels(plane, expected):
     assert scans_sam2unet.pixel_size_mm((1, 2, 3), plane) == expected
+
+
+@pytest.mark.parametrize("affine", [LPS, RAS, SAL], ids=["LPS", "RAS", "SAL"])
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_to_grey_is_the_window_of_the_scan_in_any_orientation(tmp_path, affine, dtype):
+    volume = read_volume(save(tmp_path / "x.nii", make_scan().astype(dtype), affine))
+    grey = to_grey(volume)
+    assert grey.dtype == np.uint8
+    np.testing.assert_array_equal(grey, intensity_window(volume).apply(np.ascontiguousarray(volume.voxels)))
+    assert (grey.min(), grey.max()) == (0, 255)
+
+
+@pytest.mark.parametrize(
+    ("plane", "expected"), [("axial", [1, 2, 6, 7]), ("coronal", [1, 0, 6, 3]), ("sagittal", [2, 0, 7, 3])]
+)
+def test_head_box_holds_the_heads_of_all_scans_as_slices_are_turned(plane, expected):
+    first, second = np.zeros((2, *SHAPE), np.uint8)  # 8 left, 9 posterior, 5 superior
+    first[1, 3, 2] = second[5, 6, 4] = 255
+    second[2, 2, 3] = 1
+    assert head_box([first, second], plane) == expected
+    x_min, y_min, x_max, y_max = expected
+    for index in range(SHAPE[scans_sam2unet.PLANES[plane]]):
+        slices = [take_slice(grey, plane, index) for grey in (first, second)]
+        for pixels in slices:
+            assert np.count_nonzero(pixels) == np.count_nonzero(pixels[y_min:y_max, x_min:x_max])
+
+
+def test_head_box_without_a_head_is_an_error():
+    with pytest.raises(ValueError, match="`greys` are 0 everywhere"):
+        head_box([np.zeros(SHAPE, np.uint8)], "axial")
+
+
+@pytest.mark.parametrize("modalities", [[], ["t1gd"], ["flair", "flair"]])
+def test_check_modalities_refuses_none_unknown_and_repeated_ones(modalities):
+    for usable in (["flair"], ["t2", "t1ce"], ["t1", "t1ce", "t2", "flair"]):
+        check_modalities(usable)
+    with pytest.raises(ValueError, match=r"`modalities` must name one or more of t1, t1ce, t2, flair, each once, got"):
+        check_modalities(modalities)

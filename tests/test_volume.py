@@ -332,8 +332,8 @@ def test_wrong_use_says_what_to_do(cohort, segment, tmp_path):
         check_enhancing_label(4, {"c3": [3], "c4": [4]})
     with pytest.raises(ValueError, match="does not say which modalities"):
         Sam2UNetVolumePipeline(segment.model, segment.processor)
-    with pytest.raises(ValueError, match=r"`modalities` must be one or three of .*, got \['flair', 't2'\]"):
-        Sam2UNetVolumePipeline(segment.model, segment.processor, ["flair", "t2"])
+    with pytest.raises(ValueError, match=r"`modalities` must name one or more of .*, got \['flair', 'flair'\]"):
+        Sam2UNetVolumePipeline(segment.model, segment.processor, ["flair", "flair"])
     other = nib.Nifti1Image(np.ones((40, 40, 25), np.int16), nib.load(case.path("t2")).affine)
     nib.save(other, tmp_path / "t2.nii.gz")
     with pytest.raises(ScanError, match="Resample one onto the other"):

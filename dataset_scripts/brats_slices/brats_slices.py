@@ -63,6 +63,8 @@ class BratsSlicesConfig(datasets.BuilderConfig):
             self.modalities = [self.modalities]
         self.modalities = list(self.modalities)
         check_modalities(self.modalities)
+        if len(self.modalities) not in (1, 3):
+            raise ValueError(f"`modalities` must be one, or three as red, green and blue, got {self.modalities}.")
         if self.slices not in ("all", "tumor"):
             indices = self.slices if isinstance(self.slices, (list, tuple, range)) else [self.slices]
             if not indices or not all(type(index) is int and index >= 0 for index in indices):
