@@ -20,6 +20,7 @@ from sam2unet_hf.configuration_sam2unet import PRESETS
 from sam2unet_hf.regions_sam2unet import parse_regions
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
 from sam2unet_hf.training import AUGMENTATIONS, HYPERPARAMETERS
+from sam2unet_hf.training.metrics import lower_is_better
 
 
 # Defaults for the phantom, on which training from scratch takes minutes on two CPU cores.
@@ -51,6 +52,11 @@ class ModelArguments:
     )
     preset: str = option("tiny", "Size of an encoder from scratch, without a checkpoint.", choices=list(PRESETS))
     freeze_encoder: bool | None = option(None, "Train adapters and decoder only. Default: yes, unless from scratch.")
+    iou_over_batch: bool | None = option(
+        None,
+        "Take the IoU of the loss over a batch instead of each image, for images without the region. "
+        "Default: as the model says, else no.",
+    )
     image_size: int | None = option(
         None, "Height and width to resize images to. Default: those of the checkpoint, else 352."
     )
@@ -157,7 +163,7 @@ class SegmentationTrainingArguments(TrainingArguments):
             self.lr_scheduler_kwargs = {"min_lr": 1e-7}
         # transformers considers larger values better unless the name ends in "loss".
         best_metric = (self.metric_for_best_model or "").removeprefix("eval_")
-        if self.greater_is_better is None and best_metric.startswith("mae"):
+        if self.greater_is_better is None and lower_is_better(best_metric):
             self.greater_is_better = False
         super().__post_init__()
         # Pinned memory speeds up copies to a GPU; without one PyTorch warns in every epoch.

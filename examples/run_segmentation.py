@@ -154,9 +154,11 @@ def load_model(
             logger.warning("%s has no image processor. Taking the default one.", args.model_name_or_path)
         if args.freeze_encoder is not None:
             model.freeze_encoder(args.freeze_encoder)
+        if args.iou_over_batch is not None:
+            model.config.iou_over_batch = args.iou_over_batch
         return model, processor
     freeze = args.sam2_checkpoint is not None if args.freeze_encoder is None else args.freeze_encoder
-    options = {"regions": regions, "freeze_encoder": freeze}
+    options = {"regions": regions, "freeze_encoder": freeze, "iou_over_batch": bool(args.iou_over_batch)}
     if args.sam2_checkpoint is not None:
         with exit_on(OSError, ValueError, prefix="--sam2_checkpoint: "):
             model = Sam2UNetForSemanticSegmentation.from_sam2(args.sam2_checkpoint, **options)

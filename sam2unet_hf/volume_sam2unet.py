@@ -19,9 +19,10 @@ from .scans_sam2unet import (
     Volume,
     check_modalities,
     check_same_grid,
-    intensity_window,
+    foreground_slices,
     read_volume,
     take_slice,
+    to_grey,
     write_nifti,
 )
 
@@ -192,7 +193,7 @@ class Sam2UNetVolumePipeline:
         if not 0 <= threshold <= 1:
             raise ValueError(f"`threshold` must be a probability in [0, 1], got {threshold}.")
         scans = self._read(case)
-        grey = [intensity_window(scan).apply(scan.voxels) for scan in scans]
+        grey = [to_grey(scan) for scan in scans]
         regions = self.model.config.regions
         total = np.zeros((len(regions), *grey[0].shape), np.float32)
         indices = {plane: foreground_slices(grey, plane) for plane in planes}
@@ -252,13 +253,6 @@ class Sam2UNetVolumePipeline:
             maps = self.processor.post_process_regions(outputs, target_sizes=sizes)
             found.append(torch.stack(maps).flip(axes))
         return torch.stack(found).mean(dim=0).cpu().numpy()
-
-
-def foreground_slices(grey: Sequence[np.ndarray], plane: str) -> list[int]:
-    """Return the indices of the slices in which a scan of shape `(left, posterior, superior)` is not all 0."""
-    others = tuple(axis for axis in range(3) if axis != PLANES[plane])
-    foreground = np.any([scan.any(axis=others) for scan in grey], axis=0)
-    return np.flatnonzero(foreground).tolist()
 
 
 def check_enhancing_label(enhancing_label: int, regions: Mapping[str, Sequence[int]]) -> None:

@@ -205,8 +205,9 @@ def test_one_process_resumes_what_two_began(torchrun, arguments, start, tmp_path
 def test_scores_are_the_same_to_the_last_bit_for_one_batch_or_many_and_one_process_or_two(found, tmp_path):
     one_batch, expected = evaluate_each_alone(tmp_path, batch_size=5)
     image_by_image, scores = evaluate_each_alone(tmp_path, batch_size=1)
-    assert len(expected) == 1 + 19 * 4
+    assert len(expected) == 1 + 19 * 4 + 4 * 4
     assert 0.01 < expected["mean_dice"] < 0.99
+    assert 0.01 < expected["patient_dice"] < 0.99
     assert scores == expected
     for process in found:
         assert process["metrics"] == expected

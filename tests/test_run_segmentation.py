@@ -159,10 +159,13 @@ def test_from_scratch_trains_everything(cohort, tmp_path, caplog, monkeypatch):
     run_segmentation.main(
         ["--brats_dir", str(cohort), "--slices", "12", "--image_size", "64", "--regions", "TC=1,3", "ET=3"]
         + ["--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
-        + ["--output_dir", str(tmp_path / "run"), *QUICK]
+        + ["--iou_over_batch", "true", "--output_dir", str(tmp_path / "run"), *QUICK]
     )
     assert "from scratch" in caplog.text
     config = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "run").config
+    assert config.iou_over_batch
+    info = json.loads((tmp_path / "run" / "training_info.json").read_text())
+    assert info["recipe"]["loss"].startswith("IoU over the batch and plain BCE")
     assert not config.freeze_encoder
     assert config.regions == {"TC": [1, 3], "ET": [3]}
 
@@ -188,7 +191,9 @@ def test_going_on_from_a_checkpoint_keeps_its_regions_and_size(checkpoint, argum
     assert model.config.freeze_encoder == frozen
     with pytest.raises(SystemExit, match="segments .*'TC'.*, not .*'WT'"):
         run_segmentation.load_model(model_args, {"WT": [1, 2, 3]})
-    model_args.image_size = 96
+    assert not model.config.iou_over_batch
+    model_args.image_size, model_args.iou_over_batch = 96, True
+    assert run_segmentation.load_model(model_args, {"TC": [1, 3], "ET": [3]})[0].config.iou_over_batch
     assert run_segmentation.load_model(model_args, {"TC": [1, 3], "ET": [3]})[1].size["width"] == 96
 
 
@@ -308,6 +313,8 @@ def test_an_unfinished_run_goes_on_with_the_same_arguments_alone(tmp_path):
         (["--lr_scheduler_type", "linear"], "lr_scheduler_kwargs", None),
         ([], "greater_is_better", True),
         (["--metric_for_best_model", "mae_WT"], "greater_is_better", False),
+        (["--metric_for_best_model", "patient_missed_ml_WT"], "greater_is_better", False),
+        (["--metric_for_best_model", "patient_dice"], "greater_is_better", True),
         (["--metric_for_best_model", "loss"], "greater_is_better", False),
         (["--do_train", "false"], "output_dir", "runs/phantom-evaluation"),
     ],

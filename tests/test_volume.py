@@ -14,6 +14,7 @@ import pytest
 import torch
 from common import PACKAGE, TRAVELLING_FILES, small_model
 from nibabel import orientations
+from PIL import Image
 
 from dataset_scripts.brats_slices import BratsSlices
 from dataset_scripts.phantom import write_phantom_cohort
@@ -82,11 +83,12 @@ def test_slices_go_through_the_model_as_from_the_builder(cohort, segment, tmp_pa
     for row in rows:
         index = row["slice_index"]
         on_slice = found.scan.from_file_grid(found.label_map)[:, :, index].T
-        if not np.asarray(row["image"]).any():
+        image = np.stack([np.asarray(row[name]) for name in THREE], axis=-1)
+        if not image.any():
             assert not on_slice.any()
             continue
         seen += 1
-        inputs = SegmentationTransform(segment.processor, mask_column=None)({"image": [row["image"]]})
+        inputs = SegmentationTransform(segment.processor, mask_column=None)({"image": [Image.fromarray(image)]})
         with torch.no_grad():
             outputs = segment.model(torch.stack(inputs["pixel_values"]))
         (expected,) = segment.processor.post_process_regions(outputs, target_sizes=[(40, 40)])

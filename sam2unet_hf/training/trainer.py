@@ -15,8 +15,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..modeling_sam2unet import Sam2UNetForSemanticSegmentation
 from .batch_norm import batch_norm_loader, estimate_batch_norm
 from .data import SegmentationTransform, collate, transform_of
+from .evaluation import evaluation_order, losses_of_images, reorder
 from .loaders import LoaderTrainer, foreground_share_of
 from .metrics import SegmentationMetrics, check_best_metric
+from .patients import find_patients
 from .push import no_push_by_transformers
 from .resume import (
     LOSSES,
@@ -28,7 +30,6 @@ from .resume import (
 )
 from .rows import streamed_rows
 from .sampling import ForegroundShare
-from .streaming import RowGroupSampler
 
 
 UNUSABLE_ARGUMENTS = {
@@ -126,7 +127,7 @@ class Sam2UNetTrainer(LoaderTrainer):
         kwargs.setdefault("data_collator", collate)
         metrics = kwargs.setdefault("compute_metrics", SegmentationMetrics(list(model.config.regions)))
         if isinstance(metrics, SegmentationMetrics):
-            check_best_metric(args, ["loss", *metrics.names()], kwargs.get("eval_dataset"))
+            check_best_metric(args, metrics, kwargs.get("eval_dataset"))
         if trainable_only:
             if not model.config.freeze_encoder:
                 raise ValueError("`trainable_only` must be False for a model whose encoder is trained.")
@@ -241,51 +242,51 @@ class Sam2UNetTrainer(LoaderTrainer):
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as [`~transformers.Trainer`] does, with the batch norm statistics of process 0, which are saved."""
-        metrics, rows = self.compute_metrics, streamed_rows(dataloader.dataset)
+        metrics, rows = self.compute_metrics, dataloader.dataset
+        streamed = streamed_rows(rows)
+        order = None if streamed is None else evaluation_order(streamed, self.args)
         if isinstance(metrics, SegmentationMetrics):
             metrics.reset()
+            metrics.patient_rows = find_patients(rows, order)
         if self.accelerator.num_processes > 1 and self.state.global_step:
             for buffer in self.accelerator.unwrap_model(self.model).buffers():
                 torch.distributed.broadcast(buffer, src=0)
         output = super().evaluation_loop(dataloader, *args, **kwargs)
-        if rows is None:
+        if order is None:
             return output
-        size, processes, workers = self.args.eval_batch_size, self.args.world_size, self.args.dataloader_num_workers
-        places = np.argsort(RowGroupSampler(rows, size, processes, workers).order())
+        places = np.argsort(order)
         if isinstance(metrics, SegmentationMetrics) and len(metrics.image_dice):
             metrics.image_dice = metrics.image_dice[places]
-        if isinstance(output.predictions, np.ndarray) and isinstance(output.label_ids, np.ndarray):
-            output = output._replace(predictions=output.predictions[places], label_ids=output.label_ids[places])
-        return output
+        return output._replace(
+            predictions=reorder(output.predictions, places), label_ids=reorder(output.label_ids, places)
+        )
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Return no loss, and scores and loss of each image of the batch, the loss in the place of the labels.
+        """Return no loss, and scores of each image of the batch, with losses and counts in the place of the labels.
 
         [`~transformers.Trainer`] averages losses of batches, and the last batches of several processes are filled up
-        with images of the first ones. It leaves those out of scores and labels.
+        with images of the first ones. It leaves those out of all else.
         """
         if not isinstance(self.compute_metrics, SegmentationMetrics) or "labels" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         own_model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if isinstance(own_model, Sam2UNetForSemanticSegmentation) and self.compute_loss_func is None:
             inputs = send_to_device(inputs, self.args.device)
-            labels = inputs["labels"]
+            labels, crop_boxes = inputs["labels"], inputs.get("crop_boxes")
+            crops = {name: inputs[name] for name in ("pixel_mask", "crop_boxes") if name in inputs}
             with torch.no_grad(), self.compute_loss_context_manager():
-                outputs = model(inputs["pixel_values"], output_auxiliary_logits=True, return_dict=True)
-                logits = outputs.logits
-                images = zip(labels, logits, *outputs.auxiliary_logits, strict=True)
-                losses = torch.stack(
-                    [own_model.compute_loss([output[None] for output in image], mask[None]) for mask, *image in images]
-                )
+                outputs = model(inputs["pixel_values"], output_auxiliary_logits=True, return_dict=True, **crops)
+                logits, losses = outputs.logits, losses_of_images(own_model, outputs, labels, crop_boxes)
         else:
             loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-            losses = cast("torch.Tensor", loss).repeat(len(cast("torch.Tensor", logits)))
-        scores = torch.from_numpy(self.compute_metrics.score(logits, labels, own_model))
+            losses, crop_boxes = cast("torch.Tensor", loss).repeat(len(cast("torch.Tensor", logits))), None
+        found = self.compute_metrics.score_and_count(logits, labels, own_model, crop_boxes)
+        scores, counts = map(torch.from_numpy, found)
         if self.accelerator.num_processes > 1:
-            scores = scores.to(self.accelerator.device)
-        return None, scores, losses
+            scores, counts = scores.to(self.accelerator.device), counts.to(self.accelerator.device)
+        return None, scores, cast("Any", (losses, counts))
 
     # Checkpoints
 
