@@ -3,23 +3,23 @@
 import dataclasses
 import importlib.util
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from case_names import to_file_name
-from data_checks import DataSplits
 from processes import exit_on, is_main_process
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from dataset_scripts.brats_slices import CITATION
-from sam2unet_hf import Sam2UNetConfig
+from sam2unet_hf import Sam2UNetConfig, Sam2UNetImageProcessor
 from sam2unet_hf.configuration_sam2unet import PRESETS
 from sam2unet_hf.regions_sam2unet import parse_regions
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
-from sam2unet_hf.training import AUGMENTATIONS, HYPERPARAMETERS
+from sam2unet_hf.training import AUGMENTATIONS, HYPERPARAMETERS, ImageRows
 from sam2unet_hf.training.metrics import lower_is_better
 
 
@@ -60,6 +60,16 @@ class ModelArguments:
     image_size: int | None = option(
         None, "Height and width to resize images to. Default: those of the checkpoint, else 352."
     )
+    head_crop_size: list[str] | None = option(
+        None,
+        "Crop images to a window about the head instead of resizing them: its height and width in pixels, multiples "
+        "of 32, or auto, the smallest that holds each head of the training images. Default: as the checkpoint does.",
+    )
+
+    def __post_init__(self):
+        words = self.head_crop_size
+        if words not in (None, ["auto"]) and (len(words) != 2 or not all(map(str.isdecimal, words))):
+            raise ValueError(f"--head_crop_size takes auto, or height and width in pixels, got {' '.join(words)}.")
 
 
 @dataclass
@@ -77,15 +87,29 @@ class DataArguments:
         False, "Read the Parquet files of --dataset_name while training, and keep no copy on disk."
     )
     shuffle_buffer: int = option(1000, "Rows that --streaming shuffles together, and each reader holds in memory.")
-    image_column: str | None = option(None, "Column of the images. Default: the first column of images.")
+    image_column: str | None = option(
+        None, "Column of the images. Default: those of --modalities if there are any, else the first column of images."
+    )
     mask_column: str | None = option(None, "Column of the masks. Default: mask, label or the like.")
     regions: list[str] | None = option(
         None,
         "Regions to segment, NAME=ID[,ID...] each, nested or disjoint. Default: WT=1,2,3 for BraTS, else "
         "one region per id in the masks; with --model_name_or_path those of the model.",
     )
-    modalities: list[str] = option(["flair"], "Modality of the scans, or three of them as RGB.", choices=MODALITIES)
-    slices: list[str] = option(["95"], "Slices of the scans: indices such as 90 95, all, or tumor.")
+    modalities: list[str] | None = option(
+        None,
+        "Modalities of the scans that an image is made of, in this order. Default: those of the model, or flair.",
+        choices=MODALITIES,
+    )
+    neighbours: int | None = option(
+        None, "Slices below and above each slice that its image takes in. Default: as many as the model, or 0."
+    )
+    foreground_share: float | None = option(
+        None,
+        "Show each training slice with tumour once an epoch, and as many others in turn as make this their share. "
+        "Default: show all once.",
+    )
+    slices: list[str] = option(["95"], "Slices of the scans: indices such as 90 95, all, head, or tumor.")
     min_tumor_pixels: int = option(1, "Least number of tumour pixels in a slice of --slices tumor.")
     plane: str = option("axial", "Plane of the slices.", choices=sorted(PLANES))
     num_proc: int | None = option(None, "Processes that read the scans.")
@@ -207,6 +231,19 @@ def requested_regions(model_args: ModelArguments, data_args: DataArguments) -> d
         return Sam2UNetConfig.from_pretrained(model_args.model_name_or_path).regions
 
 
+def take_channels_of_model(model_args: ModelArguments, data_args: DataArguments) -> None:
+    """Set modalities and neighbours that are not given to those of the model to start from, if there is one."""
+    if model_args.model_name_or_path is None:
+        return
+    try:
+        processor = Sam2UNetImageProcessor.from_pretrained(model_args.model_name_or_path)
+    except OSError:  # it has none, which is said when it is loaded
+        return
+    data_args.modalities = data_args.modalities or processor.modalities
+    if data_args.neighbours is None:
+        data_args.neighbours = processor.neighbours
+
+
 def resume_arguments(
     model_args: ModelArguments, data_args: DataArguments, training_args: SegmentationTrainingArguments
 ) -> dict[str, Any]:
@@ -218,7 +255,10 @@ def resume_arguments(
 
 
 def card_arguments(
-    data: DataSplits, model_args: ModelArguments, data_args: DataArguments, args: SegmentationTrainingArguments
+    data: Mapping[str, ImageRows],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: SegmentationTrainingArguments,
 ) -> dict[str, Any]:
     """Return the arguments of `create_model_card`: what the card says of the data and of the start of the run."""
     has_scans = data_args.dataset_name is None
@@ -232,12 +272,15 @@ def card_arguments(
         rows["slices"] = f"{data_args.plane}, {' '.join(data_args.slices)}"
         if "tumor" in data_args.slices:
             rows["slices"] += f" (at least {data_args.min_tumor_pixels} pixels of it)"
-        rows["modalities"] = ", ".join(data_args.modalities)
         rows["intensities"] = "0.5 to 99.5 percentile of each volume's foreground, to 8 bits"
         rows["split"] = f"by patient, seed {data_args.split_seed}"
         name = "a phantom cohort in BraTS' layout" if is_phantom else "BraTS"
     else:
         name = name_of_source(data_args.dataset_name)
+    if set(data["train"].image_columns) <= set(MODALITIES):
+        rows["modalities"] = ", ".join(data["train"].image_columns)
+    if count := data["train"].neighbours:
+        rows["neighbours"] = f"{count} slices below and {count} above, as further channels"
     return {
         "license": args.license,
         "tags": ["medical", "mri", "brain-tumor"] if has_scans else [],

@@ -10,10 +10,18 @@ import functools
 import logging
 import signal
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
-from arguments import ModelArguments, card_arguments, parse_arguments, requested_regions, resume_arguments
-from data_sources import find_columns, find_regions, load_data
+from arguments import (
+    ModelArguments,
+    card_arguments,
+    parse_arguments,
+    requested_regions,
+    resume_arguments,
+    take_channels_of_model,
+)
+from data_sources import find_columns, find_regions, load_data, make_images
 from hp_search import search
 from plots import plot_predictions, plot_training_curve
 from predictions import choose_cases, write_predictions
@@ -23,7 +31,15 @@ from safetensors import SafetensorError
 from transformers import set_seed
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
-from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform, augmentation
+from sam2unet_hf.scans_sam2unet import MODALITIES
+from sam2unet_hf.training import (
+    ImageRows,
+    Sam2UNetTrainer,
+    SegmentationMetrics,
+    SegmentationTransform,
+    augmentation,
+    choose_head_crop_size,
+)
 from sam2unet_hf.training.resume import StopOnSigterm, last_complete_checkpoint
 
 
@@ -38,29 +54,37 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_up_logging(is_muted=not training_args.should_log)
     output_dir = Path(training_args.output_dir)
     requested = requested_regions(model_args, data_args)
+    take_channels_of_model(model_args, data_args)
     arguments = resume_arguments(model_args, data_args, training_args)
     checkpoint = from_main_process(training_args, lambda: find_checkpoint(arguments, training_args))
 
     with training_args.main_process_first(desc="preparing the data"):
         data = load_data(data_args)
-    columns = find_columns(data, data_args)
-    regions, label_mapping = from_main_process(training_args, lambda: find_regions(data, *columns, requested))
+    columns, mask_column = find_columns(data, data_args)
+    regions, label_mapping = from_main_process(
+        training_args, lambda: find_regions(data, columns, mask_column, requested)
+    )
+    images = make_images(data, columns, mask_column, data_args.neighbours)
 
     # Model and image processor
     set_seed(training_args.seed)
-    model, processor = load_model(model_args, regions)
-    for name in ("modalities", "plane") if data_args.dataset_name is None else ():  # volume inference needs them
-        before, now = getattr(processor, name), getattr(data_args, name)
+    image_options = choose_image_options(model_args, images["train"])
+    model, processor = load_model(model_args, regions, **image_options)
+    # Volume inference needs them.
+    facts = {"modalities": columns} if set(columns) <= set(MODALITIES) else {}
+    facts |= {"plane": data_args.plane} if data_args.dataset_name is None else {}
+    for name, now in facts.items():
+        before = getattr(processor, name)
         if before not in (None, now):
             logger.warning("The model is one of %s %s, and sees %s now (--%s).", name, before, now, name)
         setattr(processor, name, now)
 
     # Transforms: training images are augmented, the others are scored at the size of their masks.
-    transform = functools.partial(SegmentationTransform, processor, *columns, label_mapping=label_mapping)
+    transform = functools.partial(SegmentationTransform, processor, label_mapping=label_mapping)
     augment = augmentation(*(name for name in training_args.augmentation if name != "none"))
-    train_dataset = data["train"].with_transform(transform(augment=augment))
+    train_dataset = images["train"].with_transform(transform(augment=augment))
     at_mask_size = transform(resize_masks=False)
-    evaluation = {split: rows.with_transform(at_mask_size) for split, rows in data.items() if split != "train"}
+    evaluation = {split: rows.with_transform(at_mask_size) for split, rows in images.items() if split != "train"}
 
     compute_metrics = SegmentationMetrics(list(regions))
     batch_norm_images = training_args.batch_norm_images
@@ -72,6 +96,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         batch_norm_images=batch_norm_images,
         sync_batch_norm=training_args.sync_batch_norm,
         trainable_only=training_args.trainable_only,
+        foreground_share=data_args.foreground_share,
         train_dataset=train_dataset,
         eval_dataset=evaluation["validation"],
         processing_class=processor,
@@ -84,10 +109,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     if training_args.hp_search:
         make_trial = functools.partial(make_trainer, model)
-        best = search(make_trial, lambda: load_model(model_args, regions)[0], training_args)
+        best = search(make_trial, lambda: load_model(model_args, regions, **image_options)[0], training_args)
         for name, value in best.items():
             setattr(training_args, name, type(getattr(training_args, name))(value))
-        model, _ = load_model(model_args, regions)
+        model, _ = load_model(model_args, regions, **image_options)
         trainer = make_trainer(model, training_args)
     counts = ", ".join(f"{len(rows)} {split}" for split, rows in data.items())
     parameters = [model.num_parameters(only_trainable=only) / 1e6 for only in (False, True)]
@@ -114,7 +139,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if trainer.is_world_process_zero():
         if trainer.is_fsdp_enabled:  # each process holds a part of the weights
             model = Sam2UNetForSemanticSegmentation.from_pretrained(output_dir).to(training_args.device)
-        rows = data["test" if "test" in data else "validation"]
+        rows = images["test" if "test" in images else "validation"]
         cases = choose_cases(rows, compute_metrics.image_dice.mean(axis=1), at_mask_size, model)
         plot_predictions(cases, regions, output_dir / "predictions.png")
         if training_args.do_train:
@@ -126,7 +151,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # Model card and Hub
     if training_args.do_train:
         write_card = trainer.push_to_hub if training_args.push_to_hub else trainer.create_model_card
-        write_card(**card_arguments(data, model_args, data_args, training_args))
+        write_card(**card_arguments(images, model_args, data_args, training_args))
     if not trainer.is_world_process_zero():
         return {}
     write_json(output_dir / RESULTS_FILE, results)
@@ -135,12 +160,25 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     return results
 
 
+def choose_image_options(args: ModelArguments, rows: ImageRows) -> dict[str, Any]:
+    """Return what the image processor must know of the training images, and the window about the head."""
+    options: dict[str, Any] = {"num_channels": rows.num_channels, "neighbours": rows.neighbours}
+    if args.head_crop_size == ["auto"]:
+        with exit_on(ValueError, prefix="--head_crop_size auto: "):
+            options["head_crop_size"] = choose_head_crop_size(rows.head_boxes())
+    elif args.head_crop_size is not None:
+        options["head_crop_size"] = dict(zip(("height", "width"), map(int, args.head_crop_size), strict=True))
+    return options
+
+
 def load_model(
-    args: ModelArguments, regions: dict[str, list[int]]
+    args: ModelArguments, regions: dict[str, list[int]], **image_options: Any
 ) -> tuple[Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor]:
-    """Load or build the model and its image processor for regions, name -> label ids, which must be the model's."""
-    size = {} if args.image_size is None else {"size": {"height": args.image_size, "width": args.image_size}}
-    processor = Sam2UNetImageProcessor(regions=regions, **size)
+    """Load or build the model and its image processor for regions, name -> label ids, and images, which must fit."""
+    if args.image_size is not None:
+        image_options["size"] = {"height": args.image_size, "width": args.image_size}
+    with exit_on(ValueError, prefix="--head_crop_size: "):
+        processor = Sam2UNetImageProcessor(regions=regions, **image_options)
     if args.model_name_or_path is not None:
         model = Sam2UNetForSemanticSegmentation.from_pretrained(args.model_name_or_path)
         if model.config.regions != regions:
@@ -148,8 +186,13 @@ def load_model(
                 f"{args.model_name_or_path} segments {model.config.regions}, not {regions}. Leave out --regions, or "
                 "start from --sam2_checkpoint."
             )
+        if (num_channels := model.config.backbone_config.num_channels) != processor.num_channels:
+            raise SystemExit(
+                f"{args.model_name_or_path} takes images of {num_channels} channels, the images have "
+                f"{processor.num_channels}. Leave out --modalities and --neighbours, or start from --sam2_checkpoint."
+            )
         try:
-            processor = Sam2UNetImageProcessor.from_pretrained(args.model_name_or_path, **size)
+            processor = Sam2UNetImageProcessor.from_pretrained(args.model_name_or_path, **image_options)
         except OSError:
             logger.warning("%s has no image processor. Taking the default one.", args.model_name_or_path)
         if args.freeze_encoder is not None:
@@ -159,6 +202,7 @@ def load_model(
         return model, processor
     freeze = args.sam2_checkpoint is not None if args.freeze_encoder is None else args.freeze_encoder
     options = {"regions": regions, "freeze_encoder": freeze, "iou_over_batch": bool(args.iou_over_batch)}
+    options["num_channels"] = processor.num_channels
     if args.sam2_checkpoint is not None:
         with exit_on(OSError, ValueError, prefix="--sam2_checkpoint: "):
             model = Sam2UNetForSemanticSegmentation.from_sam2(args.sam2_checkpoint, **options)

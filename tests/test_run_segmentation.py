@@ -154,7 +154,8 @@ def test_from_scratch_trains_everything(cohort, tmp_path, caplog, monkeypatch):
     from common import small_backbone_config
 
     monkeypatch.setattr(
-        "sam2unet_hf.configuration_sam2unet.preset_backbone_config", lambda preset: small_backbone_config()
+        "sam2unet_hf.configuration_sam2unet.preset_backbone_config",
+        lambda preset, num_channels: small_backbone_config(num_channels=num_channels),
     )
     run_segmentation.main(
         ["--brats_dir", str(cohort), "--slices", "12", "--image_size", "64", "--regions", "TC=1,3", "ET=3"]
@@ -250,7 +251,9 @@ def test_contrasts_and_plane_go_with_the_checkpoint(cohort, checkpoint, tmp_path
     again = [str(tmp_path / "t1"), *QUICK, "--do_train", "false"]
     run_segmentation.main([*arguments, *again, *scans, "--output_dir", str(tmp_path / "same")])
     assert "The model is one of" not in caplog.text
-    run_segmentation.main([*arguments, *again, "--output_dir", str(tmp_path / "other")])
+    run_segmentation.main([*arguments, *again, "--output_dir", str(tmp_path / "axial")])
+    assert "The model is one of modalities" not in caplog.text
+    run_segmentation.main([*arguments, *again, "--modalities", "flair", "--output_dir", str(tmp_path / "other")])
     assert "The model is one of modalities ['t1'], and sees ['flair'] now (--modalities)." in caplog.text
     assert "The model is one of plane coronal, and sees axial now (--plane)." in caplog.text
 
@@ -334,7 +337,7 @@ def test_case_names_are_names_of_files():
 def test_brats_label_4_is_refused():
     rows = DatasetDict({"train": Dataset.from_dict({"image": [], "mask": [], "wt_pixels": []})})
     with pytest.raises(SystemExit, match=r"Region ET has the label ids \[4\].*BraTS' label 4 is 3 here"):
-        find_regions(rows, "image", "mask", {"WT": [1, 2, 3], "ET": [4]})
+        find_regions(rows, ["image"], "mask", {"WT": [1, 2, 3], "ET": [4]})
 
 
 @pytest.mark.parametrize("layout", ["{split}/{kind}", "{kind}/{split}"])
@@ -355,8 +358,9 @@ def test_data_set_of_the_builder_keeps_its_splits(cohort, tmp_path):
     write_brats_slices(["--brats_dir", str(cohort), "--output_dir", str(tmp_path / "slices"), "--slices", "12"])
     data = load_data(DataArguments(dataset_name=str(tmp_path / "slices")))
     assert {split: len(rows) for split, rows in data.items()} == {"train": 9, "validation": 1, "test": 3}
-    assert find_columns(data, DataArguments()) == ("image", "mask")
-    assert find_regions(data, "image", "mask", None) == ({"WT": [1, 2, 3]}, {})
+    assert find_columns(data, DataArguments()) == (["flair"], "mask")
+    assert "t1" not in data["train"].column_names  # only what is trained on is read
+    assert find_regions(data, ["flair"], "mask", None) == ({"WT": [1, 2, 3]}, {})
 
 
 def test_evaluation_alone(cohort, checkpoint, tmp_path):
