@@ -174,8 +174,8 @@ class SegmentationTrainingArguments(TrainingArguments):
         ):
             if getattr(self, name) and not self.do_train:
                 raise ValueError(f"--{name} {reason}; it cannot go with --do_train false.")
-        if "none" in self.augmentation and len(self.augmentation) > 1:
-            raise ValueError(f"--augmentation takes none alone, got {' '.join(self.augmentation)}.")
+        if {"none", "strong"} & set(self.augmentation) and len(self.augmentation) > 1:
+            raise ValueError(f"--augmentation takes none and strong alone, got {' '.join(self.augmentation)}.")
         if self.hp_search and importlib.util.find_spec("optuna") is None:
             raise ValueError('--hp_search needs optuna. Install it with `pip install "sam2unet-hf[search]"`.')
         if self.save_only_model:

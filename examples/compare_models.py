@@ -94,6 +94,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--modalities takes one modality or three, got {' '.join(args.modalities)}")
     if args.batch_size < 2:
         parser.error(f"--batch_size must be at least 2, got {args.batch_size}")
+    if {"none", "strong"} & set(args.augmentation) and len(args.augmentation) > 1:
+        parser.error(f"--augmentation takes none and strong alone, got {' '.join(args.augmentation)}")
     try:
         learning_rate(args, "unet")
     except (KeyError, ValueError) as err:

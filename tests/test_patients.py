@@ -1,5 +1,8 @@
 """Patients: sums of an evaluation over their slices, and their volumes."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +12,17 @@ from PIL import Image as PILImage
 from test_training import make_trainer
 
 from sam2unet_hf.metrics import score_volume
+from sam2unet_hf.patient_checks import (
+    describe_known_patients,
+    describe_other_modalities,
+    read_splits,
+    why_implausible,
+)
+from sam2unet_hf.patient_table import PatientTable, score_patient
 from sam2unet_hf.training import SegmentationMetrics
 from sam2unet_hf.training.evaluation import losses_of_images
 from sam2unet_hf.training.patients import PatientRows, add_up, find_patients, score_sums
+from sam2unet_hf.training.volumes import count_head, score_patients, why_no_volumes
 
 
 CASES = ["b", "a", "b", "a", "b"]  # in this order, which is neither sorted nor patient by patient
@@ -146,3 +157,157 @@ def test_the_loss_of_a_crop_is_that_of_its_window():
     boxes = torch.tensor([[-10, 20, 86, 84]])
     assert losses_of_images(model, outputs, whole[None], boxes).tolist() == [expected.item()]
     assert losses_of_images(model, outputs, whole[None]).tolist() != [expected.item()]
+
+
+# The table
+
+
+def table_of(*patients):
+    table = PatientTable()
+    for name, dice, distance in patients:
+        scores = {"volume_dice": dice, "hausdorff95_mm": distance, "reference_ml": 2.5, "predicted_ml": 0, "more": 9}
+        table.add(name, {"WT": scores, "ET": {**scores, "volume_dice": dice / 2}})
+    return table
+
+
+def test_the_table_of_patients_by_hand(tmp_path):
+    table = table_of(("c", 0.5, 4), ("a", 0.9, 2), ("b", 0.6, 12))
+    wt, et = table.summary().values()
+    assert wt["volume_dice"] == pytest.approx({"mean": 2 / 3, "std": (0.13 / 3) ** 0.5, "median": 0.6, "worst": 0.5})
+    assert et["hausdorff95_mm"] == pytest.approx({"mean": 6, "std": 28**0.5, "median": 4, "worst": 12})
+    assert wt.keys() == {"volume_dice", "hausdorff95_mm"}
+    assert table.dice == pytest.approx({"a": 0.675, "b": 0.45, "c": 0.375})
+    assert list(table.dice) == ["a", "b", "c"]
+    assert table.write(tmp_path, "test_patients") == [tmp_path / "test_patients.csv", tmp_path / "test_patients.json"]
+    lines = (tmp_path / "test_patients.csv").read_text().splitlines()
+    assert lines[:2] == [
+        "patient,region,volume_dice,hausdorff95_mm,reference_ml,predicted_ml",
+        "c,WT,0.5,4.0,2.5,0.0",
+    ]
+    found = json.loads((tmp_path / "test_patients.json").read_text())
+    assert (found["patients"], found["summary"]) == (table.rows, table.summary())
+    assert table_of(("a", 0.9, 2)).summary()["WT"]["volume_dice"]["std"] is None
+    assert PatientTable().write(tmp_path / "none") == []
+
+
+def test_volumes_of_a_patient_are_measured_in_millilitres():
+    reference, prediction = np.zeros((4, 5, 6), np.uint8), np.zeros((4, 5, 6), np.uint8)
+    reference[1, :2], prediction[1, 0] = 3, 2
+    scores = score_patient(prediction, reference, BRATS_REGIONS, (10, 2, 5))
+    assert (scores["WT"]["reference_ml"], scores["WT"]["predicted_ml"]) == pytest.approx((1.2, 0.6))
+    assert (scores["ET"]["reference_ml"], scores["ET"]["predicted_ml"]) == pytest.approx((1.2, 0))
+    assert scores["WT"]["volume_dice"] == 12 / 18
+    assert scores["WT"]["hausdorff95_mm"] == 2
+    assert scores["ET"]["volume_dice"] == 0
+
+
+# What is suspicious
+
+
+def test_results_that_are_hardly_believable():
+    label_map = np.zeros((10, 10), np.uint8)
+    assert "nothing was found" in why_implausible(label_map, 100)
+    label_map[:3] = 2
+    assert why_implausible(label_map, 100) is None
+    label_map[3, :4] = 1
+    assert "34% of the head was taken for tumour, more than a third" in why_implausible(label_map, 100)
+    assert "of the head was taken for tumour" in why_implausible(label_map, 0)
+
+
+def test_patients_of_the_training_are_known_by_any_of_their_scans(tmp_path):
+    splits = {"train": ["BraTS-GLI-00001", "b"], "validation": ["c"], "test": ["d"], "earlier": ["e"]}
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    for folder in (tmp_path, tmp_path / "checkpoint-3", str(tmp_path)):
+        assert read_splits(folder) == splits
+    assert read_splits("someone/a_model_on_the_hub") == read_splits(None) == {}
+    known = describe_known_patients(splits, ["BraTS-GLI-00001-001", "d", "e", "f"])
+    assert "The model was trained on 2 of the 4 patients that are scored: BraTS-GLI-00001-001, e." in known
+    assert "was chosen by 1 of the 2 patients that are scored: c." in describe_known_patients(splits, ["c", "d"])
+    assert describe_known_patients(splits, ["d", "f"]) is None
+    assert describe_known_patients({}, ["b"]) is None
+    for broken in ("[", "[1]", '{"train": 3}'):
+        (tmp_path / "splits.json").write_text(broken)
+        with pytest.raises(ValueError, match="splits.json` cannot be read .* Put back what the run wrote"):
+            read_splits(tmp_path)
+
+
+def test_other_contrasts_are_named():
+    assert describe_other_modalities(["t1", "t2"], ["t1", "t2"]) is None
+    assert describe_other_modalities(None, ["t1"]) is None
+    assert "trained on t1, t2, and is to segment t2, t1" in describe_other_modalities(["t1", "t2"], ["t2", "t1"])
+
+
+# Whole heads
+
+
+def make_heads(names=("b", "a"), image="image", shift=0, tumour=(3, 6)):
+    """Whole heads of ten slices, in mixed order: a bright square in each slice, a brighter one where tumour is."""
+    generator = np.random.default_rng(1)
+    rows = []
+    for place, name in enumerate(names):
+        for index in range(10):
+            mask, grey = np.zeros((64, 72), np.uint8), np.zeros((64, 72), np.uint8)
+            grey[8:56, 10:60] = generator.integers(40, 90, (48, 50))
+            if tumour[0] <= index < tumour[1]:
+                mask[20 : 40 + place, 20:45], mask[25:35, 25:40] = 2, 3
+            boxes = {image: [10, 8, 60, 56]}
+            row = {image: PILImage.fromarray(grey + 50 * mask), "mask": PILImage.fromarray(mask), "case_id": name}
+            row |= {"slice_index": index + shift, "head_boxes": boxes, "wt_pixels": np.count_nonzero(mask)}
+            rows.append({**row, "spacing_mm": [1.0, 1.5, 4.0 + place]})
+    features = {image: Image(), "mask": Image(), "case_id": Value("string"), "slice_index": Value("int32")}
+    features |= {"head_boxes": {image: List(Value("int32"))}, "wt_pixels": Value("int32")}
+    features |= {"spacing_mm": List(Value("float64"))}
+    data = Dataset.from_list(rows, features=Features(features))
+    return data.select(np.random.default_rng(2).permutation(len(data)))
+
+
+@pytest.mark.parametrize("plane", ["axial", "coronal"])
+def test_volumes_put_together_from_rows_score_as_volumes(plane, tmp_path):
+    model = small_model(regions=BRATS_REGIONS)
+    data = make_heads(shift=7)
+    rows = make_trainer(model, data, tmp_path).eval_dataset
+    processor = rows.format["format_kwargs"]["transform"].processor
+    processor.plane = plane
+    found = list(score_patients(model, processor, rows, batch_size=4))
+    assert sorted(one.case_id for one in found) == ["a", "b"]
+    for case_id, scores, doubt in found:
+        own = sorted(
+            (slice_index, row)
+            for row, slice_index in enumerate(data["slice_index"])
+            if data["case_id"][row] == case_id
+        )
+        examples = [rows[row] for _, row in own]
+        with torch.inference_mode():
+            outputs = [model(example["pixel_values"][None]) for example in examples]
+        predicted = [processor.post_process_semantic_segmentation(out, target_sizes=[(64, 72)])[0] for out in outputs]
+        thickness = 4 if case_id == "b" else 5
+        spacing_mm = {"axial": (thickness, 1.5, 1), "coronal": (1.5, thickness, 1)}[plane]
+        reference = np.stack([example["labels"].numpy() for example in examples])
+        assert [index for index, labels in enumerate(reference) if labels.any()] == [3, 4, 5]
+        expected = score_patient(np.stack(predicted), reference, BRATS_REGIONS, spacing_mm)
+        assert scores == {region: pytest.approx(values, abs=1e-9) for region, values in expected.items()}
+        assert 0 < scores["WT"]["volume_dice"] < 1
+        assert "of the head was taken for tumour" in doubt
+    assert [one.case_id for one in score_patients(model, processor, rows, case_ids=["a"])] == ["a"]
+
+
+def test_the_head_is_counted_in_the_images_of_the_model(tmp_path):
+    rows = make_trainer(small_model(), make_heads(), tmp_path).eval_dataset
+    processor = rows.format["format_kwargs"]["transform"].processor
+    batch = {"pixel_values": torch.stack([rows[index]["pixel_values"] for index in range(3)])}
+    assert count_head(batch, [(64, 72)] * 3, processor) == pytest.approx(3 * 48 * 50, rel=0.05)
+    window = {**batch, "pixel_mask": torch.ones(3, 64, 64).bool(), "crop_boxes": torch.tensor([[0, 0, 64, 32]] * 3)}
+    assert count_head(window, [(64, 72)] * 3, processor) == 3 * 64 * 32
+
+
+def test_slices_that_are_no_whole_heads_give_no_volumes():
+    heads = make_heads()
+    assert why_no_volumes(heads) is None
+    assert why_no_volumes(make_slices()) == "the rows have no `head_boxes`"
+    for keep, reason in (
+        (lambda row: row["wt_pixels"] > 0, "the rows have no slice of . without tumour"),
+        (lambda row: row["slice_index"] != 4, "slices of . are missing or there twice"),
+        (lambda row: row["slice_index"] in (2, 3), "the rows have 2 slices of . alone"),
+    ):
+        assert re.fullmatch(reason, why_no_volumes(heads.filter(keep)))

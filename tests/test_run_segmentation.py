@@ -416,6 +416,7 @@ def test_nothing_to_resume_from(tmp_path):
         (["--model_name_or_path", "a", "--sam2_checkpoint", "b"], "pass one of --model_name_or_path and"),
         (["--push_to_hub", "--do_train", "false"], "pushes what was trained"),
         (["--preset", "huge"], "invalid choice: 'huge'"),
+        (["--augmentation", "strong", "flips"], "--augmentation takes none and strong alone, got strong flips"),
     ],
 )
 def test_arguments_that_exclude_each_other(arguments, match, capsys):
