@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # Transforms: training images are augmented, the others are scored at the size of their masks.
     transform = functools.partial(SegmentationTransform, processor, label_mapping=label_mapping)
-    augment = augmentation(*(name for name in training_args.augmentation if name != "none"))
+    names = [name for name in training_args.augmentation if name != "none"]
+    augment = augmentation(*names, neighbours=processor.neighbours)
     train_dataset = images["train"].with_transform(transform(augment=augment))
     at_mask_size = transform(resize_masks=False)
     evaluation = {split: rows.with_transform(at_mask_size) for split, rows in images.items() if split != "train"}
