@@ -123,6 +123,14 @@ class SegmentationTrainingArguments(TrainingArguments):
     """Transformers' training arguments with the defaults of the paper's recipe (doi 10.3390/app15063267, Table 2)."""
 
     do_train: bool = option(True, "Train.")
+    test_dir: str | None = option(
+        None,
+        "Second cohort to score, all of it, with or without training: folder of BraTS scans, folder with `images` and "
+        "`masks` in it, or data set.",
+    )
+    allow_other_modalities: bool = option(
+        False, "Score other modalities than those that the model was trained on, which is hardly ever right."
+    )
     do_predict: bool = option(False, "Write the label map of every test (else validation) image as PNG.")
     batch_norm_images: int | None = option(
         None,
@@ -209,6 +217,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
         if getattr(given, one) is not None and getattr(given, other) is not None:
             parser.error(f"pass one of --{one} and --{other}")
     source = given.dataset_name or given.brats_dir
+    if source is None and scores_cohort_alone(given, given):
+        source = given.test_dir
+        if given.model_name_or_path is None:
+            parser.error("--test_dir with --do_train false scores a model: name it by --model_name_or_path")
     if source is None:
         image_size = PHANTOM_RECIPE["image_size"] if given.model_name_or_path is None else None
         parser.set_defaults(**{**PHANTOM_RECIPE, "image_size": image_size})
@@ -218,6 +230,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
         return parser.parse_args_into_dataclasses(argv)
     except ValueError as err:
         parser.error(str(err))
+
+
+def scores_cohort_alone(data_args: Any, args: Any) -> bool:
+    """Whether only the cohort of `--test_dir` is scored: the run neither trains nor has data of its own."""
+    return bool(args.test_dir) and not (args.do_train or data_args.dataset_name or data_args.brats_dir)
 
 
 def requested_regions(model_args: ModelArguments, data_args: DataArguments) -> dict[str, list[int]] | None:
@@ -231,8 +248,13 @@ def requested_regions(model_args: ModelArguments, data_args: DataArguments) -> d
         return Sam2UNetConfig.from_pretrained(model_args.model_name_or_path).regions
 
 
-def take_channels_of_model(model_args: ModelArguments, data_args: DataArguments) -> None:
-    """Set modalities and neighbours that are not given to those of the model to start from, if there is one."""
+def take_channels_of_model(
+    model_args: ModelArguments, data_args: DataArguments, args: SegmentationTrainingArguments
+) -> None:
+    """Set modalities and neighbours that are not given to those of the model to start from, if there is one.
+
+    A second cohort that is scored alone is cut in the plane of the model, too.
+    """
     if model_args.model_name_or_path is None:
         return
     try:
@@ -242,6 +264,8 @@ def take_channels_of_model(model_args: ModelArguments, data_args: DataArguments)
     data_args.modalities = data_args.modalities or processor.modalities
     if data_args.neighbours is None:
         data_args.neighbours = processor.neighbours
+    if scores_cohort_alone(data_args, args):
+        data_args.plane = processor.plane or data_args.plane
 
 
 def resume_arguments(
