@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     compute_metrics = SegmentationMetrics(list(regions))
     batch_norm_images = training_args.batch_norm_images
     if batch_norm_images is None:
-        batch_norm_images = 0 if model.config.freeze_encoder else 128
+        batch_norm_images = 0 if model.config.freeze_encoder and not training_args.ema_decay else 128
     make_trainer = functools.partial(
         Sam2UNetTrainer,
         compute_metrics=compute_metrics,
@@ -109,6 +109,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         sync_batch_norm=training_args.sync_batch_norm,
         trainable_only=training_args.trainable_only,
         foreground_share=data_args.foreground_share,
+        ema_decay=training_args.ema_decay,
         train_dataset=train_dataset,
         eval_dataset=evaluation.get("validation", evaluation.get(COHORT)),
         processing_class=processor,
