@@ -214,8 +214,8 @@ def test_rows_without_head_boxes_have_none(rows):
 @pytest.mark.parametrize(
     ("boxes", "size"),
     [
-        ([[0, 0, 32, 64]], (64, 32)),
-        ([[5, 5, 38, 69]], (64, 64)),
+        ([[0, 0, 65, 64]], (64, 96)),
+        ([[5, 5, 9, 133]], (128, 64)),  # the least that the model takes
         ([[0, 0, 10, 129], [10, 10, 171, 12]], (160, 192)),  # the highest and the widest of all heads
     ],
 )

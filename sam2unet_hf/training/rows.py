@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from ..images_sam2unet import count_channels
 from .streaming import ParquetRows
 
 
@@ -94,6 +95,11 @@ class ImageRows(Dataset):
         return own + [name for name in self._other_columns if name not in own]
 
     @property
+    def num_channels(self) -> int:
+        """Channels that the model has for these images; a grey image is repeated to three."""
+        return count_channels(self.image_columns, self.neighbours)
+
+    @property
     def has_head_boxes(self) -> bool:
         """Whether the rows tell the box of the head in the scans of the image."""
         boxes = self.rows.features.get("head_boxes")
@@ -108,6 +114,10 @@ class ImageRows(Dataset):
     def mask(self, index: int) -> Image.Image:
         """Return the mask of a row, without decoding its image."""
         return self._decode(str(self.mask_column), self.rows[index][self.mask_column], index)
+
+    def own_slice(self, image: Any) -> Any:
+        """Return the channels of an image that are the row's own slice; a PIL image has no others."""
+        return image if isinstance(image, Image.Image) else image[self.neighbours :: 2 * self.neighbours + 1]
 
     def head_boxes(self) -> list[list[int]]:
         """Return the box of the head of each row, `[x_min, y_min, x_max, y_max]` in pixels; raise without them."""
@@ -280,7 +290,7 @@ def join_boxes(boxes: Iterable[Sequence[int]]) -> list[int]:
 
 
 def choose_head_crop_size(head_boxes: Iterable[Sequence[int]]) -> dict[str, int]:
-    """Return the smallest window, in multiples of 32 pixels, that holds each of some heads.
+    """Return the smallest window, in multiples of 32 pixels from 64 on, that holds each of some heads.
 
     Args:
         head_boxes: Half-open boxes `[x_min, y_min, x_max, y_max]` in pixels, such as `rows.head_boxes()` of the
@@ -306,8 +316,13 @@ def choose_head_crop_size(head_boxes: Iterable[Sequence[int]]) -> dict[str, int]
     if not len(boxes) or (sides <= 0).any():
         wrong = boxes[(sides <= 0).any(axis=1)].tolist()
         raise ValueError(f"`head_boxes` must hold boxes with pixels in them, got {wrong[0] if wrong else 'none'}.")
-    width, height = (-(-sides.max(axis=0) // WINDOW_STEP) * WINDOW_STEP).tolist()
-    return {"height": height, "width": width}
+    width, height = np.maximum(-(-sides.max(axis=0) // WINDOW_STEP), 2).tolist()
+    return {"height": height * WINDOW_STEP, "width": width * WINDOW_STEP}
+
+
+def size_of(image: Any) -> tuple[int, int]:
+    """Return height and width of an image of [`ImageRows`]."""
+    return (image.height, image.width) if isinstance(image, Image.Image) else tuple(image.shape[-2:])
 
 
 def streamed_rows(dataset: Any) -> ParquetRows | None:

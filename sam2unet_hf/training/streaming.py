@@ -114,7 +114,7 @@ class ParquetRows(Dataset):
 
     def head(self, count: int) -> datasets.Dataset:
         """Return the first rows in memory, at most those of the first row group."""
-        table = self._read_group(0).slice(0, count)
+        table = self._read_group(0).select(self.column_names).slice(0, count)
         return datasets.Dataset(table.cast(self.features.arrow_schema), datasets.DatasetInfo(features=self.features))
 
     def fingerprint(self) -> str:
