@@ -123,11 +123,24 @@ class SegmentationTrainingArguments(TrainingArguments):
     """Transformers' training arguments with the defaults of the paper's recipe (doi 10.3390/app15063267, Table 2)."""
 
     do_train: bool = option(True, "Train.")
+    test_dir: str | None = option(
+        None,
+        "Second cohort to score, all of it, with or without training: folder of BraTS scans, folder with `images` and "
+        "`masks` in it, or data set.",
+    )
+    allow_other_modalities: bool = option(
+        False, "Score other modalities than those that the model was trained on, which is hardly ever right."
+    )
     do_predict: bool = option(False, "Write the label map of every test (else validation) image as PNG.")
     batch_norm_images: int | None = option(
         None,
         "Training images, per process, on which batch norm is estimated anew before each evaluation. "
-        "Default: 0 with a frozen encoder, else 128.",
+        "Default: 128, or 0 with a frozen encoder and no --ema_decay.",
+    )
+    ema_decay: float = option(
+        0.0,
+        "Score and save an exponential moving average of the weights, with this decay per step, such as 0.999. "
+        "Default: 0, the weights themselves.",
     )
     sync_batch_norm: bool = option(
         False, "Normalise by the images of all processes instead of those of each. Needs GPUs."
@@ -209,6 +222,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
         if getattr(given, one) is not None and getattr(given, other) is not None:
             parser.error(f"pass one of --{one} and --{other}")
     source = given.dataset_name or given.brats_dir
+    if source is None and scores_cohort_alone(given, given):
+        source = given.test_dir
+        if given.model_name_or_path is None:
+            parser.error("--test_dir with --do_train false scores a model: name it by --model_name_or_path")
     if source is None:
         image_size = PHANTOM_RECIPE["image_size"] if given.model_name_or_path is None else None
         parser.set_defaults(**{**PHANTOM_RECIPE, "image_size": image_size})
@@ -218,6 +235,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
         return parser.parse_args_into_dataclasses(argv)
     except ValueError as err:
         parser.error(str(err))
+
+
+def scores_cohort_alone(data_args: Any, args: Any) -> bool:
+    """Whether only the cohort of `--test_dir` is scored: the run neither trains nor has data of its own."""
+    return bool(args.test_dir) and not (args.do_train or data_args.dataset_name or data_args.brats_dir)
 
 
 def requested_regions(model_args: ModelArguments, data_args: DataArguments) -> dict[str, list[int]] | None:
@@ -231,8 +253,13 @@ def requested_regions(model_args: ModelArguments, data_args: DataArguments) -> d
         return Sam2UNetConfig.from_pretrained(model_args.model_name_or_path).regions
 
 
-def take_channels_of_model(model_args: ModelArguments, data_args: DataArguments) -> None:
-    """Set modalities and neighbours that are not given to those of the model to start from, if there is one."""
+def take_channels_of_model(
+    model_args: ModelArguments, data_args: DataArguments, args: SegmentationTrainingArguments
+) -> None:
+    """Set modalities and neighbours that are not given to those of the model to start from, if there is one.
+
+    A second cohort that is scored alone is cut in the plane of the model, too.
+    """
     if model_args.model_name_or_path is None:
         return
     try:
@@ -242,14 +269,16 @@ def take_channels_of_model(model_args: ModelArguments, data_args: DataArguments)
     data_args.modalities = data_args.modalities or processor.modalities
     if data_args.neighbours is None:
         data_args.neighbours = processor.neighbours
+    if scores_cohort_alone(data_args, args):
+        data_args.plane = processor.plane or data_args.plane
 
 
 def resume_arguments(
     model_args: ModelArguments, data_args: DataArguments, training_args: SegmentationTrainingArguments
 ) -> dict[str, Any]:
     """Return the arguments that must stay the same when a run is resumed, because they change its result."""
-    names = [*HYPERPARAMETERS, "augmentation", "batch_norm_images", "sync_batch_norm", "trainable_only"]
-    values = {name: getattr(training_args, name) for name in [*names, "eval_strategy"]}
+    names = [*HYPERPARAMETERS, "augmentation", "batch_norm_images", "ema_decay", "sync_batch_norm"]
+    values = {name: getattr(training_args, name) for name in [*names, "trainable_only", "eval_strategy"]}
     plain = {name: getattr(value, "value", value) for name, value in values.items()}  # JSON has no enumerations
     return {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args), **plain}
 

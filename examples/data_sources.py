@@ -205,7 +205,8 @@ def with_all_splits(data: DataSplits, seed: int) -> datasets.DatasetDict:
 
 def find_columns(data: DataSplits, args: DataArguments) -> tuple[list[str], str]:
     """Return the names of the columns that make an image, and of that of the masks."""
-    found = image_columns(data["train"])
+    rows = next(iter(data.values()))
+    found = image_columns(rows)
     mask_column = args.mask_column or next((name for name in MASK_COLUMNS if name in found), None)
     option, columns = "--image_column", [args.image_column]
     if args.image_column is None and {*found} & {*MODALITIES}:
@@ -216,7 +217,7 @@ def find_columns(data: DataSplits, args: DataArguments) -> tuple[list[str], str]
         if column not in found:
             raise SystemExit(
                 f"{option}: {'no column found' if column is None else f'{column!r} is no column of images'}. The data "
-                f"set's columns of images are {found or 'none'}, of {data['train'].column_names}."
+                f"set's columns of images are {found or 'none'}, of {rows.column_names}."
             )
     return columns, mask_column
 
@@ -233,12 +234,12 @@ def find_regions(
     data: DataSplits, columns: Sequence[str], mask_column: str, regions: dict[str, list[int]] | None
 ) -> tuple[dict[str, list[int]], dict[int, int]]:
     """Check images and masks; return the regions to segment, and ids to replace in the masks, such as `{255: 1}`."""
-    mapping: dict[int, int] = {}
+    rows, mapping = next(iter(data.values())), {}
     hint = ""
-    if "wt_pixels" in data["train"].column_names:  # the BraTS builder has checked its masks
+    if "wt_pixels" in rows.column_names:  # the BraTS builder has checked its masks
         ids, hint = [1, 2, 3], " (BraTS' label 4 is 3 here)"
         regions = regions or {"WT": ids}
-    elif isinstance(data["train"], ParquetRows):
+    elif isinstance(rows, ParquetRows):
         ids = check_first_rows(data, columns, mask_column, regions)
     else:
         found = set().union(*(check_images_and_masks(*item, columns, mask_column) for item in data.items()))

@@ -1,6 +1,6 @@
 """Predicted label maps, their files, and the cases that `predictions.png` shows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +43,24 @@ def write_predictions(
 
 
 def choose_cases(
-    rows: ImageRows, dice: np.ndarray, transform: SegmentationTransform, model: PreTrainedModel
+    rows: ImageRows,
+    dice: np.ndarray,
+    transform: SegmentationTransform,
+    model: PreTrainedModel,
+    choice: Sequence[int] | None = None,
 ) -> list[ShownCase]:
-    """Choose the best, the median and the worst image by Dice, one per row, of those whose reference has a region."""
+    """Choose the best, the median and the worst image by Dice, one per row, of those whose reference has a region.
+
+    `choice` are rows to choose from instead.
+    """
     region_ids = [label_id for label_ids in model.config.regions.values() for label_id in label_ids]
 
     def reference(index: int) -> np.ndarray:
         return transform.to_label_ids(rows.mask(index)).numpy()
 
-    foreground = [index for index in range(len(rows)) if np.isin(reference(index), region_ids).any()]
-    ranked = sorted(foreground or range(len(rows)), key=lambda index: -dice[index])
+    if choice is None:
+        choice = [index for index in range(len(rows)) if np.isin(reference(index), region_ids).any()]
+    ranked = sorted(choice or range(len(rows)), key=lambda index: -dice[index])
     names = case_names(rows)
     cases = []
     for rank, index in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):

@@ -16,6 +16,7 @@ import datasets
 from arguments import SegmentationTrainingArguments
 from data_checks import DataSplits, file_bytes, image_columns
 
+from sam2unet_hf.patient_checks import SPLITS_FILE
 from sam2unet_hf.training import ParquetRows
 from sam2unet_hf.training.resume import last_complete_checkpoint, why_incomplete
 
@@ -28,6 +29,7 @@ RESULTS_FILE = "all_results.json"  # written last, so it tells that the run has 
 # What a run writes besides the final checkpoint.
 RUN_FILES = ("checkpoint-*", "*_results.json", "trainer_state.json", RECORD, "predictions*", "training_*.png")
 RUN_FILES += ("training_info.json", "README.md", STUDY, "hp_search.json")
+RUN_FILES += (SPLITS_FILE, "*_patients.csv", "*_patients.json", "test_dir_predictions.png")
 
 
 def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArguments) -> str | None:

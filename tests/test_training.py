@@ -35,7 +35,7 @@ def rows():
     return make_rows(SIZES)
 
 
-def make_trainer(model, rows, tmp_path, batch_norm_images=0, **kwargs):
+def make_trainer(model, rows, tmp_path, batch_norm_images=0, ema_decay=0.0, trainable_only=False, **kwargs):
     processor = Sam2UNetImageProcessor(regions=model.config.regions, size={"height": 64, "width": 64})
     arguments = TrainingArguments(
         tmp_path, remove_unused_columns=False, use_cpu=True, report_to="none", disable_tqdm=True, **kwargs
@@ -44,6 +44,8 @@ def make_trainer(model, rows, tmp_path, batch_norm_images=0, **kwargs):
         model,
         arguments,
         batch_norm_images=batch_norm_images,
+        ema_decay=ema_decay,
+        trainable_only=trainable_only,
         train_dataset=rows.with_transform(SegmentationTransform(processor, augment=augmentation("flips"))),
         eval_dataset=rows.with_transform(SegmentationTransform(processor, resize_masks=False)),
     )

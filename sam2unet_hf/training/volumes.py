@@ -25,12 +25,12 @@ class PatientScores(NamedTuple):
 
 
 def rows_of_patients(rows: Any) -> dict[str, list[int]]:
-    """Return the numbers of the rows of each `case_id`, in the order of `slice_index`."""
-    case_ids, slices = (read_column(rows, name) or [] for name in ("case_id", "slice_index"))
+    """Return the numbers of the rows of each `case_id`, in the order of `slice_index` if there is such a column."""
+    slices = read_column(rows, "slice_index")
     found: dict[str, list[int]] = {}
-    for row, case_id in enumerate(case_ids):
+    for row, case_id in enumerate(read_column(rows, "case_id") or ()):
         found.setdefault(str(case_id), []).append(row)
-    return {case_id: sorted(own, key=slices.__getitem__) for case_id, own in found.items()}
+    return {case_id: own if slices is None else sorted(own, key=slices.__getitem__) for case_id, own in found.items()}
 
 
 def why_no_volumes(rows: Any, plane: str = "axial") -> str | None:
