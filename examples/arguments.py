@@ -135,7 +135,12 @@ class SegmentationTrainingArguments(TrainingArguments):
     batch_norm_images: int | None = option(
         None,
         "Training images, per process, on which batch norm is estimated anew before each evaluation. "
-        "Default: 0 with a frozen encoder, else 128.",
+        "Default: 128, or 0 with a frozen encoder and no --ema_decay.",
+    )
+    ema_decay: float = option(
+        0.0,
+        "Score and save an exponential moving average of the weights, with this decay per step, such as 0.999. "
+        "Default: 0, the weights themselves.",
     )
     sync_batch_norm: bool = option(
         False, "Normalise by the images of all processes instead of those of each. Needs GPUs."
@@ -272,8 +277,8 @@ def resume_arguments(
     model_args: ModelArguments, data_args: DataArguments, training_args: SegmentationTrainingArguments
 ) -> dict[str, Any]:
     """Return the arguments that must stay the same when a run is resumed, because they change its result."""
-    names = [*HYPERPARAMETERS, "augmentation", "batch_norm_images", "sync_batch_norm", "trainable_only"]
-    values = {name: getattr(training_args, name) for name in [*names, "eval_strategy"]}
+    names = [*HYPERPARAMETERS, "augmentation", "batch_norm_images", "ema_decay", "sync_batch_norm"]
+    values = {name: getattr(training_args, name) for name in [*names, "trainable_only", "eval_strategy"]}
     plain = {name: getattr(value, "value", value) for name, value in values.items()}  # JSON has no enumerations
     return {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args), **plain}
 

@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # Transforms: training images are augmented, the others are scored at the size of their masks.
     transform = functools.partial(SegmentationTransform, processor, label_mapping=label_mapping)
-    augment = augmentation(*(name for name in training_args.augmentation if name != "none"))
+    names = [name for name in training_args.augmentation if name != "none"]
+    augment = augmentation(*names, neighbours=processor.neighbours)
     train_dataset = images["train"].with_transform(transform(augment=augment)) if images else None
     at_mask_size = transform(resize_masks=False)
     evaluation = {split: rows.with_transform(at_mask_size) for split, rows in images.items() if split != "train"}
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     compute_metrics = SegmentationMetrics(list(regions))
     batch_norm_images = training_args.batch_norm_images
     if batch_norm_images is None:
-        batch_norm_images = 0 if model.config.freeze_encoder else 128
+        batch_norm_images = 0 if model.config.freeze_encoder and not training_args.ema_decay else 128
     make_trainer = functools.partial(
         Sam2UNetTrainer,
         compute_metrics=compute_metrics,
@@ -108,6 +109,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         sync_batch_norm=training_args.sync_batch_norm,
         trainable_only=training_args.trainable_only,
         foreground_share=data_args.foreground_share,
+        ema_decay=training_args.ema_decay,
         train_dataset=train_dataset,
         eval_dataset=evaluation.get("validation", evaluation.get(COHORT)),
         processing_class=processor,

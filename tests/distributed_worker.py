@@ -113,6 +113,25 @@ def estimate_batch_norm(trainer):
     return batches, conv_norm.norm.running_mean.clone(), conv_norm.norm.running_var.clone()
 
 
+def train_with_an_average(folder):
+    """Return the weights after each of three steps and a third one done again, and the models at the end of both."""
+    options = {**STEP, "max_steps": 3, "save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
+    steps, models = [], []
+    for name, checkpoint in (("average", None), ("average-resumed", str(folder / "average" / "checkpoint-2"))):
+        model = small_model(regions=BRATS_REGIONS)
+        trainer = make_trainer(
+            model, bright_rows(), folder / name, ema_decay=0.2, batch_norm_images=4, **options, **backend()
+        )
+        recorder = Recorder(model)
+        recorder.on_optimizer_step = lambda *args, model, **kwargs: steps.append(
+            {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        )
+        trainer.add_callback(recorder)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        models.append(model.state_dict())
+    return steps, models
+
+
 def save_checkpoint_with_a_slow_process(folder):
     """Return whether the random state of process 1 was there when process 0 wrote the state of the Trainer."""
     seen = []
@@ -145,6 +164,7 @@ def several_processes(folder):
         found[name] = {"inputs": recorder.inputs, "gradients": recorder.gradients, "statistics": recorder.statistics}
         found[name]["find_unused_parameters"] = trainer.model_wrapped.find_unused_parameters
     found["batch norm"] = estimate_batch_norm(trainer)
+    found["average"] = train_with_an_average(folder)
     found["rng state was there"] = save_checkpoint_with_a_slow_process(folder)
     try:
         train_a_step(folder, fsdp=True)

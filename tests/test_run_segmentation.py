@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import small_model
+from common import small_backbone_config, small_model
 from datasets import Dataset, DatasetDict
 from PIL import Image
 from safetensors.torch import save_file
@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 from dataset_scripts.brats_slices.__main__ import main as write_brats_slices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.crop_sam2unet import head_mask
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -110,6 +111,51 @@ def test_brats_folder_to_checkpoint_scores_and_pictures(cohort, checkpoint, tmp_
         assert torch.equal(parameter, best.get_parameter(name)), name
 
 
+def test_modalities_neighbours_and_window_from_scans_to_scores(cohort, checkpoint, tmp_path):
+    """Six channels of the window about the head, in memory and streamed, which are scored again as they were."""
+    backbone_config = small_backbone_config(num_channels=6)
+    start = Path(checkpoint(backbone_config=backbone_config))
+    channels = {"num_channels": 6, "neighbours": 1, "modalities": ["t1ce", "flair"]}
+    Sam2UNetImageProcessor(**channels).save_pretrained(start)
+    recipe = ["--model_name_or_path", str(start), "--head_crop_size", "auto", "--foreground_share", "0.5", *QUICK]
+    recipe += ["--num_train_epochs", "2", "--augmentation", "flips", "rotation", "--metric_for_best_model"]
+    recipe += ["patient_dice", "--do_predict"]
+    slices = ["--slices", "head"]
+    data = tmp_path / "data"
+    write_brats_slices(["--brats_dir", str(cohort), "--output_dir", str(data), *slices])
+    results = run_segmentation.main(
+        ["--brats_dir", str(cohort), *slices, *recipe, "--output_dir", str(tmp_path / "scans")]
+    )
+    assert 0 <= results["test_patient_dice"] <= 1
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "scans")
+    assert (processor.modalities, processor.neighbours, processor.num_channels) == (["t1ce", "flair"], 1, 6)
+    assert processor.head_crop_size == {"height": 64, "width": 64}
+    rows = load_data(DataArguments(brats_dir=str(cohort), slices=["head"]))["train"]
+    num_foreground = sum(count > 0 for count in rows["wt_pixels"])
+    assert num_foreground < len(rows) / 2
+    state = json.loads((tmp_path / "scans" / "trainer_state.json").read_text())
+    assert state["max_steps"] == 2 * -(-2 * num_foreground // 4)
+    card = (tmp_path / "scans" / "README.md").read_text()
+    assert "t1ce, flair" in card
+    assert "1 slices below and 1 above" in card
+    assert "50% of each epoch" in card
+    # Nothing is predicted outside of the head, also where the pictures are written.
+    split = load_data(DataArguments(brats_dir=str(cohort), slices=["head"], modalities=["t1ce", "flair"]))["test"]
+    for name, row in zip(case_names(split), split, strict=True):
+        with Image.open(tmp_path / "scans" / "predictions" / f"{name}.png") as prediction:
+            pixels = torch.from_numpy(np.stack([row["t1ce"], row["flair"]]))
+            assert not torch.from_numpy(np.array(prediction))[~head_mask(pixels, (40, 40))].any()
+
+    scores = {name: value for name, value in results.items() if name.startswith("test")}
+    again = ["--dataset_name", str(data), "--model_name_or_path", str(tmp_path / "scans"), "--do_train", "false"]
+    for number, streaming in enumerate(([], ["--streaming"])):
+        options = [*again, *streaming, *QUICK, "--output_dir", str(tmp_path / f"again-{number}")]
+        repeated = run_segmentation.main(options)
+        assert {name: repeated[name] for name in scores} == scores
+    with pytest.raises(SystemExit, match="takes images of 6 channels, the images have 2. Leave out --modalities"):
+        run_segmentation.main([*again, "--neighbours", "0", *QUICK, "--output_dir", str(tmp_path / "other")])
+
+
 def test_pictures_of_mixed_sizes_with_masks_of_0_and_255(pictures, checkpoint, tmp_path, caplog):
     output_dir = tmp_path / "run"
     results = run_segmentation.main(
@@ -151,8 +197,6 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(cohort, checkpoint, tmp_path
 
 
 def test_from_scratch_trains_everything(cohort, tmp_path, caplog, monkeypatch):
-    from common import small_backbone_config
-
     monkeypatch.setattr(
         "sam2unet_hf.configuration_sam2unet.preset_backbone_config",
         lambda preset, num_channels: small_backbone_config(num_channels=num_channels),

@@ -1,7 +1,9 @@
 """The Trainer of SAM2-UNet."""
 
 import contextlib
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,10 +11,11 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..modeling_sam2unet import Sam2UNetForSemanticSegmentation
+from .averaging import AVERAGE, WeightAverage, check_averaging
 from .batch_norm import batch_norm_loader, estimate_batch_norm
 from .data import SegmentationTransform, collate, transform_of
 from .evaluation import evaluation_order, losses_of_images, reorder
@@ -24,9 +27,8 @@ from .resume import (
     LOSSES,
     ResumeCallback,
     RunningLoss,
-    check_resumable,
     complete_or_removed,
-    last_complete_checkpoint,
+    find_resumable,
 )
 from .rows import streamed_rows
 from .sampling import ForegroundShare
@@ -46,16 +48,24 @@ class SetEpochCallback(TrainerCallback):
     def __init__(self, foreground: ForegroundShare | None):
         self.foreground = foreground
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any):
+        """Set the last epoch where no step is left, on whose images batch norm may be estimated."""
+        if state.global_step >= state.max_steps:
+            self.set_epoch(objects["train_dataloader"].dataset, math.ceil(state.epoch or 1) - 1, args.seed)
+
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any):
         """Set the epoch."""
-        dataset, epoch = objects["train_dataloader"].dataset, int(state.epoch or 0)
+        self.set_epoch(objects["train_dataloader"].dataset, int(state.epoch or 0), args.seed)
+
+    def set_epoch(self, dataset: Any, epoch: int, seed: int) -> None:
+        """Tell a data set, its choice and its transform the epoch."""
         if self.foreground is not None:
-            self.foreground.set_epoch(epoch, args.seed)
+            self.foreground.set_epoch(epoch, seed)
         if (streamed := streamed_rows(dataset)) is not None:
-            streamed.set_epoch(epoch, args.seed)
+            streamed.set_epoch(epoch, seed)
         transform = transform_of(dataset)
         if isinstance(transform, SegmentationTransform):
-            transform.set_epoch(epoch, args.seed)
+            transform.set_epoch(epoch, seed)
 
 
 def check_arguments(args: TrainingArguments, sync_batch_norm: bool) -> None:
@@ -76,6 +86,40 @@ def check_arguments(args: TrainingArguments, sync_batch_norm: bool) -> None:
             f"`sync_batch_norm` must be False {place}: `torch.nn.SyncBatchNorm` works on GPUs and with "
             "`DistributedDataParallel` only."
         )
+
+
+def check_sharding(trainer: Trainer, whole: Mapping[str, float]) -> None:
+    """Raise a `ValueError` if the weights are split with options that need them `whole`, or cannot be split."""
+    args = trainer.args
+    if args.fsdp and not trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"`fsdp` needs several processes with a GPU each, got {args.world_size} on {args.device.type}, where "
+            "accelerate would train without it. Start with `torchrun --nproc_per_node N`."
+        )
+    for name, value in whole.items() if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else ():
+        if value:
+            raise ValueError(f"`{name}` must be {type(value)()} with FSDP and DeepSpeed, which split the weights.")
+
+
+def leave_out_encoder(model: Sam2UNetForSemanticSegmentation, may_be_local: bool) -> None:
+    """Let checkpoints hold no encoder; raise an error if it is trained or cannot be fetched again."""
+    if not model.config.freeze_encoder:
+        raise ValueError("`trainable_only` must be False for a model whose encoder is trained.")
+    # Check before training, which takes hours.
+    model.verify_encoder_source(may_be_local=may_be_local)
+    model.trainable_only = True
+
+
+def notes_for_card(ema_decay: float, batch_norm_images: int, sync_batch_norm: bool) -> dict[str, str]:
+    """Return what the model card says of these options."""
+    notes = {}
+    if ema_decay:
+        notes["weights"] = f"exponential moving average over the steps, decay {ema_decay:g}"
+    if batch_norm_images:
+        notes["batch norm"] = f"statistics estimated anew on {batch_norm_images} training images"
+    if sync_batch_norm:
+        notes["batch norm over"] = "all processes"
+    return notes
 
 
 class Sam2UNetTrainer(LoaderTrainer):
@@ -99,6 +143,9 @@ class Sam2UNetTrainer(LoaderTrainer):
             `from_sam2`; see [`Sam2UNetForSemanticSegmentation.save_pretrained`].
         foreground_share: Show each training slice with foreground once an epoch, and as many empty ones in turn as
             make this their share of all; see [`~sampling.ForegroundShare`]. By default an epoch is all slices once.
+        ema_decay: Score, save and end with an exponential moving average of the trained weights, and batch norm
+            statistics for it; see [`~averaging.WeightAverage`]. A checkpoint holds the raw weights too, in a file of
+            their own, from which a run goes on. 0 keeps no average.
         kwargs: Arguments of [`~transformers.Trainer`]. `data_collator` and `compute_metrics` have the right defaults.
 
     Data sets may be [`~streaming.ParquetRows`], of which each process reads its share. With FSDP, which needs GPUs,
@@ -119,6 +166,7 @@ class Sam2UNetTrainer(LoaderTrainer):
         sync_batch_norm: bool = False,
         trainable_only: bool = False,
         foreground_share: float | None = None,
+        ema_decay: float = 0.0,
         **kwargs: Any,
     ):
         check_arguments(args, sync_batch_norm)
@@ -129,31 +177,23 @@ class Sam2UNetTrainer(LoaderTrainer):
         if isinstance(metrics, SegmentationMetrics):
             check_best_metric(args, metrics, kwargs.get("eval_dataset"))
         if trainable_only:
-            if not model.config.freeze_encoder:
-                raise ValueError("`trainable_only` must be False for a model whose encoder is trained.")
-            # Check before training, which takes hours.
-            model.verify_encoder_source(may_be_local=not args.push_to_hub)
-            model.trainable_only = True
+            leave_out_encoder(model, may_be_local=not args.push_to_hub)
+        if ema_decay:
+            check_averaging(model, batch_norm_images)
+        self.average = WeightAverage(ema_decay) if ema_decay else None
         self.foreground = foreground_share_of(kwargs.get("train_dataset"), foreground_share)
         self.batch_norm_images = batch_norm_images
         self.sync_batch_norm = sync_batch_norm and args.world_size > 1
         super().__init__(self.to_sync_batch_norm(model), args, **kwargs)
-        if args.fsdp and not self.is_fsdp_enabled:
-            raise ValueError(
-                f"`fsdp` needs several processes with a GPU each, got {args.world_size} on {args.device.type}, where "
-                "accelerate would train without it. Start with `torchrun --nproc_per_node N`."
-            )
-        if trainable_only and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("`trainable_only` must be False with FSDP and DeepSpeed, which split the weights.")
+        check_sharding(self, {"trainable_only": trainable_only, "ema_decay": ema_decay})
         self.losses = RunningLoss(args.device, args.logging_nan_inf_filter)
         self.add_callback(SetEpochCallback(self.foreground))
         self.add_callback(ResumeCallback(self.losses))
-        if batch_norm_images:
-            self.notes["batch norm"] = f"statistics estimated anew on {batch_norm_images} training images"
+        if self.average:
+            self.add_callback(self.average)
+        self.notes |= notes_for_card(ema_decay, batch_norm_images, self.sync_batch_norm)
         if self.foreground is not None:
             self.notes["slices with foreground"] = f"{self.foreground.reached_share:.0%} of each epoch"
-        if self.sync_batch_norm:
-            self.notes["batch norm over"] = "all processes"
 
     def to_sync_batch_norm(self, model: torch.nn.Module) -> torch.nn.Module:
         """Return the model with batch norm over all processes, if `sync_batch_norm` says so and there are several."""
@@ -181,18 +221,16 @@ class Sam2UNetTrainer(LoaderTrainer):
             ValueError: If there is no complete checkpoint, the one named is not, or it was trained on another encoder.
         """
         self.final_scores = {}
-        if resume_from_checkpoint is True:
-            output_dir = cast("str", self.args.output_dir)
-            resume_from_checkpoint = last_complete_checkpoint(output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"There is no complete checkpoint in `{output_dir}` to resume from.")
         if resume_from_checkpoint:
-            config = self.accelerator.unwrap_model(self.model).config
-            check_resumable(resume_from_checkpoint, getattr(config, "encoder_sha256", None))
+            output_dir = cast("str", self.args.output_dir)
+            sha256 = getattr(self.accelerator.unwrap_model(self.model).config, "encoder_sha256", None)
+            resume_from_checkpoint = find_resumable(resume_from_checkpoint, output_dir, sha256, bool(self.average))
+        if self.average:
+            self.average.checkpoint = resume_from_checkpoint or None
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         # The best checkpoint has them since its evaluation.
-        if self.batch_norm_images and not self.args.load_best_model_at_end:
-            self.estimate_batch_norm()
+        if self.batch_norm_images and not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):
+            self.settle_weights()
         return result._replace(training_loss=result.metrics["train_loss"])
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -213,11 +251,13 @@ class Sam2UNetTrainer(LoaderTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as [`~transformers.Trainer`] does, with losses that count the steps before a stop, too."""
-        if "loss" in logs:
-            logs["loss"] = self.losses.log(self.state.global_step, self.accelerator)
-        if "train_loss" in logs:
-            logs["train_loss"] = self.losses.total() / max(self.state.global_step, 1)
+        self.losses.replace(logs, self.state.global_step, self.accelerator)
         super().log(logs, start_time)
+
+    def settle_weights(self) -> None:
+        """Give the model what is scored and saved: averaged weights, if any, and batch norm statistics for them."""
+        if self.average is None or self.average.swap_in():
+            self.estimate_batch_norm()
 
     def estimate_batch_norm(self) -> None:
         """Replace the running statistics of batch norm by those over `batch_norm_images` training images."""
@@ -232,7 +272,7 @@ class Sam2UNetTrainer(LoaderTrainer):
     ) -> dict[str, float]:
         """Evaluate as [`~transformers.Trainer`] does, during training with fresh batch norm statistics."""
         if self.is_in_train and self.batch_norm_images:
-            self.estimate_batch_norm()
+            self.settle_weights()
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         # Another data set under the name of the validation split is none for the model card.
         is_own = metric_key_prefix != "eval" or eval_dataset is None or eval_dataset is self.eval_dataset
@@ -292,10 +332,11 @@ class Sam2UNetTrainer(LoaderTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save as [`~transformers.Trainer`] does, with the losses so far; leave nothing half-written."""
-        cast("Any", self.state.stateful_callbacks)[LOSSES] = {
-            "args": {},
-            "attributes": self.losses.state(self.accelerator),
-        }
+        kept = cast("Any", self.state.stateful_callbacks)
+        kept[LOSSES] = {"args": {}, "attributes": self.losses.state(self.accelerator)}
+        if self.average:
+            self.settle_weights()
+            kept[AVERAGE] = self.average.state()
         folder = Path(cast("str", self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         with no_push_by_transformers(self.args), contextlib.ExitStack() as stack:
             if trial is None:  # transformers names the folders of a search by a private method
@@ -305,6 +346,8 @@ class Sam2UNetTrainer(LoaderTrainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """Save as [`~transformers.Trainer`] does, all before `trainer_state.json`, which marks it as complete."""
         super()._save_rng_state(output_dir)
+        if self.average and self.args.should_save:
+            self.average.save_raw(output_dir)
         self.accelerator.wait_for_everyone()
 
 
