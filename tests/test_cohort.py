@@ -48,7 +48,8 @@ def folder(tmp_path_factory):
 def run(folder):
     """The folder of a run on one cohort that scores the other, and its results."""
     arguments = ["--brats_dir", str(folder / "here"), "--slices", "head", "--test_dir", str(folder / "there")]
-    arguments += ["--model_name_or_path", str(folder / "start"), "--modalities", "t2", *QUICK]
+    arguments += ["--model_name_or_path", str(folder / "start"), "--modalities", "t2", "--neighbours", "1"]
+    arguments += ["--head_crop_size", "64", "64", *QUICK]
     results = run_segmentation.main([*arguments, "--output_dir", str(folder / "run")])
     return folder / "run", results
 
