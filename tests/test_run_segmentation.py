@@ -297,7 +297,10 @@ def test_contrasts_and_plane_go_with_the_checkpoint(cohort, checkpoint, tmp_path
     assert "The model is one of" not in caplog.text
     run_segmentation.main([*arguments, *again, "--output_dir", str(tmp_path / "axial")])
     assert "The model is one of modalities" not in caplog.text
-    run_segmentation.main([*arguments, *again, "--modalities", "flair", "--output_dir", str(tmp_path / "other")])
+    others = ["--modalities", "flair", "--output_dir", str(tmp_path / "other")]
+    with pytest.raises(SystemExit, match="was trained on t1, and is to segment flair. Leave out --modalities"):
+        run_segmentation.main([*arguments, *again, *others])
+    run_segmentation.main([*arguments, *again, *others, "--allow_other_modalities"])
     assert "The model is one of modalities ['t1'], and sees ['flair'] now (--modalities)." in caplog.text
     assert "The model is one of plane coronal, and sees axial now (--plane)." in caplog.text
 
