@@ -13,6 +13,7 @@ from case_names import to_file_name
 from processes import exit_on, is_main_process
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
+from transformers.integrations import get_available_reporting_integrations
 
 from dataset_scripts.brats_slices import CITATION
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetImageProcessor
@@ -203,6 +204,13 @@ class SegmentationTrainingArguments(TrainingArguments):
         if self.greater_is_better is None and lower_is_better(best_metric):
             self.greater_is_better = False
         super().__post_init__()
+        # transformers does not look for flyte.
+        installed = [*get_available_reporting_integrations(), "flyte"]
+        if missing := [name for name in self.report_to if name not in installed]:
+            raise ValueError(
+                f"--report_to {' '.join(missing)} is not installed. Try `pip install {' '.join(missing)}`, or pass "
+                f"one of {', '.join([*installed[:-1], 'none'])}."
+            )
         # Pinned memory speeds up copies to a GPU; without one PyTorch warns in every epoch.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
 

@@ -196,6 +196,35 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(cohort, checkpoint, tmp_path
         assert torch.equal(value, resumed[name]), name
 
 
+def test_resuming_what_is_finished_names_what_to_raise_and_writes_nothing(cohort, checkpoint, tmp_path):
+    output_dir = tmp_path / "run"
+    arguments = ["--brats_dir", str(cohort), "--slices", "12", "--model_name_or_path", checkpoint()]
+    arguments += ["--output_dir", str(output_dir), *QUICK]  # nine images, and so three steps an epoch
+    run_segmentation.main([*arguments, "--num_train_epochs", "1"])
+
+    def files():
+        return {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
+
+    before = files()
+    resume = ["--resume_from_checkpoint", "true", "--learning_rate", "0.01"]
+    for asked, steps in ((["--num_train_epochs", "1"], 3), (["--max_steps", "2"], 2)):
+        match = (
+            f"nothing is left to train after .*checkpoint-3, which is at step 3: {' '.join(asked)} asks for {steps}"
+        )
+        match += rf"\. Raise {asked[0]} to train further"
+        with pytest.raises(SystemExit, match=match):
+            run_segmentation.main([*arguments, *resume, *asked])
+        assert files() == before
+    run_segmentation.main([*arguments, *resume, "--num_train_epochs", "2"])
+    assert json.loads((output_dir / "run.json").read_text())["arguments"]["learning_rate"] == 0.01
+    assert json.loads((output_dir / "trainer_state.json").read_text())["global_step"] == 6
+    # One that was killed before its results were written only lacks these.
+    results = (output_dir / "all_results.json").read_bytes()
+    (output_dir / "all_results.json").unlink()
+    run_segmentation.main([*arguments, *resume, "--num_train_epochs", "2"])
+    assert (output_dir / "all_results.json").read_bytes() == results
+
+
 def test_from_scratch_trains_everything(cohort, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(
         "sam2unet_hf.configuration_sam2unet.preset_backbone_config",
@@ -272,6 +301,18 @@ def test_bad_data_costs_no_older_run(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["all_results.json"]
 
 
+def test_batches_larger_than_the_data_are_refused_and_cost_no_older_run(pictures, checkpoint, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "all_results.json").write_text("{}")
+    arguments = ["--dataset_name", str(pictures), "--model_name_or_path", checkpoint(regions={"mask": [1]}), *QUICK]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--overwrite_output_dir", "--dataloader_drop_last"]
+    with pytest.raises(SystemExit, match="leaves nothing to train on: there are 9 training images, and a batch .* 16"):
+        run_segmentation.main([*arguments, "--per_device_train_batch_size", "16"])
+    with pytest.raises(SystemExit, match="`label_smoothing_factor` must be 0 for SAM2-UNet, .* got 0.1"):
+        run_segmentation.main([*arguments, "--label_smoothing_factor", "0.1"])
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["all_results.json"]
+
+
 def test_bad_options_cost_no_older_run(pictures, checkpoint, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "all_results.json").write_text("{}")
@@ -297,7 +338,10 @@ def test_contrasts_and_plane_go_with_the_checkpoint(cohort, checkpoint, tmp_path
     assert "The model is one of" not in caplog.text
     run_segmentation.main([*arguments, *again, "--output_dir", str(tmp_path / "axial")])
     assert "The model is one of modalities" not in caplog.text
-    run_segmentation.main([*arguments, *again, "--modalities", "flair", "--output_dir", str(tmp_path / "other")])
+    others = ["--modalities", "flair", "--output_dir", str(tmp_path / "other")]
+    with pytest.raises(SystemExit, match="was trained on t1, and is to segment flair. Leave out --modalities"):
+        run_segmentation.main([*arguments, *again, *others])
+    run_segmentation.main([*arguments, *again, *others, "--allow_other_modalities"])
     assert "The model is one of modalities ['t1'], and sees ['flair'] now (--modalities)." in caplog.text
     assert "The model is one of plane coronal, and sees axial now (--plane)." in caplog.text
 
@@ -460,10 +504,12 @@ def test_nothing_to_resume_from(tmp_path):
         (["--model_name_or_path", "a", "--sam2_checkpoint", "b"], "pass one of --model_name_or_path and"),
         (["--push_to_hub", "--do_train", "false"], "pushes what was trained"),
         (["--preset", "huge"], "invalid choice: 'huge'"),
+        (["--report_to", "tensorboard"], "--report_to tensorboard is not installed. Try `pip install tensorboard`"),
         (["--augmentation", "strong", "flips"], "--augmentation takes none and strong alone, got strong flips"),
     ],
 )
-def test_arguments_that_exclude_each_other(arguments, match, capsys):
+def test_arguments_that_exclude_each_other(arguments, match, capsys, monkeypatch):
+    monkeypatch.setattr("arguments.get_available_reporting_integrations", lambda: ["wandb"])
     with pytest.raises(SystemExit):
         run_segmentation.main(arguments)
     assert match in capsys.readouterr().err
@@ -582,3 +628,24 @@ def test_search_trains_with_the_best_trial_and_goes_on_where_it_was(pictures, ch
     assert arguments_of_run.optim.value == found["best"]["optim"]
     assert "RandomVerticalFlip, ToUnitRange" not in (card := (output_dir / "README.md").read_text())
     assert "RandomGamma" in card
+
+
+def test_a_search_tries_no_batch_that_is_larger_than_the_data(pictures, checkpoint, tmp_path, monkeypatch):
+    optuna = pytest.importorskip("optuna")
+    import hp_search
+
+    class Tried(Exception):
+        pass
+
+    def look(trainer, hp_space, **kwargs):
+        trial = optuna.create_study().ask()
+        hp_space(trial)
+        raise Tried(trial.distributions["per_device_train_batch_size"].choices)
+
+    monkeypatch.setattr(hp_search.Sam2UNetTrainer, "hyperparameter_search", look)
+    arguments = ["--dataset_name", str(pictures), "--model_name_or_path", checkpoint(regions={"mask": [1]}), *QUICK]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--hp_search", "1"]
+    for options, sizes in (([], (4, 8, 16)), (["--dataloader_drop_last"], (4, 8))):  # of nine images
+        with pytest.raises(Tried) as found:
+            run_segmentation.main([*arguments, *options, "--overwrite_output_dir"])
+        assert found.value.args[0] == sizes
