@@ -23,7 +23,7 @@ from sam2unet_hf.crop_sam2unet import head_mask
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import provenance  # noqa: E402 - the scripts are no package
 import run_segmentation  # noqa: E402
-from arguments import PHANTOM_RECIPE, parse_arguments, resume_arguments  # noqa: E402
+from arguments import parse_arguments, resume_arguments  # noqa: E402
 from case_names import case_names  # noqa: E402
 from data_sources import (  # noqa: E402
     DataArguments,
@@ -32,6 +32,7 @@ from data_sources import (  # noqa: E402
     load_data,
     with_all_splits,
 )
+from recipes import PHANTOM, RECIPES  # noqa: E402
 
 
 QUICK = [
@@ -244,16 +245,42 @@ def test_from_scratch_trains_everything(cohort, tmp_path, caplog, monkeypatch):
     assert config.regions == {"TC": [1, 3], "ET": [3]}
 
 
-def test_defaults_are_the_papers_recipe_and_the_phantoms(monkeypatch, tmp_path):
+def test_the_recipe_of_the_paper_is_what_the_paper_says(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    _, data_args, args = parse_arguments(["--brats_dir", "BraTS2020"])
+    model_args, data_args, args = parse_arguments(["--recipe", "paper", "--brats_dir", "BraTS2020"])
+    # Table 2 of doi 10.3390/app15063267: epochs, optimiser, learning rate, weight decay, batch and image size.
     assert (args.num_train_epochs, args.learning_rate, args.weight_decay) == (30, 1e-4, 1e-4)
-    assert args.per_device_train_batch_size == 1
+    assert (args.per_device_train_batch_size, args.optim.value) == (1, "adamw_torch_fused")
+    assert (model_args.image_size, model_args.head_crop_size) == (352, None)
+    assert (data_args.slices, data_args.modalities, data_args.neighbours) == (["95"], ["flair"], None)
+    assert (args.lr_scheduler_type.value, args.lr_scheduler_kwargs) == ("cosine_with_min_lr", {"min_lr": 1e-7})
+    assert (args.augmentation, args.ema_decay, data_args.foreground_share) == (["flips"], 0, None)
+    assert not model_args.iou_over_batch
+    assert args.warmup_steps == 0
     assert args.output_dir == "runs/BraTS2020"
-    assert data_args.slices == ["95"]
-    model_args, data_args, args = parse_arguments(["--learning_rate", "0.01"])
-    assert (args.learning_rate, data_args.slices, args.output_dir) == (0.01, ["tumor"], "runs/phantom")
-    assert model_args.image_size == PHANTOM_RECIPE["image_size"]
+    # Images without a recipe have the same defaults.
+    *_, plain = parse_arguments(["--dataset_name", "photographs"])
+    for name in ("num_train_epochs", "learning_rate", "weight_decay", "augmentation", "metric_for_best_model"):
+        assert getattr(plain, name) == getattr(args, name)
+
+
+def test_scans_are_trained_by_the_recipe_for_volumes_and_options_win(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model_args, data_args, args = parse_arguments(["--brats_dir", "BraTS2020", "--learning_rate", "0.01"])
+    assert data_args.recipe == "volume"
+    assert (args.learning_rate, args.per_device_train_batch_size) == (
+        0.01,
+        RECIPES["volume"]["per_device_train_batch_size"],
+    )
+    assert (data_args.slices, data_args.neighbours, model_args.head_crop_size) == (["head"], 1, ["auto"])
+    assert args.metric_for_best_model == "patient_dice"
+    model_args, data_args, args = parse_arguments([])
+    assert (data_args.recipe, args.output_dir) == ("volume", "runs/phantom")
+    assert args.num_train_epochs == PHANTOM["num_train_epochs"]
+    assert parse_arguments(["--image_size", "96"])[0].head_crop_size is None
+    model_args, data_args, _ = parse_arguments(["--brats_dir", "BraTS2020", "--model_name_or_path", "mine"])
+    assert (model_args.head_crop_size, data_args.neighbours, data_args.slices) == (None, None, ["head"])
+    assert parse_arguments(["--dataset_name", "photographs"])[1].recipe is None
 
 
 @pytest.mark.parametrize(("arguments", "frozen"), [([], True), (["--freeze_encoder", "false"], False)])

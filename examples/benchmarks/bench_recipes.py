@@ -41,6 +41,8 @@ START = ["--foreground_share", "1", "--image_size", "352", "--per_device_train_b
 ARMS = {"tumour": START}
 for name, options in INGREDIENTS.items():
     ARMS[name] = [*list(ARMS.values())[-1], *options]
+ALL = list(ARMS)
+ARMS |= {"large": [*ARMS[ALL[-1]], "--preset", "large"]}
 ARMS |= {"paper": ["--recipe", "paper"], "volume": ["--recipe", "volume"]}
 
 COMMON = ["--learning_rate", "5e-4", "--warmup_steps", "50", "--eval_strategy", "no", "--save_strategy", "no"]
@@ -108,7 +110,7 @@ def train_arm(args: argparse.Namespace, name: str, folder: Path) -> dict[str, An
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = make_parser(__doc__, device=False)
     parser.add_argument("--brats_dir", type=Path, required=True)
-    parser.add_argument("--arms", nargs="+", default=[name for name in ARMS if name not in ("paper", "volume")])
+    parser.add_argument("--arms", nargs="+", default=ALL)
     parser.add_argument("--minutes", type=float, default=20, help="of training, without what comes before and after")
     parser.add_argument("--parallel", type=int, default=2, help="arms at a time, with one thread each on a CPU")
     parser.add_argument("--validation_patients", type=int, default=4)
