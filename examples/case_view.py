@@ -12,7 +12,7 @@ from plots import COLOURS
 from scipy import ndimage
 
 from sam2unet_hf.cases_sam2unet import BratsCase
-from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES, intensity_window, pixel_size_mm, take_slice
+from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES, pixel_size_mm, take_slice, to_grey
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, VolumeSegmentation
 
 
@@ -90,7 +90,7 @@ def segment_case(segment: Sam2UNetVolumePipeline, case: BratsCase, **options: An
     scans = dict(zip(names, case.read_images(names), strict=True))
     reference = case.read_mask(same_grid_as=scans[names[0]]).voxels if "seg" in case.files else None
     segmentation = segment(case, **options)
-    grey = {name: intensity_window(scans[name]).apply(scans[name].voxels) for name in MODALITIES if name in scans}
+    grey = {name: to_grey(scans[name]) for name in MODALITIES if name in scans}
     modality = "flair" if "flair" in segment.modalities else segment.modalities[0]
     return CaseView(case.case_id, segmentation, grey, modality, reference)
 
