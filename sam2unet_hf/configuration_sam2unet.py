@@ -94,6 +94,10 @@ class Sam2UNetConfig(PreTrainedConfig):
             loss of the prediction has weight 1. Defaults to `[1.0, 1.0]`.
         weight_bce: Apply the boundary weights of the loss to the BCE term too, as arXiv 2408.08870 writes it. `False`
             is the plain mean of the BraTS paper's equation and of the reference code as it runs.
+        iou_over_batch: Sum intersection and union of the IoU term over the images of a batch before their ratio is
+            taken, per region, instead of averaging the ratios of the images as the papers do. For batches with images
+            that lack a region. Each process and each accumulated step has its own batch. Images with labels of
+            different sizes, and so `eval_loss` of [`~training.Sam2UNetTrainer`], have one ratio each.
         ignore_index: Label id whose pixels count nowhere in the loss.
         encoder_source: Where the encoder's weights come from, as `from_sam2` records it: Hub id, or absolute path.
         encoder_revision: Commit of `encoder_source` on the Hub.
@@ -129,6 +133,7 @@ class Sam2UNetConfig(PreTrainedConfig):
     freeze_encoder: bool = True
     auxiliary_loss_weights: list[float] | None = None
     weight_bce: bool = False
+    iou_over_batch: bool = False
     ignore_index: int = 255
     encoder_source: str | None = None
     encoder_revision: str | None = None

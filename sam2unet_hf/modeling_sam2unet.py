@@ -215,9 +215,14 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
             masks, valid = self.region_masks(labels)
         if outputs[0].shape[-2:] != masks.shape[-2:]:
             outputs = [F.interpolate(logits, size=masks.shape[-2:], mode="bilinear") for logits in outputs]
-        weights = [1.0, *self.config.auxiliary_loss_weights]
+        config = self.config
         return deep_supervision_loss(
-            outputs, masks, output_weights=weights, valid=valid, weight_bce=self.config.weight_bce
+            outputs,
+            masks,
+            output_weights=[1.0, *config.auxiliary_loss_weights],
+            valid=valid,
+            weight_bce=config.weight_bce,
+            iou_over_batch=config.iou_over_batch,
         )
 
     def check_labels(self, labels: torch.Tensor | list[torch.Tensor], batch_size: int) -> None:

@@ -269,6 +269,13 @@ def head_box(greys: Sequence[np.ndarray], plane: str) -> list[int]:
     return [x_min, y_min, x_max, y_max]
 
 
+def foreground_slices(greys: Sequence[np.ndarray], plane: str) -> list[int]:
+    """Return the indices of the slices that show the head, which is not 0, in any scan of [`to_grey`]."""
+    others = tuple(axis for axis in range(3) if axis != PLANES[plane])
+    foreground = np.any([grey.any(axis=others) for grey in greys], axis=0)
+    return np.flatnonzero(foreground).tolist()
+
+
 def _in_memory_order(voxels: np.ndarray) -> np.ndarray:
     """Return a view that is fast to scan: a boolean index over a Fortran-ordered array takes several times longer."""
     return voxels.transpose(np.argsort(np.abs(voxels.strides))[::-1])
@@ -368,6 +375,7 @@ def check_same_grid(first: Volume, second: Volume) -> None:
 __all__ = [
     "ScanError",
     "Volume",
+    "foreground_slices",
     "head_box",
     "intensity_window",
     "read_volume",

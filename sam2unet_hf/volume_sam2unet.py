@@ -20,6 +20,7 @@ from .scans_sam2unet import (
     Volume,
     check_modalities,
     check_same_grid,
+    foreground_slices,
     head_box,
     read_volume,
     take_slice,
@@ -285,13 +286,6 @@ class Sam2UNetVolumePipeline:
                 outputs.logits = outputs.logits.flip(axes)
             found.append(torch.stack(self.processor.post_process_regions(outputs, target_sizes=sizes)))
         return torch.stack(found).mean(dim=0).cpu().numpy()
-
-
-def foreground_slices(greys: Sequence[np.ndarray], plane: str) -> list[int]:
-    """Return the indices of the slices in which a scan of shape `(left, posterior, superior)` is not all 0."""
-    others = tuple(axis for axis in range(3) if axis != PLANES[plane])
-    foreground = np.any([scan.any(axis=others) for scan in greys], axis=0)
-    return np.flatnonzero(foreground).tolist()
 
 
 def check_enhancing_label(enhancing_label: int, regions: Mapping[str, Sequence[int]]) -> None:

@@ -19,7 +19,7 @@ from huggingface_hub import DatasetCard
 from dataset_scripts.brats_slices import BratsSlices, split_patients
 from dataset_scripts.brats_slices.__main__ import main
 from dataset_scripts.brats_slices.png import encode_png
-from sam2unet_hf.scans_sam2unet import ScanError
+from sam2unet_hf.scans_sam2unet import MODALITIES, ScanError
 
 
 REPO = Path(__file__).parents[1]
@@ -80,11 +80,13 @@ def build(brats_dir, num_proc=None, **options):
 
 
 def rows(builder):
-    return [
-        row
-        for split in builder.as_dataset().values()
-        for row in split.cast_column("image", datasets.Image(decode=False))
-    ]
+    """Return all rows, with the bytes of their pictures."""
+    found = []
+    for split in builder.as_dataset().values():
+        for name in builder.config.columns:
+            split = split.cast_column(name, datasets.Image(decode=False))
+        found.extend(split)
+    return found
 
 
 # Splits
@@ -129,15 +131,21 @@ def test_empty_split_is_left_out(tmp_path):
 # Rows
 
 
-def test_rows_of_one_slice_have_image_mask_and_counts(brats_dir):
+def test_rows_of_one_slice_have_scans_mask_and_facts(brats_dir):
     dataset = build(brats_dir).as_dataset()
     assert {name: len(split) for name, split in dataset.items()} == {"train": 3, "validation": 1, "test": 1}
+    counts = ["wt_pixels", "tc_pixels", "et_pixels"]
+    names = [*MODALITIES, "mask", "case_id", "slice_index", "grade", *counts, "head_boxes", "spacing_mm"]
+    assert dataset["train"].column_names == names
     row = dataset["train"][0]
-    voxels = nib.load(next(brats_dir.rglob(f"{row['case_id']}_flair.nii.gz"))).get_fdata()
-    low, high = np.percentile(voxels[voxels != 0], [0.5, 99.5])
-    expected = np.rint((voxels[:, :, 2].T - low).clip(0, high - low) / (high - low) * 255)
-    np.testing.assert_allclose(np.asarray(row["image"]), expected, atol=1)
-    assert (row["image"].mode, row["image"].size) == ("L", (8, 9))
+    for modality in MODALITIES:
+        voxels = nib.load(next(brats_dir.rglob(f"{row['case_id']}_{modality}.nii.gz"))).get_fdata()
+        low, high = np.percentile(voxels[voxels != 0], [0.5, 99.5])
+        expected = np.rint((voxels[:, :, 2].T - low).clip(0, high - low) / (high - low) * 255)
+        np.testing.assert_allclose(np.asarray(row[modality]), expected, atol=1)
+        assert (row[modality].mode, row[modality].size) == ("L", (8, 9))
+        assert row["head_boxes"][modality] == [1, 0, 7, 9]  # all but the outermost columns, which are 0
+    assert row["spacing_mm"] == [1.5, 2, 3]
 
     mask = np.zeros((9, 8))
     mask[4, 2:6] = (1, 2, 2, 3)
@@ -147,12 +155,68 @@ def test_rows_of_one_slice_have_image_mask_and_counts(brats_dir):
     assert (row["wt_pixels"], row["tc_pixels"], row["et_pixels"]) == (4, 2, 1)
 
 
-def test_modalities_three_become_red_green_blue(brats_dir):
-    grey = {name: build(brats_dir, modalities=name).as_dataset(split="train")[0]["image"] for name in ("t1ce", "t2")}
-    colour = build(brats_dir, modalities=["t1ce", "t2", "flair"]).as_dataset(split="train")[0]["image"]
-    assert colour.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(colour)[..., 0], np.asarray(grey["t1ce"]))
-    np.testing.assert_array_equal(np.asarray(colour)[..., 1], np.asarray(grey["t2"]))
+def test_modalities_are_columns_in_the_order_of_the_table_and_all_of_one_cache(brats_dir):
+    every = build(brats_dir)
+    assert every.config.columns == list(MODALITIES)
+    some = build(brats_dir, modalities=["flair", "t1ce"])
+    assert some.cache_dir == build(brats_dir, modalities=("t1ce", "flair")).cache_dir != every.cache_dir
+    of_every, of_some = every.as_dataset(split="train"), some.as_dataset(split="train")
+    assert of_some.column_names[:3] == ["t1ce", "flair", "mask"]
+    assert list(of_some[0]["head_boxes"]) == ["t1ce", "flair"]
+    np.testing.assert_array_equal(np.asarray(of_some[0]["flair"]), np.asarray(of_every[0]["flair"]))
+    assert build(brats_dir, modalities="t2").as_dataset(split="train").column_names[:2] == ["t2", "mask"]
+
+
+def test_modalities_default_to_those_that_every_case_with_a_mask_has(brats_dir, caplog):
+    for path in brats_dir.rglob("*_t1.nii.gz"):
+        path.unlink()
+    next(brats_dir.rglob("Brats18_3_1_t2.nii.gz")).unlink()
+    make_case(brats_dir, "Brats18_6_1")
+    for name in ("seg", "flair"):
+        next(brats_dir.rglob(f"Brats18_6_1_{name}.nii.gz")).unlink()
+    builder = build(brats_dir, skip_bad_cases=True)
+    assert builder.config.columns == ["t1ce", "flair"]
+    assert "No column for t2, which 1 of 5 cases lack, such as Brats18_3_1. To leave out these cases" in caplog.text
+    assert "No column for t1," not in caplog.text  # no case has it
+    assert list(builder.skipped_cases) == ["Brats18_6_1"]
+    assert list(build(brats_dir, modalities="t2", skip_bad_cases=True).skipped_cases) == ["Brats18_3_1", "Brats18_6_1"]
+    for name in ("t1ce", "flair"):
+        next(brats_dir.rglob(f"Brats18_{len(name)}_1_{name}.nii.gz")).unlink()
+    with pytest.raises(
+        ScanError, match=r"No modality is there in each of the 5 cases .*\(t1 0, t1ce 4, t2 4, flair 4\)"
+    ):
+        build(brats_dir)
+
+
+@pytest.mark.parametrize(("plane", "expected"), [("axial", [2, 3, 6, 7]), ("coronal", [2, 1, 6, 4])])
+def test_head_boxes_are_of_the_whole_volume_in_pixels_of_the_plane(tmp_path, plane, expected):
+    make_case(tmp_path / "brats", "A_1")
+    for name, corners in {"flair": [(2, 4, 1), (5, 6, 2)], "t2": [(2, 3, 3)]}.items():
+        voxels = np.zeros(SHAPE, np.int16)
+        for corner in corners:
+            voxels[corner] = 9
+        save(tmp_path / "brats" / "A_1" / f"A_1_{name}.nii.gz", voxels)
+    dataset = build(tmp_path / "brats", plane=plane, slices="all", modalities=["flair", "t2"]).as_dataset("train")
+    boxes = dataset[0]["head_boxes"]
+    assert all(row == boxes for row in dataset["head_boxes"])
+    assert boxes["flair"] == {"axial": [2, 4, 6, 7], "coronal": [2, 2, 6, 4]}[plane]
+    union = [*np.minimum(boxes["flair"], boxes["t2"])[:2], *np.maximum(boxes["flair"], boxes["t2"])[2:]]
+    assert union == expected
+
+
+@pytest.mark.parametrize(
+    ("modalities", "plane", "indices"),
+    [("flair", "axial", [1, 2]), (["flair", "t2"], "axial", [1, 2, 4]), (["flair", "t2"], "sagittal", [2, 3, 6])],
+)
+def test_slices_head_are_those_that_show_the_head_in_any_scan(tmp_path, modalities, plane, indices):
+    make_case(tmp_path / "brats", "A_1")
+    for name, places in {"flair": [(2, 4, 1), (3, 6, 2)], "t2": [(6, 1, 4)]}.items():
+        voxels = np.zeros(SHAPE, np.int16)
+        for place in places:
+            voxels[place] = 9
+        save(tmp_path / "brats" / "A_1" / f"A_1_{name}.nii.gz", voxels)
+    builder = build(tmp_path / "brats", modalities=modalities, plane=plane, slices="head")
+    assert builder.as_dataset(split="train")["slice_index"] == indices
 
 
 @pytest.mark.parametrize(
@@ -178,17 +242,18 @@ def test_slices_chosen(tmp_path, options, indices):
 def test_plane_shows_the_voxel_at_the_left_front_top_where_it_belongs(tmp_path, plane, index, size, position):
     make_case(tmp_path / "brats", "A_1")  # its mask has ED at (left, posterior, superior) = (6, 1, 3)
     row = build(tmp_path / "brats", plane=plane, slices=index).as_dataset(split="train")[0]
-    assert row["mask"].size == row["image"].size == size
+    assert row["mask"].size == row["flair"].size == size
     assert np.asarray(row["mask"])[position] == 2
     assert row["wt_pixels"] == 1
 
 
-@pytest.mark.parametrize("n_channels", [1, 3])
-def test_encode_png_is_lossless(n_channels):
-    pixels = np.random.default_rng(0).integers(0, 256, (7, 5, n_channels), dtype=np.uint8)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_encode_png_is_lossless(order):
+    pixels = np.asarray(np.random.default_rng(0).integers(0, 256, (7, 5), dtype=np.uint8), order=order)
     with PIL.Image.open(io.BytesIO(encode_png(pixels))) as image:
         image.load()
-        np.testing.assert_array_equal(np.asarray(image).reshape(pixels.shape), pixels)
+        assert image.mode == "L"
+        np.testing.assert_array_equal(np.asarray(image), pixels)
 
 
 def test_num_proc_gives_the_same_rows(brats_dir, tmp_path, monkeypatch):
@@ -239,7 +304,7 @@ time.sleep(600)
 
 def test_cache_same_options_same_rows_other_options_other_folder(brats_dir):
     first = build(brats_dir)
-    second = build(brats_dir, modalities=("flair",), slices=[2, 2])
+    second = build(brats_dir, modalities=MODALITIES, slices=[2, 2])
     assert second.cache_dir == first.cache_dir
     assert rows(second) == rows(first)
     folders = {first.cache_dir}
@@ -281,9 +346,10 @@ def test_cache_changed_decathlon_scans_make_a_new_build(brats_dir, tmp_path, cha
 
 
 def test_cache_ignores_files_that_are_not_read(brats_dir):
-    before = BratsSlices(data_dir=str(brats_dir), slices=2).cache_dir
+    options = {"data_dir": str(brats_dir), "slices": 2, "modalities": ["flair", "t1"]}
+    before = BratsSlices(**options).cache_dir
     os.utime(brats_dir / "HGG" / "Brats18_1_1" / "Brats18_1_1_t2.nii.gz", ns=(0, 0))
-    assert BratsSlices(data_dir=str(brats_dir), slices=2).cache_dir == before
+    assert BratsSlices(**options).cache_dir == before
 
 
 # Errors
@@ -292,14 +358,12 @@ def test_cache_ignores_files_that_are_not_read(brats_dir):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"modalities": ["flair", "t2"]},
-            r"`modalities` must be one, or three as red, green and blue, got \['flair', 't2'\]",
-        ),
+        ({"modalities": []}, r"`modalities` must name one or more of t1, t1ce, t2, flair, each once, got \[\]"),
+        ({"modalities": ["t2", "t2"]}, r"`modalities` must name one or more of .*, got \['t2', 't2'\]"),
         ({"modalities": "t1gd"}, r"`modalities` must name one or more of .*, got \['t1gd'\]"),
         ({"slices": -1}, r"`slices` must be an index from 0 on, .*, got -1"),
         ({"slices": True}, r"`slices` must be an index from 0 on, .*, got True"),
-        ({"slices": []}, r"`slices` must be .*, got \[\]"),
+        ({"slices": []}, r"`slices` must be .* or one of all, head, tumor, got \[\]"),
         ({"slices": "some"}, r"`slices` must be .*, got 'some'"),
         ({"slices": 1.5}, r"`slices` must be .*, got 1.5"),
         ({"slices": [1.5]}, r"`slices` must be .*, got \[1.5\]"),
@@ -328,7 +392,7 @@ def test_missing_files_are_listed_before_any_reading(brats_dir):
         "case Brats18_1_1: no flair scan.*case Brats18_2_1: no flair.*case Brats18_3_1: no mask.*skip_bad_cases=True"
     )
     with pytest.raises(ScanError, match=f"(?s){message}"):
-        build(brats_dir)
+        build(brats_dir, modalities="flair")
 
 
 def test_decathlon_bad_cases_raise_or_are_skipped(brats_dir, tmp_path):
@@ -453,13 +517,17 @@ import datasets, sys
 dataset = datasets.load_dataset({str(output_dir)!r})
 assert "sam2unet_hf" not in sys.modules
 print({{name: len(split) for name, split in dataset.items()}})
-print(dataset["train"][0]["image"].mode, dataset["test"][0]["mask"].getextrema())
+row = dataset["test"][0]
+print(list(row)[:4], row["flair"].mode, row["mask"].getextrema(), row["head_boxes"]["t2"], row["spacing_mm"])
 """
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     env["PYTHONPATH"] = ""
     done = subprocess.run([sys.executable, "-c", script], cwd=elsewhere, env=env, capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["{'train': 6, 'validation': 2, 'test': 2}", "RGB (0, 0)"], done.stderr
+    assert done.stdout.splitlines() == [
+        "{'train': 6, 'validation': 2, 'test': 2}",
+        "['t1ce', 't2', 'flair', 'mask'] L (0, 0) [1, 0, 7, 9] [1.5, 2.0, 3.0]",
+    ], done.stderr
 
 
 def test_cli_folder_written_anew_is_loaded_anew(brats_dir, tmp_path):
@@ -487,6 +555,9 @@ def test_cli_card_states_facts(brats_dir, tmp_path):
     assert "cut from 4 scanning sessions of 4 patients" in card.text
     assert "| train | " in card.text
     assert "| `min_tumor_pixels` | 2 |" in card.text
+    assert "| `modalities` | t1 t1ce t2 flair |" in card.text
+    assert "| `t1`, `t1ce`, `t2`, `flair` | 8-bit grey PNG of each modality |" in card.text
+    assert "| `head_boxes` | for each modality the box" in card.text
     assert "Cases without rows: Brats18_4_1." in card.text
     assert "10.1109/TMI.2014.2377694" in card.text
     assert "$" not in card.text
@@ -525,7 +596,7 @@ def test_cli_full_output_folder_is_refused_and_an_empty_one_taken(brats_dir, tmp
 def test_cli_usage_error_exits_with_2(brats_dir, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(brats_dir, tmp_path / "out", "--slices", "some")
-    assert "argument --slices: expected indices, `all` or `tumor`, got some" in capsys.readouterr().err
+    assert "argument --slices: expected indices or one of all, head, tumor, got some" in capsys.readouterr().err
 
 
 # Real scans
@@ -536,4 +607,4 @@ def test_real_scans_22_cases_4_without_tumor_in_slice_95():
     found = rows(build(BRATS_DIR, slices=95, num_proc=2))
     assert len(found) == 22
     assert sum(row["wt_pixels"] == 0 for row in found) == 4
-    assert all(PIL.Image.open(io.BytesIO(row["image"]["bytes"])).size == (240, 240) for row in found)
+    assert all(PIL.Image.open(io.BytesIO(row["flair"]["bytes"])).size == (240, 240) for row in found)

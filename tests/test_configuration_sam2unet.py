@@ -27,6 +27,7 @@ def test_config_survives_saving(tmp_path, as_dict):
         freeze_encoder=False,
         auxiliary_loss_weights=[0.5, 0.25],
         weight_bce=True,
+        iou_over_batch=True,
         ignore_index=254,
     )
     config.save_pretrained(tmp_path)

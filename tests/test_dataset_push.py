@@ -20,6 +20,7 @@ from dataset_scripts.phantom import write_phantom_cohort
 CHECKOUT = Path(__file__).parents[1]
 REPO = "tester/slices"
 OPTIONS = ["--slices", "14 15", "--modalities", "t1ce", "t2", "flair"]
+PICTURES = ["t1ce", "t2", "flair", "mask"]  # columns
 STALE = "data/train-00001-of-00002.parquet"
 FILES = [".gitattributes", "README.md", *(f"data/{name}-00000-of-00001.parquet" for name in ("test", "train"))]
 FILES.append("data/validation-00000-of-00001.parquet")
@@ -33,13 +34,13 @@ import numpy as np
 from datasets import load_dataset
 from huggingface_hub import DatasetCard
 
-repo = sys.argv[1]
+repo, *columns = sys.argv[1:]
 arrays, rows = {}, {}
 for split, part in load_dataset(repo).items():
-    rows[split] = part.remove_columns(["image", "mask"]).to_list()
-    for column in ("image", "mask"):
+    rows[split] = part.remove_columns(columns).to_list()
+    for column in columns:
         arrays[f"{split} {column}"] = np.stack([np.asarray(image) for image in part[column]])
-for column in ("image", "mask"):
+for column in columns:
     stream = load_dataset(repo, split="train", streaming=True).take(3)
     arrays[f"stream {column}"] = np.stack([np.asarray(row[column]) for row in stream])
 np.savez("arrays.npz", **arrays)
@@ -122,9 +123,9 @@ def columns(dataset):
     arrays = {
         f"{split} {column}": np.stack([np.asarray(image) for image in part[column]])
         for split, part in dataset.items()
-        for column in ("image", "mask")
+        for column in PICTURES
     }
-    return arrays, {split: part.remove_columns(["image", "mask"]).to_list() for split, part in dataset.items()}
+    return arrays, {split: part.remove_columns(PICTURES).to_list() for split, part in dataset.items()}
 
 
 def test_a_push_is_private_and_loads_without_the_checkout(hub, cohort, tmp_path, monkeypatch):
@@ -140,18 +141,18 @@ def test_a_push_is_private_and_loads_without_the_checkout(hub, cohort, tmp_path,
         assert content == (output_dir / name).read_bytes()
         assert b"hf_write" not in content
 
-    loaded = run(hub, tmp_path / "load", [sys.executable, "-c", LOAD, REPO], "hf_read")
+    loaded = run(hub, tmp_path / "load", [sys.executable, "-c", LOAD, REPO, *PICTURES], "hf_read")
     facts = json.loads(loaded.stdout)
     found = np.load(tmp_path / "load" / "arrays.npz")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     expected, rows = columns(datasets.load_dataset(str(output_dir)))
     assert {split: len(part) for split, part in rows.items()} == {"train": 6, "validation": 2, "test": 2}
     assert facts["rows"] == rows
-    assert expected["train image"].shape == (6, 48, 48, 3)
+    assert expected["train t1ce"].shape == (6, 48, 48)
     assert np.unique(expected["train mask"]).tolist() == [0, 1, 2, 3]
     for name, pixels in expected.items():
         np.testing.assert_array_equal(found[name], pixels, err_msg=name)
-    for column in ("image", "mask"):
+    for column in PICTURES:
         np.testing.assert_array_equal(found[f"stream {column}"], expected[f"train {column}"][:3])
 
     assert (facts["card"]["license"], facts["card"]["license_name"]) == ("other", "brats-data-use")

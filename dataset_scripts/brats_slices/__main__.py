@@ -10,7 +10,7 @@ from huggingface_hub.errors import HTTPError
 
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
 
-from .brats_slices import OPTIONS, BratsSlices
+from .brats_slices import OPTIONS, SLICE_CHOICES, BratsSlices
 from .publish import prepare_repository, push_dataset, write_dataset
 
 
@@ -34,10 +34,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "private one stays private",
     )
     parser.add_argument(
-        "--modalities", nargs="+", default=["flair"], choices=MODALITIES, help="one, or three as red, green and blue"
+        "--modalities", nargs="+", choices=MODALITIES, help="a column each; by default those that every case has"
     )
     parser.add_argument(
-        "--slices", nargs="+", default=["95"], help="indices, `all`, or `tumor` for the slices that show enough of it"
+        "--slices",
+        nargs="+",
+        default=["95"],
+        help="indices, `all`, `head` for those that show the head, or `tumor` for those that show enough of it",
     )
     parser.add_argument("--min_tumor_pixels", type=int, default=1, help="how much is enough for `--slices tumor`")
     parser.add_argument("--plane", default="axial", choices=sorted(PLANES), help="how to cut")
@@ -49,9 +52,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("argument --public: needs --push_to_hub, which names the repository")
     words = " ".join(args.slices).split()  # `--slices 80 95` and `--slices "80 95"`
     try:
-        args.slices = words[0] if words in (["all"], ["tumor"]) else [int(word) for word in words]
+        args.slices = words[0] if len(words) == 1 and words[0] in SLICE_CHOICES else [int(word) for word in words]
     except ValueError:
-        parser.error(f"argument --slices: expected indices, `all` or `tumor`, got {' '.join(words)}")
+        choices = ", ".join(SLICE_CHOICES)
+        parser.error(f"argument --slices: expected indices or one of {choices}, got {' '.join(words)}")
     return args
 
 

@@ -18,7 +18,17 @@ import datasets
 import numpy as np
 
 from sam2unet_hf.cases_sam2unet import BratsCase, find_cases
-from sam2unet_hf.scans_sam2unet import PLANES, ScanError, Volume, check_modalities, intensity_window, take_slice
+from sam2unet_hf.scans_sam2unet import (
+    MODALITIES,
+    PLANES,
+    ScanError,
+    Volume,
+    check_modalities,
+    foreground_slices,
+    head_box,
+    take_slice,
+    to_grey,
+)
 
 from .png import encode_png
 
@@ -29,6 +39,7 @@ CITATION = resources.files(__package__).joinpath("brats.bib").read_text(encoding
 
 Rows: TypeAlias = list[dict[str, Any]] | ScanError  # of a case, or why it has none
 
+SLICE_CHOICES = ("all", "head", "tumor")  # besides indices
 # The fields of the config, which the command line has too.
 OPTIONS = ("modalities", "slices", "min_tumor_pixels", "plane", "seed", "skip_bad_cases")
 # Cases that are read ahead: more than there are likely to be processes, few enough to hold in memory.
@@ -41,16 +52,18 @@ class BratsSlicesConfig(datasets.BuilderConfig):
     """Options of `BratsSlices`.
 
     Attributes:
-        modalities: One of `sam2unet_hf.scans_sam2unet.MODALITIES` for grey images, or three as red, green and blue.
-        slices: Index of a slice, a list of them, `"all"`, or `"tumor"` for the slices that show enough of it. See
-            `sam2unet_hf.scans_sam2unet.take_slice` for where each plane counts from. 95 is the slice of the paper.
+        modalities: Names of `sam2unet_hf.scans_sam2unet.MODALITIES`, which every case must have. Default: those that
+            every case with a mask has. Their columns have the order of that table, whatever order is given here.
+        slices: Index of a slice, a list of them, `"all"`, `"head"` for the slices that show the head in any of the
+            modalities, or `"tumor"` for those that show enough of it. See `sam2unet_hf.scans_sam2unet.take_slice` for
+            where each plane counts from. 95 is the slice of the paper.
         min_tumor_pixels: How many pixels of tumour a slice must show; read with `slices="tumor"` alone.
         plane: `"axial"`, `"coronal"` or `"sagittal"`.
         seed: Chooses the split.
         skip_bad_cases: Leave out and report the cases that cannot be used, instead of raising.
     """
 
-    modalities: str | list[str] | tuple[str, ...] = ("flair",)
+    modalities: str | list[str] | tuple[str, ...] | None = None
     slices: int | str | list[int] | tuple[int, ...] = 95
     min_tumor_pixels: int = 1
     plane: str = "axial"
@@ -61,15 +74,15 @@ class BratsSlicesConfig(datasets.BuilderConfig):
         super().__post_init__()
         if isinstance(self.modalities, str):
             self.modalities = [self.modalities]
-        self.modalities = list(self.modalities)
-        check_modalities(self.modalities)
-        if len(self.modalities) not in (1, 3):
-            raise ValueError(f"`modalities` must be one, or three as red, green and blue, got {self.modalities}.")
-        if self.slices not in ("all", "tumor"):
+        if self.modalities is not None:
+            check_modalities(self.modalities)
+            self.modalities = [modality for modality in MODALITIES if modality in self.modalities]
+        if self.slices not in SLICE_CHOICES:
             indices = self.slices if isinstance(self.slices, (list, tuple, range)) else [self.slices]
             if not indices or not all(type(index) is int and index >= 0 for index in indices):
                 raise ValueError(
-                    f'`slices` must be an index from 0 on, a list of them, "all" or "tumor", got {self.slices!r}.'
+                    f"`slices` must be an index from 0 on, a list of them, or one of {', '.join(SLICE_CHOICES)}, got "
+                    f"{self.slices!r}."
                 )
             self.slices = sorted(set(cast("list[int]", indices)))
         if type(self.min_tumor_pixels) is not int or self.min_tumor_pixels < 1:
@@ -84,13 +97,39 @@ class BratsSlicesConfig(datasets.BuilderConfig):
         """The cases found in `data_dir`."""
         return find_cases(self.data_dir)
 
+    @functools.cached_property
+    def columns(self) -> list[str]:
+        """The modalities that become columns: those asked for, or those that every case with a mask has.
+
+        Raises:
+            ScanError: If none was asked for, and no modality is there in every case.
+        """
+        if self.modalities is not None:
+            return list(self.modalities)
+        cases = [case for case in self.cases if "seg" in case.files] or self.cases
+        lacking = {name: [case.case_id for case in cases if name not in case.files] for name in MODALITIES}
+        found = [name for name in MODALITIES if not lacking[name]]
+        if not found:
+            counts = ", ".join(f"{name} {len(cases) - len(case_ids)}" for name, case_ids in lacking.items())
+            raise ScanError(
+                f"No modality is there in each of the {len(cases)} cases in `{self.data_dir}` ({counts}). Name those "
+                f"to use: `modalities` (`--modalities`). {_SKIP_ADVICE}"
+            )
+        for name in (name for name in MODALITIES if len(lacking[name]) not in (0, len(cases))):
+            logger.warning(
+                "No column for %s, which %d of %d cases lack, such as %s. To leave out these cases instead, name %s "
+                "among the `modalities` (`--modalities`) and skip bad cases.",
+                *(name, len(lacking[name]), len(cases), lacking[name][0], name),
+            )
+        return found
+
     def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
         """Name the cache folder after the options and the scans found, so that changed scans make a new build."""
-        options = {name: getattr(self, name) for name in OPTIONS}
+        options = {**{name: getattr(self, name) for name in OPTIONS}, "modalities": self.columns}
         digest = hashlib.sha256()
         for case in self.cases:
             digest.update(repr((case.case_id, case.grade, case.problem)).encode())
-            for name in (*self.modalities, "seg"):
+            for name in (*self.columns, "seg"):
                 if name in case.files:
                     path = case.files[name]
                     # Take those of a dangling link itself; the error of reading it names the case.
@@ -103,12 +142,15 @@ class BratsSlicesConfig(datasets.BuilderConfig):
 class BratsSlices(datasets.GeneratorBasedBuilder):
     """2-D slices of BraTS scans with the experts' masks, split by patient.
 
-    Each row holds `image` (8-bit, grey or three modalities as RGB), `mask` (label ids 0 background, 1 NCR/NET, 2 ED,
-    3 ET), `case_id`, `slice_index`, `grade` (`"HGG"`, `"LGG"` or `None`) and the number of pixels of whole tumour
-    (labels 1, 2, 3), tumour core (1, 3) and enhancing tumour (3).
+    Each row holds an 8-bit grey image per modality, named as it (`flair`, `t1ce`, ...), `mask` (label ids 0
+    background, 1 NCR/NET, 2 ED, 3 ET), `case_id`, `slice_index`, `grade` (`"HGG"`, `"LGG"` or `None`), the number of
+    pixels of whole tumour (labels 1, 2, 3), tumour core (1, 3) and enhancing tumour (3), `head_boxes` (per modality
+    the box of the volume's head, `[x_min, y_min, x_max, y_max]` in pixels, half-open, the same for all slices of a
+    volume) and `spacing_mm` (size of a voxel from left to right, front to back and feet to head).
 
     Slices are oriented as `sam2unet_hf.scans_sam2unet.take_slice` says, one voxel per pixel, and their intensities
-    are scaled per scan as `intensity_window` there does.
+    are scaled per scan as `to_grey` there does. Which modalities a model takes, and in which order, is chosen when it
+    is trained.
 
     ```python
     builder = BratsSlices(data_dir="BraTS2020_TrainingData", slices="tumor", min_tumor_pixels=50)
@@ -126,11 +168,11 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
 
     Raises:
         FileNotFoundError: If `data_dir` does not exist or holds no case.
-        ValueError: If an option has an invalid value.
+        ValueError: If an option has an invalid value, or the cases have no modality in common.
         ScanError: From `download_and_prepare`, if a case cannot be used and `skip_bad_cases` is false.
     """
 
-    VERSION = datasets.Version("1.0.0")  # part of the cache folder: raise it whenever the rows change
+    VERSION = datasets.Version("2.0.0")  # part of the cache folder: raise it whenever the rows change
     BUILDER_CONFIG_CLASS = BratsSlicesConfig
     config: BratsSlicesConfig
     _pool: ProcessPoolExecutor | None = None  # reads cases, ahead of this process, which writes
@@ -160,9 +202,11 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
 
     def _info(self) -> datasets.DatasetInfo:
         text, count = datasets.Value("string"), datasets.Value("int32")
-        features = {"image": datasets.Image(), "mask": datasets.Image()}
+        features: dict[str, Any] = {name: datasets.Image() for name in (*self.config.columns, "mask")}
         features |= {"case_id": text, "slice_index": count, "grade": text}
         features |= {"wt_pixels": count, "tc_pixels": count, "et_pixels": count}
+        features["head_boxes"] = {name: datasets.Sequence(count, length=4) for name in self.config.columns}
+        features["spacing_mm"] = datasets.Sequence(datasets.Value("float64"), length=3)
         return datasets.DatasetInfo(
             description="2-D slices of BraTS scans with expert masks of the tumour.",
             features=datasets.Features(features),
@@ -174,7 +218,7 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
         """Split all the cases found, so that a bad one does not move the others; empty splits are left out."""
         cases = self.config.cases
         if not self.config.skip_bad_cases:
-            _check_complete(cases, (*self.config.modalities, "seg"))
+            _check_complete(cases, (*self.config.columns, "seg"))
         patients_of = split_patients((case.patient_id for case in cases), self.config.seed)
         cases_of = {
             split: [case for case in cases if case.patient_id in patients] for split, patients in patients_of.items()
@@ -273,7 +317,7 @@ def _end_with_parent() -> None:
 
 def _read_ahead(pool: ProcessPoolExecutor, cases: list[BratsCase], config: BratsSlicesConfig) -> Iterator[Rows]:
     """Yield the rows of each case in turn, while the processes read the next ones."""
-    config = replace(config)  # a copy without the list of all cases, for the processes
+    config = replace(config, modalities=config.columns)  # a copy without the list of all cases, for the processes
     begun: deque[Future[Rows]] = deque()
     for case in cases:
         begun.append(pool.submit(_read, case, config))
@@ -294,24 +338,27 @@ def _read(case: BratsCase, config: BratsSlicesConfig) -> Rows:
 def _rows(case: BratsCase, config: BratsSlicesConfig) -> Iterator[dict[str, Any]]:
     """Yield the rows of one case. Read the mask first: without tumour there may be no need to read the scans."""
     mask = case.read_mask()
-    indices = _slice_indices(mask, config)
-    if not indices:
+    indices = None if config.slices == "head" else _slice_indices(mask, config)
+    if indices == []:
         return
-    scans = case.read_images(config.modalities, same_grid_as=mask)
-    windows = [intensity_window(scan) for scan in scans]
+    scans = case.read_images(config.columns, same_grid_as=mask)
+    greys = {name: to_grey(scan) for name, scan in zip(config.columns, scans, strict=True)}
+    if indices is None:
+        indices = foreground_slices(list(greys.values()), config.plane)
+    of_the_case = {
+        "case_id": case.case_id,
+        "grade": case.grade,
+        "head_boxes": {name: head_box([grey], config.plane) for name, grey in greys.items()},
+        "spacing_mm": list(scans[0].spacing_mm),
+    }
     for index in indices:
-        channels = [
-            window.apply(take_slice(scan.voxels, config.plane, index))
-            for scan, window in zip(scans, windows, strict=True)
-        ]
-        labels = take_slice(mask.voxels, config.plane, index)
+        pictures = {name: take_slice(grey, config.plane, index) for name, grey in greys.items()}
+        pictures["mask"] = labels = take_slice(mask.voxels, config.plane, index)
         _, ncr, ed, et = np.bincount(labels.ravel(), minlength=4).tolist()
         yield {
-            "image": {"path": None, "bytes": encode_png(np.stack(channels, axis=-1))},
-            "mask": {"path": None, "bytes": encode_png(labels[..., None])},
-            "case_id": case.case_id,
+            **{name: {"path": None, "bytes": encode_png(pixels)} for name, pixels in pictures.items()},
+            **of_the_case,
             "slice_index": index,
-            "grade": case.grade,
             "wt_pixels": ncr + ed + et,
             "tc_pixels": ncr + et,
             "et_pixels": et,
@@ -319,6 +366,7 @@ def _rows(case: BratsCase, config: BratsSlicesConfig) -> Iterator[dict[str, Any]
 
 
 def _slice_indices(mask: Volume, config: BratsSlicesConfig) -> list[int]:
+    """Return the slices that the options choose, as far as the mask tells."""
     axis = PLANES[config.plane]
     n_slices = mask.voxels.shape[axis]
     if config.slices == "all":

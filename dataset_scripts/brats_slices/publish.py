@@ -107,7 +107,7 @@ def render_card(builder: BratsSlices, data_folder: Path, skipped: dict[str, str]
         n_patients = len(set(map(patient_of, cases)))
         counts[split] = (n_patients, len(cases), len(table), np.count_nonzero(table["wt_pixels"]))
     n_patients, n_cases, n_slices, _ = map(sum, zip(*counts.values(), strict=True))
-    options = {name: getattr(config, name) for name in OPTIONS}
+    options = {**{name: getattr(config, name) for name in OPTIONS}, "modalities": config.columns}
     for name, value in options.items():
         options[name] = " ".join(map(str, value)) if isinstance(value, list) else value
     if config.slices != "tumor":
@@ -116,7 +116,6 @@ def render_card(builder: BratsSlices, data_folder: Path, skipped: dict[str, str]
     info.download_size = sum(path.stat().st_size for path in data_folder.iterdir())
     metadata = huggingface_hub.DatasetCardData()
     DatasetInfosDict(default=info).to_dataset_card_data(metadata)
-    grey = f"grey, {config.modalities[0]}"
     folder = resources.files(__package__)
     template = folder.joinpath("README.md").read_text(encoding="utf-8")
     citation = CITATION + folder.joinpath("decathlon.bib").read_text(encoding="utf-8") if decathlon else CITATION
@@ -128,7 +127,7 @@ def render_card(builder: BratsSlices, data_folder: Path, skipped: dict[str, str]
         n_patients=n_patients,
         load_path=load_path,
         split_rows="\n".join(f"| {split} | {' | '.join(map(str, row))} |" for split, row in counts.items()),
-        image_content=grey if len(config.modalities) == 1 else f"RGB: {', '.join(config.modalities)}",
+        image_columns=", ".join(f"`{name}`" for name in config.columns),
         version=builder.VERSION,
         option_rows="\n".join(f"| `{name}` | {value} |" for name, value in options.items()),
         skipped=f"Cases without rows: {', '.join(skipped)}." if skipped else "All cases found have rows.",

@@ -54,7 +54,7 @@ def monai_reading(cases: list[BratsCase]) -> None:
 def build(brats_dir: Path, num_proc: int | None) -> int:
     """Build the data set into an empty cache; return how many slices it has."""
     with tempfile.TemporaryDirectory() as cache:
-        builder = BratsSlices(data_dir=str(brats_dir), slices="tumor", cache_dir=cache)
+        builder = BratsSlices(data_dir=str(brats_dir), modalities="flair", slices="tumor", cache_dir=cache)
         builder.download_and_prepare(num_proc=num_proc)
         return sum(split.num_examples for split in builder.info.splits.values())
 
