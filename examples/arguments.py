@@ -3,36 +3,26 @@
 import dataclasses
 import importlib.util
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from case_names import to_file_name
-from data_checks import DataSplits
 from processes import exit_on, is_main_process
+from recipes import RECIPES, recipe_defaults
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
+from transformers.integrations import get_available_reporting_integrations
 
 from dataset_scripts.brats_slices import CITATION
-from sam2unet_hf import Sam2UNetConfig
+from sam2unet_hf import Sam2UNetConfig, Sam2UNetImageProcessor
 from sam2unet_hf.configuration_sam2unet import PRESETS
 from sam2unet_hf.regions_sam2unet import parse_regions
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
-from sam2unet_hf.training import AUGMENTATIONS, HYPERPARAMETERS
-
-
-# Defaults for the phantom, on which training from scratch takes minutes on two CPU cores.
-PHANTOM_RECIPE = {
-    "slices": ["tumor"],
-    "min_tumor_pixels": 20,
-    "image_size": 96,
-    "num_train_epochs": 6.0,
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 32,
-    "learning_rate": 5e-4,
-    "warmup_steps": 20,
-}
+from sam2unet_hf.training import AUGMENTATIONS, HYPERPARAMETERS, ImageRows
+from sam2unet_hf.training.metrics import lower_is_better
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -51,9 +41,24 @@ class ModelArguments:
     )
     preset: str = option("tiny", "Size of an encoder from scratch, without a checkpoint.", choices=list(PRESETS))
     freeze_encoder: bool | None = option(None, "Train adapters and decoder only. Default: yes, unless from scratch.")
+    iou_over_batch: bool | None = option(
+        None,
+        "Take the IoU of the loss over a batch instead of each image, for images without the region. "
+        "Default: as the model says, else no.",
+    )
     image_size: int | None = option(
         None, "Height and width to resize images to. Default: those of the checkpoint, else 352."
     )
+    head_crop_size: list[str] | None = option(
+        None,
+        "Crop images to a window about the head instead of resizing them: its height and width in pixels, multiples "
+        "of 32, or auto, the smallest that holds each head of the training images. Default: as the checkpoint does.",
+    )
+
+    def __post_init__(self):
+        words = self.head_crop_size
+        if words not in (None, ["auto"]) and (len(words) != 2 or not all(map(str.isdecimal, words))):
+            raise ValueError(f"--head_crop_size takes auto, or height and width in pixels, got {' '.join(words)}.")
 
 
 @dataclass
@@ -67,19 +72,39 @@ class DataArguments:
     )
     dataset_config_name: str | None = option(None, "Configuration of the data set.")
     brats_dir: str | None = option(None, "Folder of BraTS cases, in NIfTI.")
+    recipe: str | None = option(
+        None,
+        "Defaults of the other options: `paper` for the protocol of the paper, `volume` for whole patients. "
+        "Default: volume for --brats_dir and the phantom, none for --dataset_name.",
+        choices=list(RECIPES),
+    )
     streaming: bool = option(
         False, "Read the Parquet files of --dataset_name while training, and keep no copy on disk."
     )
     shuffle_buffer: int = option(1000, "Rows that --streaming shuffles together, and each reader holds in memory.")
-    image_column: str | None = option(None, "Column of the images. Default: the first column of images.")
+    image_column: str | None = option(
+        None, "Column of the images. Default: those of --modalities if there are any, else the first column of images."
+    )
     mask_column: str | None = option(None, "Column of the masks. Default: mask, label or the like.")
     regions: list[str] | None = option(
         None,
         "Regions to segment, NAME=ID[,ID...] each, nested or disjoint. Default: WT=1,2,3 for BraTS, else "
         "one region per id in the masks; with --model_name_or_path those of the model.",
     )
-    modalities: list[str] = option(["flair"], "Modality of the scans, or three of them as RGB.", choices=MODALITIES)
-    slices: list[str] = option(["95"], "Slices of the scans: indices such as 90 95, all, or tumor.")
+    modalities: list[str] | None = option(
+        None,
+        "Modalities of the scans that an image is made of, in this order. Default: those of the model, or flair.",
+        choices=MODALITIES,
+    )
+    neighbours: int | None = option(
+        None, "Slices below and above each slice that its image takes in. Default: as many as the model, or 0."
+    )
+    foreground_share: float | None = option(
+        None,
+        "Show each training slice with tumour once an epoch, and as many others in turn as make this their share. "
+        "Default: show all once.",
+    )
+    slices: list[str] = option(["95"], "Slices of the scans: indices such as 90 95, all, head, or tumor.")
     min_tumor_pixels: int = option(1, "Least number of tumour pixels in a slice of --slices tumor.")
     plane: str = option("axial", "Plane of the slices.", choices=sorted(PLANES))
     num_proc: int | None = option(None, "Processes that read the scans.")
@@ -90,14 +115,27 @@ class DataArguments:
 
 @dataclass
 class SegmentationTrainingArguments(TrainingArguments):
-    """Transformers' training arguments with the defaults of the paper's recipe (doi 10.3390/app15063267, Table 2)."""
+    """Transformers' training arguments; without a recipe the defaults are those of `paper`."""
 
     do_train: bool = option(True, "Train.")
+    test_dir: str | None = option(
+        None,
+        "Second cohort to score, all of it, with or without training: folder of BraTS scans, folder with `images` and "
+        "`masks` in it, or data set.",
+    )
+    allow_other_modalities: bool = option(
+        False, "Score other modalities than those that the model was trained on, which is hardly ever right."
+    )
     do_predict: bool = option(False, "Write the label map of every test (else validation) image as PNG.")
     batch_norm_images: int | None = option(
         None,
         "Training images, per process, on which batch norm is estimated anew before each evaluation. "
-        "Default: 0 with a frozen encoder, else 128.",
+        "Default: 128, or 0 with a frozen encoder and no --ema_decay.",
+    )
+    ema_decay: float = option(
+        0.0,
+        "Score and save an exponential moving average of the weights, with this decay per step, such as 0.999. "
+        "Default: 0, the weights themselves.",
     )
     sync_batch_norm: bool = option(
         False, "Normalise by the images of all processes instead of those of each. Needs GPUs."
@@ -144,8 +182,8 @@ class SegmentationTrainingArguments(TrainingArguments):
         ):
             if getattr(self, name) and not self.do_train:
                 raise ValueError(f"--{name} {reason}; it cannot go with --do_train false.")
-        if "none" in self.augmentation and len(self.augmentation) > 1:
-            raise ValueError(f"--augmentation takes none alone, got {' '.join(self.augmentation)}.")
+        if {"none", "strong"} & set(self.augmentation) and len(self.augmentation) > 1:
+            raise ValueError(f"--augmentation takes none and strong alone, got {' '.join(self.augmentation)}.")
         if self.hp_search and importlib.util.find_spec("optuna") is None:
             raise ValueError('--hp_search needs optuna. Install it with `pip install "sam2unet-hf[search]"`.')
         if self.save_only_model:
@@ -157,9 +195,16 @@ class SegmentationTrainingArguments(TrainingArguments):
             self.lr_scheduler_kwargs = {"min_lr": 1e-7}
         # transformers considers larger values better unless the name ends in "loss".
         best_metric = (self.metric_for_best_model or "").removeprefix("eval_")
-        if self.greater_is_better is None and best_metric.startswith("mae"):
+        if self.greater_is_better is None and lower_is_better(best_metric):
             self.greater_is_better = False
         super().__post_init__()
+        # transformers does not look for flyte.
+        installed = [*get_available_reporting_integrations(), "flyte"]
+        if missing := [name for name in self.report_to if name not in installed]:
+            raise ValueError(
+                f"--report_to {' '.join(missing)} is not installed. Try `pip install {' '.join(missing)}`, or pass "
+                f"one of {', '.join([*installed[:-1], 'none'])}."
+            )
         # Pinned memory speeds up copies to a GPU; without one PyTorch warns in every epoch.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
 
@@ -170,7 +215,7 @@ def name_of_source(source: str) -> str:
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, SegmentationTrainingArguments]:
-    """Read the command line; without a source of data the defaults are those of `PHANTOM_RECIPE`."""
+    """Read the command line, with the defaults of the recipe."""
     parser = HfArgumentParser((ModelArguments, DataArguments, SegmentationTrainingArguments))
     if not is_main_process():
         parser.error = sys.exit  # the main process prints the usage, once
@@ -179,15 +224,27 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
         if getattr(given, one) is not None and getattr(given, other) is not None:
             parser.error(f"pass one of --{one} and --{other}")
     source = given.dataset_name or given.brats_dir
-    if source is None:
-        image_size = PHANTOM_RECIPE["image_size"] if given.model_name_or_path is None else None
-        parser.set_defaults(**{**PHANTOM_RECIPE, "image_size": image_size})
+    if source is None and scores_cohort_alone(given, given):
+        source = given.test_dir
+        if given.model_name_or_path is None:
+            parser.error("--test_dir with --do_train false scores a model: name it by --model_name_or_path")
+    recipe = given.recipe or ("volume" if source is None or given.brats_dir is not None else None)
+    has_model = given.model_name_or_path is not None
+    defaults = recipe_defaults(recipe, is_phantom=source is None, has_model=has_model)
+    if given.image_size is not None:  # a size to resize to takes the place of a window
+        defaults.pop("head_crop_size", None)
+    parser.set_defaults(recipe=recipe, **defaults)
     name = to_file_name("phantom" if source is None else name_of_source(source), separator="-")
     parser.set_defaults(output_dir=f"runs/{name}{'' if given.do_train else '-evaluation'}")
     try:
         return parser.parse_args_into_dataclasses(argv)
     except ValueError as err:
         parser.error(str(err))
+
+
+def scores_cohort_alone(data_args: Any, args: Any) -> bool:
+    """Whether only the cohort of `--test_dir` is scored: the run neither trains nor has data of its own."""
+    return bool(args.test_dir) and not (args.do_train or data_args.dataset_name or data_args.brats_dir)
 
 
 def requested_regions(model_args: ModelArguments, data_args: DataArguments) -> dict[str, list[int]] | None:
@@ -201,23 +258,46 @@ def requested_regions(model_args: ModelArguments, data_args: DataArguments) -> d
         return Sam2UNetConfig.from_pretrained(model_args.model_name_or_path).regions
 
 
+def take_channels_of_model(
+    model_args: ModelArguments, data_args: DataArguments, args: SegmentationTrainingArguments
+) -> None:
+    """Set modalities and neighbours that are not given to those of the model to start from, if there is one.
+
+    A second cohort that is scored alone is cut in the plane of the model, too.
+    """
+    if model_args.model_name_or_path is None:
+        return
+    try:
+        processor = Sam2UNetImageProcessor.from_pretrained(model_args.model_name_or_path)
+    except OSError:  # it has none, which is said when it is loaded
+        return
+    data_args.modalities = data_args.modalities or processor.modalities
+    if data_args.neighbours is None:
+        data_args.neighbours = processor.neighbours
+    if scores_cohort_alone(data_args, args):
+        data_args.plane = processor.plane or data_args.plane
+
+
 def resume_arguments(
     model_args: ModelArguments, data_args: DataArguments, training_args: SegmentationTrainingArguments
 ) -> dict[str, Any]:
     """Return the arguments that must stay the same when a run is resumed, because they change its result."""
-    names = [*HYPERPARAMETERS, "augmentation", "batch_norm_images", "sync_batch_norm", "trainable_only"]
-    values = {name: getattr(training_args, name) for name in [*names, "eval_strategy"]}
+    names = [*HYPERPARAMETERS, "augmentation", "batch_norm_images", "ema_decay", "sync_batch_norm"]
+    values = {name: getattr(training_args, name) for name in [*names, "trainable_only", "eval_strategy"]}
     plain = {name: getattr(value, "value", value) for name, value in values.items()}  # JSON has no enumerations
     return {**dataclasses.asdict(model_args), **dataclasses.asdict(data_args), **plain}
 
 
 def card_arguments(
-    data: DataSplits, model_args: ModelArguments, data_args: DataArguments, args: SegmentationTrainingArguments
+    data: Mapping[str, ImageRows],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: SegmentationTrainingArguments,
 ) -> dict[str, Any]:
     """Return the arguments of `create_model_card`: what the card says of the data and of the start of the run."""
     has_scans = data_args.dataset_name is None
     is_phantom = has_scans and data_args.brats_dir is None
-    rows: dict[str, Any] = {}
+    rows: dict[str, Any] = {} if data_args.recipe is None else {"recipe": data_args.recipe}
     for split, images in data.items():
         # The cases of photographs are the photographs, those of scans have many slices each.
         scans = f" of {len(set(images['case_id']))} scans" if "wt_pixels" in images.column_names else ""
@@ -226,12 +306,15 @@ def card_arguments(
         rows["slices"] = f"{data_args.plane}, {' '.join(data_args.slices)}"
         if "tumor" in data_args.slices:
             rows["slices"] += f" (at least {data_args.min_tumor_pixels} pixels of it)"
-        rows["modalities"] = ", ".join(data_args.modalities)
         rows["intensities"] = "0.5 to 99.5 percentile of each volume's foreground, to 8 bits"
         rows["split"] = f"by patient, seed {data_args.split_seed}"
         name = "a phantom cohort in BraTS' layout" if is_phantom else "BraTS"
     else:
         name = name_of_source(data_args.dataset_name)
+    if set(data["train"].image_columns) <= set(MODALITIES):
+        rows["modalities"] = ", ".join(data["train"].image_columns)
+    if count := data["train"].neighbours:
+        rows["neighbours"] = f"{count} slices below and {count} above, as further channels"
     return {
         "license": args.license,
         "tags": ["medical", "mri", "brain-tumor"] if has_scans else [],

@@ -36,6 +36,7 @@ class BaselineConfig(PreTrainedConfig):
     # Train with the loss of SAM2-UNet for one output.
     auxiliary_loss_weights: tuple = ()
     weight_bce: bool = False
+    iou_over_batch: bool = False
     ignore_index: int = 255
 
 

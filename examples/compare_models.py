@@ -29,12 +29,12 @@ from baselines import build_baseline
 from benchmarks.timing import count_flops, time_in_turn
 from comparison_data import ComparisonData
 from comparison_report import SYSTEMS, write_report
-from predictions import predict_label_maps
 from provenance import changed_values, fingerprint, write_json
 from transformers import PreTrainedModel, set_seed
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation
 from sam2unet_hf.configuration_sam2unet import PRESETS
+from sam2unet_hf.scans_sam2unet import MODALITIES
 from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics
 from sam2unet_hf.training.augmentation import AUGMENTATIONS
 from sam2unet_hf.training.resume import last_complete_checkpoint
@@ -54,6 +54,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of the builder, or Hub id; default: a phantom")
     parser.add_argument("--allow_leaks", action="store_true", help="accept splits that share a patient or an image")
+    parser.add_argument(
+        "--modalities", nargs="+", choices=MODALITIES, help="one modality, or three as colours; default: flair"
+    )
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each system is trained once per seed")
     length = parser.add_mutually_exclusive_group()
@@ -87,8 +90,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.minutes is not None:
         args.steps = None
+    if len(args.modalities or [""]) not in (1, 3):  # the encoders of all systems take three channels
+        parser.error(f"--modalities takes one modality or three, got {' '.join(args.modalities)}")
     if args.batch_size < 2:
         parser.error(f"--batch_size must be at least 2, got {args.batch_size}")
+    if {"none", "strong"} & set(args.augmentation) and len(args.augmentation) > 1:
+        parser.error(f"--augmentation takes none and strong alone, got {' '.join(args.augmentation)}")
     try:
         learning_rate(args, "unet")
     except (KeyError, ValueError) as err:
@@ -219,9 +226,7 @@ def run(args: argparse.Namespace, data: ComparisonData, system: str, seed: int, 
         trainer.compute_metrics = SegmentationMetrics(list(data.regions), **options)
         found = trainer.evaluate(data.evaluation("test"), metric_key_prefix="test")
         scores[protocol] = {key.removeprefix("test_"): value for key, value in found.items()}
-    maps = predict_label_maps(trainer.model, data.processor, [example.image for example in data.examples])
-    by_row = {str(example.row): found.astype(np.uint8) for example, found in zip(data.examples, maps, strict=True)}
-    np.savez_compressed(folder / "examples.npz", **by_row)
+    np.savez_compressed(folder / "examples.npz", **data.predict_examples(trainer.model))
     trainer.save_model()
     result = {"steps": steps, "best_step": trainer.state.best_global_step, "scores": scores, "curve": curve}
     write_json(folder / "result.json", result, sort_keys=False)

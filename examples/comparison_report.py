@@ -164,11 +164,8 @@ def plot_systems(data: ComparisonData, predictions: Mapping[str, Sequence[np.nda
     predicted_colours = [COLOURS[1]] if len(regions) == 1 else colours
     kinds = {"reference": (colours, "solid"), "prediction": (predicted_colours, "dashed")}
     for number, (row, example) in enumerate(zip(axes, examples, strict=True)):
-        image = example.image
-        # Do not convert 16-bit and float images, which would lose their range.
-        pixels = np.asarray(image if image.mode.startswith(("I", "F")) else image.convert("L"), dtype=float)
         for axis, found in zip(row, [None, *predictions.values()], strict=True):
-            axis.imshow(pixels, cmap="gray")
+            axis.imshow(example.image.astype(float), cmap="gray")
             axis.set(xticks=[], yticks=[])
             label_maps = [example.reference] if found is None else [example.reference, found[number]]
             for label_map, (kind_colours, style) in zip(label_maps, kinds.values(), strict=False):

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +30,12 @@ logger = logging.getLogger(__name__)
 DataSplits = Mapping[str, datasets.Dataset | ParquetRows]
 
 
-def check_leaks(data: DataSplits, image_column: str, has_patients: bool, allow_leaks: bool) -> None:
+def check_leaks(data: DataSplits, columns: Sequence[str], has_patients: bool, allow_leaks: bool) -> None:
     """Refuse data in which two splits share an image, or a patient if the column `case_id` tells patients apart."""
     leak, remedy = find_shared_patient(data) if has_patients else None, "Keep it in one split"
     if leak is None and not isinstance(data["train"], ParquetRows):  # comparing streamed images would read all of them
-        leak, remedy = find_shared_image(data, image_column), "Remove one of the two"
+        shared = (find_shared_image(data, column) for column in columns)
+        leak, remedy = next((leak for leak in shared if leak), None), "Remove one of the two"
     if leak is None:
         return
     leak = f"{leak} A model must not be scored on what it was trained on or chosen by."
@@ -121,7 +122,10 @@ def image_columns(rows: datasets.Dataset) -> list[str]:
 
 
 def check_first_rows(
-    data: Mapping[str, ParquetRows], image_column: str, mask_column: str, regions: dict[str, list[int]] | None
+    data: Mapping[str, ParquetRows],
+    columns: Sequence[str],
+    mask_column: str,
+    regions: dict[str, list[int]] | None,
 ) -> list[int]:
     """Check the first 100 rows of each streamed split, and return the ids of the regions, which must be given."""
     if regions is None:
@@ -131,7 +135,7 @@ def check_first_rows(
         )
     ids = {label_id for label_ids in regions.values() for label_id in label_ids}
     for split, rows in data.items():
-        found = check_images_and_masks(split, rows.head(100), image_column, mask_column)
+        found = check_images_and_masks(split, rows.head(100), columns, mask_column)
         if 255 in found and not found & ids:
             raise SystemExit(
                 f"The first masks of {split} hold {sorted(found)}, of which 255 is ignored, and none is of a region: "
@@ -140,23 +144,25 @@ def check_first_rows(
     return sorted(ids)
 
 
-def check_images_and_masks(split: str, rows: datasets.Dataset, image_column: str, mask_column: str) -> set[int]:
+def check_images_and_masks(split: str, rows: datasets.Dataset, columns: Sequence[str], mask_column: str) -> set[int]:
     """Read every image and mask once before training, which takes hours, and return the label ids in the masks."""
     transform = SegmentationTransform(Sam2UNetImageProcessor())
-    files = rows.select_columns(list({image_column: None, mask_column: None}))
+    files = rows.select_columns(list(dict.fromkeys([*columns, mask_column])))
     for column in files.column_names:
         files = files.cast_column(column, datasets.Image(decode=False))
     found: set[int] = set()
     for index, case in enumerate(tqdm(case_names(rows), desc=f"Checking {split} images and masks", unit="image")):
         row, name = files[index], f"{split} image {case}"
-        image = read_picture(row[image_column], name, "it")
+        images = [read_picture(row[column], name, "it") for column in columns]
         mask = read_picture(row[mask_column], name, "its mask")
         if mask.format in ("JPEG", "MPO"):
             raise SystemExit(f"{name}: its mask is a JPEG, which blurs label ids. Save masks as PNG.")
         with exit_on(ValueError, prefix=f"{name}: "):
-            transform.processor.process_image(image.image, do_convert_rgb=True, do_rescale=True)
+            for image in images:
+                transform.processor.process_image(image.image, do_convert_rgb=True, do_rescale=True)
             label_map = transform.to_label_ids(mask.image)
-        check_alignment(image, mask, name)
+        for image in images:
+            check_alignment(image, mask, name)
         for part in label_map.split(1024):  # `unique` sorts a copy, which for a whole mask would double the memory
             found.update(part.unique().tolist())
         if beyond := sorted(label_id for label_id in found if not 0 <= label_id < 2**16):

@@ -2,19 +2,28 @@
 
 import itertools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 from arguments import DataArguments
 from case_names import case_ids
-from data_checks import DataSplits, check_first_rows, check_images_and_masks, check_leaks, check_paths, image_columns
+from data_checks import (
+    DataSplits,
+    check_first_rows,
+    check_images_and_masks,
+    check_leaks,
+    check_paths,
+    image_columns,
+)
 from processes import exit_on
 
 from dataset_scripts.brats_slices import BratsSlices, split_patients
 from dataset_scripts.phantom import VERSION, write_phantom_cohort
 from sam2unet_hf.cases_sam2unet import patient_of
-from sam2unet_hf.training import ParquetRows, open_parquet
+from sam2unet_hf.scans_sam2unet import MODALITIES
+from sam2unet_hf.training import ImageRows, ParquetRows, open_parquet
 
 
 logger = logging.getLogger(__name__)
@@ -24,12 +33,16 @@ SPLITS = {
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing"),
 }
+DEFAULT_MODALITIES = ["flair"]
 MASK_COLUMNS = ("mask", "label", "labels", "annotation", "segmentation", "segmentation_mask", "masks")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def load_data(args: DataArguments) -> DataSplits:
-    """Load or build the data set, with the splits train, validation and, if there is enough, test."""
+    """Load or build the data set, with the splits train, validation and, if there is enough, test.
+
+    Of its columns of images it has those of the chosen images and masks alone.
+    """
     folders = {} if args.dataset_name is None else image_mask_folders(Path(args.dataset_name))
     if args.streaming and (args.dataset_name is None or folders):
         raise SystemExit(
@@ -50,8 +63,16 @@ def load_data(args: DataArguments) -> DataSplits:
             check_paths(data, args.dataset_name)
     if not args.streaming:
         data = with_all_splits(data, args.split_seed)
+    columns, mask_column = find_columns(data, args)
+    if args.dataset_name is not None and args.modalities and not {*columns} & {*MODALITIES}:
+        logger.warning("--modalities is not used: the images are in the column %s.", columns[0])
+    unused = {*image_columns(data["train"])} - {*columns, mask_column}
+    data = {
+        split: rows.select_columns([name for name in rows.column_names if name not in unused])
+        for split, rows in data.items()
+    }
     # Images of two patients may have the same name, in two folders.
-    check_leaks(data, find_columns(data, args)[0], has_patients=not folders, allow_leaks=args.allow_leaks)
+    check_leaks(data, columns, has_patients=not folders, allow_leaks=args.allow_leaks)
     return data
 
 
@@ -64,7 +85,7 @@ def slice_scans(args: DataArguments) -> datasets.DatasetDict:
     with exit_on(FileNotFoundError, ValueError):
         builder = BratsSlices(
             data_dir=str(brats_dir),
-            modalities=args.modalities,
+            modalities=args.modalities or DEFAULT_MODALITIES,
             slices=[int(word) for word in words] if all(map(str.isdecimal, words)) else " ".join(words),
             min_tumor_pixels=args.min_tumor_pixels,
             plane=args.plane,
@@ -182,33 +203,46 @@ def with_all_splits(data: DataSplits, seed: int) -> datasets.DatasetDict:
     return datasets.DatasetDict(named)
 
 
-def find_columns(data: DataSplits, args: DataArguments) -> tuple[str, str]:
-    """Return the names of the columns of images and masks."""
-    found = image_columns(data["train"])
+def find_columns(data: DataSplits, args: DataArguments) -> tuple[list[str], str]:
+    """Return the names of the columns that make an image, and of that of the masks."""
+    rows = next(iter(data.values()))
+    found = image_columns(rows)
     mask_column = args.mask_column or next((name for name in MASK_COLUMNS if name in found), None)
-    image_column = args.image_column or next((name for name in found if name != mask_column), None)
-    for option, column in (("--image_column", image_column), ("--mask_column", mask_column)):
+    option, columns = "--image_column", [args.image_column]
+    if args.image_column is None and {*found} & {*MODALITIES}:
+        option, columns = "--modalities", args.modalities or DEFAULT_MODALITIES
+    elif args.image_column is None:
+        columns = [next((name for name in found if name != mask_column), None)]
+    for option, column in (*((option, column) for column in columns), ("--mask_column", mask_column)):
         if column not in found:
             raise SystemExit(
                 f"{option}: {'no column found' if column is None else f'{column!r} is no column of images'}. The data "
-                f"set's columns of images are {found or 'none'}, of {data['train'].column_names}."
+                f"set's columns of images are {found or 'none'}, of {rows.column_names}."
             )
-    return image_column, mask_column
+    return columns, mask_column
+
+
+def make_images(
+    data: DataSplits, columns: Sequence[str], mask_column: str, neighbours: int | None = None
+) -> dict[str, ImageRows]:
+    """Return the rows of each split with the images that the model sees."""
+    with exit_on(ValueError):
+        return {split: ImageRows(rows, columns, mask_column, neighbours or 0) for split, rows in data.items()}
 
 
 def find_regions(
-    data: DataSplits, image_column: str, mask_column: str, regions: dict[str, list[int]] | None
+    data: DataSplits, columns: Sequence[str], mask_column: str, regions: dict[str, list[int]] | None
 ) -> tuple[dict[str, list[int]], dict[int, int]]:
     """Check images and masks; return the regions to segment, and ids to replace in the masks, such as `{255: 1}`."""
-    mapping: dict[int, int] = {}
+    rows, mapping = next(iter(data.values())), {}
     hint = ""
-    if "wt_pixels" in data["train"].column_names:  # the BraTS builder has checked its masks
+    if "wt_pixels" in rows.column_names:  # the BraTS builder has checked its masks
         ids, hint = [1, 2, 3], " (BraTS' label 4 is 3 here)"
         regions = regions or {"WT": ids}
-    elif isinstance(data["train"], ParquetRows):
-        ids = check_first_rows(data, image_column, mask_column, regions)
+    elif isinstance(rows, ParquetRows):
+        ids = check_first_rows(data, columns, mask_column, regions)
     else:
-        found = set().union(*(check_images_and_masks(*item, image_column, mask_column) for item in data.items()))
+        found = set().union(*(check_images_and_masks(*item, columns, mask_column) for item in data.items()))
         ids = sorted(found - {0, 255})
         if not ids and 255 in found:
             logger.warning("The masks hold 0 and 255 only: taking 255 as the foreground, label id 1.")

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import PHANTOM_RECIPE
 from case_view import segment_case
-from data_sources import DataArguments, find_columns, find_regions, load_data
+from data_sources import DEFAULT_MODALITIES, DataArguments, find_columns, find_regions, load_data, make_images
 from error_metrics import Analysis
 from error_plots import draw_case
 from error_report import write_report
 from processes import set_up_logging
 from provenance import RECORD, read_record
+from recipes import RECIPES
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
@@ -114,7 +114,7 @@ def fill_from_run(model: str, given: dict[str, Any]) -> dict[str, Any]:
         if names_data:
             return {}
         logger.warning("There is no %s to tell what the model was trained on: taking the phantom.", path)
-        return {name: PHANTOM_RECIPE[name] for name in ("slices", "min_tumor_pixels")}
+        return {"slices": RECIPES["volume"]["slices"]}
     names = [*DATA_OPTIONS, *(SCAN_OPTIONS if run.get("dataset_name") is None else ())]
     run = {name: run[name] for name in names if run.get(name) is not None}
     for name in SPLIT_OPTIONS:
@@ -135,7 +135,6 @@ def fill_from_run(model: str, given: dict[str, Any]) -> dict[str, Any]:
 def parse_arguments(argv: list[str] | None) -> tuple[AnalysisArguments, DataArguments]:
     """Read the command line; take data options that are not given from the run that trained the model."""
     parser = HfArgumentParser((AnalysisArguments, DataArguments), description=__doc__.split("\n")[0])
-    parser.set_defaults(modalities=None)  # those of the model
     # The parser sets no default where the namespace has a value, so what is still open afterwards was not given.
     is_open = object()
     names = [option.name for option in fields(DataArguments)]
@@ -199,17 +198,19 @@ def analyse_split(
     processor: Sam2UNetImageProcessor,
 ) -> None:
     """Write the report on a split of a data set."""
-    data_args.modalities = data_args.modalities or processor.modalities or ["flair"]
+    data_args.modalities = data_args.modalities or processor.modalities or DEFAULT_MODALITIES
     data = load_data(data_args)
     if args.split not in data:
         raise SystemExit(f"--split {args.split}: the data set has {', '.join(data)}. Pass one of them.")
-    rows, columns, regions = data[args.split], find_columns(data, data_args), model.config.regions
+    columns, regions = find_columns(data, data_args), model.config.regions
     try:
         _, mapping = find_regions(data, *columns, regions)
     except SystemExit as err:
         raise SystemExit(f"{err} {args.model} segments {regions}: pass data with masks of these ids.") from err
     folder = prepare_folder(args.output_dir)
-    transform = SegmentationTransform(processor, *columns, label_mapping=mapping)
+    transform = SegmentationTransform(processor, label_mapping=mapping)
+    neighbours = processor.neighbours if data_args.neighbours is None else data_args.neighbours
+    rows = make_images({args.split: data[args.split]}, *columns, neighbours)[args.split]
     analysis = Analysis(model, rows, transform, args.spacing_mm)
     analysis.run(args.batch_size, args.max_images)
     images = f"{len(analysis.records) // len(regions)} of {len(rows)} {args.split} images"

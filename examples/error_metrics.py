@@ -5,19 +5,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from case_names import case_names
 from case_view import bounding_box
 from error_plots import evenly_spread
-from PIL import Image
+from plots import grey_values
 from scipy import ndimage
 from tqdm import tqdm
 
 from sam2unet_hf import Sam2UNetForSemanticSegmentation
 from sam2unet_hf.metrics.volume_functional import count_voxels, dice
-from sam2unet_hf.training import SegmentationTransform
+from sam2unet_hf.training import ImageRows, SegmentationTransform
+from sam2unet_hf.training.rows import size_of
 
 
 THRESHOLD = 0.5  # a probability above it counts as predicted
@@ -140,20 +140,12 @@ def score_region(
     return record, unmatched
 
 
-def grey_values(image: Image.Image) -> np.ndarray:
-    """Return an image as grey values of shape `(height, width)`: of three modalities, or colours, the mean."""
-    # 16-bit and float images lose their range in `convert`.
-    if image.mode == "L" or image.mode.startswith(("I", "F")):
-        return np.asarray(image)
-    return np.asarray(image.convert("RGB")).mean(axis=-1)
-
-
 @dataclass(eq=False)
 class Analysis:
     """Scores of a model on a data set; [`run`] adds a record per image and region, and missed and false lesions."""
 
     model: Sam2UNetForSemanticSegmentation
-    rows: datasets.Dataset
+    rows: ImageRows
     transform: SegmentationTransform
     spacing_mm: Sequence[float] | None = None
 
@@ -182,18 +174,19 @@ class Analysis:
         processor = self.transform.processor
         for start in range(0, len(indices), batch_size):
             batch = self.rows[indices[start : start + batch_size]]
-            images = batch[self.transform.image_column]
-            inputs = processor(images, return_tensors="pt").to(self.model.device, self.model.dtype)
-            sizes = [(image.height, image.width) for image in images]
+            images = batch["image"]
+            inputs = self.transform.prepare_images(batch).to(self.model.device, self.model.dtype)
+            sizes = [size_of(image) for image in images]
             with torch.inference_mode():
                 probabilities = processor.post_process_regions(self.model(**inputs), target_sizes=sizes)
             known = [name for name in ("case_id", "slice_index", "grade") if name in batch]
             for number, (index, image) in enumerate(zip(indices[start:], images, strict=False)):
                 about = {"index": index, "image": self.names[index]} | {name: batch[name][number] for name in known}
-                label_ids = self.transform.to_label_ids(batch[self.transform.mask_column][number])
+                label_ids = self.transform.to_label_ids(batch["mask"][number])
                 masks, valid = self.model.region_masks(label_ids[None])
                 values = probabilities[number].cpu().numpy()
-                yield about, grey_values(image), values, masks[0].bool().numpy(), valid[0, 0].numpy()
+                grey = grey_values(self.rows.own_slice(image))
+                yield about, grey, values, masks[0].bool().numpy(), valid[0, 0].numpy()
 
     def of_region(self, region: str) -> list[dict[str, Any]]:
         """Return the records of one region."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+import torch
 from PIL import Image
 
 
@@ -18,10 +19,13 @@ COLOURS = ("#D55E00", "#56B4E9", "#F0E442", "#009E73", "#CC79A7")
 
 
 class ShownCase(NamedTuple):
-    """An image with its label maps, the reference and a prediction, of shape `(height, width)`."""
+    """An image with its label maps, the reference and a prediction, of shape `(height, width)`.
+
+    The image is a picture, or has the shape `(modalities, height, width)`.
+    """
 
     title: str
-    image: Image.Image
+    image: Image.Image | torch.Tensor
     reference: np.ndarray
     prediction: np.ndarray
 
@@ -48,6 +52,16 @@ def plot_training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def grey_values(image: Image.Image | torch.Tensor) -> np.ndarray:
+    """Return an image as grey values of shape `(height, width)`: of several modalities, or colours, the mean."""
+    if isinstance(image, torch.Tensor):
+        return image[0].numpy() if len(image) == 1 else image.numpy().mean(axis=0)
+    # 16-bit and float images lose their range in `convert`.
+    if image.mode == "L" or image.mode.startswith(("I", "F")):
+        return np.asarray(image)
+    return np.asarray(image.convert("RGB")).mean(axis=-1)
+
+
 def plot_predictions(cases: Sequence[ShownCase], regions: dict[str, list[int]], path: Path) -> None:
     """Draw image, reference, prediction and their outlines, one row per case."""
     figure, axes = plt.subplots(len(cases), 4, figsize=(12, 3.3 * len(cases)), layout="constrained", squeeze=False)
@@ -58,11 +72,8 @@ def plot_predictions(cases: Sequence[ShownCase], regions: dict[str, list[int]], 
     # Draw large regions first, so that those inside them stay visible.
     large_first = sorted(enumerate(regions.values()), key=lambda item: -len(item[1]))
     for row, case in zip(axes, cases, strict=True):
-        # 16-bit and float images lose their range in `convert`.
-        keeps_range = case.image.mode.startswith(("I", "F"))
-        pixels = np.asarray(case.image if keeps_range else case.image.convert("L"), dtype=float)
         for axis in row:
-            axis.imshow(pixels, cmap="gray")
+            axis.imshow(grey_values(case.image).astype(float), cmap="gray")
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(case.title)
         for index, label_ids in large_first:

@@ -1,9 +1,9 @@
 """Predicted label maps, their files, and the cases that `predictions.png` shows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from case_names import case_names
@@ -12,30 +12,29 @@ from plots import ShownCase
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from sam2unet_hf import Sam2UNetImageProcessor
-from sam2unet_hf.training import SegmentationTransform
+from sam2unet_hf.training import ImageRows, SegmentationTransform
+from sam2unet_hf.training.rows import size_of
 
 
 @torch.inference_mode()
 def predict_label_maps(
-    model: PreTrainedModel, processor: Sam2UNetImageProcessor, images: Sequence[Image.Image]
+    model: PreTrainedModel, transform: SegmentationTransform, batch: Mapping[str, list[Any]]
 ) -> list[np.ndarray]:
-    """Segment images as a user of the checkpoint does; return label ids of shape `(height, width)` of each image."""
-    inputs = processor(images, return_tensors="pt").to(model.device)
-    sizes = [(image.height, image.width) for image in images]
-    maps = processor.post_process_semantic_segmentation(model.eval()(**inputs), target_sizes=sizes)
+    """Segment a batch of rows as a user of the checkpoint does; return label ids `(height, width)` of each image."""
+    inputs = transform.prepare_images(batch).to(model.device)
+    sizes = [size_of(image) for image in batch["image"]]
+    maps = transform.processor.post_process_semantic_segmentation(model.eval()(**inputs), target_sizes=sizes)
     return [label_map.cpu().numpy() for label_map in maps]
 
 
 def write_predictions(
-    folder: Path, rows: datasets.Dataset, transform: SegmentationTransform, model: PreTrainedModel, batch_size: int
+    folder: Path, rows: ImageRows, transform: SegmentationTransform, model: PreTrainedModel, batch_size: int
 ) -> None:
     """Write the predicted label map of every row as PNG, in the label ids of the masks, named after its case."""
     folder.mkdir(exist_ok=True)
     names = case_names(rows)
     for start in tqdm(range(0, len(rows), batch_size), desc="Writing predictions", unit="batch"):
-        images = rows[start : start + batch_size][transform.image_column]
-        maps = predict_label_maps(model, transform.processor, images)
+        maps = predict_label_maps(model, transform, rows[start : start + batch_size])
         for name, label_map in zip(names[start : start + batch_size], maps, strict=True):
             for original_id, label_id in transform.label_mapping.items():
                 label_map = np.where(label_map == label_id, original_id, label_map)
@@ -44,20 +43,29 @@ def write_predictions(
 
 
 def choose_cases(
-    rows: datasets.Dataset, dice: np.ndarray, transform: SegmentationTransform, model: PreTrainedModel
+    rows: ImageRows,
+    dice: np.ndarray,
+    transform: SegmentationTransform,
+    model: PreTrainedModel,
+    choice: Sequence[int] | None = None,
 ) -> list[ShownCase]:
-    """Choose the best, the median and the worst image by Dice, one per row, of those whose reference has a region."""
+    """Choose the best, the median and the worst image by Dice, one per row, of those whose reference has a region.
+
+    `choice` are rows to choose from instead.
+    """
     region_ids = [label_id for label_ids in model.config.regions.values() for label_id in label_ids]
 
     def reference(index: int) -> np.ndarray:
-        return transform.to_label_ids(rows[index][transform.mask_column]).numpy()
+        return transform.to_label_ids(rows.mask(index)).numpy()
 
-    foreground = [index for index in range(len(rows)) if np.isin(reference(index), region_ids).any()]
-    ranked = sorted(foreground or range(len(rows)), key=lambda index: -dice[index])
+    if choice is None:
+        choice = [index for index in range(len(rows)) if np.isin(reference(index), region_ids).any()]
+    ranked = sorted(choice or range(len(rows)), key=lambda index: -dice[index])
     names = case_names(rows)
     cases = []
     for rank, index in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
-        image = rows[index][transform.image_column]
-        (prediction,) = predict_label_maps(model, transform.processor, [image])
-        cases.append(ShownCase(f"{rank}: Dice {dice[index]:.3f}\n{names[index]}", image, reference(index), prediction))
+        batch = rows[[index]]
+        (prediction,) = predict_label_maps(model, transform, batch)
+        title = f"{rank}: Dice {dice[index]:.3f}\n{names[index]}"
+        cases.append(ShownCase(title, rows.own_slice(batch["image"][0]), reference(index), prediction))
     return cases

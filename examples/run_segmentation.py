@@ -10,26 +10,50 @@ import functools
 import logging
 import signal
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from accelerate import PartialState
-from arguments import ModelArguments, card_arguments, parse_arguments, requested_regions, resume_arguments
-from data_sources import find_columns, find_regions, load_data
+from arguments import (
+    DataArguments,
+    ModelArguments,
+    SegmentationTrainingArguments,
+    card_arguments,
+    parse_arguments,
+    requested_regions,
+    resume_arguments,
+    scores_cohort_alone,
+    take_channels_of_model,
+)
+from cohort import COHORT, load_cohort
+from data_sources import find_columns, find_regions, load_data, make_images
 from hp_search import search
+from patients import KnownPatients, rows_to_show, score_split, write_splits
 from plots import plot_predictions, plot_training_curve
 from predictions import choose_cases, write_predictions
 from processes import exit_on, from_main_process, report_error_once, set_up_logging
-from provenance import RESULTS_FILE, find_checkpoint, run_record, start_run, write_json
+from provenance import RESULTS_FILE, check_steps_left, find_checkpoint, run_record, start_run, write_json
 from safetensors import SafetensorError
 from transformers import set_seed
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
-from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform, augmentation
+from sam2unet_hf.patient_checks import describe_other_modalities
+from sam2unet_hf.scans_sam2unet import MODALITIES
+from sam2unet_hf.training import (
+    ImageRows,
+    Sam2UNetTrainer,
+    SegmentationMetrics,
+    SegmentationTransform,
+    augmentation,
+    choose_head_crop_size,
+)
 from sam2unet_hf.training.resume import StopOnSigterm, last_complete_checkpoint
 
 
 logger = logging.getLogger("run_segmentation")
 
-TIMINGS = ("_runtime", "_per_second")  # suffixes of metrics that differ when the same run is repeated
+# Suffixes of metrics that differ when the same run is repeated.
+TIMINGS = ("_runtime", "_per_second", "_preparation_time")
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -38,58 +62,79 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_up_logging(is_muted=not training_args.should_log)
     output_dir = Path(training_args.output_dir)
     requested = requested_regions(model_args, data_args)
+    take_channels_of_model(model_args, data_args, training_args)
     arguments = resume_arguments(model_args, data_args, training_args)
     checkpoint = from_main_process(training_args, lambda: find_checkpoint(arguments, training_args))
 
-    with training_args.main_process_first(desc="preparing the data"):
-        data = load_data(data_args)
-    columns = find_columns(data, data_args)
-    regions, label_mapping = from_main_process(training_args, lambda: find_regions(data, *columns, requested))
+    data, regions, label_mapping, images = {}, requested, {}, {}
+    if not scores_cohort_alone(data_args, training_args):
+        with training_args.main_process_first(desc="preparing the data"):
+            data = load_data(data_args)
+        columns, mask_column = find_columns(data, data_args)
+        regions, label_mapping = from_main_process(
+            training_args, lambda: find_regions(data, columns, mask_column, requested)
+        )
+        images = make_images(data, columns, mask_column, data_args.neighbours)
+    cohort = None
+    if training_args.test_dir is not None:
+        with training_args.main_process_first(desc="preparing the second cohort"):
+            cohort = load_cohort(training_args.test_dir, data_args, regions)
 
     # Model and image processor
     set_seed(training_args.seed)
-    model, processor = load_model(model_args, regions)
-    for name in ("modalities", "plane") if data_args.dataset_name is None else ():  # volume inference needs them
-        before, now = getattr(processor, name), getattr(data_args, name)
-        if before not in (None, now):
-            logger.warning("The model is one of %s %s, and sees %s now (--%s).", name, before, now, name)
-        setattr(processor, name, now)
+    first = images["train"] if images else cohort.images
+    image_options = choose_image_options(model_args, first)
+    model, processor = load_model(model_args, regions, **image_options)
+    note_scans(processor, first.image_columns, data_args, training_args)
 
     # Transforms: training images are augmented, the others are scored at the size of their masks.
-    transform = functools.partial(SegmentationTransform, processor, *columns, label_mapping=label_mapping)
-    augment = augmentation(*(name for name in training_args.augmentation if name != "none"))
-    train_dataset = data["train"].with_transform(transform(augment=augment))
+    transform = functools.partial(SegmentationTransform, processor, label_mapping=label_mapping)
+    names = [name for name in training_args.augmentation if name != "none"]
+    augment = augmentation(*names, neighbours=processor.neighbours)
+    train_dataset = images["train"].with_transform(transform(augment=augment)) if images else None
     at_mask_size = transform(resize_masks=False)
-    evaluation = {split: rows.with_transform(at_mask_size) for split, rows in data.items() if split != "train"}
+    evaluation = {split: rows.with_transform(at_mask_size) for split, rows in images.items() if split != "train"}
+    if cohort is not None:
+        at_mask_size = transform(resize_masks=False, label_mapping=cohort.label_mapping)
+        evaluation[COHORT] = cohort.images.with_transform(at_mask_size)
 
     compute_metrics = SegmentationMetrics(list(regions))
     batch_norm_images = training_args.batch_norm_images
     if batch_norm_images is None:
-        batch_norm_images = 0 if model.config.freeze_encoder else 128
+        batch_norm_images = 0 if model.config.freeze_encoder and not training_args.ema_decay else 128
     make_trainer = functools.partial(
         Sam2UNetTrainer,
         compute_metrics=compute_metrics,
         batch_norm_images=batch_norm_images,
         sync_batch_norm=training_args.sync_batch_norm,
         trainable_only=training_args.trainable_only,
+        foreground_share=data_args.foreground_share,
+        ema_decay=training_args.ema_decay,
         train_dataset=train_dataset,
-        eval_dataset=evaluation["validation"],
+        eval_dataset=evaluation.get("validation", evaluation.get(COHORT)),
         processing_class=processor,
     )
     with exit_on(OSError, ValueError):  # such as no right to push, or no such metric
         trainer = make_trainer(model, training_args)
+    if checkpoint is not None and training_args.do_train:
+        check_steps_left(trainer, checkpoint, arguments)
+    known = KnownPatients(data, data_args, training_args, model_args.model_name_or_path)
     # An older run is removed only once data, model and Trainer exist, so that a mistyped option does not cost it.
     if training_args.process_index == 0:
-        start_run(run_record(arguments, training_args, data), training_args)
+        recorded = data if cohort is None else {**data, COHORT: cohort.rows}
+        start_run(run_record(arguments, training_args, recorded), training_args)
+        if training_args.do_train:
+            write_splits(output_dir, known.of_run)
+        known.warn(evaluation, has_patients=cohort is not None and cohort.has_patients)
 
     if training_args.hp_search:
         make_trial = functools.partial(make_trainer, model)
-        best = search(make_trial, lambda: load_model(model_args, regions)[0], training_args)
+        best = search(make_trial, lambda: load_model(model_args, regions, **image_options)[0], training_args)
         for name, value in best.items():
             setattr(training_args, name, type(getattr(training_args, name))(value))
-        model, _ = load_model(model_args, regions)
+        model, _ = load_model(model_args, regions, **image_options)
         trainer = make_trainer(model, training_args)
-    counts = ", ".join(f"{len(rows)} {split}" for split, rows in data.items())
+    counts = ", ".join(f"{len(rows)} {split}" for split, rows in {**images, **evaluation}.items())
     parameters = [model.num_parameters(only_trainable=only) / 1e6 for only in (False, True)]
     logger.info("Images: %s. Parameters: %.2f M, %.2f M of them trained.", counts, *parameters)
 
@@ -106,27 +151,36 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         keep("train", train(trainer, checkpoint))
     # The curves leave out the final evaluation, which belongs to an earlier epoch, that of the best checkpoint.
     history = list(trainer.state.log_history)
-    keep("eval", trainer.evaluate())
-    if "test" in evaluation:
-        keep("test", trainer.evaluate(evaluation["test"], metric_key_prefix="test"))
+    found: dict[str, tuple[np.ndarray, dict[str, np.ndarray]]] = {}
+    for split, rows in evaluation.items():
+        prefix = "eval" if split == "validation" else split
+        keep(prefix, trainer.evaluate(rows, metric_key_prefix=prefix))
+        found[split] = compute_metrics.image_dice.mean(axis=1), compute_metrics.patient_counts
 
-    # Pictures of the split that was scored last
-    if trainer.is_world_process_zero():
-        if trainer.is_fsdp_enabled:  # each process holds a part of the weights
-            model = Sam2UNetForSemanticSegmentation.from_pretrained(output_dir).to(training_args.device)
-        rows = data["test" if "test" in data else "validation"]
-        cases = choose_cases(rows, compute_metrics.image_dice.mean(axis=1), at_mask_size, model)
-        plot_predictions(cases, regions, output_dir / "predictions.png")
-        if training_args.do_train:
-            plot_training_curve(history, output_dir / "training_curve.png")
+    # Patients and pictures, of the run's own split that was scored last, and of the second cohort
+    if trainer.is_fsdp_enabled:  # each process holds a part of the weights
+        model = Sam2UNetForSemanticSegmentation.from_pretrained(output_dir).to(training_args.device)
+    own = [split for split in ("validation", "test") if split in evaluation][-1:]
+    for split in (*own, COHORT) if COHORT in evaluation else own:
+        rows, (dice, patient_counts) = evaluation[split], found[split]
+        table = score_split(trainer, model, processor, rows, patient_counts, split)
+        if not trainer.is_world_process_zero():
+            continue
+        chosen, dice = rows_to_show(rows, table) if table.rows else (None, dice)
+        transform, rows = rows.transform, rows.with_transform(None)
+        prefix = f"{COHORT}_" if split == COHORT else ""
+        cases = choose_cases(rows, dice, transform, model, chosen)
+        plot_predictions(cases, regions, output_dir / f"{prefix}predictions.png")
         if training_args.do_predict:
             batch_size = training_args.per_device_eval_batch_size
-            write_predictions(output_dir / "predictions", rows, at_mask_size, model, batch_size)
+            write_predictions(output_dir / f"{prefix}predictions", rows, transform, model, batch_size)
+    if training_args.do_train and trainer.is_world_process_zero():
+        plot_training_curve(history, output_dir / "training_curve.png")
 
     # Model card and Hub
     if training_args.do_train:
         write_card = trainer.push_to_hub if training_args.push_to_hub else trainer.create_model_card
-        write_card(**card_arguments(data, model_args, data_args, training_args))
+        write_card(**card_arguments(images, model_args, data_args, training_args))
     if not trainer.is_world_process_zero():
         return {}
     write_json(output_dir / RESULTS_FILE, results)
@@ -135,12 +189,47 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     return results
 
 
+def choose_image_options(args: ModelArguments, rows: ImageRows) -> dict[str, Any]:
+    """Return what the image processor must know of the training images, and the window about the head."""
+    options: dict[str, Any] = {"num_channels": rows.num_channels, "neighbours": rows.neighbours}
+    if args.head_crop_size == ["auto"]:
+        with exit_on(ValueError, prefix="--head_crop_size auto: "):
+            options["head_crop_size"] = choose_head_crop_size(rows.head_boxes())
+    elif args.head_crop_size is not None:
+        options["head_crop_size"] = dict(zip(("height", "width"), map(int, args.head_crop_size), strict=True))
+    return options
+
+
+def note_scans(
+    processor: Sam2UNetImageProcessor,
+    columns: list[str],
+    data_args: DataArguments,
+    args: SegmentationTrainingArguments,
+) -> None:
+    """Note modalities and plane of the scans in the image processor, since volume inference needs them.
+
+    A model is not scored on other modalities than its own, unless that is asked for; it can be trained on others.
+    """
+    facts = {"modalities": columns} if set(columns) <= set(MODALITIES) else {}
+    facts |= {"plane": data_args.plane} if data_args.dataset_name is None else {}
+    others = describe_other_modalities(processor.modalities, facts.get("modalities", processor.modalities))
+    if others and not (args.do_train or args.allow_other_modalities):
+        raise SystemExit(f"{others} Leave out --modalities, or go on all the same with --allow_other_modalities.")
+    for name, now in facts.items():
+        before = getattr(processor, name)
+        if before not in (None, now):
+            logger.warning("The model is one of %s %s, and sees %s now (--%s).", name, before, now, name)
+        setattr(processor, name, now)
+
+
 def load_model(
-    args: ModelArguments, regions: dict[str, list[int]]
+    args: ModelArguments, regions: dict[str, list[int]], **image_options: Any
 ) -> tuple[Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor]:
-    """Load or build the model and its image processor for regions, name -> label ids, which must be the model's."""
-    size = {} if args.image_size is None else {"size": {"height": args.image_size, "width": args.image_size}}
-    processor = Sam2UNetImageProcessor(regions=regions, **size)
+    """Load or build the model and its image processor for regions, name -> label ids, and images, which must fit."""
+    if args.image_size is not None:
+        image_options["size"] = {"height": args.image_size, "width": args.image_size}
+    with exit_on(ValueError, prefix="--head_crop_size: "):
+        processor = Sam2UNetImageProcessor(regions=regions, **image_options)
     if args.model_name_or_path is not None:
         model = Sam2UNetForSemanticSegmentation.from_pretrained(args.model_name_or_path)
         if model.config.regions != regions:
@@ -148,15 +237,23 @@ def load_model(
                 f"{args.model_name_or_path} segments {model.config.regions}, not {regions}. Leave out --regions, or "
                 "start from --sam2_checkpoint."
             )
+        if (num_channels := model.config.backbone_config.num_channels) != processor.num_channels:
+            raise SystemExit(
+                f"{args.model_name_or_path} takes images of {num_channels} channels, the images have "
+                f"{processor.num_channels}. Leave out --modalities and --neighbours, or start from --sam2_checkpoint."
+            )
         try:
-            processor = Sam2UNetImageProcessor.from_pretrained(args.model_name_or_path, **size)
+            processor = Sam2UNetImageProcessor.from_pretrained(args.model_name_or_path, **image_options)
         except OSError:
             logger.warning("%s has no image processor. Taking the default one.", args.model_name_or_path)
         if args.freeze_encoder is not None:
             model.freeze_encoder(args.freeze_encoder)
+        if args.iou_over_batch is not None:
+            model.config.iou_over_batch = args.iou_over_batch
         return model, processor
     freeze = args.sam2_checkpoint is not None if args.freeze_encoder is None else args.freeze_encoder
-    options = {"regions": regions, "freeze_encoder": freeze}
+    options = {"regions": regions, "freeze_encoder": freeze, "iou_over_batch": bool(args.iou_over_batch)}
+    options["num_channels"] = processor.num_channels
     if args.sam2_checkpoint is not None:
         with exit_on(OSError, ValueError, prefix="--sam2_checkpoint: "):
             model = Sam2UNetForSemanticSegmentation.from_sam2(args.sam2_checkpoint, **options)

@@ -32,13 +32,14 @@ PRESET_ROWS: dict[str, tuple[Any, ...]] = {
 PRESETS = {name: dict(zip(PRESET_FIELDS, row, strict=True)) for name, row in PRESET_ROWS.items()}
 
 
-def preset_backbone_config(preset: str) -> Sam2HieraDetConfig:
-    """Return the encoder configuration of one of `PRESETS`."""
+def preset_backbone_config(preset: str, num_channels: int = 3) -> Sam2HieraDetConfig:
+    """Return the encoder configuration of one of `PRESETS`, for images of this many channels."""
     if preset not in PRESETS:
         raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}, got {preset!r}.")
     fields = copy.deepcopy(PRESETS[preset])
     return Sam2HieraDetConfig(
         **fields,
+        num_channels=num_channels,
         num_attention_heads=fields["num_attention_heads_per_stage"][0],
         embed_dim_per_stage=[fields["hidden_size"] * 2**stage for stage in range(4)],
     )
@@ -56,6 +57,7 @@ def check_backbone(backbone: PreTrainedConfig | None) -> None:
         if not holds:
             raise ValueError(f"`backbone_config.{name}` must {rule}, got {getattr(backbone, name)}.")
 
+    require(backbone.num_channels >= 1, "num_channels", "be at least 1")
     require(len(backbone.blocks_per_stage) == 4, "blocks_per_stage", "have four stages for the decoder's four maps")
     require(backbone.num_query_pool_stages == 3, "num_query_pool_stages", "be 3, because three stages halve the map")
     for name in ("embed_dim_per_stage", "num_attention_heads_per_stage", "window_size_per_stage"):
@@ -79,7 +81,8 @@ class Sam2UNetConfig(PreTrainedConfig):
 
     Args:
         backbone_config: Encoder, SAM 2's Hiera trunk, as `Sam2HieraDetConfig` or as a dict of its fields. The default
-            is the tiny encoder; see [`Sam2UNetConfig.from_preset`] for the others.
+            is the tiny encoder; see [`Sam2UNetConfig.from_preset`] for the others. Its `num_channels` is how many
+            channels images have, by default 3.
         adapter_hidden_size: Width of the bottleneck of the adapter before each encoder block.
         decoder_channels: Channels of the four receptive field blocks and of the decoder.
         regions: Region name -> the label ids it joins; the model gives one sigmoid channel per region, in this
@@ -91,6 +94,10 @@ class Sam2UNetConfig(PreTrainedConfig):
             loss of the prediction has weight 1. Defaults to `[1.0, 1.0]`.
         weight_bce: Apply the boundary weights of the loss to the BCE term too, as arXiv 2408.08870 writes it. `False`
             is the plain mean of the BraTS paper's equation and of the reference code as it runs.
+        iou_over_batch: Sum intersection and union of the IoU term over the images of a batch before their ratio is
+            taken, per region, instead of averaging the ratios of the images as the papers do. For batches with images
+            that lack a region. Each process and each accumulated step has its own batch. Images with labels of
+            different sizes, and so `eval_loss` of [`~training.Sam2UNetTrainer`], have one ratio each.
         ignore_index: Label id whose pixels count nowhere in the loss.
         encoder_source: Where the encoder's weights come from, as `from_sam2` records it: Hub id, or absolute path.
         encoder_revision: Commit of `encoder_source` on the Hub.
@@ -126,23 +133,25 @@ class Sam2UNetConfig(PreTrainedConfig):
     freeze_encoder: bool = True
     auxiliary_loss_weights: list[float] | None = None
     weight_bce: bool = False
+    iou_over_batch: bool = False
     ignore_index: int = 255
     encoder_source: str | None = None
     encoder_revision: str | None = None
     encoder_sha256: str | None = None
 
     @classmethod
-    def from_preset(cls, preset: str, **kwargs) -> "Sam2UNetConfig":
+    def from_preset(cls, preset: str, num_channels: int = 3, **kwargs) -> "Sam2UNetConfig":
         """Build the configuration of one of SAM 2's four encoder sizes.
 
         Args:
             preset: `"tiny"`, `"small"`, `"base_plus"` or `"large"` (the papers').
+            num_channels: Channels of the images, stored as `backbone_config.num_channels`.
             **kwargs: Any other field of the configuration.
 
         Raises:
             ValueError: If `preset` is none of these.
         """
-        return cls(backbone_config=preset_backbone_config(preset), **kwargs)
+        return cls(backbone_config=preset_backbone_config(preset, num_channels), **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

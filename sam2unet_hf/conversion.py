@@ -22,6 +22,7 @@ from .weights_sam2unet import (
     SAM2_NAMES,
     check_state_dict,
     infer_backbone_config,
+    inflate_patch_embedding,
     load_pickled_state_dict,
     rename,
     unwrap_names,
@@ -51,6 +52,8 @@ REFERENCE_NAMES = [
 def convert_reference_checkpoint(
     path_or_state_dict: str | os.PathLike | Mapping[str, torch.Tensor],
     config: Sam2UNetConfig | None = None,
+    *,
+    num_channels: int = 3,
     **config_kwargs: Any,
 ) -> Sam2UNetForSemanticSegmentation:
     """Turn a checkpoint of the reference SAM2-UNet into a model of this package.
@@ -60,6 +63,8 @@ def convert_reference_checkpoint(
         config: Configuration of the model. By default the encoder is the one of SAM 2's sizes that the shapes show,
             and the output is one region `"foreground"` of label id 1, because the checkpoint does not say what it
             segments.
+        num_channels: Channels of the images if there is no `config`, see
+            [`Sam2UNetForSemanticSegmentation.from_sam2`].
         **config_kwargs: Fields of [`Sam2UNetConfig`], such as `regions`, if there is no `config`.
 
     Returns:
@@ -88,8 +93,10 @@ def convert_reference_checkpoint(
     if config is None:
         encoder = {name.removeprefix("encoder."): value for name, value in state_dict.items()}
         backbone_config = infer_backbone_config(encoder, source)
+        backbone_config.num_channels = num_channels
         config = Sam2UNetConfig(backbone_config=backbone_config, **{"regions": {"foreground": [1]}, **config_kwargs})
     model = Sam2UNetForSemanticSegmentation(config)
+    inflate_patch_embedding(state_dict, model.config.backbone_config.num_channels, prefix="encoder.")
     check_state_dict(state_dict, model.state_dict(), source, "SAM2-UNet with this configuration")
     model.load_state_dict(state_dict)
     if dropped:
@@ -98,7 +105,12 @@ def convert_reference_checkpoint(
 
 
 def convert_checkpoint(
-    source: str | os.PathLike, output: str | os.PathLike, *, revision: str | None = None, **config_kwargs: Any
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    num_channels: int = 3,
+    **config_kwargs: Any,
 ) -> Sam2UNetForSemanticSegmentation:
     """Write a checkpoint folder from a reference SAM2-UNet or a SAM 2 encoder, and check that it can be loaded.
 
@@ -107,6 +119,7 @@ def convert_checkpoint(
             folder, or an original `.pt` file of SAM 2, to which adapters and decoder are new.
         output: Folder to write, with model, code and image processor. It appears only when it is complete.
         revision: Branch, tag or commit on the Hub.
+        num_channels: Channels of the images, see [`Sam2UNetForSemanticSegmentation.from_sam2`].
         **config_kwargs: Fields of [`Sam2UNetConfig`], such as `regions`. The default is `{"foreground": [1]}` for a
             reference SAM2-UNet and `{"WT": [1, 2, 3]}` for a SAM 2 encoder.
 
@@ -125,15 +138,16 @@ def convert_checkpoint(
     if any(".prompt_learn." in name for name in state_dict):
         if revision is not None:
             raise ValueError(f"`revision` is for the Hub, but {source} is a file; got {revision}.")
-        model = convert_reference_checkpoint(state_dict, **config_kwargs)
+        model = convert_reference_checkpoint(state_dict, num_channels=num_channels, **config_kwargs)
     else:
-        model = Sam2UNetForSemanticSegmentation.from_sam2(source, revision=revision, **config_kwargs).eval()
+        options: dict[str, Any] = {"revision": revision, "num_channels": num_channels}
+        model = Sam2UNetForSemanticSegmentation.from_sam2(source, **options, **config_kwargs).eval()
     del state_dict
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
         checkpoint = Path(folder) / "checkpoint"
         model.save_pretrained(checkpoint)
-        Sam2UNetImageProcessor(regions=model.config.regions).save_pretrained(checkpoint)
+        Sam2UNetImageProcessor(model.config.regions, num_channels=num_channels).save_pretrained(checkpoint)
         loaded = Sam2UNetForSemanticSegmentation.from_pretrained(checkpoint)
         expected, got = model.state_dict(), loaded.state_dict()
         if different := [name for name in expected if not torch.equal(expected[name], got.get(name, torch.empty(0)))]:
@@ -159,11 +173,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="NAME=ID,ID",
         help="what the model segments (default: foreground=1 for a reference .pth file, WT=1,2,3 for a SAM 2 encoder)",
     )
+    parser.add_argument("--num_channels", type=int, default=3, help="channels of the images (default: 3)")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     args = parser.parse_args(argv)
     try:
         fields = {"regions": parse_regions(args.regions)} if args.regions else {}
-        model = convert_checkpoint(args.source, args.output, revision=args.revision, **fields)
+        model = convert_checkpoint(
+            args.source, args.output, revision=args.revision, num_channels=args.num_channels, **fields
+        )
     except (OSError, RuntimeError, ValueError) as err:
         parser.error(str(err))
     parser.exit(

@@ -10,6 +10,15 @@ from PIL import Image
 from transformers.image_utils import ChannelDimension
 
 
+def count_channels(modalities: Sequence[str] | None, neighbours: int = 0) -> int:
+    """Return how many channels images of these modalities have, each with as many slices below and above.
+
+    One modality alone is a grey image, which is repeated to the three channels that SAM 2 was trained with.
+    """
+    count = len(modalities or [""]) * (2 * neighbours + 1)
+    return 3 if count == 1 else count
+
+
 def to_list(images: Any) -> list[Any]:
     """Return as a list one image, a list of them, or a 4-D array, which is a batch of them."""
     is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
@@ -17,9 +26,12 @@ def to_list(images: Any) -> list[Any]:
 
 
 def to_channels_first(
-    image: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None = None
+    image: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None = None, num_channels: int = 3
 ) -> torch.Tensor:
-    """Turn an array `(height, width)`, or with 1, 3 or 4 channels first or last, into `(channels, height, width)`."""
+    """Turn an array `(height, width)`, or with channels first or last, into `(channels, height, width)`.
+
+    It may have one channel or `num_channels`, and four where these are three, the fourth being alpha.
+    """
     if isinstance(image, np.ndarray) and image.dtype.kind in "biuf":
         # Copy, because torch can hold neither big-endian values nor negative strides, and warns of read-only ones.
         image = torch.from_numpy(np.array(image, dtype=image.dtype.newbyteorder("="), order="C"))
@@ -28,14 +40,16 @@ def to_channels_first(
         raise ValueError(f"Images must be PIL images, NumPy arrays or torch tensors of real numbers, got {got}.")
     if image.ndim == 2 and image.numel():
         return image[None]
+    counts = (1, 3, 4) if num_channels == 3 else (1, num_channels)
     axes = {None: (0, -1), ChannelDimension.FIRST: (0,), ChannelDimension.LAST: (-1,)}
     layout = None if input_data_format is None else ChannelDimension(input_data_format)
     for axis in axes[layout]:
-        if image.ndim == 3 and image.numel() and image.shape[axis] in (1, 3, 4):
+        if image.ndim == 3 and image.numel() and image.shape[axis] in counts:
             return image.movedim(axis, 0)
     raise ValueError(
-        "An image must have shape (height, width), (channels, height, width) or (height, width, channels) with 1, 3 "
-        f"or 4 channels and at least one pixel, got {tuple(image.shape)}."
+        "An image must have shape (height, width), (channels, height, width) or (height, width, channels) with "
+        f"{', '.join(map(str, counts[:-1]))} or {counts[-1]} channels and at least one pixel, got "
+        f"{tuple(image.shape)}."
     )
 
 

@@ -1,6 +1,7 @@
 """The loss of SAM2-UNet: boundary-weighted IoU plus BCE, deeply supervised."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ def structure_loss(
     valid: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
     weight_bce: bool = False,
+    iou_over_batch: bool = False,
 ) -> torch.Tensor:
     """Boundary-weighted IoU loss plus binary cross-entropy of one output.
 
@@ -44,6 +46,9 @@ def structure_loss(
         weight_bce: Weigh the BCE term by the boundary too and normalise it by the sum of weights per image and
             region, as arXiv 2408.08870 writes it. `False` is the plain mean over pixels, which is what the equation of
             doi 10.3390/app15063267 says and what the reference code computes: its `reduce='none'` is read as true.
+        iou_over_batch: Take the sums of the IoU term over all images of the batch, per region. An image without a
+            region, whose own term is near 1 whatever little is predicted, then teaches by what it adds to the union.
+            The batch is the one that the model sees at once: each process and each accumulated step has its own.
 
     Returns:
         Scalar tensor, float32 for half-precision logits, else in their dtype. Exactly 0 when nothing is valid.
@@ -77,9 +82,10 @@ def structure_loss(
     else:
         bce_loss = bce.mean()
 
+    dims = (0, 2, 3) if iou_over_batch else (2, 3)
     weighted = weights * logits.sigmoid()
-    intersection = (weighted * labels).sum(dim=(2, 3))
-    total = (weighted + weights * labels).sum(dim=(2, 3))
+    intersection = (weighted * labels).sum(dim=dims)
+    total = (weighted + weights * labels).sum(dim=dims)
     iou_loss = 1 - (intersection + 1) / (total - intersection + 1)
     return bce_loss + iou_loss.mean()
 
@@ -91,6 +97,7 @@ def deep_supervision_loss(
     output_weights: Sequence[float],
     valid: torch.Tensor | None = None,
     weight_bce: bool = False,
+    iou_over_batch: bool = False,
 ) -> torch.Tensor:
     """Weighted sum of [`structure_loss`] over the outputs of the model; the boundary weight is computed once.
 
@@ -100,6 +107,7 @@ def deep_supervision_loss(
         output_weights: One weight per output.
         valid: As in `structure_loss`. An ignored pixel counts like one outside the image.
         weight_bce: As in `structure_loss`.
+        iou_over_batch: As in `structure_loss`.
 
     Returns:
         Scalar tensor.
@@ -112,8 +120,9 @@ def deep_supervision_loss(
             f"`output_weights` must hold one weight per output, got {len(output_weights)} for {len(outputs)}."
         )
     weights = boundary_weights(labels if valid is None else labels * valid)
+    options: dict[str, Any] = {"weight_bce": weight_bce, "iou_over_batch": iou_over_batch}
     losses = [
-        weight * structure_loss(logits, labels, valid=valid, weights=weights, weight_bce=weight_bce)
+        weight * structure_loss(logits, labels, valid=valid, weights=weights, **options)
         for logits, weight in zip(outputs, output_weights, strict=True)
     ]
     return torch.stack(losses).sum()

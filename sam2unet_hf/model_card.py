@@ -19,6 +19,7 @@ from transformers import AutoModelForSemanticSegmentation
 
 from .configuration_sam2unet import PRESETS, Sam2UNetConfig
 from .image_processing_sam2unet import Sam2UNetImageProcessor
+from .patient_table import COLUMN_TITLES, PatientTable
 from .weights_sam2unet import is_local_source
 
 
@@ -29,6 +30,15 @@ PICTURES = {
     "predictions.png": "Image, truth and prediction for the best, the median and the worst image.",
     "training_curve.png": "Loss and validation scores over the epochs.",
 }
+
+# The tables of patients that a run writes, see `PatientTable`, and what they are of.
+PATIENT_TABLES = {
+    "validation_patients.json": "validation split",
+    "test_patients.json": "test split",
+    "test_dir_patients.json": "second cohort",
+}
+# A card lists the patients of a larger table no more one by one.
+MAX_LISTED_PATIENTS = 100
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
@@ -95,6 +105,55 @@ def eval_results(info: Mapping[str, Any], regions: Sequence[str]) -> list[EvalRe
     return results
 
 
+def input_facts(num_channels: int, processor: Sam2UNetImageProcessor | None) -> dict[str, Any]:
+    """Say what the model sees of an image, for the card: the size, the window about the head, and the channels."""
+    facts: dict[str, Any] = {"size": None, "window": None, "channels": None, "neighbours": 0}
+    if num_channels != 3:
+        facts["channels"] = f"{num_channels} channels"
+    if processor is None:
+        return facts
+    size = processor.head_crop_size or (processor.size if processor.do_resize else None)
+    if size is not None:
+        facts["window" if processor.head_crop_size else "size"] = f"{size['height']} x {size['width']}"
+    facts["neighbours"] = processor.neighbours
+    if processor.modalities:
+        channels = f"{num_channels} channels: {', '.join(processor.modalities)}"
+        if processor.neighbours:
+            slices = 2 * processor.neighbours + 1
+            channels += f", each as {slices} adjacent slices from the lowest to the highest"
+        facts["channels"] = channels
+    return facts
+
+
+def patient_section(path: Path, source: str) -> dict[str, Any]:
+    """Arrange a table of patients for the card, which numbers patients from the best to the worst and names none."""
+    table = PatientTable()
+    table.rows = json.loads(path.read_text(encoding="utf-8"))["patients"]
+
+    def cell(column: str, value: float | None) -> str:
+        digits = 3 if column == "volume_dice" else 0 if column.endswith("_pixels") else 1
+        return "" if value is None else f"{value:.{digits}f}"
+
+    summary = [
+        [region, COLUMN_TITLES[column], *(cell(column, value) for value in values.values())]
+        for region, columns in table.summary().items()
+        for column, values in columns.items()
+    ]
+    numbers = {patient: number for number, patient in enumerate(table.dice, start=1)}
+    columns = [name for name in COLUMN_TITLES if name in table.rows[0]]
+    rows = [
+        [str(numbers[row["patient"]]), row["region"], *(cell(column, row[column]) for column in columns)]
+        for row in sorted(table.rows, key=lambda row: numbers[row["patient"]])
+    ]
+    return {
+        "source": source,
+        "count": len(numbers),
+        "summary": summary,
+        "titles": [COLUMN_TITLES[column] for column in columns],
+        "rows": rows if len(numbers) <= MAX_LISTED_PATIENTS else [],
+    }
+
+
 def append_checksum(text: str) -> str:
     """Return a card with its own hash in a comment at its end, which shows whether somebody has edited it since."""
     text = text.rstrip("\n") + "\n"
@@ -132,10 +191,9 @@ def render_model_card(
         raise FileNotFoundError(f"{folder} holds no checkpoint: there is no config.json in it.")
     config = Sam2UNetConfig.from_pretrained(folder)
     info = json.loads((run / TRAINING_INFO).read_text()) if (run / TRAINING_INFO).is_file() else {}
-    size = None
+    processor = None
     if (folder / "preprocessor_config.json").is_file():
         processor = Sam2UNetImageProcessor.from_pretrained(folder)
-        size = f"{processor.size['height']} x {processor.size['width']}" if processor.do_resize else None
     with torch.device("meta"):
         model = AutoModelForSemanticSegmentation.from_config(config)
     backbone = config.backbone_config.to_dict()
@@ -149,6 +207,7 @@ def render_model_card(
     pictures = [(name, text) for name, text in PICTURES.items() if (run / name).is_file()]
     if not info.get("share_predictions"):
         pictures = [(name, text) for name, text in pictures if name != "predictions.png"]
+    patients = [patient_section(run / name, text) for name, text in PATIENT_TABLES.items() if (run / name).is_file()]
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-segmentation",
@@ -178,12 +237,13 @@ def render_model_card(
         finetuned_from=finetuned_from,
         transformers_version=metadata.version("transformers"),
         checkpoint=repo_id or "path/to/this/folder",
-        size=size,
+        **input_facts(backbone["num_channels"], processor),
         regions=config.regions,
         id2label=config.id2label,
         data_rows=list(info.get("data", {}).items()),
         recipe=list(info.get("recipe", {}).items()),
         results=[score_table(split, scores, regions) for split, scores in info.get("results", {}).items()],
+        patients=patients,
         zero_division=info.get("zero_division"),
         chosen="checkpoint" in info.get("recipe", {}),
         pictures=pictures,

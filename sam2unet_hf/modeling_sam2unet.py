@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput, logging
 
 from .checkpoint_sam2unet import Sam2UNetCheckpointMixin
 from .configuration_sam2unet import Sam2UNetConfig
+from .crop_sam2unet import OUTSIDE_LOGIT
 from .decoder_sam2unet import Sam2UNetConvNorm, Sam2UNetDecodeHead
 from .encoder_sam2unet import Sam2UNetEncoder
 from .loss_sam2unet import deep_supervision_loss
@@ -34,18 +35,21 @@ class Sam2UNetOutput(ModelOutput):
 
     Args:
         loss: Scalar, when labels are given.
-        logits: Raw scores of shape `(batch_size, num_regions, height, width)` at the size of the input.
+        logits: Raw scores of shape `(batch_size, num_regions, height, width)` at the size of the input; -110 where
+            `pixel_mask` is false.
         auxiliary_logits: Raw scores of the side outputs at stride 16 and stride 8, each of the shape of `logits`;
             when asked for or when labels are given.
         hidden_states: The encoder's four feature maps, when asked for, each of shape
             `(batch_size, embed_dim_per_stage[i], height / stride, width / stride)` with strides 4, 8, 16 and 32,
             where height and width are those of the input padded to multiples of 32.
+        crop_boxes: Those of the input, when given, so that the image processor puts masks back where they belong.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     auxiliary_logits: tuple[torch.Tensor, torch.Tensor] | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    crop_boxes: torch.Tensor | None = None
 
 
 class Sam2UNetPreTrainedModel(Sam2UNetCheckpointMixin):
@@ -154,6 +158,7 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike | None = None,
+        num_channels: int | None = None,
         **config_kwargs: Any,
     ) -> "Sam2UNetForSemanticSegmentation":
         """Build a model on a pretrained SAM 2 or SAM 2.1 encoder; adapters and decoder are new.
@@ -164,6 +169,9 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
             revision: Branch, tag or commit on the Hub.
             token: Access token for the Hub, as in `from_pretrained`.
             cache_dir: Folder for downloads, as in `from_pretrained`.
+            num_channels: Channels of the images, by default the three of SAM 2. For another number n, each channel
+                gets a patch embedding of the sum over SAM 2's three, divided by n, so that an image that is the same
+                in all channels gives the features that it gives in three.
             **config_kwargs: Fields of [`Sam2UNetConfig`], such as `regions`.
 
         Raises:
@@ -174,9 +182,9 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         """
         if unknown := config_kwargs.keys() - Sam2UNetConfig.__dataclass_fields__.keys():
             raise TypeError(f"`from_sam2` got {', '.join(sorted(unknown))}, which is no field of `Sam2UNetConfig`.")
-        encoder = load_sam2_encoder(
-            source, config_kwargs.pop("backbone_config", None), revision=revision, token=token, cache_dir=cache_dir
-        )
+        backbone_config = config_kwargs.pop("backbone_config", None)
+        download_kwargs: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        encoder = load_sam2_encoder(source, backbone_config, num_channels, **download_kwargs)
         provenance = {"encoder_source": encoder.source, "encoder_revision": encoder.revision}
         model = cls(Sam2UNetConfig(backbone_config=encoder.backbone_config, **provenance, **config_kwargs))
         expected = {name: value for name, value in model.encoder.state_dict().items() if ".adapter." not in name}
@@ -207,9 +215,14 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
             masks, valid = self.region_masks(labels)
         if outputs[0].shape[-2:] != masks.shape[-2:]:
             outputs = [F.interpolate(logits, size=masks.shape[-2:], mode="bilinear") for logits in outputs]
-        weights = [1.0, *self.config.auxiliary_loss_weights]
+        config = self.config
         return deep_supervision_loss(
-            outputs, masks, output_weights=weights, valid=valid, weight_bce=self.config.weight_bce
+            outputs,
+            masks,
+            output_weights=[1.0, *config.auxiliary_loss_weights],
+            valid=valid,
+            weight_bce=config.weight_bce,
+            iou_over_batch=config.iou_over_batch,
         )
 
     def check_labels(self, labels: torch.Tensor | list[torch.Tensor], batch_size: int) -> None:
@@ -234,6 +247,8 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
     def forward(
         self,
         pixel_values: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        crop_boxes: torch.Tensor | None = None,
         labels: torch.Tensor | list[torch.Tensor] | None = None,
         output_auxiliary_logits: bool = False,
         output_hidden_states: bool | None = None,
@@ -245,6 +260,11 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
             pixel_values: Normalised images of shape `(batch_size, num_channels, height, width)`, height and width
                 from 64 up. Multiples of 32 are native; other sizes are padded with zeros at the right and bottom, and
                 the logits are cropped.
+            pixel_mask: Where something may be found, of shape `(batch_size, height, width)`, such as in the head.
+                Logits become -110 elsewhere, a probability of exactly 0. The loss and the side outputs do not depend
+                on it.
+            crop_boxes: Where in its slice each image was cut out, of shape `(batch_size, 4)`; only handed through to
+                the output.
             labels: Label maps `(batch_size, height, width)` of integer ids, or float region masks in [0, 1] of shape
                 `(batch_size, num_regions, height, width)`, of any size: logits are resized to them for the loss. Where
                 the images of a batch have labels of different sizes, a list with one tensor per image; the loss is
@@ -254,7 +274,8 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
             return_dict: `False` returns a tuple. Defaults to `config.return_dict`.
 
         Raises:
-            ValueError: If an image is too small or has the wrong number of channels, or labels do not fit.
+            ValueError: If an image is too small or has the wrong number of channels, or `pixel_mask`, `crop_boxes` or
+                labels do not fit.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if output_hidden_states is None:
@@ -271,8 +292,15 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
                 f"`pixel_values` must be at least {MIN_IMAGE_SIZE} pixels high and wide, got {height}x{width}. "
                 "Resize the images, for example with `Sam2UNetImageProcessor`."
             )
+        batch_size = pixel_values.shape[0]  # `len` would fix it in an exported graph
+        for name, value, shape in (("pixel_mask", pixel_mask, (height, width)), ("crop_boxes", crop_boxes, (4,))):
+            if value is not None and value.shape != (batch_size, *shape):
+                raise ValueError(
+                    f"`{name}` must have shape {(batch_size, *shape)} for `pixel_values` of shape "
+                    f"{tuple(pixel_values.shape)}, got {tuple(value.shape)}. `Sam2UNetImageProcessor` makes both."
+                )
         if labels is not None:
-            self.check_labels(labels, pixel_values.shape[0])
+            self.check_labels(labels, batch_size)
 
         pixel_values = pixel_values.to(self.encoder.patch_embed.projection.weight.dtype)
         pad_height, pad_width = -height % STRIDE, -width % STRIDE
@@ -287,11 +315,15 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
             decoded = in_chunks(decode, *feature_maps, tokens_per_image=rows * columns)
         upsampled = [F.interpolate(scores, size=pixel_values.shape[-2:], mode="bilinear") for scores in decoded]
         outputs = [scores[..., :height, :width] for scores in upsampled]
+        logits = outputs[0]
+        if pixel_mask is not None:
+            logits = logits.masked_fill(~pixel_mask.bool().unsqueeze(1), OUTSIDE_LOGIT)
         result = Sam2UNetOutput(
             loss=None if labels is None else self.compute_loss(outputs, labels),
-            logits=outputs[0],
+            logits=logits,
             auxiliary_logits=tuple(outputs[1:]) or None,
             hidden_states=feature_maps if output_hidden_states else None,
+            crop_boxes=crop_boxes,
         )
         return result if return_dict else result.to_tuple()
 

@@ -12,11 +12,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .cases_sam2unet import BratsCase, find_cases
-from .metrics.volume_functional import score_volume
-from .scans_sam2unet import MODALITIES, PLANES, ScanError, Volume, check_same_grid
+from .metrics.volume_functional import VOLUME_METRICS
+from .patient_checks import describe_known_patients, describe_other_modalities, read_splits, why_implausible
+from .patient_table import PatientTable, score_patient
+from .scans_sam2unet import MODALITIES, PLANES, ScanError, Volume, check_same_grid, to_grey
 from .volume_sam2unet import Sam2UNetVolumePipeline, VolumeSegmentation, check_enhancing_label
 
 
@@ -40,7 +43,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threshold", type=float, default=0.5, help="probability above which a voxel is tumour")
     parser.add_argument("--et_label", type=int, default=3, choices=[3, 4], help="3: BraTS from 2023 on, 4: before")
     parser.add_argument("--probabilities", action="store_true", help="write CASE_REGION_probability.nii.gz too")
-    parser.add_argument("--score", action="store_true", help="print Dice and other metrics against the reference too")
+    parser.add_argument(
+        "--score",
+        action="store_true",
+        help="print Dice and other metrics against the reference too, and write them as patients.csv and .json",
+    )
+    parser.add_argument(
+        "--allow_other_modalities",
+        action="store_true",
+        help="segment other --modalities than those of the training, which is hardly ever right",
+    )
     parser.add_argument("--batch_size", type=int, default=8, help="slices at once")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
@@ -79,6 +91,31 @@ def _prepare_output_dir(output_dir: Path, cases: dict[str, str | BratsCase]) -> 
             )
 
 
+def _load(args: argparse.Namespace) -> Sam2UNetVolumePipeline:
+    """Load the model, which segments other contrasts than those of its training only if that is asked for."""
+    try:
+        segment = Sam2UNetVolumePipeline.from_pretrained(
+            args.model, args.modalities, args.device, dtype=getattr(torch, args.dtype)
+        )
+        check_enhancing_label(args.et_label, segment.model.config.regions)
+    except (OSError, ValueError) as err:
+        raise SystemExit(f"{args.model}: {err}") from err
+    if others := describe_other_modalities(segment.processor.modalities, segment.modalities):
+        if not args.allow_other_modalities:
+            raise SystemExit(f"{others} Leave out --modalities, or go on all the same with --allow_other_modalities.")
+        logger.warning("%s --allow_other_modalities goes on all the same.", others)
+    return segment
+
+
+def _warn_of_known_patients(model: str, cases: dict[str, str | BratsCase]) -> None:
+    """Warn of patients that the model was trained on, if the folder of its run tells."""
+    try:
+        if known := describe_known_patients(read_splits(model), cases):
+            logger.warning(known)
+    except ValueError as err:
+        raise SystemExit(str(err)) from err
+
+
 def _read_reference(case: str | BratsCase) -> Volume:
     """Read the mask of a case before it is segmented, because a missing one makes that work useless."""
     if isinstance(case, BratsCase):
@@ -100,7 +137,10 @@ def _save(found: VolumeSegmentation, name: str, args: argparse.Namespace) -> Pat
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Segment the cases of a folder; print the volumes of each, and its scores if asked to, as a line of JSON."""
+    """Segment the cases of a folder; print the volumes of each, and its scores if asked to, as a line of JSON.
+
+    Scores are written as a table, too.
+    """
     args = parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     try:
@@ -108,13 +148,10 @@ def main(argv: list[str] | None = None) -> None:
         _prepare_output_dir(args.output_dir, cases)
     except OSError as err:
         raise SystemExit(str(err)) from err
-    try:
-        segment = Sam2UNetVolumePipeline.from_pretrained(
-            args.model, args.modalities, args.device, dtype=getattr(torch, args.dtype)
-        )
-        check_enhancing_label(args.et_label, segment.model.config.regions)
-    except (OSError, ValueError) as err:
-        raise SystemExit(f"{args.model}: {err}") from err
+    segment = _load(args)
+    if args.score:
+        _warn_of_known_patients(args.model, cases)
+    table = PatientTable()
     failed = 0
     for name, case in cases.items():
         try:
@@ -127,18 +164,30 @@ def main(argv: list[str] | None = None) -> None:
             failed += 1
             continue
         path = _save(found, name, args)
+        head_voxels = int(np.count_nonzero(to_grey(found.scan)))
+        if doubt := why_implausible(found.label_map, head_voxels):
+            logger.warning("%s: %s", name, doubt)
         volumes = {region: round(value, 3) for region, value in found.volumes_ml.items()}
         line = {"case": name, "segmentation": str(path), "volumes_ml": volumes, "largest_slice": found.largest_slice}
         try:
             if reference is not None:
                 check_same_grid(reference, found.scan)
                 label_map = found.scan.from_file_grid(found.label_map)
-                line |= score_volume(label_map, reference.voxels, regions=found.regions, spacing=found.scan.spacing_mm)
+                scores = score_patient(label_map, reference.voxels, found.regions, found.scan.spacing_mm)
+                table.add(name, scores)
+                for region, own in scores.items():
+                    line[region] = {metric: own[metric] for metric in VOLUME_METRICS}
         except ScanError as err:  # keep the segmentation
             logger.error("Not scored: %s", err)
             failed += 1
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
+    try:
+        written = table.write(args.output_dir)
+    except OSError as err:  # a full disk
+        raise SystemExit(f"The table of patients could not be written: {err}") from err
+    if written:
+        logger.info("Scores of %d patients: %s.", len(table.dice), ", ".join(map(str, written)))
     if failed:
         raise SystemExit(f"{failed} of {len(cases)} cases could not be segmented or scored, see above.")
 

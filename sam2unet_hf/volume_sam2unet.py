@@ -13,6 +13,7 @@ from tqdm import tqdm
 from .cases_sam2unet import BratsCase, find_cases
 from .checkpoint_sam2unet import DOWNLOAD_ARGUMENTS
 from .image_processing_sam2unet import Sam2UNetImageProcessor
+from .images_sam2unet import count_channels
 from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
 from .scans_sam2unet import (
     PLANES,
@@ -20,6 +21,7 @@ from .scans_sam2unet import (
     check_modalities,
     check_same_grid,
     foreground_slices,
+    head_box,
     read_volume,
     take_slice,
     to_grey,
@@ -89,13 +91,15 @@ class VolumeSegmentation:
 class Sam2UNetVolumePipeline:
     """Segment a patient's scans slice by slice, with the intensities that the data set builder gives the model.
 
-    Scans may have any orientation and spacing. Slices in which all scans are background become background unseen.
+    Scans may have any orientation and spacing. Slices in which all scans are background become background unseen. A
+    processor with `head_crop_size` crops every slice to one window about the head of the whole scans, and nothing is
+    found outside the head.
 
     Args:
         model: The model.
-        processor: Its image processor.
-        modalities: Those that the model was trained on: one, or three in the order of the channels.
-            Default: those that the processor names, which it does after training with `run_segmentation.py` on scans.
+        processor: Its image processor, which says of how many `neighbours` a slice comes with.
+        modalities: Those that the model was trained on, in the order of the channels. Default: those that the
+            processor names, which it does after training with `run_segmentation.py` on scans.
 
     Raises:
         ValueError: If neither `modalities` nor the processor names them, or if they are not known or not distinct.
@@ -129,6 +133,13 @@ class Sam2UNetVolumePipeline:
                 "['t1ce', 't2', 'flair'], in the order of its training."
             )
         check_modalities(named)
+        num_channels, expected = count_channels(named, processor.neighbours), model.config.backbone_config.num_channels
+        if num_channels != expected or processor.num_channels != expected:
+            raise ValueError(
+                f"`modalities` {list(named)} with {processor.neighbours} neighbours on each side make {num_channels} "
+                f"channels, the image processor gives {processor.num_channels}, and the model takes {expected}. Pass "
+                "the modalities and the image processor of its training."
+            )
         self.modalities = list(named)
 
     @classmethod
@@ -193,17 +204,18 @@ class Sam2UNetVolumePipeline:
         if not 0 <= threshold <= 1:
             raise ValueError(f"`threshold` must be a probability in [0, 1], got {threshold}.")
         scans = self._read(case)
-        grey = [to_grey(scan) for scan in scans]
+        greys = [to_grey(scan) for scan in scans]
         regions = self.model.config.regions
-        total = np.zeros((len(regions), *grey[0].shape), np.float32)
-        indices = {plane: foreground_slices(grey, plane) for plane in planes}
+        total = np.zeros((len(regions), *greys[0].shape), np.float32)
+        indices = {plane: foreground_slices(greys, plane) for plane in planes}
         n_slices = sum(map(len, indices.values()))
         with tqdm(total=n_slices, desc=scans[0].name.split(": ")[0], unit="slice", disable=not progress) as bar:
             for plane in planes:
+                box = head_box(greys, plane)
                 for start in range(0, len(indices[plane]), batch_size):
                     batch = indices[plane][start : start + batch_size]
-                    images = [np.stack([take_slice(scan, plane, i) for scan in grey], axis=-1) for i in batch]
-                    for index, probabilities in zip(batch, self._probabilities(images, flips), strict=True):
+                    images = self._take_images(greys, plane, batch, indices[plane])
+                    for index, probabilities in zip(batch, self._probabilities(images, box, flips), strict=True):
                         for region, values in zip(total, probabilities, strict=True):
                             take_slice(region, plane, index)[...] += values
                     bar.update(len(batch))
@@ -241,17 +253,38 @@ class Sam2UNetVolumePipeline:
             check_same_grid(scan, scans[0])
         return scans
 
-    def _probabilities(self, images: list[np.ndarray], flips: bool) -> np.ndarray:
-        """Return the probabilities of slices of one size, of shape `(slices, regions, height, width)`."""
-        pixel_values = self.processor(images, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
-        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
-        sizes = [image.shape[:2] for image in images]
+    def _take_images(
+        self, greys: Sequence[np.ndarray], plane: str, batch: Sequence[int], of_head: Sequence[int]
+    ) -> torch.Tensor:
+        """Cut a batch of slices with their neighbours, of shape `(slices, channels, height, width)`.
+
+        A neighbour beyond the slices of the head is the last of them, as in training, which has no others.
+        """
+        offsets = range(-self.processor.neighbours, self.processor.neighbours + 1)
+        images = [
+            [take_slice(grey, plane, min(max(index + i, of_head[0]), of_head[-1])) for grey in greys for i in offsets]
+            for index in batch
+        ]
+        return torch.from_numpy(np.stack([np.stack(channels) for channels in images]))
+
+    def _probabilities(self, images: torch.Tensor, head: Sequence[int], flips: bool) -> np.ndarray:
+        """Return the probabilities of slices with one box of the head, `(slices, regions, height, width)`."""
+        boxes = [head] * len(images)
+        inputs = self.processor.preprocess(
+            images, head_boxes=boxes, input_data_format="channels_first", return_tensors="pt"
+        ).to(self.model.device, self.model.dtype)
+        height, width = images.shape[-2:]
+        sizes = [(height, width)] * len(images)
         mirrored: list[tuple[int, ...]] = [(), (-1,), (-2,), (-2, -1)] if flips else [()]
         found = []
         for axes in mirrored:
-            outputs = self.model(pixel_values.flip(axes))
-            maps = self.processor.post_process_regions(outputs, target_sizes=sizes)
-            found.append(torch.stack(maps).flip(axes))
+            turned = {
+                name: inputs[name].flip(axes) for name in ("pixel_values", "pixel_mask") if axes and name in inputs
+            }
+            outputs = self.model(**{**inputs, **turned})
+            if axes:  # back before they are put on the slice, where the window need not lie in the middle
+                outputs.logits = outputs.logits.flip(axes)
+            found.append(torch.stack(self.processor.post_process_regions(outputs, target_sizes=sizes)))
         return torch.stack(found).mean(dim=0).cpu().numpy()
 
 

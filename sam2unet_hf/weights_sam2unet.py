@@ -1,5 +1,6 @@
 """Files of weights: safetensors, original SAM 2 `.pt` files, and how the weights in them are named."""
 
+import copy
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, Sam2HieraDetConfig
 from transformers.utils import cached_file, extract_commit_hash
 
-from .configuration_sam2unet import PRESETS, preset_backbone_config
+from .configuration_sam2unet import PRESETS, Sam2UNetConfig, preset_backbone_config
 
 
 # Original SAM 2 -> transformers' `Sam2HieraDetModel`, within the encoder.
@@ -61,11 +62,32 @@ def load_pickled_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     return unwrap_names(state_dict)
 
 
+# The weights that depend on the number of channels of the images.
+PATCH_EMBEDDING = "patch_embed.projection.weight"
+
+
+def inflate_patch_embedding(state_dict: dict[str, torch.Tensor], num_channels: int, prefix: str = "") -> None:
+    """Turn a patch embedding for images of three channels into one for another number, within the state dict.
+
+    Each channel gets the sum of the three divided by the number, so that an image that is the same in all channels
+    gives the tokens that it gives in three.
+    """
+    weight = state_dict.get(prefix + PATCH_EMBEDDING)
+    if weight is None or weight.ndim != 4 or weight.shape[1] != 3 or num_channels == 3:
+        return
+    if num_channels < 1:
+        raise ValueError(f"`num_channels` must be at least 1, got {num_channels}.")
+    # Add one by one, because the order in which `Tensor.sum` adds, and so its rounding, is not the same everywhere.
+    red, green, blue = weight.float().unbind(1)
+    inflated = (red + green + blue) / num_channels
+    state_dict[prefix + PATCH_EMBEDDING] = inflated.unsqueeze(1).repeat(1, num_channels, 1, 1)
+
+
 def infer_backbone_config(encoder_state_dict: Mapping[str, torch.Tensor], source: str) -> Sam2HieraDetConfig:
     """Recognise which of the four SAM 2 sizes the weights of an encoder, in our names, belong to."""
-    embedding = encoder_state_dict.get("patch_embed.projection.weight")
+    embedding = encoder_state_dict.get(PATCH_EMBEDDING)
     if embedding is None:
-        raise ValueError(f"{source} holds no Hiera encoder: `patch_embed.projection.weight` is missing.")
+        raise ValueError(f"{source} holds no Hiera encoder: `{PATCH_EMBEDDING}` is missing.")
     hidden_size = embedding.shape[0]
     blocks = {int(match[1]) for name in encoder_state_dict if (match := re.match(r"blocks\.(\d+)\.", name))}
     for preset, values in PRESETS.items():
@@ -110,18 +132,22 @@ def is_pretrained_weight(name: str) -> bool:
 class Sam2EncoderWeights(NamedTuple):
     """An encoder as it was read, with weights in our names, whose shapes are not checked."""
 
-    backbone_config: dict | PreTrainedConfig
+    backbone_config: PreTrainedConfig
     state_dict: dict[str, torch.Tensor]
     source: str  # Hub id, or absolute path
     revision: str | None  # commit on the Hub
 
 
 def load_sam2_encoder(
-    source: str | os.PathLike, backbone_config: dict | PreTrainedConfig | None = None, **download_kwargs: Any
+    source: str | os.PathLike,
+    backbone_config: dict | PreTrainedConfig | None = None,
+    num_channels: int | None = None,
+    **download_kwargs: Any,
 ) -> Sam2EncoderWeights:
     """Read the encoder of SAM 2 or SAM 2.1 from an original `.pt` file, a folder, or the Hub.
 
-    Its configuration is by default that of the checkpoint, or for a `.pt` file the preset that the shapes show.
+    Its configuration is by default that of the checkpoint, or for a `.pt` file the preset that the shapes show. The
+    patch embedding is made for `num_channels`, by default those of the configuration.
     """
     name, revision, found = os.fspath(source), None, None
     if Path(name).exists():
@@ -150,7 +176,12 @@ def load_sam2_encoder(
     if not state_dict:
         raise ValueError(f"{name} holds no SAM 2 encoder: no key starts with {prefix!r}.")
     backbone_config = backbone_config or found or infer_backbone_config(state_dict, name)
-    return Sam2EncoderWeights(backbone_config, state_dict, name, revision)
+    # A copy, checked and no longer a dict.
+    backbone: Any = Sam2UNetConfig(backbone_config=copy.deepcopy(backbone_config)).backbone_config
+    if num_channels is not None:
+        backbone.num_channels = num_channels
+    inflate_patch_embedding(state_dict, backbone.num_channels)
+    return Sam2EncoderWeights(backbone, state_dict, name, revision)
 
 
 def weight_files(source: str | os.PathLike, variant: str | None = None, **download_kwargs: Any) -> list[str]:

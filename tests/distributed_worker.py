@@ -54,13 +54,14 @@ def evaluate_each_alone(folder, batch_size, rows=None):
         )
 
     model.forward = forward_each
-    rows = make_rows(SIZES) if rows is None else rows
+    rows = make_rows(SIZES).add_column("case_id", list("babcb")) if rows is None else rows
     trainer = make_trainer(
         model, rows, folder, per_device_eval_batch_size=batch_size, batch_eval_metrics=True, **backend()
     )
     metrics = trainer.evaluate()
-    names = ["loss", *trainer.compute_metrics.names()]
-    return trainer, {name: metrics[f"eval_{name}"] for name in names}
+    found = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    names = ["loss", *trainer.compute_metrics.names(), *trainer.compute_metrics.patient_names("voxels")]
+    return trainer, {name: found[name] for name in names if name in found}
 
 
 def backend():
@@ -112,6 +113,25 @@ def estimate_batch_norm(trainer):
     return batches, conv_norm.norm.running_mean.clone(), conv_norm.norm.running_var.clone()
 
 
+def train_with_an_average(folder):
+    """Return the weights after each of three steps and a third one done again, and the models at both ends."""
+    options = {**STEP, "max_steps": 3, "save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
+    steps, models = [], []
+    for name, checkpoint in (("average", None), ("average-resumed", str(folder / "average" / "checkpoint-2"))):
+        model = small_model(regions=BRATS_REGIONS)
+        trainer = make_trainer(
+            model, bright_rows(), folder / name, ema_decay=0.2, batch_norm_images=4, **options, **backend()
+        )
+        recorder = Recorder(model)
+        recorder.on_optimizer_step = lambda *args, model, **kwargs: steps.append(
+            {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        )
+        trainer.add_callback(recorder)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        models.append(model.state_dict())
+    return steps, models
+
+
 def save_checkpoint_with_a_slow_process(folder):
     """Return whether the random state of process 1 was there when process 0 wrote the state of the Trainer."""
     seen = []
@@ -144,6 +164,7 @@ def several_processes(folder):
         found[name] = {"inputs": recorder.inputs, "gradients": recorder.gradients, "statistics": recorder.statistics}
         found[name]["find_unused_parameters"] = trainer.model_wrapped.find_unused_parameters
     found["batch norm"] = estimate_batch_norm(trainer)
+    found["average"] = train_with_an_average(folder)
     found["rng state was there"] = save_checkpoint_with_a_slow_process(folder)
     try:
         train_a_step(folder, fsdp=True)

@@ -454,7 +454,7 @@ def read_pictures(modules, kind, folder, data, suffix, size, seed):
     Image.fromarray(other).save(folder / ("images" if labels else "masks") / "x.png")
     try:
         rows = sources.pair_images_and_masks(folder / "images", folder / "masks")
-        found = sources.check_images_and_masks("train", rows, "image", "mask")
+        found = sources.check_images_and_masks("train", rows, ["image"], "mask")
     except SystemExit as err:
         check("train image x" in str(err) or str(path) in str(err), f"the file is not named: {err}")
         return short(str(err).replace(str(path), "FILE").removeprefix("train image x"))

@@ -34,7 +34,7 @@ import transformers.modeling_utils  # noqa: E402
 from transformers.trainer_callback import TrainerState  # noqa: E402
 
 import dataset_scripts.brats_slices.__main__ as build  # noqa: E402
-from sam2unet_hf.training import Sam2UNetTrainer  # noqa: E402
+from sam2unet_hf.training import Sam2UNetTrainer, averaging  # noqa: E402
 
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
@@ -122,6 +122,7 @@ def cut_files(last: int | None, fraction: float) -> None:
 
     cut(torch, "save", 1)
     cut(transformers.modeling_utils, "safe_save_file", 1)
+    cut(averaging, "save_file", 1)
     cut(TrainerState, "save_to_json", 1)
 
 

@@ -27,6 +27,7 @@ if __name__ == "__main__":
     trainer.accelerator.unwrap_model(trainer.model).load_state_dict(small_model(regions=BRATS_REGIONS).state_dict())
     found["metrics"] = trainer.evaluate()
     found["image_dice"] = trainer.compute_metrics.image_dice
+    found["patient_counts"] = {name: own.tolist() for name, own in trainer.compute_metrics.patient_counts.items()}
     gathered = [None] * trainer.args.world_size
     dist.all_gather_object(gathered, found)
     if trainer.is_world_process_zero():

@@ -113,11 +113,12 @@ def test_unchanged_images_reach_the_model_as_without_augmentation(mode, monkeypa
     assert torch.equal(plain["labels"][0], augmented["labels"][0])
 
 
-def test_same_seed_same_images():
-    first, second = (changed(AUGMENTATIONS, seed=3) for _ in range(2))
+@pytest.mark.parametrize("names", [AUGMENTATIONS[:-1], ("strong",)], ids=["each", "strong"])
+def test_same_seed_same_images(names):
+    first, second = (changed(names, seed=3) for _ in range(2))
     assert np.array_equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
-    assert not np.array_equal(first[0], changed(AUGMENTATIONS, seed=4)[0])
+    assert not np.array_equal(first[0], changed(names, seed=4)[0])
 
 
 def test_no_names_change_nothing():
@@ -127,6 +128,8 @@ def test_no_names_change_nothing():
     assert found[1] is mask
 
 
-def test_unknown_names_are_refused():
+def test_names_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="strong must stand alone.*, got flips, strong"):
+        augmentation("flips", "strong")
     with pytest.raises(ValueError, match="must be among flips, .*, got blur, mixup"):
         augmentation("flips", "blur", "mixup")

@@ -83,6 +83,16 @@ def test_a_small_checkpoint_holds_what_was_trained_and_loads_bit_equal(model, sa
         assert loaded.name_or_path == str(tmp_path)
 
 
+def test_a_small_checkpoint_of_many_channels_fetches_and_inflates_its_encoder(sam2_folder, tmp_path):
+    model = fine_tuned(sam2_folder, num_channels=6)
+    model.save_pretrained(tmp_path, trainable_only=True)
+    assert not any("patch_embed" in name for name in load_file(tmp_path / "model.safetensors"))
+    loaded = Sam2UNetForSemanticSegmentation.from_pretrained(tmp_path)
+    image = torch.randn(1, 6, 96, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(loaded(image).logits, model(image).logits)
+
+
 def test_a_small_checkpoint_of_a_small_checkpoint_is_the_same(model, tmp_path):
     model.save_pretrained(tmp_path / "first", trainable_only=True)
     loaded = AutoModel.from_pretrained(tmp_path / "first")

@@ -262,6 +262,7 @@ def test_arguments_are_checked_before_data_is_read_and_measuring_checks_none(reb
         (["--learning_rate", "1e-4", "net=1e-3"], "--learning_rate takes one number"),
         (["--learning_rate", "unet=1e-3"], "--learning_rate takes one number"),
         (["--batch_size", "1"], "--batch_size must be at least 2, got 1"),
+        (["--augmentation", "none", "flips"], "--augmentation takes none and strong alone, got none flips"),
     ],
 )
 def test_bad_options(options, message, capsys):

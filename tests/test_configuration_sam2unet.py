@@ -27,6 +27,7 @@ def test_config_survives_saving(tmp_path, as_dict):
         freeze_encoder=False,
         auxiliary_loss_weights=[0.5, 0.25],
         weight_bce=True,
+        iou_over_batch=True,
         ignore_index=254,
     )
     config.save_pretrained(tmp_path)
@@ -39,6 +40,16 @@ def test_config_survives_saving(tmp_path, as_dict):
 
 def test_backbone_dict_needs_no_model_type():
     assert Sam2UNetConfig(backbone_config={"hidden_size": 96}).backbone_config.hidden_size == 96
+
+
+def test_number_of_channels_is_the_backbones(tmp_path):
+    config = Sam2UNetConfig.from_preset("tiny", num_channels=6)
+    assert config.backbone_config.num_channels == 6
+    config.save_pretrained(tmp_path)
+    assert Sam2UNetConfig.from_pretrained(tmp_path).backbone_config.num_channels == 6
+    assert Sam2UNetConfig.from_preset("tiny").backbone_config.num_channels == 3
+    with pytest.raises(StrictDataclassError, match="`backbone_config.num_channels` must be at least 1, got 0"):
+        Sam2UNetConfig.from_preset("tiny", num_channels=0)
 
 
 @pytest.mark.parametrize(

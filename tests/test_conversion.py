@@ -340,6 +340,71 @@ def test_from_sam2_in_half_precision_gives_float32(sam2, tmp_path):
     assert_has_encoder_of(model, half.float())
 
 
+@torch.no_grad()
+def assert_equal_channels_give_the_same(model, three, size=(96, 64)):
+    """An image that is the same in all channels gives what it gives in three.
+
+    In double precision, so that only the rounding of the weights shows, not that of the sums over other numbers.
+    """
+    grey = torch.randn(2, 1, *size, dtype=torch.float64)
+    found, expected = (
+        copy.deepcopy(m)
+        .double()
+        .eval()(grey.expand(-1, m.config.backbone_config.num_channels, -1, -1), output_hidden_states=True)
+        for m in (model, three)
+    )
+    torch.testing.assert_close(found.logits.sigmoid(), expected.logits.sigmoid(), atol=1e-6, rtol=0)
+    for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6 * max(1, theirs.abs().max().item()), rtol=0)
+
+
+@pytest.mark.parametrize("num_channels", [1, 2, 6, 12])
+def test_from_sam2_inflates_the_patch_embedding(sam2_folder, num_channels):
+    torch.manual_seed(0)
+    three = Sam2UNetForSemanticSegmentation.from_sam2(sam2_folder)
+    torch.manual_seed(0)
+    model = Sam2UNetForSemanticSegmentation.from_sam2(sam2_folder, num_channels=num_channels)
+    assert model.config.backbone_config.num_channels == num_channels
+    weight, original = (m.encoder.patch_embed.projection.weight for m in (model, three))
+    assert weight.shape == (16, num_channels, 7, 7)
+    torch.testing.assert_close(weight[:, 0] * num_channels, original.sum(dim=1))
+    model.decode_head.load_state_dict(three.decode_head.state_dict())
+    for block, other in zip(model.encoder.blocks, three.encoder.blocks, strict=True):
+        block.adapter.load_state_dict(other.adapter.state_dict())
+    assert_equal_channels_give_the_same(model, three)
+    # The number may come with the configuration, too.
+    backbone_config = small_backbone_config(num_channels=num_channels)
+    for given in (backbone_config, backbone_config.to_dict()):
+        other = Sam2UNetForSemanticSegmentation.from_sam2(sam2_folder, backbone_config=given)
+        assert torch.equal(other.encoder.patch_embed.projection.weight, weight)
+    assert backbone_config.num_channels == num_channels
+
+
+def test_from_sam2_with_three_channels_loads_the_weights_as_they_are(sam2, sam2_folder):
+    for options in ({}, {"num_channels": 3}):
+        model = Sam2UNetForSemanticSegmentation.from_sam2(sam2_folder, **options)
+        for name, weight in sam2.vision_encoder.backbone.state_dict().items():
+            assert torch.equal(model.encoder.state_dict()[name], weight), name
+
+
+def test_from_sam2_without_channels_raises(sam2_folder):
+    with pytest.raises(ValueError, match="`num_channels` must be at least 1, got 0"):
+        Sam2UNetForSemanticSegmentation.from_sam2(sam2_folder, num_channels=0)
+
+
+def test_reference_is_inflated_for_more_channels(tmp_path):
+    three = convert_reference_checkpoint(reference(), small_config(**REFERENCE_CONFIG))
+    backbone_config = small_backbone_config(num_channels=6)
+    model = convert_reference_checkpoint(
+        reference(), small_config(backbone_config=backbone_config, **REFERENCE_CONFIG)
+    )
+    assert_equal_channels_give_the_same(model, three)
+    torch.save(preset_state_dict("tiny"), tmp_path / "reference.pth")
+    model = convert_reference_checkpoint(tmp_path / "reference.pth", num_channels=4)
+    assert model.config.backbone_config.num_channels == 4
+    assert model.encoder.patch_embed.projection.weight.shape[1] == 4
+
+
 def original_checkpoint(sam2):
     """The file that Meta distributes: encoder, neck and the rest under `model`."""
     trunk = sam2.vision_encoder.backbone.state_dict()
@@ -598,6 +663,17 @@ def test_command_line_converts_a_sam2_encoder(sam2, sam2_folder, tmp_path, capsy
     assert model.config.regions == BRATS_REGIONS
     assert_has_encoder_of(model, sam2)
     assert AutoImageProcessor.from_pretrained(output).regions == BRATS_REGIONS
+
+
+def test_command_line_converts_for_more_channels(sam2_folder, tmp_path):
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(sam2_folder), str(tmp_path / "model"), "--num_channels", "6"])
+    assert exit_info.value.code == 0
+    model = AutoModel.from_pretrained(tmp_path / "model")
+    inputs = AutoImageProcessor.from_pretrained(tmp_path / "model")(torch.ones(80, 70), return_tensors="pt")
+    with torch.inference_mode():
+        assert model(inputs["pixel_values"][..., :64, :64]).logits.shape == (1, 1, 64, 64)
+    assert inputs["pixel_values"].shape == (1, 6, 352, 352)
 
 
 def test_help_tells_the_default_regions_of_each_kind_of_source(sam2_folder, tmp_path, capsys):

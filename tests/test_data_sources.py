@@ -48,7 +48,7 @@ def write(folder, image=GREY, mask=LABELS, name="x", suffix=".png", mask_suffix=
 
 def read(folder):
     rows = pair_images_and_masks(folder / "images", folder / "masks")
-    return check_images_and_masks("train", rows, "image", "mask"), rows
+    return check_images_and_masks("train", rows, ["image"], "mask"), rows
 
 
 def oriented(orientation):
@@ -264,7 +264,7 @@ def test_rows_without_an_image_are_named(column):
     rows[column] = [rows[column][0], None]
     features = Features({"image": ImageFeature(), "mask": ImageFeature()})
     with pytest.raises(SystemExit, match="train image 00001: the row holds no image. Fill it, or remove the row"):
-        check_images_and_masks("train", Dataset.from_dict(rows, features=features), "image", "mask")
+        check_images_and_masks("train", Dataset.from_dict(rows, features=features), ["image"], "mask")
 
 
 # Leaks
@@ -360,14 +360,14 @@ def test_images_in_archives_are_compared_and_named_when_broken(tmp_path):
     args = DataArguments(dataset_name=str(tmp_path))
     data = load_data(args)
     assert np.array_equal(data["train"][1]["image"], np.random.default_rng(2).integers(0, 256, (8, 9)))
-    assert find_regions(data, "image", "mask", None)[0] == {"foreground": [1]}
+    assert find_regions(data, ["image"], "mask", None)[0] == {"foreground": [1]}
     assert fingerprint(data["train"]) != fingerprint(data["validation"])
     pack("test", [3])
     with pytest.raises(SystemExit, match="test image .* is the same file as train image"):
         load_data(args)
     pack("test", [6], broken=True)
     with pytest.raises(SystemExit, match="test image .* cannot be read"):
-        find_regions(load_data(args), "image", "mask", None)
+        find_regions(load_data(args), ["image"], "mask", None)
 
 
 def test_black_images_and_equal_names_are_no_leak(tmp_path):

@@ -15,6 +15,7 @@ import torch
 from common import BRATS_REGIONS, small_model
 from distributed_worker import evaluate_each_alone
 from PIL import Image
+from test_averaging import average_of
 from test_training import make_rows, make_trainer
 from transformers import AutoModelForSemanticSegmentation, TrainingArguments
 
@@ -205,8 +206,9 @@ def test_one_process_resumes_what_two_began(torchrun, arguments, start, tmp_path
 def test_scores_are_the_same_to_the_last_bit_for_one_batch_or_many_and_one_process_or_two(found, tmp_path):
     one_batch, expected = evaluate_each_alone(tmp_path, batch_size=5)
     image_by_image, scores = evaluate_each_alone(tmp_path, batch_size=1)
-    assert len(expected) == 1 + 19 * 4
+    assert len(expected) == 1 + 19 * 4 + 4 * 4
     assert 0.01 < expected["mean_dice"] < 0.99
+    assert 0.01 < expected["patient_dice"] < 0.99
     assert scores == expected
     for process in found:
         assert process["metrics"] == expected
@@ -256,6 +258,19 @@ def test_batch_norm_is_estimated_on_the_images_of_all_processes(found):
         torch.testing.assert_close(variance, features.var(dim=(0, 2, 3)), rtol=3e-3, atol=0)
     within = torch.stack([batch.var(dim=(0, 2, 3)) for batch in batches]).mean(dim=0)
     assert (within / features.var(dim=(0, 2, 3)) < 0.98).any()
+
+
+def test_all_processes_keep_the_same_average_which_a_resumed_run_goes_on_with(found):
+    steps, (model, resumed) = found[0]["average"]
+    assert len(steps) == 3 + 1
+    expected = average_of(steps[:3], 0.2)
+    for name, weight in expected.items():
+        torch.testing.assert_close(model[name], weight, rtol=1e-5, atol=1e-6, msg=name)
+    assert any(not torch.equal(steps[2][name], model[name]) for name in expected)
+    for other in (resumed, *found[1]["average"][1]):
+        assert other.keys() == model.keys()
+        for name, value in model.items():
+            assert torch.equal(other[name], value), name
 
 
 def test_a_checkpoint_is_whole_once_it_has_the_state_of_the_trainer(found):

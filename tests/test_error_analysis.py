@@ -271,10 +271,10 @@ def test_report_of_a_data_set(slices, checkpoint, tmp_path):
     pixels = {region: ([], []) for region in REGIONS}
     lesions = {("missed", region): 0 for region in REGIONS} | {("false", region): 0 for region in REGIONS}
     for index, row in enumerate(rows):
-        batch = transform({name: [row[name]] for name in ("image", "mask")})
+        batch = transform({"image": [row["flair"]], "mask": [row["mask"]]})
         logits = bright_pixels(batch["pixel_values"][0][None]).logits
         dice = metrics.score(logits, [batch["labels"][0]], model)[0, :, 0]
-        grey = np.asarray(row["image"])
+        grey = np.asarray(row["flair"])
         probabilities = torch.nn.functional.interpolate(logits, (40, 40), mode="bilinear")[0].sigmoid().numpy()
         for number, (region, label_ids) in enumerate(REGIONS.items()):
             record = records[2 * index + number]

@@ -19,12 +19,19 @@ from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.training.resume import why_incomplete
 
 
-# By epoch with a trained encoder, whose batch norm is estimated anew; and by step, ending within an epoch.
+# By epoch with a trained encoder, whose batch norm is estimated anew; by step, ending within an epoch; and with an
+# average of the weights, of which the last is kept instead of the best.
 RECIPES = {
     "epochs": ["--freeze_encoder", "false", "--batch_norm_images", "4", "--num_train_epochs", "3"],
     "steps": ["--save_strategy", "steps", "--eval_strategy", "steps", "--save_steps", "2", "--eval_steps", "2"]
     + ["--max_steps", "7", "--gradient_accumulation_steps", "2", "--augmentation", "flips", "gamma"],
+    "averages": (
+        "--ema_decay 0.8 --batch_norm_images 4 --augmentation strong --num_train_epochs 2 --save_strategy steps "
+        "--save_steps 2 --load_best_model_at_end false"
+    ).split(),
 }
+# Slices in which nine patients have tumour and none has, of which an epoch shows nine and three.
+RECIPES["steps"] += ["--slices", "12", "3", "--foreground_share", "0.75", "--neighbours", "1"]
 
 
 class Runner:
@@ -116,7 +123,7 @@ def kill_point(seed: int, whole: dict) -> dict:
 def kill_and_finish(runner: Runner, seeds: range) -> Counter:
     phases = Counter()
     for seed in seeds:
-        recipe = list(RECIPES)[seed // 4 % 2]
+        recipe = list(RECIPES)[seed // 4 % 3]
         name = f"killed-{seed}"
         for kill in range(1 + (seed % 5 == 4)):  # some twice
             point = kill_point(seed + 1000 * kill, runner.whole[recipe])
@@ -159,10 +166,12 @@ def test_the_same_command_gives_the_same_results(runner, recipe):
         ("epochs", "evaluating", 1, 5),
         ("epochs", "writing a checkpoint", 1, 6),
         ("steps", "stepping", 5, 3),  # within the third step
+        ("averages", "stepping", 3, 3),
+        ("averages", "evaluating", 1, 6),  # after which no checkpoint is due before the sixth step
     ],
 )
 def test_sigterm_saves_and_ends_the_run_which_goes_on(runner, recipe, phase, count, step):
-    name = f"terminated-{phase.replace(' ', '-')}-{count}"
+    name = f"terminated-{recipe}-{phase.replace(' ', '-')}-{count}"
     answer = runner.run(recipe, name, phase=phase, count=count, signal="SIGTERM")
     log = runner.log(name)
     assert answer["code"] == 128 + 15, log

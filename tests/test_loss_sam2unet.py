@@ -69,6 +69,41 @@ def test_nothing_valid_is_zero_with_zero_gradient(weight_bce):
     assert not logits.grad.any()
 
 
+def test_iou_over_the_batch_by_hand():
+    # Two images of one pixel each, with the region and without: w = 1 + 5 * (1 - 1/961) and 1, and p = 1/2 and 1/4.
+    labels = torch.tensor([1.0, 0.0], dtype=torch.float64).view(2, 1, 1, 1)
+    logits = torch.tensor([0.0, -math.log(3)], dtype=torch.float64).view(2, 1, 1, 1)
+    foreground = 1 + 5 * 960 / 961
+    bce_loss = (math.log(2) + math.log(4 / 3)) / 2
+    intersection = foreground / 2
+    total = foreground * (1 / 2 + 1) + 1 / 4
+    expected = bce_loss + 1 - (intersection + 1) / (total - intersection + 1)
+    assert structure_loss(logits, labels, iou_over_batch=True).item() == pytest.approx(expected, rel=1e-12)
+    each = [1 - (intersection + 1) / (foreground + 1), 1 - 1 / (1 / 4 + 1)]
+    assert structure_loss(logits, labels).item() == pytest.approx(bce_loss + sum(each) / 2, rel=1e-12)
+
+
+def test_iou_over_the_batch_is_that_of_its_images_side_by_side():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 2, 40, 48, generator=generator, dtype=torch.float64)
+    labels = torch.zeros(3, 2, 40, 48, dtype=torch.float64)
+    labels[0, 0, 10:30, 16:32] = labels[1, 1, 15:20, 20:30] = 1
+    valid = torch.ones(3, 1, 40, 48)
+    valid[2, :, :5] = 0
+    images = {"weights": boundary_weights(labels), "labels": labels, "logits": logits, "valid": valid}
+    side_by_side = {name: torch.cat(list(values), dim=-1)[None] for name, values in images.items()}
+    loss = structure_loss(logits, labels, valid=valid, iou_over_batch=True)
+    torch.testing.assert_close(loss, structure_loss(**side_by_side))
+    assert abs(loss - structure_loss(logits, labels, valid=valid)) > 0.01
+
+
+def test_one_image_is_a_batch_of_its_own():
+    logits, labels = torch.randn(1, 2, 16, 16), torch.ones(1, 2, 16, 16)
+    options = {"output_weights": [1.0, 0.5]}
+    losses = [deep_supervision_loss([logits, -logits], labels, iou_over_batch=on, **options) for on in (False, True)]
+    torch.testing.assert_close(*losses)
+
+
 def test_deep_supervision_is_the_weighted_sum():
     outputs = [torch.randn(1, 1, 16, 16) for _ in range(3)]
     labels = torch.zeros(1, 1, 16, 16)

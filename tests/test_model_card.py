@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from common import BRATS_REGIONS, CODE, small_model
+from common import BRATS_REGIONS, CODE, small_backbone_config, small_model
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
@@ -28,6 +28,7 @@ from sam2unet_hf.model_card import (
     render_model_card,
     write_model_card,
 )
+from sam2unet_hf.patient_table import PatientTable
 from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform
 from sam2unet_hf.training.augmentation import augmentation
 
@@ -91,6 +92,19 @@ def test_the_card_of_a_bare_checkpoint_claims_nothing_of_a_run(folder):
     assert "{{" not in text.replace("{{SAM2", "")
 
 
+def test_the_card_says_what_the_model_sees_of_slices(tmp_path):
+    backbone_config = small_backbone_config(num_channels=6)
+    small_model(backbone_config=backbone_config).save_pretrained(tmp_path)
+    assert "The model takes 6 channels; a grey image is repeated" in " ".join(render_model_card(tmp_path).split())
+    options = {"num_channels": 6, "neighbours": 1, "modalities": ["flair", "t1ce"]}
+    Sam2UNetImageProcessor(head_crop_size={"height": 160, "width": 192}, **options).save_pretrained(tmp_path)
+    text = " ".join(render_model_card(tmp_path).split())
+    assert "cropped to a window of 160 x 192 pixels (height x width) about the head" in text
+    assert "takes 6 channels: flair, t1ce, each as 3 adjacent slices from the lowest to the highest; a grey" in text
+    assert "does not use the slices around them but for 1 on each side, and" in text
+    assert "resized to" not in text
+
+
 def test_the_card_of_a_run_says_what_its_files_say(folder):
     info = add_run(folder)
     text = render_model_card(folder, "tester/tumor", tags=["extra"])
@@ -115,6 +129,35 @@ def test_the_card_of_a_run_says_what_its_files_say(folder):
     assert "| `learning_rate` | 0.0003 |" in text
     assert "Somebody 2020" in text
     assert "The weights are licensed under cc-by-nc-4.0." in text
+    assert not re.search(r"\n{3,}", text)
+
+
+def test_the_table_of_patients_names_none(folder):
+    add_run(folder)
+    table = PatientTable()
+    for name, dice in (("Patient Doe", 0.5), ("Patient Roe", 0.9)):
+        scores = {"volume_dice": dice, "hausdorff95_mm": 12.34, "reference_ml": 5, "predicted_ml": 4.5}
+        table.add(name, {"WT": scores, "ET": {**scores, "volume_dice": dice / 2}})
+    table.write(folder, "test_patients")
+    write_model_card(folder)
+    text = (folder / "README.md").read_text()
+    assert "### Patients of the test split\n\n2 patients, each scored as a whole:" in text
+    assert "| WT | Dice | 0.700 | 0.283 | 0.700 | 0.500 |" in text
+    assert "| ET | 95 % Hausdorff distance (mm) | 12.3 | 0.0 | 12.3 | 12.3 |" in text
+    assert "| 1 | WT | 0.900 | 12.3 | 5.0 | 4.5 |\n| 1 | ET | 0.450 | 12.3 | 5.0 | 4.5 |\n| 2 | WT |" in text
+    assert not re.search(r"\n{3,}", text)
+    (folder / "splits.json").write_text('{"train": ["Patient Doe"]}')
+    files = [path.name for pattern in files_to_push(folder) for path in folder.glob(pattern)]
+    assert "README.md" in files
+    for name in files:
+        assert b"Patient Doe" not in (folder / name).read_bytes(), name
+    many = PatientTable()
+    for number in range(101):
+        many.add(str(number), {"WT": {"volume_dice": 0.5, "reference_pixels": 70, "predicted_pixels": 0}})
+    many.write(folder, "test_dir_patients")
+    text = render_model_card(folder)
+    assert "### Patients of the second cohort\n\n101 patients" in text
+    assert "reference (pixels)" not in text
     assert not re.search(r"\n{3,}", text)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import small_model
+from common import small_backbone_config, small_model
 from datasets import Dataset, DatasetDict
 from PIL import Image
 from safetensors.torch import save_file
@@ -17,12 +17,13 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 from dataset_scripts.brats_slices.__main__ import main as write_brats_slices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.crop_sam2unet import head_mask
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import provenance  # noqa: E402 - the scripts are no package
 import run_segmentation  # noqa: E402
-from arguments import PHANTOM_RECIPE, parse_arguments, resume_arguments  # noqa: E402
+from arguments import parse_arguments, resume_arguments  # noqa: E402
 from case_names import case_names  # noqa: E402
 from data_sources import (  # noqa: E402
     DataArguments,
@@ -31,6 +32,7 @@ from data_sources import (  # noqa: E402
     load_data,
     with_all_splits,
 )
+from recipes import PHANTOM, RECIPES  # noqa: E402
 
 
 QUICK = [
@@ -110,6 +112,51 @@ def test_brats_folder_to_checkpoint_scores_and_pictures(cohort, checkpoint, tmp_
         assert torch.equal(parameter, best.get_parameter(name)), name
 
 
+def test_modalities_neighbours_and_window_from_scans_to_scores(cohort, checkpoint, tmp_path):
+    """Six channels of the window about the head, in memory and streamed, which are scored again as they were."""
+    backbone_config = small_backbone_config(num_channels=6)
+    start = Path(checkpoint(backbone_config=backbone_config))
+    channels = {"num_channels": 6, "neighbours": 1, "modalities": ["t1ce", "flair"]}
+    Sam2UNetImageProcessor(**channels).save_pretrained(start)
+    recipe = ["--model_name_or_path", str(start), "--head_crop_size", "auto", "--foreground_share", "0.5", *QUICK]
+    recipe += ["--num_train_epochs", "2", "--augmentation", "flips", "rotation", "--metric_for_best_model"]
+    recipe += ["patient_dice", "--do_predict"]
+    slices = ["--slices", "head"]
+    data = tmp_path / "data"
+    write_brats_slices(["--brats_dir", str(cohort), "--output_dir", str(data), *slices])
+    results = run_segmentation.main(
+        ["--brats_dir", str(cohort), *slices, *recipe, "--output_dir", str(tmp_path / "scans")]
+    )
+    assert 0 <= results["test_patient_dice"] <= 1
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "scans")
+    assert (processor.modalities, processor.neighbours, processor.num_channels) == (["t1ce", "flair"], 1, 6)
+    assert processor.head_crop_size == {"height": 64, "width": 64}
+    rows = load_data(DataArguments(brats_dir=str(cohort), slices=["head"]))["train"]
+    num_foreground = sum(count > 0 for count in rows["wt_pixels"])
+    assert num_foreground < len(rows) / 2
+    state = json.loads((tmp_path / "scans" / "trainer_state.json").read_text())
+    assert state["max_steps"] == 2 * -(-2 * num_foreground // 4)
+    card = (tmp_path / "scans" / "README.md").read_text()
+    assert "t1ce, flair" in card
+    assert "1 slices below and 1 above" in card
+    assert "50% of each epoch" in card
+    # Nothing is predicted outside of the head, also where the pictures are written.
+    split = load_data(DataArguments(brats_dir=str(cohort), slices=["head"], modalities=["t1ce", "flair"]))["test"]
+    for name, row in zip(case_names(split), split, strict=True):
+        with Image.open(tmp_path / "scans" / "predictions" / f"{name}.png") as prediction:
+            pixels = torch.from_numpy(np.stack([row["t1ce"], row["flair"]]))
+            assert not torch.from_numpy(np.array(prediction))[~head_mask(pixels, (40, 40))].any()
+
+    scores = {name: value for name, value in results.items() if name.startswith("test")}
+    again = ["--dataset_name", str(data), "--model_name_or_path", str(tmp_path / "scans"), "--do_train", "false"]
+    for number, streaming in enumerate(([], ["--streaming"])):
+        options = [*again, *streaming, *QUICK, "--output_dir", str(tmp_path / f"again-{number}")]
+        repeated = run_segmentation.main(options)
+        assert {name: repeated[name] for name in scores} == scores
+    with pytest.raises(SystemExit, match="takes images of 6 channels, the images have 2. Leave out --modalities"):
+        run_segmentation.main([*again, "--neighbours", "0", *QUICK, "--output_dir", str(tmp_path / "other")])
+
+
 def test_pictures_of_mixed_sizes_with_masks_of_0_and_255(pictures, checkpoint, tmp_path, caplog):
     output_dir = tmp_path / "run"
     results = run_segmentation.main(
@@ -150,33 +197,90 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(cohort, checkpoint, tmp_path
         assert torch.equal(value, resumed[name]), name
 
 
-def test_from_scratch_trains_everything(cohort, tmp_path, caplog, monkeypatch):
-    from common import small_backbone_config
+def test_resuming_what_is_finished_names_what_to_raise_and_writes_nothing(cohort, checkpoint, tmp_path):
+    output_dir = tmp_path / "run"
+    arguments = ["--brats_dir", str(cohort), "--slices", "12", "--model_name_or_path", checkpoint()]
+    arguments += ["--output_dir", str(output_dir), *QUICK]  # nine images, and so three steps an epoch
+    run_segmentation.main([*arguments, "--num_train_epochs", "1"])
 
+    def files():
+        return {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
+
+    before = files()
+    resume = ["--resume_from_checkpoint", "true", "--learning_rate", "0.01"]
+    for asked, steps in ((["--num_train_epochs", "1"], 3), (["--max_steps", "2"], 2)):
+        match = (
+            f"nothing is left to train after .*checkpoint-3, which is at step 3: {' '.join(asked)} asks for {steps}"
+        )
+        match += rf"\. Raise {asked[0]} to train further"
+        with pytest.raises(SystemExit, match=match):
+            run_segmentation.main([*arguments, *resume, *asked])
+        assert files() == before
+    run_segmentation.main([*arguments, *resume, "--num_train_epochs", "2"])
+    assert json.loads((output_dir / "run.json").read_text())["arguments"]["learning_rate"] == 0.01
+    assert json.loads((output_dir / "trainer_state.json").read_text())["global_step"] == 6
+    # One that was killed before its results were written only lacks these.
+    results = (output_dir / "all_results.json").read_bytes()
+    (output_dir / "all_results.json").unlink()
+    run_segmentation.main([*arguments, *resume, "--num_train_epochs", "2"])
+    assert (output_dir / "all_results.json").read_bytes() == results
+
+
+def test_from_scratch_trains_everything(cohort, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(
-        "sam2unet_hf.configuration_sam2unet.preset_backbone_config", lambda preset: small_backbone_config()
+        "sam2unet_hf.configuration_sam2unet.preset_backbone_config",
+        lambda preset, num_channels: small_backbone_config(num_channels=num_channels),
     )
     run_segmentation.main(
         ["--brats_dir", str(cohort), "--slices", "12", "--image_size", "64", "--regions", "TC=1,3", "ET=3"]
         + ["--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
-        + ["--output_dir", str(tmp_path / "run"), *QUICK]
+        + ["--iou_over_batch", "true", "--output_dir", str(tmp_path / "run"), *QUICK]
     )
     assert "from scratch" in caplog.text
     config = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "run").config
+    assert config.iou_over_batch
+    info = json.loads((tmp_path / "run" / "training_info.json").read_text())
+    assert info["recipe"]["loss"].startswith("IoU over the batch and plain BCE")
     assert not config.freeze_encoder
     assert config.regions == {"TC": [1, 3], "ET": [3]}
 
 
-def test_defaults_are_the_papers_recipe_and_the_phantoms(monkeypatch, tmp_path):
+def test_the_recipe_of_the_paper_is_what_the_paper_says(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    _, data_args, args = parse_arguments(["--brats_dir", "BraTS2020"])
+    model_args, data_args, args = parse_arguments(["--recipe", "paper", "--brats_dir", "BraTS2020"])
+    # Table 2 of doi 10.3390/app15063267: epochs, optimiser, learning rate, weight decay, batch and image size.
     assert (args.num_train_epochs, args.learning_rate, args.weight_decay) == (30, 1e-4, 1e-4)
-    assert args.per_device_train_batch_size == 1
+    assert (args.per_device_train_batch_size, args.optim.value) == (1, "adamw_torch_fused")
+    assert (model_args.image_size, model_args.head_crop_size) == (352, None)
+    assert (data_args.slices, data_args.modalities, data_args.neighbours) == (["95"], ["flair"], None)
+    assert (args.lr_scheduler_type.value, args.lr_scheduler_kwargs) == ("cosine_with_min_lr", {"min_lr": 1e-7})
+    assert (args.augmentation, args.ema_decay, data_args.foreground_share) == (["flips"], 0, None)
+    assert not model_args.iou_over_batch
+    assert args.warmup_steps == 0
     assert args.output_dir == "runs/BraTS2020"
-    assert data_args.slices == ["95"]
-    model_args, data_args, args = parse_arguments(["--learning_rate", "0.01"])
-    assert (args.learning_rate, data_args.slices, args.output_dir) == (0.01, ["tumor"], "runs/phantom")
-    assert model_args.image_size == PHANTOM_RECIPE["image_size"]
+    # Images without a recipe have the same defaults.
+    *_, plain = parse_arguments(["--dataset_name", "photographs"])
+    for name in ("num_train_epochs", "learning_rate", "weight_decay", "augmentation", "metric_for_best_model"):
+        assert getattr(plain, name) == getattr(args, name)
+
+
+def test_scans_are_trained_by_the_recipe_for_volumes_and_options_win(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model_args, data_args, args = parse_arguments(["--brats_dir", "BraTS2020", "--learning_rate", "0.01"])
+    assert data_args.recipe == "volume"
+    assert (args.learning_rate, args.per_device_train_batch_size) == (
+        0.01,
+        RECIPES["volume"]["per_device_train_batch_size"],
+    )
+    assert (data_args.slices, data_args.neighbours, model_args.head_crop_size) == (["head"], 1, ["auto"])
+    assert args.metric_for_best_model == "patient_dice"
+    model_args, data_args, args = parse_arguments([])
+    assert (data_args.recipe, args.output_dir) == ("volume", "runs/phantom")
+    assert args.num_train_epochs == PHANTOM["num_train_epochs"]
+    assert parse_arguments(["--image_size", "96"])[0].head_crop_size is None
+    model_args, data_args, _ = parse_arguments(["--brats_dir", "BraTS2020", "--model_name_or_path", "mine"])
+    assert (model_args.head_crop_size, data_args.neighbours, data_args.slices) == (None, None, ["head"])
+    assert parse_arguments(["--dataset_name", "photographs"])[1].recipe is None
 
 
 @pytest.mark.parametrize(("arguments", "frozen"), [([], True), (["--freeze_encoder", "false"], False)])
@@ -188,7 +292,9 @@ def test_going_on_from_a_checkpoint_keeps_its_regions_and_size(checkpoint, argum
     assert model.config.freeze_encoder == frozen
     with pytest.raises(SystemExit, match="segments .*'TC'.*, not .*'WT'"):
         run_segmentation.load_model(model_args, {"WT": [1, 2, 3]})
-    model_args.image_size = 96
+    assert not model.config.iou_over_batch
+    model_args.image_size, model_args.iou_over_batch = 96, True
+    assert run_segmentation.load_model(model_args, {"TC": [1, 3], "ET": [3]})[0].config.iou_over_batch
     assert run_segmentation.load_model(model_args, {"TC": [1, 3], "ET": [3]})[1].size["width"] == 96
 
 
@@ -222,6 +328,18 @@ def test_bad_data_costs_no_older_run(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["all_results.json"]
 
 
+def test_batches_larger_than_the_data_are_refused_and_cost_no_older_run(pictures, checkpoint, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "all_results.json").write_text("{}")
+    arguments = ["--dataset_name", str(pictures), "--model_name_or_path", checkpoint(regions={"mask": [1]}), *QUICK]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--overwrite_output_dir", "--dataloader_drop_last"]
+    with pytest.raises(SystemExit, match="leaves nothing to train on: there are 9 training images, and a batch .* 16"):
+        run_segmentation.main([*arguments, "--per_device_train_batch_size", "16"])
+    with pytest.raises(SystemExit, match="`label_smoothing_factor` must be 0 for SAM2-UNet, .* got 0.1"):
+        run_segmentation.main([*arguments, "--label_smoothing_factor", "0.1"])
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["all_results.json"]
+
+
 def test_bad_options_cost_no_older_run(pictures, checkpoint, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "all_results.json").write_text("{}")
@@ -245,7 +363,12 @@ def test_contrasts_and_plane_go_with_the_checkpoint(cohort, checkpoint, tmp_path
     again = [str(tmp_path / "t1"), *QUICK, "--do_train", "false"]
     run_segmentation.main([*arguments, *again, *scans, "--output_dir", str(tmp_path / "same")])
     assert "The model is one of" not in caplog.text
-    run_segmentation.main([*arguments, *again, "--output_dir", str(tmp_path / "other")])
+    run_segmentation.main([*arguments, *again, "--output_dir", str(tmp_path / "axial")])
+    assert "The model is one of modalities" not in caplog.text
+    others = ["--modalities", "flair", "--output_dir", str(tmp_path / "other")]
+    with pytest.raises(SystemExit, match="was trained on t1, and is to segment flair. Leave out --modalities"):
+        run_segmentation.main([*arguments, *again, *others])
+    run_segmentation.main([*arguments, *again, *others, "--allow_other_modalities"])
     assert "The model is one of modalities ['t1'], and sees ['flair'] now (--modalities)." in caplog.text
     assert "The model is one of plane coronal, and sees axial now (--plane)." in caplog.text
 
@@ -308,6 +431,8 @@ def test_an_unfinished_run_goes_on_with_the_same_arguments_alone(tmp_path):
         (["--lr_scheduler_type", "linear"], "lr_scheduler_kwargs", None),
         ([], "greater_is_better", True),
         (["--metric_for_best_model", "mae_WT"], "greater_is_better", False),
+        (["--metric_for_best_model", "patient_missed_ml_WT"], "greater_is_better", False),
+        (["--metric_for_best_model", "patient_dice"], "greater_is_better", True),
         (["--metric_for_best_model", "loss"], "greater_is_better", False),
         (["--do_train", "false"], "output_dir", "runs/phantom-evaluation"),
     ],
@@ -327,7 +452,7 @@ def test_case_names_are_names_of_files():
 def test_brats_label_4_is_refused():
     rows = DatasetDict({"train": Dataset.from_dict({"image": [], "mask": [], "wt_pixels": []})})
     with pytest.raises(SystemExit, match=r"Region ET has the label ids \[4\].*BraTS' label 4 is 3 here"):
-        find_regions(rows, "image", "mask", {"WT": [1, 2, 3], "ET": [4]})
+        find_regions(rows, ["image"], "mask", {"WT": [1, 2, 3], "ET": [4]})
 
 
 @pytest.mark.parametrize("layout", ["{split}/{kind}", "{kind}/{split}"])
@@ -348,8 +473,9 @@ def test_data_set_of_the_builder_keeps_its_splits(cohort, tmp_path):
     write_brats_slices(["--brats_dir", str(cohort), "--output_dir", str(tmp_path / "slices"), "--slices", "12"])
     data = load_data(DataArguments(dataset_name=str(tmp_path / "slices")))
     assert {split: len(rows) for split, rows in data.items()} == {"train": 9, "validation": 1, "test": 3}
-    assert find_columns(data, DataArguments()) == ("image", "mask")
-    assert find_regions(data, "image", "mask", None) == ({"WT": [1, 2, 3]}, {})
+    assert find_columns(data, DataArguments()) == (["flair"], "mask")
+    assert "t1" not in data["train"].column_names  # only what is trained on is read
+    assert find_regions(data, ["flair"], "mask", None) == ({"WT": [1, 2, 3]}, {})
 
 
 def test_evaluation_alone(cohort, checkpoint, tmp_path):
@@ -405,9 +531,12 @@ def test_nothing_to_resume_from(tmp_path):
         (["--model_name_or_path", "a", "--sam2_checkpoint", "b"], "pass one of --model_name_or_path and"),
         (["--push_to_hub", "--do_train", "false"], "pushes what was trained"),
         (["--preset", "huge"], "invalid choice: 'huge'"),
+        (["--report_to", "tensorboard"], "--report_to tensorboard is not installed. Try `pip install tensorboard`"),
+        (["--augmentation", "strong", "flips"], "--augmentation takes none and strong alone, got strong flips"),
     ],
 )
-def test_arguments_that_exclude_each_other(arguments, match, capsys):
+def test_arguments_that_exclude_each_other(arguments, match, capsys, monkeypatch):
+    monkeypatch.setattr("arguments.get_available_reporting_integrations", lambda: ["wandb"])
     with pytest.raises(SystemExit):
         run_segmentation.main(arguments)
     assert match in capsys.readouterr().err
@@ -526,3 +655,24 @@ def test_search_trains_with_the_best_trial_and_goes_on_where_it_was(pictures, ch
     assert arguments_of_run.optim.value == found["best"]["optim"]
     assert "RandomVerticalFlip, ToUnitRange" not in (card := (output_dir / "README.md").read_text())
     assert "RandomGamma" in card
+
+
+def test_a_search_tries_no_batch_that_is_larger_than_the_data(pictures, checkpoint, tmp_path, monkeypatch):
+    optuna = pytest.importorskip("optuna")
+    import hp_search
+
+    class Tried(Exception):
+        pass
+
+    def look(trainer, hp_space, **kwargs):
+        trial = optuna.create_study().ask()
+        hp_space(trial)
+        raise Tried(trial.distributions["per_device_train_batch_size"].choices)
+
+    monkeypatch.setattr(hp_search.Sam2UNetTrainer, "hyperparameter_search", look)
+    arguments = ["--dataset_name", str(pictures), "--model_name_or_path", checkpoint(regions={"mask": [1]}), *QUICK]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--hp_search", "1"]
+    for options, sizes in (([], (4, 8, 16)), (["--dataloader_drop_last"], (4, 8))):  # of nine images
+        with pytest.raises(Tried) as found:
+            run_segmentation.main([*arguments, *options, "--overwrite_output_dir"])
+        assert found.value.args[0] == sizes

@@ -367,6 +367,9 @@ def test_two_processes_share_the_rows_and_score_as_one(folder, tmp_path, num_wor
         metrics = {name: value for name, value in process["metrics"].items() if not name.endswith(ONLY_HERE)}
         assert metrics == expected
         assert np.array_equal(process["image_dice"], trainer.compute_metrics.image_dice)
+        counts = {name: own.tolist() for name, own in trainer.compute_metrics.patient_counts.items()}
+        assert process["patient_counts"] == counts
+        assert len(counts) == 5
         assert process["steps"] == 10  # two epochs of ten batches by two processes
     if num_workers:
         return  # whose rows are noted in the workers

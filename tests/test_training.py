@@ -4,6 +4,8 @@ import torch
 from common import BRATS_REGIONS, small_model
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 from transformers import TrainingArguments
 
 from sam2unet_hf import Sam2UNetImageProcessor
@@ -33,7 +35,7 @@ def rows():
     return make_rows(SIZES)
 
 
-def make_trainer(model, rows, tmp_path, batch_norm_images=0, **kwargs):
+def make_trainer(model, rows, tmp_path, batch_norm_images=0, ema_decay=0.0, trainable_only=False, **kwargs):
     processor = Sam2UNetImageProcessor(regions=model.config.regions, size={"height": 64, "width": 64})
     arguments = TrainingArguments(
         tmp_path, remove_unused_columns=False, use_cpu=True, report_to="none", disable_tqdm=True, **kwargs
@@ -42,6 +44,8 @@ def make_trainer(model, rows, tmp_path, batch_norm_images=0, **kwargs):
         model,
         arguments,
         batch_norm_images=batch_norm_images,
+        ema_decay=ema_decay,
+        trainable_only=trainable_only,
         train_dataset=rows.with_transform(SegmentationTransform(processor, augment=augmentation("flips"))),
         eval_dataset=rows.with_transform(SegmentationTransform(processor, resize_masks=False)),
     )
@@ -140,6 +144,73 @@ def test_transform_flips_image_and_mask_together():
     for pixel_values, labels in zip(output["pixel_values"], output["labels"], strict=True):
         assert torch.equal(pixel_values[0] > 0, labels == 1)
     assert len({tuple(labels.nonzero()[0].tolist()) for labels in output["labels"]}) == 4
+
+
+def picture_with_head(channels, left=70, top=9):
+    """A head of 50 x 40 pixels in a slice of 96 x 128, dark inside; its mask, and the box of the whole head."""
+    generator = np.random.default_rng(left)
+    image, mask = np.zeros((channels, 96, 128), np.uint8), np.zeros((96, 128), np.uint8)
+    image[:, top : top + 50, left : left + 40] = generator.integers(1, 255, (channels, 50, 40))
+    mask[top + 5 : top + 20, left + 8 : left + 15] = 3
+    picture = PILImage.fromarray(image[0]) if channels == 1 else tv_tensors.Image(torch.from_numpy(image))
+    return picture, PILImage.fromarray(mask), [left - 6, top - 9, left + 44, top + 55]
+
+
+@pytest.mark.parametrize("channels", [1, 6])
+@pytest.mark.parametrize("window", [(64, 64), (96, 128), (128, 64)])  # two of them larger than the slice
+def test_the_window_lies_about_the_box_of_the_head(channels, window):
+    processor = Sam2UNetImageProcessor(
+        num_channels=max(channels, 3),
+        neighbours=int(channels == 6),
+        head_crop_size=dict(zip(("height", "width"), window, strict=True)),
+    )
+    image, mask, box = picture_with_head(channels)
+    rows = {"image": [image], "mask": [mask], "head_box": [box]}
+    expected = processor.preprocess([image], [mask], head_boxes=[box], return_tensors="pt")
+    in_training = SegmentationTransform(processor)(rows)
+    assert sorted(in_training) == ["labels", "pixel_values"]
+    assert torch.equal(in_training["pixel_values"][0], expected["pixel_values"][0])
+    assert torch.equal(in_training["labels"][0], expected["labels"][0])
+    scored = SegmentationTransform(processor, resize_masks=False)(rows)
+    assert scored["labels"][0].shape == (96, 128)
+    for name in ("pixel_values", "crop_boxes", "pixel_mask"):
+        assert torch.equal(scored[name][0], expected[name][0])
+        batch = collate([{key: values[0] for key, values in scored.items()}] * 2)
+        assert torch.equal(batch[name][1], expected[name][0])
+    alone = SegmentationTransform(processor, mask_column=None)(rows)
+    assert torch.equal(alone["crop_boxes"][0], expected["crop_boxes"][0])
+
+
+@pytest.mark.parametrize("has_box", [True, False])
+@pytest.mark.parametrize("channels", [1, 6])
+@pytest.mark.parametrize("left", [70, 8])  # 8: the window reaches beyond the slice
+def test_the_window_is_cut_out_before_an_image_is_turned(channels, left, has_box):
+    processor = Sam2UNetImageProcessor(
+        num_channels=max(channels, 3), head_crop_size={"height": 96, "width": 64}, neighbours=int(channels == 6)
+    )
+    image, mask, box = picture_with_head(channels, left)
+    rows = {"image": [image] * 16, "mask": [mask] * 16} | ({"head_box": [box] * 16} if has_box else {})
+    plain = SegmentationTransform(processor)(rows)
+    ways = [(), (-1,), (-2,), (-1, -2)]
+    expected = [[value[0].flip(way) for value in (plain["pixel_values"], plain["labels"])] for way in ways]
+    torch.manual_seed(0)
+    flipped = SegmentationTransform(processor, augment=augmentation("flips"))(rows)
+    seen = set()
+    for pixel_values, labels in zip(flipped["pixel_values"], flipped["labels"], strict=True):
+        equal = [torch.equal(pixel_values, one) and torch.equal(labels, other) for one, other in expected]
+        seen.add(equal.index(True))
+    assert seen == {0, 1, 2, 3}
+
+
+def test_a_head_larger_than_the_window_is_turned_before_it_is_scaled_down():
+    processor = Sam2UNetImageProcessor(head_crop_size={"height": 64, "width": 64})
+    image, mask, _ = picture_with_head(1)
+    rows = {"image": [image], "mask": [mask], "head_box": [[50, 0, 128, 96]]}
+    plain = SegmentationTransform(processor)(rows)
+    flipped = SegmentationTransform(processor, augment=v2.RandomHorizontalFlip(p=1))(rows)
+    torch.testing.assert_close(flipped["pixel_values"][0], plain["pixel_values"][0].flip(-1), atol=1e-2, rtol=0)
+    assert (flipped["labels"][0] == plain["labels"][0].flip(-1)).float().mean() > 0.98
+    assert flipped["labels"][0].sum() > 0
 
 
 def test_changes_of_an_image_depend_on_seed_epoch_and_image_alone():
@@ -287,6 +358,26 @@ def test_last_batches_are_dropped_in_training_alone(rows, tmp_path):
     assert len(trainer.get_train_dataloader()) == len(rows) // 3
     trainer.evaluate()
     assert len(trainer.compute_metrics.image_dice) == len(rows)
+
+
+def test_what_leaves_nothing_to_train_on_is_refused(rows, tmp_path):
+    options = {"dataloader_drop_last": True, "per_device_train_batch_size": len(rows)}
+    make_trainer(small_model(), rows, tmp_path, **options)
+    with pytest.raises(ValueError, match="`dataloader_drop_last` leaves nothing .* 5 training images, .* takes 6"):
+        make_trainer(small_model(), rows, tmp_path, **{**options, "per_device_train_batch_size": 6})
+
+
+def test_label_smoothing_is_refused(rows, tmp_path):
+    with pytest.raises(ValueError, match="`label_smoothing_factor` must be 0 for SAM2-UNet, .* got 0.1"):
+        make_trainer(small_model(), rows, tmp_path, label_smoothing_factor=0.1)
+
+
+def test_resuming_what_is_finished_warns(rows, tmp_path, caplog):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(small_model(), rows, tmp_path, **options).train()
+    assert "Nothing is left to train" not in caplog.text
+    make_trainer(small_model(), rows, tmp_path, **options).train(resume_from_checkpoint=True)
+    assert "Nothing is left to train: the checkpoint is at step 2, and 2 steps are asked for" in caplog.text
 
 
 def test_an_incomplete_checkpoint_is_not_resumed_from(rows, tmp_path):

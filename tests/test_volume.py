@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -249,6 +250,15 @@ def test_command_scores_against_the_reference(cohort, segment, tmp_path, capsys)
     for region in ("WT", "TC", "ET"):
         for measure, value in line[region].items():
             assert value == pytest.approx(expected[f"{measure}_{region}"])
+    table = json.loads((tmp_path / "out" / "patients.json").read_text())
+    assert [(row["patient"], row["region"]) for row in table["patients"]] == [(case.case_id, name) for name in REGIONS]
+    for row in table["patients"]:
+        assert row["volume_dice"] == pytest.approx(expected[f"volume_dice_{row['region']}"], abs=1e-12)
+        assert row["hausdorff95_mm"] == pytest.approx(expected[f"hausdorff95_mm_{row['region']}"])
+        assert row["predicted_ml"] == pytest.approx(line["volumes_ml"][row["region"]], abs=1e-3)
+    assert (tmp_path / "out" / "patients.csv").read_text().count("\n") == 4
+    for file in (tmp_path / "out").glob("patients.*"):
+        file.unlink()
     (tmp_path / "out" / f"{case.case_id}_seg.nii.gz").unlink()
     case.files["seg"].rename(tmp_path / "seg.nii.gz")
     try:
@@ -261,6 +271,44 @@ def test_command_scores_against_the_reference(cohort, segment, tmp_path, capsys)
         assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{case.case_id}_seg.nii.gz"]
     finally:
         (tmp_path / "seg.nii.gz").rename(case.files["seg"])
+
+
+def test_command_names_what_is_hardly_believable(cohort, segment, tmp_path, caplog):
+    first, second = find_cases(cohort)
+    regions = {"WT": [1, 2, 3]}
+    for name, bias in (("all", 40.0), ("none", -40.0)):
+        model = small_model(regions=regions)
+        model.decode_head.classifier.bias.data.fill_(bias)
+        model.save_pretrained(tmp_path / name)
+        processor = Sam2UNetImageProcessor(regions=regions, size={"height": 64, "width": 64}, modalities=["flair"])
+        processor.save_pretrained(tmp_path / name)
+    (tmp_path / "all" / "splits.json").write_text(json.dumps({"train": [second.case_id], "test": [first.case_id]}))
+    options = ["-o", str(tmp_path / "out"), "--device", "cpu"]
+    main([str(tmp_path / "none"), str(first.folder), *options])
+    assert f"{first.case_id}: nothing was found at all." in caplog.text
+    caplog.clear()
+    main([str(tmp_path / "all"), str(cohort), *options])
+    assert re.search(rf"{first.case_id}: \d{{3}}% of the head was taken for tumour, more than a third\.", caplog.text)
+    main([str(tmp_path / "all"), str(first.folder), *options, "--score"])
+    assert "The model was trained on" not in caplog.text
+    main([str(tmp_path / "all"), str(cohort), *options, "--score"])
+    known = (
+        f"The model was trained on 1 of the 2 patients that are scored: {second.case_id}. Their scores are too good"
+    )
+    assert known in caplog.text
+
+
+def test_command_refuses_other_contrasts_unless_asked(cohort, tmp_path, caplog):
+    small_model().save_pretrained(tmp_path / "model")
+    processor = Sam2UNetImageProcessor(size={"height": 64, "width": 64}, modalities=["flair"])
+    processor.save_pretrained(tmp_path / "model")
+    arguments = [str(tmp_path / "model"), str(find_cases(cohort)[0].folder), "-o", str(tmp_path / "out")]
+    main([*arguments, "--modalities", "flair"])
+    assert "The model was trained on" not in caplog.text
+    with pytest.raises(SystemExit, match=r"trained on flair, and is to segment t1\. Leave out --modalities"):
+        main([*arguments, "--modalities", "t1"])
+    main([*arguments, "--modalities", "t1", "--allow_other_modalities"])
+    assert "--allow_other_modalities goes on all the same" in caplog.text
 
 
 def test_the_plane_of_the_training_is_the_default(cohort, segment, tmp_path):

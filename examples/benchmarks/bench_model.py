@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import DTYPES, make_parser, mask_iou, report, time_in_turn
+from timing import DTYPES, make_parser, mask_iou, report, synchronize, time_in_turn
 from torch import nn
 from transformers import Sam2HieraDetModel
 
@@ -84,11 +84,14 @@ def build(preset: str, image_size: int, reference: Path | None = None) -> dict[s
             if "pos_embed" in name:
                 parameter.normal_(std=0.1)  # fresh ones are near 0 and would hide differences
         # Estimate batch norm as after training, so that the logits depend on the image.
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = None
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        momentum = norms[0].momentum
+        for norm in norms:
+            norm.momentum = None
         for _ in range(2):
             model(torch.randn(2, 3, image_size, image_size))
+        for norm in norms:  # an average without momentum breaks the graph of `torch.compile`
+            norm.momentum = momentum
     padded = copy.deepcopy(model)
     padded.encoder = PaddedEncoder(model)
     models = {"ours": model, "padded": padded}
@@ -166,12 +169,42 @@ def compare(args: argparse.Namespace, preset: str, mode: str, dtype: str, batch_
     case["seconds"] = {name: statistics.median(values) for name, values in seconds.items()}
     ours, *others = case["seconds"].items()
     case["ratios"] = {name: value / ours[1] for name, value in others}
+    case["images_per_second"] = {name: batch_size / value for name, value in case["seconds"].items()}
+    if args.profile:
+        case["profile"] = profile(competitors[ours[0]], args.device)
     if mode == "forward":
         own, base = competitors[ours[0]]().float(), competitors["padded float32"]().float()
         case["largest_difference"] = (own - base).abs().max().item()
         case["largest_logit"] = base.abs().max().item()
         case["mask_iou"] = mask_iou([own], [base])
     return case
+
+
+def profile(run: Callable[[], Any], device: str, top: int = 12) -> list[dict[str, Any]]:
+    """Return the operations on which a function spends most of the device's time, in ms, and print them."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
+    with torch.profiler.profile(activities=activities) as found:
+        run()
+        synchronize(device)
+    column = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    events = [event for event in found.key_averages() if getattr(event, column) > 0]
+    if device == "cuda":  # kernels alone, whose time is also that of the operation that started them
+        events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda event: -getattr(event, column))
+    total = sum(getattr(event, column) for event in events)
+    rows = []
+    for event in events[:top]:
+        milliseconds = getattr(event, column) / 1000
+        rows.append(
+            {"name": event.key[:90], "calls": event.count, "ms": milliseconds, "share": milliseconds * 1000 / total}
+        )
+        print(
+            f"{milliseconds:9.2f} ms {100 * rows[-1]['share']:5.1f} % {event.count:5d} x {event.key[:90]}",
+            file=sys.stderr,
+        )
+    print(f"{total / 1000:9.2f} ms in all", file=sys.stderr)
+    return rows
 
 
 def peak_memory(args: argparse.Namespace, name: str, preset: str, mode: str, dtype: str, batch_size: int) -> float:
@@ -225,6 +258,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--gradient_checkpointing", action="store_true", help="checkpoint activations of ours in training"
     )
     parser.add_argument("--memory", action="store_true", help="measure the peak memory too")
+    parser.add_argument("--profile", action="store_true", help="print what ours spends the device's time on, too")
     parser.add_argument("--reference", type=Path, help="SAM2UNet.py of the reference implementation")
     return parser.parse_args(argv)
 
@@ -236,6 +270,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         case = compare(args, preset, mode, dtype, batch_size)
         row = {key: case[key] for key in ("preset", "mode", "dtype", "batch_size")}
         row["ours"] = f"{case['seconds'][f'ours {dtype}']:.3f} s"
+        row["images/s"] = f"{case['images_per_second'][f'ours {dtype}']:.1f}"
         row["faster than"] = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in case["ratios"].items())
         if args.memory:
             case |= compare_memory(args, preset, mode, dtype, batch_size)

@@ -3,6 +3,7 @@
 from .augmentation import AUGMENTATIONS, augmentation
 from .data import SegmentationTransform, collate
 from .metrics import SegmentationMetrics
+from .rows import ImageRows, choose_head_crop_size
 from .run_record import HYPERPARAMETERS
 from .streaming import ParquetRows, RowGroupSampler, open_parquet
 from .trainer import Sam2UNetTrainer
@@ -11,12 +12,14 @@ from .trainer import Sam2UNetTrainer
 __all__ = [
     "AUGMENTATIONS",
     "HYPERPARAMETERS",
+    "ImageRows",
     "ParquetRows",
     "RowGroupSampler",
     "Sam2UNetTrainer",
     "SegmentationMetrics",
     "SegmentationTransform",
     "augmentation",
+    "choose_head_crop_size",
     "collate",
     "open_parquet",
 ]

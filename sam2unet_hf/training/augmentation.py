@@ -10,12 +10,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ..images_sam2unet import to_byte_range, to_channels_first
+from .strong_augmentation import strong_transforms
 
 
-AUGMENTATIONS = ("flips", "rotation", "scaling", "gamma", "bias_field", "noise")
+AUGMENTATIONS = ("flips", "rotation", "scaling", "gamma", "bias_field", "noise", "strong")
 
 
-def augmentation(*names: str) -> Callable:
+def augmentation(*names: str, neighbours: int = 0) -> Callable:
     """Return a function that changes an image and its mask at random, for [`SegmentationTransform`].
 
     Args:
@@ -26,15 +27,19 @@ def augmentation(*names: str) -> Callable:
             - `"scaling"`: by a factor of 0.8 to 1.25 about the centre, at the same image size;
             - `"gamma"`, probability 0.5: [`RandomGamma`];
             - `"bias_field"`, probability 0.5: [`RandomBiasField`];
-            - `"noise"`, probability 0.5: Gaussian, of standard deviation 0.02 where the image goes from 0 to 1.
+            - `"noise"`, probability 0.5: Gaussian, of standard deviation 0.02 where the image goes from 0 to 1;
+            - `"strong"`, alone: [`~strong_augmentation.strong_transforms`], what nnU-Net does in 2-D.
+
+        neighbours: Channels of `"strong"`, see there.
 
     Returns:
-        A transform of `(image, mask)`: a PIL image and a `tv_tensors.Mask` of label ids. Masks are only moved, to the
-        nearest pixel, so they get no new ids. Flips alone return a PIL image; with anything else the image becomes
-        float32 of shape `(channels, height, width)` in [0, 1].
+        A transform of `(image, mask)`: a PIL image or a tensor `(channels, height, width)`, uint8 or of floats in
+        [0, 1], with any number of channels, and a `tv_tensors.Mask` of label ids. Masks are only moved, to the nearest
+        pixel, so they get no new ids. Flips alone return the type that they are given; with anything else the image
+        becomes float32 of shape `(channels, height, width)` in [0, 1].
 
     Raises:
-        ValueError: If a name is unknown.
+        ValueError: If a name is unknown, or `"strong"` is not the only one.
 
     Example:
         ```python
@@ -52,6 +57,12 @@ def augmentation(*names: str) -> Callable:
     """
     if unknown := [name for name in names if name not in AUGMENTATIONS]:
         raise ValueError(f"Augmentations must be among {', '.join(AUGMENTATIONS)}, got {', '.join(unknown)}.")
+    if "strong" in names:
+        if set(names) != {"strong"}:
+            raise ValueError(
+                f"The augmentation strong must stand alone, because it holds most others, got {', '.join(names)}."
+            )
+        return v2.Compose([ToUnitRange(), *strong_transforms(neighbours)])
     steps: list[Any] = []
     if set(names) - {"flips"}:
         steps.append(ToUnitRange())
@@ -71,17 +82,23 @@ def augmentation(*names: str) -> Callable:
     return v2.Compose(steps or [v2.Identity()])
 
 
+def is_plain_tensor(item: Any) -> bool:
+    """Whether something is a tensor that `torchvision` has no name for, which it takes as an image."""
+    return type(item) is torch.Tensor
+
+
 class ToUnitRange(v2.Transform):
-    """Turn a PIL image into float32 of shape `(channels, height, width)` in [0, 1], as the image processor scales."""
+    """Turn an image into float32 of shape `(channels, height, width)` in [0, 1], as the image processor scales."""
 
-    _transformed_types = (Image.Image,)
+    _transformed_types = (Image.Image, tv_tensors.Image, is_plain_tensor)
 
-    def transform(self, inpt: Image.Image, params: dict[str, Any]) -> tv_tensors.Image:
+    def transform(self, inpt: Image.Image | torch.Tensor, params: dict[str, Any]) -> tv_tensors.Image:
         """Convert an image."""
-        # 16-bit and float images lose their range in `convert("RGB")`.
-        grey = inpt.mode == "L" or inpt.mode.startswith(("I", "F"))
-        pixels = np.array(inpt if grey else inpt.convert("RGB"))
-        return tv_tensors.Image(to_byte_range(to_channels_first(pixels, "channels_last")).float() / 255)
+        if isinstance(inpt, Image.Image):
+            # 16-bit and float images lose their range in `convert("RGB")`.
+            grey = inpt.mode == "L" or inpt.mode.startswith(("I", "F"))
+            inpt = to_channels_first(np.array(inpt if grey else inpt.convert("RGB")), "channels_last")
+        return tv_tensors.Image(to_byte_range(inpt).float() / 255)
 
 
 class RandomGamma(v2.Transform):

@@ -12,17 +12,23 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainingArguments
 
-from .streaming import ParquetRows, RowGroupSampler
+from .loaders import make_sampler
+from .sampling import ForegroundShare
 
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def batch_norm_loader(rows: Any, args: TrainingArguments, collate: Callable[[Any], Any]) -> DataLoader:
-    """Return training images for `estimate_batch_norm`: the same at each call, other ones in each process."""
+def batch_norm_loader(
+    rows: Any, args: TrainingArguments, collate: Callable[[Any], Any], foreground: ForegroundShare | None = None
+) -> DataLoader:
+    """Return training images for `estimate_batch_norm`: the same at each call, other ones in each process.
+
+    With `foreground` they are chosen as for an epoch of training, so that the statistics are those of its images.
+    """
     batch_size = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
     seed = args.seed + args.process_index
-    sampler = RowGroupSampler(rows, batch_size, shuffle=True, seed=seed) if isinstance(rows, ParquetRows) else None
+    sampler = make_sampler(rows, batch_size, shuffle=True, foreground=foreground, seed=seed)
     return DataLoader(
         rows,
         batch_size,

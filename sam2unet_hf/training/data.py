@@ -8,9 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision import tv_tensors
+from transformers import BatchFeature
 
+from ..crop_sam2unet import crop, foreground_box, head_window
 from ..image_processing_sam2unet import Sam2UNetImageProcessor
 from ..images_sam2unet import to_label_map
+from .rows import ImageRows
 from .streaming import ParquetRows
 
 
@@ -56,18 +59,50 @@ class SegmentationTransform:
         self._seeds = (seed, epoch)
 
     def __call__(self, rows: Mapping[str, list[Any]]) -> dict[str, list[torch.Tensor]]:
-        """Return `pixel_values` and, with masks, `labels`, one tensor per row."""
-        images = rows[self.image_column]
+        """Return `pixel_values` and, with masks, `labels`, one tensor per row.
+
+        With a window about the head there are also `crop_boxes` and `pixel_mask`, but not for training.
+        """
         if self.mask_column is None:
-            return {"pixel_values": list(self.processor(images, return_tensors="pt")["pixel_values"])}
+            return {name: list(values) for name, values in self.prepare_images(rows).items()}
         masks = [self.to_label_ids(mask) for mask in rows[self.mask_column]]
         if self.augment is not None:
-            pairs = [self._augment(image, tv_tensors.Mask(mask)) for image, mask in zip(images, masks, strict=True)]
-            images = [image for image, _ in pairs]
-            masks = [mask.as_subclass(torch.Tensor) for _, mask in pairs]
-        inputs = self.processor.preprocess(images, segmentation_maps=masks, return_tensors="pt")
-        labels = list(inputs["labels"]) if self.resize_masks else masks
-        return {"pixel_values": list(inputs["pixel_values"]), "labels": labels}
+            rows, masks = self._augment_batch(rows, masks)
+        inputs = self.prepare_images(rows, segmentation_maps=masks)
+        if self.resize_masks:
+            return {name: list(inputs[name]) for name in ("pixel_values", "labels")}
+        return {**{name: list(values) for name, values in inputs.items()}, "labels": masks}
+
+    def prepare_images(self, rows: Mapping[str, list[Any]], **kwargs: Any) -> BatchFeature:
+        """Return what the image processor makes of a batch of images, and of `segmentation_maps` given beside it.
+
+        With a window about the head it is laid about the `head_box` of each row, if the rows have one.
+        """
+        if self.processor.head_crop_size is not None and "head_box" in rows:
+            kwargs["head_boxes"] = rows["head_box"]
+        return self.processor.preprocess(rows[self.image_column], return_tensors="pt", **kwargs)
+
+    def _augment_batch(
+        self, rows: Mapping[str, list[Any]], masks: Sequence[torch.Tensor]
+    ) -> tuple[dict[str, list[Any]], list[torch.Tensor]]:
+        """Return images and masks changed at random, of the window about the head if there is one.
+
+        It is cut out before, because the box of the head would not hold of what is turned and mirrored.
+        """
+        images = list(rows[self.image_column])
+        changed = {self.image_column: images}
+        if (size := self.processor.head_crop_size) is not None:
+            boxes = rows.get("head_box") or [self._foreground_box(image) for image in images]
+            windows = [head_window(box, size["height"], size["width"]) for box in boxes]
+            images[:] = [cut(image, window) for image, window in zip(images, windows, strict=True)]
+            masks = [crop(mask, window) for mask, window in zip(masks, windows, strict=True)]
+            changed["head_box"] = [[0, 0, x_max - x_min, y_max - y_min] for x_min, y_min, x_max, y_max in windows]
+        pairs = [self._augment(image, tv_tensors.Mask(mask)) for image, mask in zip(images, masks, strict=True)]
+        images[:] = [image for image, _ in pairs]
+        return changed, [mask.as_subclass(torch.Tensor) for _, mask in pairs]
+
+    def _foreground_box(self, image: Any) -> list[int]:
+        return foreground_box(self.processor.process_image(image, do_convert_rgb=True, do_rescale=True))
 
     def _augment(self, image: Image.Image, mask: tv_tensors.Mask) -> tuple[Any, torch.Tensor]:
         """Change an image and its mask at random."""
@@ -94,13 +129,23 @@ class SegmentationTransform:
         return mapped
 
 
+def cut(image: Any, window: Sequence[int]) -> Any:
+    """Cut a region `[x_min, y_min, x_max, y_max]` out of an image, with 0 where it reaches beyond it."""
+    if isinstance(image, Image.Image):
+        x_min, y_min, x_max, y_max = window
+        return image.crop((x_min, y_min, x_max, y_max))
+    return tv_tensors.wrap(crop(image.as_subclass(torch.Tensor), window), like=image)
+
+
 def collate(examples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
     """Batch examples; labels of different sizes stay a list, which the model takes too.
 
     Args:
-        examples: What [`SegmentationTransform`] makes of rows: `pixel_values`, all of one size, and perhaps `labels`.
+        examples: What [`SegmentationTransform`] makes of rows: `pixel_values`, all of one size, and perhaps
+            `crop_boxes`, `pixel_mask` and `labels`.
     """
-    batch: dict[str, Any] = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
+    names = [name for name in ("pixel_values", "crop_boxes", "pixel_mask") if name in examples[0]]
+    batch: dict[str, Any] = {name: torch.stack([example[name] for example in examples]) for name in names}
     if "labels" in examples[0]:
         labels = [example["labels"] for example in examples]
         same_size = len({label.shape for label in labels}) == 1
@@ -110,7 +155,7 @@ def collate(examples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
 
 def transform_of(dataset: Any) -> Any:
     """Return the function given to `dataset.with_transform`, if there is one."""
-    if isinstance(dataset, ParquetRows):
+    if isinstance(dataset, (ParquetRows, ImageRows)):
         return dataset.transform
     return getattr(dataset, "format", {}).get("format_kwargs", {}).get("transform")
 

@@ -21,6 +21,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
+from .averaging import AVERAGE, RAW_WEIGHTS
+
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -75,7 +77,8 @@ def why_incomplete(checkpoint: str | os.PathLike) -> str | None:
         return f"no {STATE_FILE}"
     except ValueError:
         return f"{STATE_FILE} is cut off"
-    for patterns in REQUIRED_FILES:
+    averaged = ((RAW_WEIGHTS,),) if AVERAGE in state.get("stateful_callbacks", {}) else ()
+    for patterns in (*REQUIRED_FILES, *averaged):
         if not any(any(folder.glob(pattern)) for pattern in patterns):
             return f"no {patterns[0]}"
     for path in sorted(folder.rglob("*.safetensors")):
@@ -91,12 +94,26 @@ def why_incomplete(checkpoint: str | os.PathLike) -> str | None:
     return None
 
 
-def check_resumable(checkpoint: str | os.PathLike, encoder_sha256: str | None) -> None:
-    """Raise a `ValueError` if a checkpoint is incomplete, or was trained on another encoder than this one."""
+def find_resumable(
+    wanted: str | bool, output_dir: str | os.PathLike, encoder_sha256: str | None, is_averaging: bool
+) -> str:
+    """Return the checkpoint that a training is to go on from: the one named, or the newest complete one if `True`.
+
+    Raises a `ValueError` if there is none, or it is incomplete, was trained on another encoder than this one, or holds
+    an average that would not be gone on with.
+    """
+    checkpoint = last_complete_checkpoint(output_dir) if wanted is True else str(wanted)
+    if checkpoint is None:
+        raise ValueError(f"There is no complete checkpoint in `{output_dir}` to resume from.")
     if reason := why_incomplete(checkpoint):
         raise ValueError(
             f"`{checkpoint}` is not complete, so it cannot be resumed from: {reason}. Name another one, or pass True "
             "for the newest complete one in the output folder."
+        )
+    if Path(checkpoint, RAW_WEIGHTS).exists() and not is_averaging:
+        raise ValueError(
+            f"`{checkpoint}` holds an average of the weights, so `ema_decay` must not be 0 to go on with it. Pass the "
+            "`ema_decay` of its run."
         )
     path = Path(checkpoint, "config.json")
     saved = json.loads(path.read_text(encoding="utf-8")).get("encoder_sha256") if path.is_file() else None
@@ -105,6 +122,7 @@ def check_resumable(checkpoint: str | os.PathLike, encoder_sha256: str | None) -
             f"{checkpoint} was trained on an encoder with SHA-256 {saved}, the one of this model has "
             f"{encoder_sha256}. Start from the same encoder, with `trainable_only=True`."
         )
+    return checkpoint
 
 
 @contextlib.contextmanager
@@ -168,9 +186,12 @@ class RunningLoss:
         self.sum_since.zero_()
         return loss
 
-    def total(self) -> float:
-        """Return the sum of the losses of all steps."""
-        return self.sum_logged + self.sum_since.item()
+    def replace(self, logs: dict[str, float], step: int, accelerator: "Accelerator") -> None:
+        """Replace the losses in a log entry of the Trainer by those that count the steps before a stop, too."""
+        if "loss" in logs:
+            logs["loss"] = self.log(step, accelerator)
+        if "train_loss" in logs:
+            logs["train_loss"] = (self.sum_logged + self.sum_since.item()) / max(step, 1)
 
     def state(self, accelerator: "Accelerator") -> dict[str, float]:
         """Return what a checkpoint keeps, the same in all processes."""
@@ -310,8 +331,15 @@ class ResumeCallback(TrainerCallback):
         self._first_step: int | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Take over losses, and find the best checkpoint again."""
+        """Take over losses, find the best checkpoint again, and warn if nothing is left to train."""
         self._first_step = state.global_step
+        if state.global_step >= state.max_steps:
+            logger.warning(
+                "Nothing is left to train: the checkpoint is at step %d, and %d steps are asked for. Raise "
+                "`num_train_epochs` or `max_steps` to train further.",
+                state.global_step,
+                state.max_steps,
+            )
         saved = cast("Any", state.stateful_callbacks).get(LOSSES)
         self.losses.start(state.global_step, saved and saved["attributes"])
         best = Path(cast("str", args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")

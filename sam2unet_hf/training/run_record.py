@@ -69,7 +69,8 @@ def hyperparameters(
         rows["augmentation"] = ", ".join(type(step).__name__ for step in steps)
     weights = ", ".join(f"{weight:g}" for weight in [1.0, *config.auxiliary_loss_weights])  # type: ignore[misc]
     bce = "boundary-weighted" if config.weight_bce else "plain"
-    rows["loss"] = f"IoU and {bce} BCE, outputs weighted {weights}"
+    iou = "IoU over the batch" if config.iou_over_batch else "IoU"
+    rows["loss"] = f"{iou} and {bce} BCE, outputs weighted {weights}"
     rows["trained for"] = f"{state.epoch:g} epochs, {state.global_step} steps"
     if runtimes := [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]:
         rows["training time"] = f"{runtimes[-1] / 60:.1f} min"

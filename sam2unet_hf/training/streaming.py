@@ -1,7 +1,6 @@
 """Rows of Parquet files, for training on more than fits into memory or onto the disk."""
 
 import copy
-import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +11,9 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import TrainingArguments
-from transformers.trainer_utils import seed_worker
+from torch.utils.data import Dataset, Sampler
+
+from .sampling import ForegroundShare
 
 
 # Uncompressed. A row group is read as a whole, and a process holds several.
@@ -33,17 +32,22 @@ class ParquetRows(Dataset):
     """Rows of Parquet files, read from a disk or the Hub when they are asked for, and never written to a disk.
 
     It has what training needs of a `datasets.Dataset`: `len(rows)`, `rows[3]`, `rows[3:7]`, `rows[[3, 7]]`,
-    `rows["case_id"]`, `features`, `column_names` and `with_transform`. The numbers of rows come from the footers of
-    the files.
+    `rows["case_id"]`, `features`, `column_names`, `select_columns`, `cast_column` and `with_transform`. The numbers of
+    rows come from the footers of the files.
 
-    A row group is read as a whole, and kept, encoded, until about `shuffle_buffer` other rows were read. So rows
-    should be asked for in the order of a [`RowGroupSampler`], as [`~training.Sam2UNetTrainer`] does.
+    A row group is read as a whole, but only its selected columns, and kept, encoded, until about `shuffle_buffer`
+    other rows were read. So rows should be asked for in the order of a [`RowGroupSampler`], as
+    [`~training.Sam2UNetTrainer`] does.
 
     Args:
         paths: Files, on a disk or at any address that `fsspec` knows, such as `hf://datasets/...`.
         features: Types of the columns; from the first file by default.
         shuffle_buffer: Rows among which a [`RowGroupSampler`] shuffles.
         storage_options: For `fsspec`.
+
+    Attributes:
+        spare_groups: Row groups that are kept beside those of `shuffle_buffer`: 0, or 2 where images take in
+            neighbouring slices, which may lie in the row groups before and behind.
 
     Raises:
         OSError: If a file cannot be read.
@@ -81,6 +85,7 @@ class ParquetRows(Dataset):
         self.num_bytes = sum(sizes)
         self.transform: Callable[[Any], Mapping[str, Sequence[Any]]] | None = None
         self.seeds = (0, 0)
+        self.spare_groups = 0
         self._cache: dict[int, pa.Table] = {}
 
     def set_epoch(self, epoch: int, seed: int | None = None) -> None:
@@ -89,14 +94,27 @@ class ParquetRows(Dataset):
 
     def with_transform(self, transform: Callable[[Any], Mapping[str, Sequence[Any]]] | None) -> "ParquetRows":
         """Return the same rows, changed by a function of batches (a list per column) when they are read."""
+        return self._copy(transform=transform)
+
+    def select_columns(self, names: Sequence[str]) -> "ParquetRows":
+        """Return the same rows with these columns alone; the others are not read."""
+        if missing := [name for name in names if name not in self.features]:
+            raise KeyError(f"There is no column {missing[0]}, only {', '.join(self.features)}.")
+        return self._copy(features=datasets.Features({name: self.features[name] for name in names}))
+
+    def cast_column(self, name: str, feature: Any) -> "ParquetRows":
+        """Return the same rows with a column read as another type, such as `datasets.Image(decode=False)`."""
+        return self._copy(features=datasets.Features({**self.features, name: feature}))
+
+    def _copy(self, **changed: Any) -> "ParquetRows":
         rows = copy.copy(self)
-        rows.transform = transform
+        rows.__dict__.update(changed)
         rows._cache = {}
         return rows
 
     def head(self, count: int) -> datasets.Dataset:
         """Return the first rows in memory, at most those of the first row group."""
-        table = self._read_group(0).slice(0, count)
+        table = self._read_group(0).select(self.column_names).slice(0, count)
         return datasets.Dataset(table.cast(self.features.arrow_schema), datasets.DatasetInfo(features=self.features))
 
     def fingerprint(self) -> str:
@@ -141,7 +159,7 @@ class ParquetRows(Dataset):
         try:
             return self.transform(batch)
         except (OSError, SyntaxError, ValueError) as err:
-            raise ValueError(f"One of the rows {', '.join(map(self._describe_row, indices))}: {err}") from err
+            raise ValueError(f"One of the rows {', '.join(map(self.describe_row, indices))}: {err}") from err
 
     def _row(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
@@ -153,18 +171,18 @@ class ParquetRows(Dataset):
             image = example[name] if isinstance(feature, datasets.Image) else None
             if image is not None and image["bytes"] is None:  # `datasets` would open any path
                 raise ValueError(
-                    f"Row {self._describe_row(index)} names the file {image['path']} in column {name!r}, not an "
+                    f"Row {self.describe_row(index)} names the file {image['path']} in column {name!r}, not an "
                     "image. Write the images into the rows, as `to_parquet` does."
                 )
         try:
             return self.features.decode_example(example)
         except (OSError, SyntaxError, ValueError) as err:  # what Pillow raises
-            raise ValueError(f"Row {self._describe_row(index)} cannot be decoded: {err}") from err
+            raise ValueError(f"Row {self.describe_row(index)} cannot be decoded: {err}") from err
 
     def _group_of(self, index: int) -> int:
         return int(np.searchsorted(self.group_starts, index, side="right")) - 1
 
-    def _describe_row(self, index: int) -> str:
+    def describe_row(self, index: int) -> str:
         """Say where a row is to be found."""
         group = self._group_of(index)
         file, number = self._groups[group]
@@ -174,7 +192,7 @@ class ParquetRows(Dataset):
         """Return a row group, read if it is not among those used last."""
         table = self._cache.pop(group, None)
         self._cache[group] = table = self._read_group(group) if table is None else table
-        limit = self.shuffle_buffer + int(np.diff(self.group_starts).max())
+        limit = self.shuffle_buffer + (1 + self.spare_groups) * int(np.diff(self.group_starts).max())
         while len(self._cache) > 1 and sum(map(len, self._cache.values())) > limit:
             del self._cache[next(iter(self._cache))]
         return table
@@ -227,6 +245,8 @@ class RowGroupSampler(Sampler[int]):
         num_workers: Workers of each process's `DataLoader`.
         shuffle: Shuffle.
         seed: For the order. By default it depends on `rows.set_epoch`.
+        foreground: Chooses the rows of an epoch, by its own seed and epoch unless `seed` is given. By default these
+            are all rows.
     """
 
     def __init__(
@@ -237,6 +257,7 @@ class RowGroupSampler(Sampler[int]):
         num_workers: int = 0,
         shuffle: bool = False,
         seed: int | None = None,
+        foreground: ForegroundShare | None = None,
     ):
         self.rows = rows
         self.batch_size = batch_size
@@ -245,29 +266,38 @@ class RowGroupSampler(Sampler[int]):
         self.num_shares = self.num_processes * self.num_workers
         self.shuffle = shuffle
         self.seed = seed
+        self.foreground = foreground
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows if self.foreground is None else self.foreground)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.order().tolist())
 
     def order(self) -> np.ndarray:
-        """Return the numbers of all rows, of shape `(rows,)`."""
+        """Return the numbers of all rows, or of those that are chosen for the epoch, of shape `(rows,)`."""
         starts = self.rows.group_starts
         groups = np.arange(len(starts) - 1)
         generator = np.random.default_rng(self.rows.seeds if self.seed is None else self.seed)
         if self.shuffle:
             generator.shuffle(groups)
         order = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in groups])
-        bounds = np.cumsum([0, *np.diff(starts)[groups]])
+        sizes, held = np.diff(starts), self.rows.shuffle_buffer
+        if self.foreground is not None:
+            is_chosen = np.zeros(len(order), bool)
+            seeds = self.foreground.seeds if self.seed is None else (self.seed, 0)
+            is_chosen[self.foreground.choose(*seeds)] = True
+            sizes = np.diff(np.cumsum([0, *is_chosen])[starts])
+            held = held * len(self) // len(order)  # the rows that are not chosen are held, too
+            order = order[is_chosen[order]]
+        bounds = np.cumsum([0, *sizes[groups]])
         # What is too little for a batch of each reader; a single one reads it anyway.
         rest = len(order) % (self.num_shares * self.batch_size) if self.num_shares > 1 else 0
         dealt = len(order) - rest
         shares = order[:dealt].reshape(self.num_shares, -1)
         if self.shuffle:
             for number, share in enumerate(shares):
-                self._shuffle_blocks(share, bounds - number * len(share), self.rows.shuffle_buffer, generator)
+                self._shuffle_blocks(share, bounds - number * len(share), held, generator)
             self._shuffle_blocks(order[dealt:], bounds - dealt, 0, generator)
         if self.num_shares > 1:
             # Each process takes a batch for its first worker, then each one for its second.
@@ -287,25 +317,6 @@ class RowGroupSampler(Sampler[int]):
             if end - held_from >= size or end == len(rows):
                 generator.shuffle(rows[start:end])
                 start = held_from = end
-
-
-def row_group_loader(
-    rows: ParquetRows,
-    args: TrainingArguments,
-    batch_size: int,
-    collate: Callable[[Any], Any],
-    is_training: bool = False,
-) -> DataLoader:
-    """Return a loader that reads each row group once, of all processes together until accelerate prepares it."""
-    names = ("num_workers", "pin_memory", "prefetch_factor", "multiprocessing_context", "in_order")
-    options = {name: getattr(args, f"dataloader_{name}") for name in names if hasattr(args, f"dataloader_{name}")}
-    if is_training:
-        options["drop_last"] = args.dataloader_drop_last
-        options["worker_init_fn"] = functools.partial(
-            seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
-        )
-    sampler = RowGroupSampler(rows, batch_size, args.world_size, args.dataloader_num_workers, shuffle=is_training)
-    return DataLoader(rows, batch_size=batch_size, sampler=sampler, collate_fn=collate, **options)
 
 
 def open_parquet(name: str, config_name: str | None = None, shuffle_buffer: int = 1000) -> dict[str, ParquetRows]:

@@ -1,0 +1,86 @@
+"""A second cohort to score, such as the patients of another hospital: all of it, whatever splits it has."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+from arguments import DataArguments
+from data_checks import check_paths
+from data_sources import (
+    find_columns,
+    find_regions,
+    image_mask_folders,
+    make_images,
+    pair_images_and_masks,
+    slice_scans,
+)
+from processes import exit_on
+
+from sam2unet_hf.cases_sam2unet import find_cases
+from sam2unet_hf.training import ImageRows
+
+
+COHORT = "test_dir"  # name of its scores and files, as that of a split
+
+
+class Cohort(NamedTuple):
+    """The rows of a cohort, their images, ids to replace in its masks, and whether `case_id` names patients."""
+
+    rows: datasets.Dataset
+    images: ImageRows
+    label_mapping: dict[int, int]
+    has_patients: bool
+
+
+def load_cohort(path: str, args: DataArguments, regions: dict[str, list[int]] | None) -> Cohort:
+    """Load all rows of a cohort.
+
+    Args:
+        path: Folder of BraTS scans, of which all slices that show the head are taken; folder with `images` and
+            `masks` in it; or data set, a folder or a Hub id.
+        args: Choose modalities, neighbours, plane and columns, as for the data of the training.
+        regions: What the model segments.
+    """
+    folders = image_mask_folders(Path(path))
+    args = replace(args, dataset_name=path, brats_dir=None, streaming=False)
+    if folders:
+        rows = join({split: pair_images_and_masks(*pair) for split, pair in folders.items()}, name_by_split=True)
+    elif has_scans(path):
+        args = replace(args, dataset_name=None, brats_dir=path, slices=["head"])
+        rows = join(slice_scans(args))
+    else:
+        with exit_on(OSError, RuntimeError, ValueError, prefix=f"--test_dir {path}: "):
+            data = datasets.load_dataset(path)  # nosec B615 # rows, no code
+            check_paths(data, path)
+            rows = join(data)
+    try:
+        columns, mask_column = find_columns({COHORT: rows}, args)
+        _, label_mapping = find_regions({COHORT: rows}, columns, mask_column, regions)
+    except SystemExit as err:
+        raise SystemExit(f"--test_dir {path}: {err}") from err
+    images = make_images({COHORT: rows}, columns, mask_column, args.neighbours)[COHORT]
+    return Cohort(rows, images, label_mapping, has_patients=not folders and "case_id" in rows.column_names)
+
+
+def has_scans(path: str) -> bool:
+    """Whether a folder holds BraTS cases."""
+    try:
+        return Path(path).is_dir() and bool(find_cases(path))
+    except FileNotFoundError:
+        return False
+    except ValueError:  # a case that cannot be used, which is named when it is read
+        return True
+
+
+def join(data: Mapping[str, datasets.Dataset], name_by_split: bool = False) -> datasets.Dataset:
+    """Join the splits of a data set; `name_by_split` tells files of the same name in two of them apart."""
+    if name_by_split and len(data) > 1:
+        data = {
+            split: rows.remove_columns("case_id").add_column(
+                "case_id", [f"{split}/{name}" for name in rows["case_id"]]
+            )
+            for split, rows in data.items()
+        }
+    return datasets.concatenate_datasets(list(data.values()))
