@@ -19,6 +19,7 @@ from transformers.integrations import get_available_reporting_integrations
 from dataset_scripts.brats_slices import CITATION
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetImageProcessor
 from sam2unet_hf.configuration_sam2unet import PRESETS
+from sam2unet_hf.labels_sam2unet import NUMBERINGS
 from sam2unet_hf.regions_sam2unet import parse_regions
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
 from sam2unet_hf.training import AUGMENTATIONS, HYPERPARAMETERS, ImageRows
@@ -107,6 +108,9 @@ class DataArguments:
     slices: list[str] = option(["95"], "Slices of the scans: indices such as 90 95, all, head, or tumor.")
     min_tumor_pixels: int = option(1, "Least number of tumour pixels in a slice of --slices tumor.")
     plane: str = option("axial", "Plane of the slices.", choices=sorted(PLANES))
+    labels: str | None = option(
+        None, "What the labels of the masks of scans mean. Default: what the names tell.", choices=list(NUMBERINGS)
+    )
     num_proc: int | None = option(None, "Processes that read the scans.")
     skip_bad_cases: bool = option(False, "Leave out scans that cannot be used, and list them.")
     split_seed: int = option(0, "Seed of the split by patient, for data without splits.")

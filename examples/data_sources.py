@@ -22,6 +22,7 @@ from processes import exit_on
 from dataset_scripts.brats_slices import BratsSlices, split_patients
 from dataset_scripts.phantom import VERSION, write_phantom_cohort
 from sam2unet_hf.cases_sam2unet import patient_of
+from sam2unet_hf.labels_sam2unet import NUMBERINGS, numberings_of, region_ids
 from sam2unet_hf.scans_sam2unet import MODALITIES
 from sam2unet_hf.training import ImageRows, ParquetRows, open_parquet
 
@@ -89,6 +90,7 @@ def slice_scans(args: DataArguments) -> datasets.DatasetDict:
             slices=[int(word) for word in words] if all(map(str.isdecimal, words)) else " ".join(words),
             min_tumor_pixels=args.min_tumor_pixels,
             plane=args.plane,
+            labels=args.labels,
             seed=args.split_seed,
             skip_bad_cases=args.skip_bad_cases,
         )
@@ -231,14 +233,25 @@ def make_images(
 
 
 def find_regions(
-    data: DataSplits, columns: Sequence[str], mask_column: str, regions: dict[str, list[int]] | None
+    data: DataSplits,
+    columns: Sequence[str],
+    mask_column: str,
+    regions: dict[str, list[int]] | None,
+    labels: str | None = None,
 ) -> tuple[dict[str, list[int]], dict[int, int]]:
-    """Check images and masks; return the regions to segment, and ids to replace in the masks, such as `{255: 1}`."""
+    """Check images and masks; return the regions to segment, and ids to replace in the masks, such as `{255: 1}`.
+
+    `labels` is the numbering that the masks of scans had, if it was told.
+    """
     rows, mapping = next(iter(data.values())), {}
     hint = ""
     if "wt_pixels" in rows.column_names:  # the BraTS builder has checked its masks
-        ids, hint = [1, 2, 3], " (BraTS' label 4 is 3 here)"
-        regions = regions or {"WT": ids}
+        cases = {str(case) for case in rows["case_id"]} if "case_id" in rows.column_names else {""}
+        # What the names of cases do not tell, such as the year in that of a folder, the builder knew.
+        numberings = [labels] if labels else {name for case in cases for name in numberings_of(case, new_ending=True)}
+        ids = sorted({label_id for name in numberings for label_id in NUMBERINGS[name].ids.values()})
+        hint = "" if 4 in ids else " (BraTS' label 4 is 3 here)"
+        regions = regions or {"WT": region_ids(numberings)["WT"]}
     elif isinstance(rows, ParquetRows):
         ids = check_first_rows(data, columns, mask_column, regions)
     else:

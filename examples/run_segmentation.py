@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             data = load_data(data_args)
         columns, mask_column = find_columns(data, data_args)
         regions, label_mapping = from_main_process(
-            training_args, lambda: find_regions(data, columns, mask_column, requested)
+            training_args, lambda: find_regions(data, columns, mask_column, requested, data_args.labels)
         )
         images = make_images(data, columns, mask_column, data_args.neighbours)
     cohort = None

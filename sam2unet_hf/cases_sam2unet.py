@@ -9,16 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .scans_sam2unet import (
-    DECATHLON_ORDER,
-    MODALITIES,
-    ScanError,
-    Volume,
-    check_same_grid,
-    read_volume,
-    read_volumes,
-    to_tumour_labels,
-)
+from .labels_sam2unet import NUMBERINGS, numberings_of, region_ids, to_label_ids
+from .scans_sam2unet import DECATHLON_ORDER, MODALITIES, ScanError, Volume, check_same_grid, read_volume, read_volumes
 
 
 logger = logging.getLogger(__name__)
@@ -26,21 +18,31 @@ logger = logging.getLogger(__name__)
 # The endings of the files of a case, in BraTS 2017-2021 and from 2023 on.
 _ENDINGS = {**MODALITIES, "seg": ("_seg", "-seg")}
 _NAME_OF_ENDING = {ending: name for name, endings in _ENDINGS.items() for ending in endings}
+_NIFTI_NAME = re.compile(r"[^.].*\.nii(?:\.gz)?", re.DOTALL | re.IGNORECASE)
 _FILE_NAME = re.compile(
-    rf"(?P<prefix>[^.].*)(?P<ending>{'|'.join(map(re.escape, _NAME_OF_ENDING))})\.nii(?:\.gz)?", re.DOTALL
+    rf"(?P<prefix>[^.].*)(?P<ending>{'|'.join(map(re.escape, _NAME_OF_ENDING))})\.nii(?:\.gz)?",
+    re.DOTALL | re.IGNORECASE,
 )
 _MISNAMED_MASK = re.compile(r"W39_1998\.09\.19_Segm\.nii(?:\.gz)?")  # case 355 of BraTS 2020, as released
-_DECATHLON_NAME = re.compile(r"(BRATS_\d+)\.nii(?:\.gz)?")
+_DECATHLON_NAME = re.compile(r"(BRATS_\d+)\.nii(?:\.gz)?", re.IGNORECASE)
+_NNUNET_NAME = re.compile(r".+_\d{4}\.nii(?:\.gz)?", re.DOTALL | re.IGNORECASE)
 
 _OLD_ENDINGS, _NEW_ENDINGS = (",".join(ending[1:] for ending in year) for year in zip(*_ENDINGS.values(), strict=True))
 _LAYOUT = f"""Expected one folder per case, at any depth, with one file per modality:
   BraTS 2017-2021   BraTS20_Training_001/BraTS20_Training_001_{{{_OLD_ENDINGS}}}.nii[.gz]
   BraTS 2023 on     BraTS-GLI-00000-000/BraTS-GLI-00000-000-{{{_NEW_ENDINGS}}}.nii[.gz]
+  BraTS on Kaggle   a folder of each of these names, with the file in it
 or all modalities of a case in one file, as the Medical Segmentation Decathlon has them:
   Task01_BrainTumour   imagesTr/BRATS_001.nii[.gz] and labelsTr/BRATS_001.nii[.gz]; imagesTs, which has no masks,
                        must be named itself
 The scans are free for research after registration: https://www.synapse.org/brats (all years) or
 https://www.med.upenn.edu/cbica/brats2020/ (2020). Those of the Decathlon need none: http://medicaldecathlon.com."""
+
+_NNUNET_ADVICE = (
+    "is in the raw layout of nnU-Net: a file per channel, such as {name}, whose modality only its dataset.json tells. "
+    "Give each case a folder of its own and each file its modality, such as "
+    f"CASE/CASE{MODALITIES['flair'][0]}.nii.gz, and the mask as CASE/CASE{_ENDINGS['seg'][0]}.nii.gz."
+)
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class BratsCase:
         files: Path by modality, see `MODALITIES`, and of the mask by `"seg"`; what is missing is absent.
         grade: `"HGG"` or `"LGG"` if a folder name or `name_mapping.csv` tells, else `None`.
         problem: Why the files cannot be told apart, else `None`. Reading such a case raises.
-        decathlon: The case is of the Medical Segmentation Decathlon: one file holds all four modalities, and NCR/NET
-            and ED have each other's label.
+        decathlon: The case is of the Medical Segmentation Decathlon: one file holds all four modalities.
+        labels: Which of `labels_sam2unet.NUMBERINGS` its mask may have: one if it was named or the names tell.
     """
 
     case_id: str
@@ -63,6 +65,12 @@ class BratsCase:
     grade: str | None = None
     problem: str | None = None
     decathlon: bool = False
+    labels: tuple[str, ...] = ("gli2017",)
+
+    @property
+    def regions(self) -> dict[str, list[int]]:
+        """The label ids of whole tumour (WT), tumour core (TC) and enhancing tumour (ET) in its mask."""
+        return region_ids(self.labels)
 
     @property
     def patient_id(self) -> str:
@@ -114,18 +122,20 @@ class BratsCase:
     def read_mask(self, same_grid_as: Volume | None = None) -> Volume:
         """Read the reference, the expert's mask, as `uint8` label ids: 0 background, 1 NCR/NET, 2 ED, 3 ET.
 
+        Where the challenge has a fourth label, its id is 4: the resection cavity of treated tumours, which belongs to
+        none of `regions`, or the cysts of children's tumours, which belong to WT and TC.
+
         Args:
             same_grid_as: Another volume of the case, which must cover the same voxels in space.
 
         Raises:
-            ScanError: If the file is missing, damaged, on another grid or holds other labels.
+            NumberingError: If the names do not tell what the labels mean, or promise others.
+            ScanError: If the file is missing, damaged, on another grid or holds labels of no challenge.
         """
-        path = self.path("seg")
-        volume = read_volume(path, self.case_id)
+        volume = read_volume(self.path("seg"), self.case_id)
         if same_grid_as is not None:
             check_same_grid(volume, same_grid_as)
-        since_2023 = path.name.startswith(f"{self.case_id}-")
-        return replace(volume, voxels=to_tumour_labels(volume, since_2023, self.decathlon))
+        return replace(volume, voxels=to_label_ids(volume.voxels, volume.name, self.labels))
 
 
 def patient_of(case_id: str) -> str:
@@ -133,12 +143,13 @@ def patient_of(case_id: str) -> str:
     return re.sub(r"\A(BraTS-.+-\d+)-\d{3}\Z", r"\1", case_id)
 
 
-def find_cases(root: str | os.PathLike) -> list[BratsCase]:
+def find_cases(root: str | os.PathLike, labels: str | None = None) -> list[BratsCase]:
     """Find the BraTS cases below a folder, or the one that the folder itself is.
 
-    A file belongs to a case if its name is exactly `{prefix}{ending}.nii` or `.nii.gz`, where the prefix is the name
-    of its folder or, in a renamed folder, the one prefix that the scans there share. Predictions, brain masks and
-    hidden files have other names and are not looked at. Of a plain and a gzipped copy the plain one is taken.
+    A file belongs to a case if its name is exactly `{prefix}{ending}.nii` or `.nii.gz`, in lower or upper case, where
+    the prefix is the name of its folder or, in a renamed folder, the one prefix that the scans there share. A folder
+    of such a name with one NIfTI file in it, as archives on Kaggle have them, counts as that file. Predictions, brain
+    masks and hidden files have other names and are not looked at. A plain file is taken before its gzipped copy.
 
     In the Medical Segmentation Decathlon a case is a file `imagesTr/BRATS_{number}.nii.gz` and its mask, of the same
     name, in `labelsTr`. The cases in `imagesTs` have no masks, of which a data set could not be built: they are found
@@ -146,29 +157,36 @@ def find_cases(root: str | os.PathLike) -> list[BratsCase]:
 
     Args:
         root: Any folder above the cases, or a scan of the Decathlon. Hidden folders are left out, links are followed.
+        labels: What the labels of the masks mean, one of `labels_sam2unet.NUMBERINGS`, such as `"ped2024"`. Default:
+            what the names tell, of case, folder and file.
 
     Returns:
         Cases sorted by id. A case with missing files is listed too: reading it says what it lacks.
 
     Raises:
         FileNotFoundError: If there is no such folder, or no case in it.
+        ValueError: If `labels` names no numbering.
     """
+    if labels is not None and labels not in NUMBERINGS:
+        raise ValueError(f"`labels` must be one of {', '.join(NUMBERINGS)}, got {labels!r}.")
     root = Path(os.path.abspath(os.path.expanduser(root)))
     if root.is_file() and _DECATHLON_NAME.fullmatch(root.name):
-        return [case for case in _decathlon_cases(root.parent, [root.name]) if root in case.files.values()]
+        cases = [case for case in _decathlon_cases(root.parent, {root.name: root}) if root in case.files.values()]
+        return [replace(case, labels=(labels,)) for case in cases] if labels else cases
     if not root.is_dir():
         raise FileNotFoundError(f"No folder `{root}`. Give the folder that holds the BraTS cases.\n{_LAYOUT}")
-    cases, n_nifti = [], 0
-    for folder, names in _walk(root):
-        nifti = sorted(name for name in names if name.endswith((".nii", ".nii.gz")))
-        n_nifti += len(nifti)
-        case = _case_in(folder, nifti)
+    cases, n_nifti, nnunet_problem = [], 0, ""
+    for folder, files in _walk(root):
+        n_nifti += len(files)
+        case = _case_in(folder, files)
         if case:
             cases.append(case)
         if folder.name == "imagesTr" or (folder == root and folder.name == "imagesTs"):
-            cases.extend(_decathlon_cases(folder, nifti))
+            cases.extend(_decathlon_cases(folder, files))
+            nnunet_problem = nnunet_problem or _nnunet_problem(folder, files)
     if not cases:
-        raise FileNotFoundError(f"No BraTS case in `{root}` ({n_nifti} other NIfTI files there).\n{_LAYOUT}")
+        found = f": {nnunet_problem}" if nnunet_problem else f" ({n_nifti} other NIfTI files there)."
+        raise FileNotFoundError(f"No BraTS case in `{root}`{found}\n{_LAYOUT}")
 
     counts = Counter(case.case_id for case in cases)
     grades = _grades_from_tables({root, *(case.folder.parent for case in cases)})
@@ -178,7 +196,8 @@ def find_cases(root: str | os.PathLike) -> list[BratsCase]:
         problem = case.problem
         if counts[case.case_id] > 1:
             problem = f"found in {counts[case.case_id]} folders, `{case.folder}` is one. Keep one of them."
-        cases[i] = replace(case, grade=grade or grades.get(case.case_id), problem=problem)
+        told = (labels,) if labels else case.labels
+        cases[i] = replace(case, grade=grade or grades.get(case.case_id), problem=problem, labels=told)
     return sorted(cases, key=lambda case: (case.case_id, case.folder))
 
 
@@ -186,21 +205,40 @@ def _warn(err: OSError) -> None:
     logger.warning("Cannot look into `%s` (%s).", err.filename, err.strerror)
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yield folders and the names in them, following links but visiting each folder once."""
+def _list(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as err:
+        _warn(err)
+        return []
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, dict[str, Path]]]:
+    """Yield folders and the NIfTI files in them by name, following links but visiting each folder once.
+
+    A folder that is named as a file of a case and holds one NIfTI file stands for that file.
+    """
     seen = set()
-    for folder, subfolders, names in os.walk(root, onerror=_warn, followlinks=True):
-        real = os.path.realpath(folder)
+    for path, subfolders, names in os.walk(root, onerror=_warn, followlinks=True):
+        folder, real = Path(path), os.path.realpath(path)
         subfolders[:] = [] if real in seen else sorted(name for name in subfolders if not name.startswith("."))
-        if real not in seen:
-            seen.add(real)
-            yield Path(folder), names
+        if real in seen:
+            continue
+        seen.add(real)
+        files = {name: folder / name for name in names if _NIFTI_NAME.fullmatch(name)}
+        for name in filter(_FILE_NAME.fullmatch, subfolders):
+            inside = [other for other in _list(folder / name) if _NIFTI_NAME.fullmatch(other)]
+            if len(inside) == 1 and (folder / name / inside[0]).is_file():
+                files[name] = folder / name / inside[0]
+        subfolders[:] = [name for name in subfolders if name not in files]
+        yield folder, dict(sorted(files.items()))
 
 
-def _case_in(folder: Path, names: list[str]) -> BratsCase | None:
+def _case_in(folder: Path, files_there: dict[str, Path]) -> BratsCase | None:
     """Group the NIfTI files of one folder into a case, or return `None` if it is no case folder."""
-    found = [match for match in map(_FILE_NAME.fullmatch, names) if match]
-    prefixes = sorted({match["prefix"] for match in found if _NAME_OF_ENDING[match["ending"]] != "seg"})
+    found = [match for match in map(_FILE_NAME.fullmatch, files_there) if match]
+    name_of = {match: _NAME_OF_ENDING[match["ending"].lower()] for match in found}
+    prefixes = sorted({match["prefix"] for match in found if name_of[match] != "seg"})
     if any(match["prefix"] == folder.name for match in found):
         prefixes = [folder.name]
     if not prefixes:
@@ -210,34 +248,56 @@ def _case_in(folder: Path, names: list[str]) -> BratsCase | None:
         problem = f"`{folder}` holds scans of {', '.join(prefixes)}. Give each case a folder of its own."
         return BratsCase(folder.name, folder, {}, problem=problem)
 
+    (case_id,) = prefixes
     files: dict[str, Path] = {}
+    taken: dict[str, str] = {}
+    new_ending = False
     for match in found:  # sorted, so that x.nii comes before x.nii.gz
-        if match["prefix"] != prefixes[0]:
+        if match["prefix"] != case_id:
             continue
-        name, path = _NAME_OF_ENDING[match["ending"]], folder / match[0]
-        taken = files.setdefault(name, path)
-        if taken is not path and path.name == f"{taken.name}.gz":
-            logger.warning("`%s` is there plain and gzipped, taking the plain file.", taken)
-        elif taken is not path:
-            problem = f"`{taken}` and `{path.name}` are both {name} files. Keep one of them."
+        name = name_of[match]
+        first = taken.setdefault(name, match[0])
+        if first == match[0]:
+            files[name] = files_there[first]
+            new_ending |= name == "seg" and match["ending"].startswith("-")
+        elif match[0].lower() == f"{first}.gz".lower():
+            logger.warning("`%s` is there plain and gzipped, taking the plain file.", folder / first)
+        else:
+            problem = f"`{folder / first}` and `{match[0]}` are both {name} files. Keep one of them."
     if "seg" not in files:
-        files.update(("seg", folder / name) for name in names if _MISNAMED_MASK.fullmatch(name))
-    return BratsCase(prefixes[0], folder, files, problem=problem)
+        files.update(("seg", path) for name, path in files_there.items() if _MISNAMED_MASK.fullmatch(name))
+    labels = numberings_of(case_id, new_ending, [parent.name for parent in (folder, *folder.parents)])
+    return BratsCase(case_id, folder, files, problem=problem, labels=labels)
 
 
-def _decathlon_cases(folder: Path, names: list[str]) -> list[BratsCase]:
+def _decathlon_cases(folder: Path, scans: dict[str, Path]) -> list[BratsCase]:
     """Pair the scans in an image folder of the Decathlon with the masks in the label folder beside it."""
-    labels = _label_folder(folder)
-    mask_names = next(_walk(labels), (labels, []))[1] if labels.is_dir() else []
+    folder_of_labels = _label_folder(folder)
+    masks = next(_walk(folder_of_labels), (folder_of_labels, {}))[1] if folder_of_labels.is_dir() else {}
     files: defaultdict[str, dict[str, Path]] = defaultdict(dict)
-    for contents, place, names_there in ((DECATHLON_ORDER, folder, names), (("seg",), labels, mask_names)):
-        for match in filter(None, map(_DECATHLON_NAME.fullmatch, sorted(names_there))):  # x.nii before x.nii.gz
+    for contents, files_there in ((DECATHLON_ORDER, scans), (("seg",), masks)):
+        for match in filter(None, map(_DECATHLON_NAME.fullmatch, sorted(files_there))):  # x.nii before x.nii.gz
             taken = files[match[1]].get(contents[0])
             if taken:
                 logger.warning("`%s` is there plain and gzipped, taking the plain file.", taken)
             else:
-                files[match[1]].update(dict.fromkeys(contents, place / match[0]))
-    return [BratsCase(case_id, folder, files[case_id], decathlon=True) for case_id in sorted(files)]
+                files[match[1]].update(dict.fromkeys(contents, files_there[match[0]]))
+    problem = _nnunet_problem(folder, scans)
+    return [
+        BratsCase(
+            *(case_id, folder, files[case_id]),
+            problem=problem if problem and "flair" not in files[case_id] else None,
+            decathlon=True,
+            labels=("decathlon",),
+        )
+        for case_id in sorted(files)
+    ]
+
+
+def _nnunet_problem(folder: Path, files_there: dict[str, Path]) -> str:
+    """Return what to do with an image folder of nnU-Net, or nothing if it is none."""
+    names = [name for name in files_there if _NNUNET_NAME.fullmatch(name) and not _DECATHLON_NAME.fullmatch(name)]
+    return f"`{folder}` {_NNUNET_ADVICE.format(name=names[0])}" if names else ""
 
 
 def _label_folder(image_folder: Path) -> Path:

@@ -29,6 +29,9 @@ except ImportError:
 # volumes of 256 x 256 x 256 in double precision. Reading, scaling and windowing one takes less than 2 GB.
 MAX_VOLUME_BYTES = 2**29
 
+# Texts of a header, where names of patients sit: what is written does not keep them.
+TEXT_FIELDS = ("data_type", "db_name", "descrip", "aux_file", "intent_name")
+
 MAX_TRAILING_BYTES = 4096  # some writers pad behind the voxels; more means that the header is wrong
 
 
@@ -137,7 +140,8 @@ def write_nifti(
         path: Ends in `.nii` or `.nii.gz`.
         array: Three-dimensional, of integers or floats.
         affine: From its indices to RAS+ world coordinates in mm.
-        header: That of a scan, of which the file keeps what does not depend on the voxels. Default: a new one.
+        header: That of a scan, of which the file keeps geometry, units and times, but neither texts nor extensions,
+            which may name the patient. Default: a new one.
         compression_level: Of `.nii.gz`, from 1 (fast) to 9 (small).
 
     Raises:
@@ -154,6 +158,10 @@ def write_nifti(
     image = image_class(array, affine, header, dtype=array.dtype)  # makes a copy of the header
     image.header.set_slope_inter(1, 0)
     image.header["cal_min"] = image.header["cal_max"] = 0
+    image.header.extensions.clear()
+    for field in TEXT_FIELDS:
+        if field in image.header:  # NIfTI-2 has fewer
+            image.header[field] = b""
     data = image.to_bytes()
     if ending == ".nii.gz":
         data = gzip.compress(data, compression_level, mtime=0)

@@ -6,6 +6,7 @@ BraTS itself stores its scans, so its files are read without a copy.
 
 import functools
 import itertools
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from nibabel import orientations
 from .head_sam2unet import bounding_box, find_head, memory_order
 from .nifti_sam2unet import ScanError, open_nifti, read_header, read_voxels, value_dtype, write_nifti
 
+
+logger = logging.getLogger(__name__)
 
 # The modalities, and the endings of their files in BraTS 2017-2021 and from 2023 on. A further modality needs a line
 # here and nothing else: finding files, checks, errors and help follow this table.
@@ -34,6 +37,7 @@ PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the axis that the index of
 
 GRID_TOLERANCE_MM = 0.1
 
+_DIRECTIONS = {"L": "left", "R": "right", "A": "front", "P": "back", "S": "head", "I": "feet"}
 _LPS = orientations.axcodes2ornt("LPS")
 
 
@@ -110,6 +114,12 @@ def read_volumes(
         shape, dtype, affine = header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()
         _check_shape(shape, name, modalities)
         data = read_voxels(file, header, name)
+    if header["sform_code"] == 0 and header["qform_code"] == 0:
+        logger.warning(
+            "%s does not say how it is oriented (sform_code and qform_code are 0): taking its axes to run to the %s. "
+            "Set one of the codes if left and right may be swapped.",
+            *(name, ", ".join(_DIRECTIONS[code] for code in nib.aff2axcodes(affine))),
+        )
     transform = _to_lps(affine, name)
     lps_affine = affine @ orientations.inv_ornt_aff(transform, shape[:3])
     parts = {name: 0}
@@ -338,27 +348,6 @@ def pixel_size_mm(spacing_mm: Sequence[float], plane: str) -> tuple[float, float
     """Return height and width of a pixel of [`take_slice`] in mm, from what `Volume.spacing_mm` gives."""
     width, height = (size for axis, size in enumerate(spacing_mm) if axis != PLANES[plane])
     return height, width
-
-
-def to_tumour_labels(volume: Volume, since_2023: bool, decathlon: bool) -> np.ndarray:
-    """Map a mask's labels, of BraTS 2017-2021 unless told, to `uint8`: 0 background, 1 NCR/NET, 2 ED, 3 ET."""
-    known = (0, 1, 2, 3) if since_2023 or decathlon else (0, 1, 2, 4)
-    tumour = volume.voxels.transpose(memory_order(volume.voxels))
-    unknown = np.setdiff1d(tumour[tumour != 0], known)
-    if unknown.size:
-        source = "of this name"
-        advice = (
-            "names with `_seg` have the labels of 2017-2021 (ET is 4), names with `-seg` those of 2023 (ET is 3; the "
-            "resection cavity of 2024, 4, is not supported). Relabel or rename it."
-        )
-        if decathlon:
-            source, advice = "of the Decathlon", "1 is ED, 2 NCR/NET and 3 ET. Relabel it or download it again."
-        raise ScanError(
-            f"{volume.name} holds {unknown.size} unknown labels ({', '.join(f'{label:g}' for label in unknown[:5])}). "
-            f"A mask {source} may hold {', '.join(map(str, known))}: {advice}"
-        )
-    ids = np.minimum(volume.voxels.astype(np.uint8), 3)  # ET is the highest label of every set
-    return np.array([0, 2, 1, 3], np.uint8)[ids] if decathlon else ids
 
 
 def check_same_grid(first: Volume, second: Volume) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from .cases_sam2unet import BratsCase, find_cases
+from .labels_sam2unet import NUMBERINGS
 from .metrics.volume_functional import VOLUME_METRICS
 from .patient_checks import describe_known_patients, describe_other_modalities, read_splits, why_implausible
 from .patient_table import PatientTable, score_patient
@@ -41,12 +42,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--flips", action="store_true", help="average over mirror images, four times the work")
     parser.add_argument("--threshold", type=float, default=0.5, help="probability above which a voxel is tumour")
-    parser.add_argument("--et_label", type=int, default=3, choices=[3, 4], help="3: BraTS from 2023 on, 4: before")
+    parser.add_argument(
+        "--et_label",
+        type=int,
+        choices=[3, 4],
+        help="label of enhancing tumour: 3 as in BraTS from 2023 on, 4 as before; default: that of the case's name",
+    )
     parser.add_argument("--probabilities", action="store_true", help="write CASE_REGION_probability.nii.gz too")
     parser.add_argument(
         "--score",
         action="store_true",
         help="print Dice and other metrics against the reference too, and write them as patients.csv and .json",
+    )
+    parser.add_argument(
+        "--labels",
+        choices=list(NUMBERINGS),
+        help="what the labels of references mean, for --score where names do not tell",
     )
     parser.add_argument(
         "--allow_other_modalities",
@@ -64,13 +75,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _name_cases(paths: list[str]) -> dict[str, str | BratsCase]:
+def _name_cases(paths: list[str], labels: str | None) -> dict[str, str | BratsCase]:
     """Return the cases in folders and the scans among these paths, by what their results will be called."""
     cases: dict[str, str | BratsCase] = {}
     for path in paths:
-        named: dict[str, str | BratsCase] = {Path(path).name.removesuffix(".gz").removesuffix(".nii"): path}
+        stem = re.sub(r"\.nii(\.gz)?\Z", "", Path(path).name, flags=re.IGNORECASE)
+        named: dict[str, str | BratsCase] = {stem: path}
         if Path(path).is_dir():
-            named = {case.case_id: case for case in find_cases(path)}
+            named = {case.case_id: case for case in find_cases(path, labels)}
         if twice := sorted(named.keys() & cases.keys()):
             raise SystemExit(f"{path}: {twice[0]} was named before, and would be written to the same file.")
         cases |= named
@@ -97,7 +109,8 @@ def _load(args: argparse.Namespace) -> Sam2UNetVolumePipeline:
         segment = Sam2UNetVolumePipeline.from_pretrained(
             args.model, args.modalities, args.device, dtype=getattr(torch, args.dtype)
         )
-        check_enhancing_label(args.et_label, segment.model.config.regions)
+        if args.et_label is not None:
+            check_enhancing_label(args.et_label, segment.model.config.regions)
     except (OSError, ValueError) as err:
         raise SystemExit(f"{args.model}: {err}") from err
     if others := describe_other_modalities(segment.processor.modalities, segment.modalities):
@@ -144,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     try:
-        cases = _name_cases(args.case)
+        cases = _name_cases(args.case, args.labels)
         _prepare_output_dir(args.output_dir, cases)
     except OSError as err:
         raise SystemExit(str(err)) from err

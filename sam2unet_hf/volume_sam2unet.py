@@ -14,6 +14,7 @@ from .cases_sam2unet import BratsCase, find_cases
 from .checkpoint_sam2unet import DOWNLOAD_ARGUMENTS
 from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .images_sam2unet import count_channels
+from .labels_sam2unet import enhancing_label_of
 from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
 from .scans_sam2unet import (
     PLANES,
@@ -62,22 +63,29 @@ class VolumeSegmentation:
         pixels = np.count_nonzero(self.scan.from_file_grid(self.label_map), axis=(0, 1))
         return int(pixels.argmax()) if pixels.any() else None
 
-    def save(self, path: str | os.PathLike, enhancing_label: int = 3) -> None:
-        """Write the label map as NIfTI with the affine and the header of the scan, whole or not at all.
+    def save(self, path: str | os.PathLike, enhancing_label: int | None = None) -> None:
+        """Write the label map as NIfTI on the grid of the scan, whole or not at all.
+
+        Of the header of the scan the file keeps geometry and units, but no texts, which may name the patient.
 
         Args:
             path: Ends in `.nii` or `.nii.gz`.
-            enhancing_label: Label of enhancing tumour, our id 3: 3 as in BraTS from 2023 on, 4 as before.
+            enhancing_label: Label of enhancing tumour, our id 3: 3 as in BraTS from 2023 on, 4 as before. Default: the
+                one that masks of the file's name have, 4 for `BraTS20_Training_001_seg.nii.gz`, unless regions have a
+                label 4 of their own.
 
         Raises:
             ValueError: If the path has another ending, the label is another, or 4 is a label of its own.
         """
+        if enhancing_label is None:
+            has_own = any(4 in label_ids for label_ids in self.regions.values())
+            enhancing_label = 3 if has_own else enhancing_label_of(Path(path).name)
         check_enhancing_label(enhancing_label, self.regions)
         label_map = np.where(self.label_map == 3, np.uint8(enhancing_label), self.label_map)
         write_nifti(path, label_map, self.scan.affine, self.scan.header)
 
     def save_probabilities(self, path: str | os.PathLike, region: str) -> None:
-        """Write the probabilities of a region as NIfTI, float32, with the affine and the header of the scan.
+        """Write the probabilities of a region as NIfTI, float32, on the grid of the scan and as [`save`] does.
 
         Raises:
             ValueError: If they were not asked for, or the path has another ending than `.nii` and `.nii.gz`.

@@ -19,6 +19,7 @@ from huggingface_hub import DatasetCard
 from dataset_scripts.brats_slices import BratsSlices, split_patients
 from dataset_scripts.brats_slices.__main__ import main
 from dataset_scripts.brats_slices.png import encode_png
+from sam2unet_hf.labels_sam2unet import NumberingError
 from sam2unet_hf.scans_sam2unet import MODALITIES, ScanError
 
 
@@ -368,6 +369,7 @@ def test_cache_ignores_files_that_are_not_read(brats_dir):
         ({"slices": 1.5}, r"`slices` must be .*, got 1.5"),
         ({"slices": [1.5]}, r"`slices` must be .*, got \[1.5\]"),
         ({"min_tumor_pixels": 0}, "`min_tumor_pixels` must be an integer from 1 on, got 0"),
+        ({"labels": "gli2020"}, "`labels` must be one of gli2017, .*, got 'gli2020'"),
         ({"plane": "oblique"}, "`plane` must be one of sagittal, coronal, axial, got 'oblique'"),
         ({"data_dir": None}, "`data_dir` is missing. Pass the folder that holds the BraTS cases"),
     ],
@@ -459,15 +461,79 @@ def test_bad_case_found_on_the_way_raises_or_is_skipped(brats_dir, num_proc, cap
         assert {row["case_id"] for row in rows(builder)} == {f"Brats18_{number}_1" for number in (1, 3, 4, 5)}
 
 
-def test_skipping_leaves_the_other_cases_in_their_splits(brats_dir):
+def test_skipping_leaves_the_other_cases_in_their_splits(brats_dir, caplog):
     splits = {row["case_id"]: name for name, split in build(brats_dir).as_dataset().items() for row in split}
     bad = next(case_id for case_id, split in splits.items() if split == "validation")
-    next(brats_dir.rglob(f"{bad}_seg.nii.gz")).unlink()
-    after = build(brats_dir, skip_bad_cases=True).as_dataset()
-    assert list(after) == ["train", "test"]
-    assert {row["case_id"]: name for name, split in after.items() for row in split} == {
-        case_id: name for case_id, name in splits.items() if case_id != bad
+    next(brats_dir.rglob(f"{bad}_seg.nii.gz")).write_bytes(b"no scan")
+    for _ in range(2):  # the second build comes from the cache
+        caplog.clear()
+        after = build(brats_dir, skip_bad_cases=True).as_dataset()
+        assert list(after) == ["train", "test"]
+        assert {row["case_id"]: name for name, split in after.items() for row in split} == {
+            case_id: name for case_id, name in splits.items() if case_id != bad
+        }
+        assert "There is no validation split, for none of its 1 cases gives a slice. Repair one, or" in caplog.text
+
+
+def test_cases_without_masks_take_no_part_in_the_split(brats_dir, caplog):
+    """The cases of the challenge's validation, in the same folder."""
+    expected = build(brats_dir).as_dataset()
+    for number in range(40):
+        make_case(brats_dir / "Validation", f"Brats18_V{number}_1")
+        next(brats_dir.rglob(f"Brats18_V{number}_1_seg.nii.gz")).unlink()
+    builder = build(brats_dir, skip_bad_cases=True)
+    assert len(builder.skipped_cases) == 40
+    assert "no mask in" in builder.skipped_cases["Brats18_V0_1"]
+    found = builder.as_dataset()
+    assert {name: split["case_id"][:] for name, split in found.items()} == {
+        name: split["case_id"][:] for name, split in expected.items()
     }
+    assert "There is no" not in caplog.text
+
+
+# Numbering of labels
+
+
+def name_anew(brats_dir, task, labels):
+    """Give the five cases the names of a task, and masks with these labels."""
+    for number, folder in enumerate(sorted((brats_dir / "HGG").iterdir())):
+        case_id = f"BraTS-{task}-{number:05d}-000"
+        for path in folder.iterdir():
+            ending = path.name.removeprefix(folder.name).removesuffix(".nii.gz")
+            new = {"_t1": "-t1n", "_t1ce": "-t1c", "_t2": "-t2w", "_flair": "-t2f", "_seg": "-seg"}[ending]
+            path.rename(folder / f"{case_id}{new}.nii.gz")
+        mask = np.zeros(SHAPE, np.uint8)
+        mask[1 : 1 + len(labels[number]), 4, 2] = labels[number]
+        mask[2, 2, 3] = labels[number][-1]
+        save(folder / f"{case_id}-seg.nii.gz", mask)
+        folder.rename(folder.with_name(case_id))
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_a_case_that_contradicts_the_numbering_stops_the_build_for_all(brats_dir, num_proc):
+    name_anew(brats_dir, "PED", [(1, 2, 3, 4)] * 3 + [(1, 2, 3)] + [(2, 4)])
+    message = r"case BraTS-PED-00003-000: .*its name does not tell what they mean.*--labels ped2024"
+    with pytest.raises(NumberingError, match=message):
+        build(brats_dir, num_proc, skip_bad_cases=True)
+    with pytest.raises(NumberingError, match=r"case BraTS-PED-0000\d-000: .*unknown labels \(4\)"):
+        build(brats_dir, num_proc, skip_bad_cases=True, labels="ped2023")
+
+
+@pytest.mark.parametrize(
+    ("labels", "label_ids", "counts", "tumor_slices"),
+    [
+        ("ped2024", [3, 1, 4, 2], (4, 3, 1), [2, 3]),  # the cysts are tumour, 4 is ED
+        ("gli2024", [1, 2, 3, 4], (3, 2, 1), [2]),  # the cavity is none
+    ],
+)
+def test_fourth_label_is_kept_and_counted_where_it_is_tumour(brats_dir, labels, label_ids, counts, tumor_slices):
+    name_anew(brats_dir, "PED" if labels == "ped2024" else "GLI", [(1, 2, 3, 4)] * 5)
+    for told in (labels, None):  # all four labels are there, so that they tell by themselves
+        dataset = build(brats_dir, slices="tumor", labels=told).as_dataset(split="train")
+        row = dataset[0]
+        assert np.asarray(row["mask"])[4, 1:5].tolist() == label_ids
+        assert (row["wt_pixels"], row["tc_pixels"], row["et_pixels"]) == counts
+        assert sorted(set(dataset["slice_index"])) == tumor_slices
 
 
 def test_case_without_tumor_slice_is_reported_not_dropped_silently(brats_dir, caplog):

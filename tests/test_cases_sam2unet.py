@@ -2,6 +2,7 @@ import gzip
 import logging
 import os
 import re
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -11,6 +12,7 @@ from scan_files import LPS, RAS, SAL, SHAPE, make_mask, make_scan, save
 
 from sam2unet_hf import scans_sam2unet
 from sam2unet_hf.cases_sam2unet import find_cases
+from sam2unet_hf.labels_sam2unet import NumberingError
 from sam2unet_hf.scans_sam2unet import ScanError
 
 
@@ -83,6 +85,55 @@ def test_find_cases_every_layout_finds_all_files(tmp_path, parents, case_id, nam
 
 def test_find_cases_root_is_a_case_folder_finds_it(folder):
     assert [case.case_id for case in find_cases(folder)] == ["BraTS20_Training_001"]
+
+
+@pytest.mark.parametrize("inner", ["{number}_brain_{name}.nii", "BraTS2021_00000_{name}.nii"])
+def test_find_cases_a_folder_per_file_as_on_kaggle(tmp_path, inner):
+    for case_id, number in (("BraTS2021_00000", "00000057"), ("BraTS2021_00002", "00000058")):
+        folder = make_case(tmp_path / "flat", case_id, extension=".nii")
+        for path in list(folder.iterdir()):
+            name = path.stem.rsplit("_", 1)[1]
+            nested = tmp_path / "kaggle" / case_id / path.name
+            nested.mkdir(parents=True)
+            shutil.copy(path, nested / inner.format(number=number, name=name))
+            (nested / "._left by macOS.nii").write_bytes(b"")
+    first, second = find_cases(tmp_path / "kaggle")
+    assert (first.case_id, second.case_id) == ("BraTS2021_00000", "BraTS2021_00002")
+    assert (first.problem, first.labels, len(first.files)) == (None, ("gli2017",), 5)
+    (flat, _) = find_cases(tmp_path / "flat")
+    for modality in ("t1", "flair"):
+        (nested,), (plain,) = first.read_images([modality]), flat.read_images([modality])
+        np.testing.assert_array_equal(nested.voxels, plain.voxels)
+    np.testing.assert_array_equal(first.read_mask().voxels, flat.read_mask().voxels)
+
+
+def test_find_cases_reads_upper_case_names(tmp_path):
+    folder = tmp_path / "BraTS20_Training_001"
+    for name in ("T1", "T1CE", "T2", "FLAIR"):
+        save(folder / f"BraTS20_Training_001_{name}.nii.gz", make_scan()).rename(
+            folder / f"BraTS20_Training_001_{name}.NII.GZ"
+        )
+    save(folder / "BraTS20_Training_001_Seg.nii", make_mask())
+    (case,) = find_cases(tmp_path)
+    assert set(case.files) == {"t1", "t1ce", "t2", "flair", "seg"}
+    np.testing.assert_array_equal(case.read_images(["t1ce"])[0].voxels, make_scan())
+    assert np.unique(case.read_mask().voxels).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("case_id", ["X", "BRATS_001"])
+def test_find_cases_names_the_raw_layout_of_nnunet(tmp_path, case_id):
+    for channel in range(4):
+        save(tmp_path / "imagesTr" / f"{case_id}_{channel:04d}.nii.gz", make_scan())
+    save(tmp_path / "labelsTr" / f"{case_id}.nii.gz", make_mask((1, 2, 3)))
+    message = (
+        rf"imagesTr` is in the raw layout of nnU-Net: a file per channel, such as {case_id}_0000\.nii\.gz.*_flair"
+    )
+    if case_id == "X":
+        with pytest.raises(FileNotFoundError, match=f"No BraTS case in .*{message}"):
+            find_cases(tmp_path)
+    else:  # the name of the mask is one of the Decathlon
+        with pytest.raises(ScanError, match=f"case BRATS_001: .*{message}"):
+            find_cases(tmp_path)[0].read_images(["flair"])
 
 
 def test_find_cases_many_cases_sorted_by_id(tmp_path):
@@ -333,6 +384,38 @@ def test_read_mask_unknown_label_names_case_file_and_set(tmp_path, names, values
     save(path, voxels)
     with pytest.raises(ScanError, match=rf"case X_1: `.*X_1{names['seg']}\.nii\.gz` holds .*{message}"):
         find_cases(tmp_path)[0].read_mask()
+
+
+@pytest.mark.parametrize(
+    ("case_id", "labels", "values", "expected"),
+    [
+        ("BraTS-GLI-00000-000", None, (1, 2, 3), [1, 2, 3]),
+        ("BraTS-GLI-00005-100", None, (2, 3, 4), [2, 3, 4]),
+        ("BraTS-GLI-00000-000", "gli2024", (1, 2, 4), [1, 2, 4]),
+        ("BraTS-GLI-00000-000", "gli2017", (1, 2, 4), [1, 2, 3]),
+        ("BraTS-PED-00000-000", None, (1, 3, 4), [3, 4, 2]),
+        ("BraTS-PED-00000-000", "ped2024", (1, 2, 3), [3, 1, 4]),
+        ("BraTS-PED-00000-000", "ped2023", (1, 2, 3), [1, 2, 3]),
+        ("renamed", "gli2024", (1, 3, 4), [1, 3, 4]),
+    ],
+)
+def test_read_mask_numbering_of_task_and_year(tmp_path, case_id, labels, values, expected):
+    folder = make_case(tmp_path, case_id, NEW_NAMES)
+    save(folder / f"{case_id}-seg.nii.gz", make_mask(values))
+    (case,) = find_cases(tmp_path, labels)
+    assert case.read_mask().voxels[3:6, 4, 2].tolist() == expected
+    assert (4 in case.regions["WT"]) == case_id.startswith("BraTS-PED")
+    with pytest.raises(ValueError, match=r"`labels` must be one of gli2017, .*, got 'gli2020'"):
+        find_cases(tmp_path, "gli2020")
+
+
+def test_read_mask_of_the_year_in_the_name_of_a_folder(tmp_path):
+    make_case(tmp_path / "BraTS-PEDs2024_Training", "BraTS-PED-00001-000", NEW_NAMES)
+    (case,) = find_cases(tmp_path)
+    assert case.read_mask().voxels[3:6, 4, 2].tolist() == [3, 1, 4]
+    make_case(tmp_path / "elsewhere", "BraTS-PED-00002-000", NEW_NAMES)
+    with pytest.raises(NumberingError, match="case BraTS-PED-00002-000: .*does not tell what they mean"):
+        find_cases(tmp_path)[1].read_mask()
 
 
 @pytest.mark.parametrize(("value", "count"), [(4, 1), (-1, 1), (0.5, 1)])

@@ -455,6 +455,20 @@ def test_brats_label_4_is_refused():
         find_regions(rows, ["image"], "mask", {"WT": [1, 2, 3], "ET": [4]})
 
 
+def test_fourth_label_is_a_region_where_the_task_has_it():
+    rows = {"image": [None], "mask": [None], "wt_pixels": [1]}
+    treated = DatasetDict({"train": Dataset.from_dict({**rows, "case_id": ["BraTS-GLI-00005-100"]})})
+    with_cavity = {"WT": [1, 2, 3], "RC": [4]}
+    assert find_regions(treated, ["image"], "mask", with_cavity)[0] == with_cavity
+    assert find_regions(treated, ["image"], "mask", None)[0] == {"WT": [1, 2, 3]}
+    children = DatasetDict({"train": Dataset.from_dict({**rows, "case_id": ["BraTS-PED-00001-000"]})})
+    assert find_regions(children, ["image"], "mask", None)[0] == {"WT": [1, 2, 3, 4]}  # with the cysts
+    renamed = DatasetDict({"train": Dataset.from_dict({**rows, "case_id": ["Site_7"]})})
+    with pytest.raises(SystemExit, match=r"Region RC has the label ids \[4\].*BraTS' label 4 is 3 here"):
+        find_regions(renamed, ["image"], "mask", with_cavity)
+    assert find_regions(renamed, ["image"], "mask", with_cavity, "gli2024")[0] == with_cavity
+
+
 @pytest.mark.parametrize("layout", ["{split}/{kind}", "{kind}/{split}"])
 def test_folders_of_splits(pictures, layout):
     for number, split in enumerate(("train", "val", "test")):

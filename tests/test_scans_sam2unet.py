@@ -24,6 +24,7 @@ from sam2unet_hf.scans_sam2unet import (
     read_volume,
     take_slice,
     to_grey,
+    write_nifti,
 )
 
 
@@ -155,6 +156,36 @@ def test_read_volume_extensions_are_passed_over(tmp_path):
         data[352:360] = broken
         (tmp_path / "x.nii").write_bytes(data)
         np.testing.assert_array_equal(read_volume(tmp_path / "x.nii").voxels, make_scan())
+
+
+@pytest.mark.parametrize(("sform", "qform", "warned"), [(0, 0, True), (1, 0, False), (0, 1, False)])
+def test_read_volume_without_an_orientation_code_says_what_was_assumed(tmp_path, caplog, sform, qform, warned):
+    write_header(sform_code=sform, qform_code=qform)(tmp_path / "x.nii")
+    volume = read_volume(tmp_path / "x.nii")
+    message = "x.nii` does not say how it is oriented (sform_code and qform_code are 0): taking its axes to run to the"
+    assert (message in caplog.text) == warned
+    if warned:
+        assert "to the left, front, head." in caplog.text
+        np.testing.assert_array_equal(volume.to_file_grid(volume.voxels), make_scan())
+        assert nib.aff2axcodes(volume.affine) == ("L", "A", "S")
+
+
+@pytest.mark.parametrize("kind", ["Nifti1", "Nifti2"])
+def test_write_nifti_keeps_geometry_and_no_texts_of_the_patient(tmp_path, kind):
+    image = getattr(nib, f"{kind}Image")(make_scan(), LPS)
+    for field, text in {"descrip": b"Jane Doe 1970", "aux_file": b"doe.txt", "intent_name": b"doe"}.items():
+        image.header[field] = text
+    if kind == "Nifti1":
+        image.header["db_name"], image.header["data_type"] = b"Doe^Jane", b"doe"
+    image.header.set_xyzt_units("mm", "sec")
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Jane Doe"))
+    write_nifti(tmp_path / "out.nii", make_scan(), LPS, image.header)
+    assert b"doe" not in (tmp_path / "out.nii").read_bytes().lower()
+    written = nib.load(tmp_path / "out.nii")
+    assert written.header.get_xyzt_units() == ("mm", "sec")
+    np.testing.assert_allclose(written.affine, LPS)
+    np.testing.assert_array_equal(np.asarray(written.dataobj), make_scan())
+    assert b"doe" in image.to_bytes().lower()  # the header of the scan itself is left alone
 
 
 # Broken files. Each error names the case and the file.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub.errors import HTTPError
 
+from sam2unet_hf.labels_sam2unet import NUMBERINGS
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
 
 from .brats_slices import OPTIONS, SLICE_CHOICES, BratsSlices
@@ -44,6 +45,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--min_tumor_pixels", type=int, default=1, help="how much is enough for `--slices tumor`")
     parser.add_argument("--plane", default="axial", choices=sorted(PLANES), help="how to cut")
+    parser.add_argument(
+        "--labels", choices=list(NUMBERINGS), help="what the labels of the masks mean; by default what the names tell"
+    )
     parser.add_argument("--seed", type=int, default=0, help="chooses the split")
     parser.add_argument("--num_proc", type=int, default=1, help="number of processes")
     parser.add_argument("--skip_bad_cases", action="store_true", help="leave out and list cases that cannot be used")

@@ -18,6 +18,7 @@ import datasets
 import numpy as np
 
 from sam2unet_hf.cases_sam2unet import BratsCase, find_cases
+from sam2unet_hf.labels_sam2unet import NumberingError
 from sam2unet_hf.scans_sam2unet import (
     MODALITIES,
     PLANES,
@@ -41,7 +42,7 @@ Rows: TypeAlias = list[dict[str, Any]] | ScanError  # of a case, or why it has n
 
 SLICE_CHOICES = ("all", "head", "tumor")  # besides indices
 # The fields of the config, which the command line has too.
-OPTIONS = ("modalities", "slices", "min_tumor_pixels", "plane", "seed", "skip_bad_cases")
+OPTIONS = ("modalities", "slices", "min_tumor_pixels", "plane", "labels", "seed", "skip_bad_cases")
 # Cases that are read ahead: more than there are likely to be processes, few enough to hold in memory.
 READ_AHEAD = 32
 _SKIP_ADVICE = "Or leave such cases out: `skip_bad_cases=True` (`--skip_bad_cases`)."
@@ -59,14 +60,18 @@ class BratsSlicesConfig(datasets.BuilderConfig):
             where each plane counts from. 95 is the slice of the paper.
         min_tumor_pixels: How many pixels of tumour a slice must show; read with `slices="tumor"` alone.
         plane: `"axial"`, `"coronal"` or `"sagittal"`.
+        labels: What the labels of the masks mean, one of `sam2unet_hf.labels_sam2unet.NUMBERINGS`. Default: what the
+            names of cases, folders and files tell.
         seed: Chooses the split.
-        skip_bad_cases: Leave out and report the cases that cannot be used, instead of raising.
+        skip_bad_cases: Leave out and report the cases that cannot be used, instead of raising. Masks whose labels may
+            mean something else than those of the other cases raise all the same.
     """
 
     modalities: str | list[str] | tuple[str, ...] | None = None
     slices: int | str | list[int] | tuple[int, ...] = 95
     min_tumor_pixels: int = 1
     plane: str = "axial"
+    labels: str | None = None
     seed: int = 0
     skip_bad_cases: bool = False
 
@@ -95,7 +100,7 @@ class BratsSlicesConfig(datasets.BuilderConfig):
     @functools.cached_property
     def cases(self) -> list[BratsCase]:
         """The cases found in `data_dir`."""
-        return find_cases(self.data_dir)
+        return find_cases(self.data_dir, self.labels)
 
     @functools.cached_property
     def columns(self) -> list[str]:
@@ -128,7 +133,7 @@ class BratsSlicesConfig(datasets.BuilderConfig):
         options = {**{name: getattr(self, name) for name in OPTIONS}, "modalities": self.columns}
         digest = hashlib.sha256()
         for case in self.cases:
-            digest.update(repr((case.case_id, case.grade, case.problem)).encode())
+            digest.update(repr((case.case_id, case.grade, case.problem, case.labels)).encode())
             for name in (*self.columns, "seg"):
                 if name in case.files:
                     path = case.files[name]
@@ -143,10 +148,12 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
     """2-D slices of BraTS scans with the experts' masks, split by patient.
 
     Each row holds an 8-bit grey image per modality, named as it (`flair`, `t1ce`, ...), `mask` (label ids 0
-    background, 1 NCR/NET, 2 ED, 3 ET), `case_id`, `slice_index`, `grade` (`"HGG"`, `"LGG"` or `None`), the number of
-    pixels of whole tumour (labels 1, 2, 3), tumour core (1, 3) and enhancing tumour (3), `head_boxes` (per modality
-    the box of the volume's head, `[x_min, y_min, x_max, y_max]` in pixels, half-open, the same for all slices of a
-    volume) and `spacing_mm` (size of a voxel from left to right, front to back and feet to head).
+    background, 1 NCR/NET, 2 ED, 3 ET, and 4 where the challenge has the resection cavity or cysts, see
+    `sam2unet_hf.labels_sam2unet`), `case_id`, `slice_index`, `grade` (`"HGG"`, `"LGG"` or `None`), the number of
+    pixels of whole tumour (labels 1, 2, 3 and cysts), tumour core (1, 3 and cysts) and enhancing tumour (3),
+    `head_boxes` (per modality the box of the volume's head, `[x_min, y_min, x_max, y_max]` in pixels, half-open, the
+    same for all slices of a volume) and `spacing_mm` (size of a voxel from left to right, front to back and feet to
+    head).
 
     Slices are oriented as `sam2unet_hf.scans_sam2unet.take_slice` says, one voxel per pixel, and their intensities
     are scaled per scan as `to_grey` there does. Which modalities a model takes, and in which order, is chosen when it
@@ -199,6 +206,13 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
                 self._pool = None
         for reason in self.skipped_cases.values():
             logger.warning("Left out: %s", reason)
+        for split, cases in self._cases_of_splits().items():
+            if cases and split not in self.info.splits:
+                logger.warning(
+                    "There is no %s split, for none of its %d cases gives a slice. Repair one, or split otherwise by "
+                    "another `seed` (`--seed`).",
+                    *(split, len(cases)),
+                )
 
     def _info(self) -> datasets.DatasetInfo:
         text, count = datasets.Value("string"), datasets.Value("int32")
@@ -215,24 +229,34 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
-        """Split all the cases found, so that a bad one does not move the others; empty splits are left out."""
-        cases = self.config.cases
-        if not self.config.skip_bad_cases:
-            _check_complete(cases, (*self.config.columns, "seg"))
+        config = self.config
+        if not config.skip_bad_cases:
+            _check_complete(config.cases, (*config.columns, "seg"))
+        cases_of = self._cases_of_splits()
+        ordered = sum(cases_of.values(), [])
+        self._skipped = {case.case_id: why for case in config.cases if (why := _why_no_mask(case))}
+        if self._pool is not None:
+            self._read_ahead = _read_ahead(self._pool, ordered, config)
+        return [datasets.SplitGenerator(split, {"cases": cases}) for split, cases in cases_of.items() if cases]
+
+    def _cases_of_splits(self) -> dict[str, list[BratsCase]]:
+        """Split all patients that have a mask, so that a bad case found on the way does not move the others.
+
+        Cases without one, such as those of the challenge's validation, would only leave places in the splits empty.
+        """
+        cases = [case for case in self.config.cases if not _why_no_mask(case)]
         patients_of = split_patients((case.patient_id for case in cases), self.config.seed)
-        cases_of = {
+        return {
             split: [case for case in cases if case.patient_id in patients] for split, patients in patients_of.items()
         }
-        self._skipped: dict[str, str] = {}
-        if self._pool is not None:
-            self._read_ahead = _read_ahead(self._pool, sum(cases_of.values(), []), self.config)
-        return [datasets.SplitGenerator(split, {"cases": cases_of[split]}) for split in cases_of if cases_of[split]]
 
     def _generate_examples(self, cases: list[BratsCase]) -> Iterator[tuple[str, dict[str, Any]]]:
         config = self.config
         rows_of_cases = (_read(case, config) for case in cases) if self._pool is None else self._read_ahead
         # The processes go on with the next split, so that there may be more rows than cases.
         for case, rows in zip(cases, rows_of_cases, strict=False):
+            if isinstance(rows, NumberingError):  # the labels of the other cases may be wrong, too
+                raise rows
             if isinstance(rows, ScanError):
                 if not config.skip_bad_cases:
                     raise ScanError(f"{rows} {_SKIP_ADVICE}") from rows
@@ -284,6 +308,15 @@ def split_patients(patients: Iterable[str], seed: int = 0) -> dict[str, list[str
         "validation": ordered[n_test : n_test + n_validation],
         "test": ordered[:n_test],
     }
+
+
+def _why_no_mask(case: BratsCase) -> str:
+    """Return what the file names alone tell against the mask of a case, or nothing."""
+    try:
+        case.path("seg")
+    except ScanError as err:
+        return str(err)
+    return ""
 
 
 def _check_complete(cases: list[BratsCase], names: tuple[str, ...]) -> None:
@@ -338,7 +371,7 @@ def _read(case: BratsCase, config: BratsSlicesConfig) -> Rows:
 def _rows(case: BratsCase, config: BratsSlicesConfig) -> Iterator[dict[str, Any]]:
     """Yield the rows of one case. Read the mask first: without tumour there may be no need to read the scans."""
     mask = case.read_mask()
-    indices = None if config.slices == "head" else _slice_indices(mask, config)
+    indices = None if config.slices == "head" else _slice_indices(mask, case, config)
     if indices == []:
         return
     scans = case.read_images(config.columns, same_grid_as=mask)
@@ -351,21 +384,23 @@ def _rows(case: BratsCase, config: BratsSlicesConfig) -> Iterator[dict[str, Any]
         "head_boxes": {name: head_box([grey], config.plane) for name, grey in greys.items()},
         "spacing_mm": list(scans[0].spacing_mm),
     }
+    regions = case.regions
     for index in indices:
         pictures = {name: take_slice(grey, config.plane, index) for name, grey in greys.items()}
         pictures["mask"] = labels = take_slice(mask.voxels, config.plane, index)
-        ncr, ed, et = (np.count_nonzero(labels == label_id) for label_id in (1, 2, 3))
+        pixels_of = {label_id: np.count_nonzero(labels == label_id) for label_id in regions["WT"]}
         yield {
             **{name: {"path": None, "bytes": encode_png(pixels)} for name, pixels in pictures.items()},
             **of_the_case,
             "slice_index": index,
-            "wt_pixels": ncr + ed + et,
-            "tc_pixels": ncr + et,
-            "et_pixels": et,
+            **{
+                f"{name.lower()}_pixels": sum(pixels_of[label_id] for label_id in label_ids)
+                for name, label_ids in regions.items()
+            },
         }
 
 
-def _slice_indices(mask: Volume, config: BratsSlicesConfig) -> list[int]:
+def _slice_indices(mask: Volume, case: BratsCase, config: BratsSlicesConfig) -> list[int]:
     """Return the slices that the options choose, as far as the mask tells."""
     axis = PLANES[config.plane]
     n_slices = mask.voxels.shape[axis]
@@ -373,7 +408,10 @@ def _slice_indices(mask: Volume, config: BratsSlicesConfig) -> list[int]:
         return list(range(n_slices))
     if config.slices == "tumor":
         other_axes = tuple(other for other in range(3) if other != axis)
-        wt_pixels = np.count_nonzero(mask.voxels, axis=other_axes)
+        tumour = mask.voxels
+        if 4 not in case.regions["WT"] and (tumour == 4).any():
+            tumour = np.where(tumour == 4, 0, tumour)  # the resection cavity is none
+        wt_pixels = np.count_nonzero(tumour, axis=other_axes)
         return np.flatnonzero(wt_pixels >= config.min_tumor_pixels).tolist()
     indices = cast("list[int]", config.slices)  # checked by `__post_init__`
     if indices[-1] >= n_slices:

@@ -112,6 +112,8 @@ def render_card(builder: BratsSlices, data_folder: Path, skipped: dict[str, str]
         options[name] = " ".join(map(str, value)) if isinstance(value, list) else value
     if config.slices != "tumor":
         options["min_tumor_pixels"] = "not used"
+    if config.labels is None:
+        options["labels"] = "as the names tell"
     # Without sizes, `load_dataset` would return what an older data set in the same folder left in its cache.
     info.download_size = sum(path.stat().st_size for path in data_folder.iterdir())
     metadata = huggingface_hub.DatasetCardData()
