@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 from nibabel import orientations
 
+from .head_sam2unet import bounding_box, find_head, memory_order
 from .nifti_sam2unet import ScanError, open_nifti, read_header, read_voxels, value_dtype, write_nifti
 
 
@@ -173,10 +174,9 @@ class IntensityWindow:
 
     low: float
     high: float
-    background: float  # outside the head, where voxels become 0 even if the window includes it
 
     def apply(self, voxels: np.ndarray) -> np.ndarray:
-        """Return `voxels`, of any shape, as `uint8`. A scan of one foreground value becomes 255 there."""
+        """Return voxels of the head, of any shape, as `uint8`. They become 255 if all of them are equal."""
         if self.high > self.low:
             low, high = self.low, self.high
             exponent = math.frexp(max(abs(low), abs(high)))[1]
@@ -192,52 +192,55 @@ class IntensityWindow:
             grey = np.rint(grey, out=grey).astype(np.uint8)
         else:
             grey = np.full(voxels.shape, 255, np.uint8)
-        grey[voxels == self.background] = 0
         return grey
 
 
 def intensity_window(volume: Volume) -> IntensityWindow:
-    """Choose the window of a scan: the 0.5 and 99.5 percentiles of its foreground.
-
-    The background is the value on which the eight corners agree (0 in BraTS, a negative constant in scans that were
-    z-scored as a whole), else 0. Percentiles are those of `np.percentile`.
+    """Choose the window of a scan: the 0.5 and 99.5 percentiles of its head, as `np.percentile` gives them.
 
     Args:
-        volume: A skull-stripped scan.
+        volume: A scan, best skull-stripped.
 
     Raises:
-        ScanError: If every voxel is background.
+        ScanError: If all voxels are equal.
     """
-    corners = volume.voxels[np.ix_([0, -1], [0, -1], [0, -1])]
-    background = corners.flat[0] if (corners == corners.flat[0]).all() else volume.voxels.dtype.type(0)
-    foreground = _in_memory_order(volume.voxels)
-    foreground = foreground[foreground != background]
-    if not foreground.size:
+    return _window_of(volume, find_head(volume.voxels))
+
+
+def _window_of(volume: Volume, head: np.ndarray) -> IntensityWindow:
+    axes = memory_order(volume.voxels)
+    voxels, inside = volume.voxels.transpose(axes), head.transpose(axes)
+    box = bounding_box(inside)
+    values = voxels[box][inside[box]]
+    if not values.size:
         raise ScanError(
-            f"{volume.name} is empty: all voxels are {background}, there is nothing to scale. Download it again."
+            f"{volume.name} is empty: all voxels are {volume.voxels.flat[0]}, there is nothing to scale. Download it "
+            "again."
         )
-    low, high = _percentiles(foreground, (0.5, 99.5))
-    return IntensityWindow(low, high, float(background))
+    return IntensityWindow(*_percentiles(values, (0.5, 99.5)))
 
 
 def to_grey(volume: Volume) -> np.ndarray:
     """Scale a whole scan to 8-bit grey, by the window that [`intensity_window`] chooses.
 
     Args:
-        volume: A skull-stripped scan.
+        volume: A scan, best skull-stripped.
 
     Returns:
-        `uint8` array of shape `(left, posterior, superior)`: exactly 0 outside the head, whatever value the background
-        of the scan has, and 0 to 255 in the head.
+        `uint8` array of shape `(left, posterior, superior)`: exactly 0 outside the head, whatever the background of
+        the scan is, and 0 to 255 in the head, which [`~head_sam2unet.find_head`] finds.
 
     Raises:
-        ScanError: If every voxel is background.
+        ScanError: If all voxels are equal.
     """
-    window = intensity_window(volume)
-    grey = np.empty_like(volume.voxels, np.uint8)  # in the memory order of the voxels
+    head = find_head(volume.voxels)
+    window = _window_of(volume, head)
+    grey = np.zeros_like(volume.voxels, np.uint8)  # in the memory order of the voxels
+    parts = [part.transpose(memory_order(volume.voxels)) for part in (grey, volume.voxels, head)]
+    box = bounding_box(parts[-1])
     # Scale one layer of memory at a time, which stays in the processor's cache.
-    for layer, voxels in zip(_in_memory_order(grey), _in_memory_order(volume.voxels), strict=True):
-        layer[...] = window.apply(voxels)
+    for layer, voxels, inside in zip(*(part[box] for part in parts), strict=True):
+        np.multiply(window.apply(voxels), inside, out=layer)
     return grey
 
 
@@ -270,23 +273,18 @@ def head_box(greys: Sequence[np.ndarray], plane: str) -> list[int]:
 
 
 def foreground_slices(greys: Sequence[np.ndarray], plane: str) -> list[int]:
-    """Find the slices of a plane that show the head.
+    """Find the slices that show the head in any of the scans.
 
     Args:
         greys: Scans of one patient as [`to_grey`] gives them, all of one shape.
         plane: `"axial"`, `"coronal"` or `"sagittal"`.
 
     Returns:
-        The indices of those in which any of the scans is not 0, from the lowest on.
+        Indices of the slices in which a scan is not 0 everywhere, from the lowest on.
     """
     others = tuple(axis for axis in range(3) if axis != PLANES[plane])
     foreground = np.any([grey.any(axis=others) for grey in greys], axis=0)
     return np.flatnonzero(foreground).tolist()
-
-
-def _in_memory_order(voxels: np.ndarray) -> np.ndarray:
-    """Return a view that is fast to scan: a boolean index over a Fortran-ordered array takes several times longer."""
-    return voxels.transpose(np.argsort(np.abs(voxels.strides))[::-1])
 
 
 def _percentiles(values: np.ndarray, percents: tuple[float, ...]) -> list[float]:
@@ -345,7 +343,7 @@ def pixel_size_mm(spacing_mm: Sequence[float], plane: str) -> tuple[float, float
 def to_tumour_labels(volume: Volume, since_2023: bool, decathlon: bool) -> np.ndarray:
     """Map a mask's labels, of BraTS 2017-2021 unless told, to `uint8`: 0 background, 1 NCR/NET, 2 ED, 3 ET."""
     known = (0, 1, 2, 3) if since_2023 or decathlon else (0, 1, 2, 4)
-    tumour = _in_memory_order(volume.voxels)
+    tumour = volume.voxels.transpose(memory_order(volume.voxels))
     unknown = np.setdiff1d(tumour[tumour != 0], known)
     if unknown.size:
         source = "of this name"

@@ -145,7 +145,7 @@ with open("x.nii", "wb") as file:
         file.write(slab.tobytes())
 fuzz_worker.limit_memory()
 volume = nifti.read_volume("x.nii")
-print(nifti.intensity_window(volume).apply(volume.voxels).shape)
+print(nifti.to_grey(volume).shape)
 """
     env = {**os.environ, "PYTHONPATH": str(WORKER.parent)}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ["sam2unet_hf", "dataset_scripts"]
 ALLOWED_IMPORTS = {"PIL", "huggingface_hub", "numpy", "safetensors", "torch", "torchvision", "transformers"}
 # Those that read scans, whom nobody asks to segment pictures.
-SCAN_IMPORTS = {"isal", "nibabel", "tqdm"}
+SCAN_IMPORTS = {"isal", "nibabel", "scipy", "tqdm"}
 
 
 def module_names():

@@ -1,14 +1,21 @@
 import gzip
 import os
 import zlib
+from dataclasses import replace
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from scan_files import LPS, RAS, SAL, SHAPE, make_scan, save
+from scipy import ndimage
 
+from dataset_scripts.phantom import make_phantom_case
 from sam2unet_hf import nifti_sam2unet, scans_sam2unet
+from sam2unet_hf.cases_sam2unet import find_cases
+from sam2unet_hf.head_sam2unet import find_head
 from sam2unet_hf.scans_sam2unet import (
+    MODALITIES,
     IntensityWindow,
     ScanError,
     check_modalities,
@@ -18,6 +25,9 @@ from sam2unet_hf.scans_sam2unet import (
     take_slice,
     to_grey,
 )
+
+
+BRATS_DIR = Path(os.environ.get("BRATS_DIR", Path(__file__).parents[2] / "shared" / "brats"))
 
 
 @pytest.fixture(params=["isal", "zlib"])
@@ -122,7 +132,7 @@ def test_read_volume_unusual_scaling_keeps_small_differences(tmp_path, slope, in
     nib.save(image, tmp_path / "x.nii")
     volume, expected = read_volume(tmp_path / "x.nii"), nib.load(tmp_path / "x.nii").get_fdata()
     np.testing.assert_allclose(volume.voxels, expected, rtol=1e-12)
-    assert len(np.unique(intensity_window(volume).apply(volume.voxels))) > 150
+    assert len(np.unique(to_grey(volume))) > 150
 
 
 def test_read_volume_integers_beyond_double_precision_are_an_error(tmp_path):
@@ -313,43 +323,41 @@ def test_intensity_window_percentiles_equal_numpy(tmp_path, dtype, size):
     window = intensity_window(volume)
     expected = np.percentile(voxels[voxels != 0].astype(np.float64), [0.5, 99.5])
     np.testing.assert_allclose((window.low, window.high), expected, rtol=1e-6)
-    assert window.background == 0
 
 
-def test_intensity_window_z_scored_volume_has_its_constant_as_background(tmp_path):
+def test_z_scored_volume_has_its_constant_as_background(tmp_path):
     voxels = np.full(SHAPE, -0.75, np.float32)
     voxels[1:-1, 1:-1, 1:-1] = np.linspace(-0.5, 2, 6 * 7 * 3).reshape(6, 7, 3)
     volume = read_volume(save(tmp_path / "x.nii", voxels))
-    window = intensity_window(volume)
-    assert window.background == -0.75
-    assert window.low > -0.5
-    grey = window.apply(volume.voxels)
+    assert intensity_window(volume).low > -0.5
+    grey = to_grey(volume)
     assert (grey[0] == 0).all()
     assert grey.max() == 255
 
 
-def test_intensity_window_z_scored_brain_keeps_zero_as_background(tmp_path):
+def test_z_scored_brain_keeps_zero_as_background(tmp_path):
     voxels = np.zeros(SHAPE, np.float32)
     voxels[1:-1, 1:-1, 1:-1] = np.linspace(-2, 2, 6 * 7 * 3).reshape(6, 7, 3)
-    volume = read_volume(save(tmp_path / "x.nii", voxels))
-    grey = intensity_window(volume).apply(volume.voxels)
+    grey = to_grey(read_volume(save(tmp_path / "x.nii", voxels)))
     assert grey[0, 0, 0] == 0
     assert grey[-2, -2, -2] == 255
     assert 100 < grey[4, 3, 2] < 150
 
 
-def test_intensity_window_corner_in_the_brain_takes_zero(tmp_path):
+def test_corner_in_the_brain_takes_zero_as_background(tmp_path):
     voxels = make_scan() - 500
     voxels[0], voxels[0, 0, 0] = 0, 3
-    assert intensity_window(read_volume(save(tmp_path / "x.nii", voxels))).background == 0
+    volume = read_volume(save(tmp_path / "x.nii", voxels))
+    expected = np.percentile(voxels[voxels != 0], [0.5, 99.5])
+    np.testing.assert_allclose((intensity_window(volume).low, intensity_window(volume).high), expected)
+    assert np.flatnonzero(to_grey(volume)[0]).tolist() == [0]
 
 
 def test_intensity_window_apply_literal_values():
-    window = IntensityWindow(low=10, high=20, background=0)
+    window = IntensityWindow(low=10, high=20)
     values = np.array([[0, 5, 10, 12], [15, 20, 32767, -9]], np.int16)
     assert window.apply(values).tolist() == [[0, 0, 0, 51], [128, 255, 255, 0]]
-    flat = IntensityWindow(low=7, high=7, background=0)
-    assert flat.apply(np.array([0, 7])).tolist() == [0, 255]
+    assert IntensityWindow(low=7, high=7).apply(np.array([7, 7])).tolist() == [255, 255]
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 9, 5), (8, 1, 5), (8, 9, 1)])
@@ -361,14 +369,14 @@ def test_volumes_one_voxel_thick(tmp_path, shape):
         with pytest.raises(ScanError, match=r"x\.nii\.gz` is empty: all voxels are \d+, there is nothing to scale"):
             intensity_window(volume)
     else:
-        assert intensity_window(volume).apply(voxels).max() == 255
+        assert to_grey(volume).max() == 255
 
 
 def test_one_foreground_voxel_becomes_255(tmp_path):
     voxels = np.zeros(SHAPE, np.float32)
     voxels[3, 3, 3] = 1e-40
     volume = read_volume(save(tmp_path / "x.nii", voxels))
-    grey = intensity_window(volume).apply(volume.voxels)
+    grey = to_grey(volume)
     assert grey[3, 3, 3] == 255
     assert np.count_nonzero(grey) == 1
 
@@ -395,7 +403,7 @@ def test_extremes_of_every_type_become_the_right_grey(tmp_path, dtype, low, high
     voxels[1:-1, 1:-1, 1:-1] = (low * (1 - steps) + high * steps).astype(dtype).reshape(10, 10, 10)
     nib.save(nib.Nifti1Image(voxels, LPS, dtype=dtype), tmp_path / "x.nii")
     volume = read_volume(tmp_path / "x.nii")
-    grey = intensity_window(volume).apply(volume.voxels)[1:-1, 1:-1, 1:-1].ravel()
+    grey = to_grey(volume)[1:-1, 1:-1, 1:-1].ravel()
     values = voxels[1:-1, 1:-1, 1:-1].ravel().astype(np.longdouble)
     bottom, top = np.percentile(values[values != 0], [0.5, 99.5])
     expected = np.where(values == 0, 0, np.clip((values - bottom) / (top - bottom) * 255, 0, 255))
@@ -420,8 +428,72 @@ def test_to_grey_is_the_window_of_the_scan_in_any_orientation(tmp_path, affine, 
     volume = read_volume(save(tmp_path / "x.nii", make_scan().astype(dtype), affine))
     grey = to_grey(volume)
     assert grey.dtype == np.uint8
-    np.testing.assert_array_equal(grey, intensity_window(volume).apply(np.ascontiguousarray(volume.voxels)))
+    expected = intensity_window(volume).apply(np.ascontiguousarray(volume.voxels))
+    np.testing.assert_array_equal(grey, np.where(volume.voxels == 0, 0, expected))
     assert (grey.min(), grey.max()) == (0, 255)
+
+
+# The head on other grounds than zeros
+
+
+def backgrounds(voxels, head):
+    """Yield kinds of background by name, and whether they hide where exactly the head ends."""
+    rng = np.random.default_rng(0)
+    deviation = voxels[head].std()
+    z_scored = (voxels - voxels[head].mean()) / deviation
+    noise = rng.normal(size=voxels.shape).astype(np.float32)
+    rayleigh = np.hypot(noise, rng.normal(size=voxels.shape))
+    few = np.zeros_like(voxels)
+    few[tuple(rng.choice(np.argwhere(~ndimage.binary_dilation(head, iterations=2)), 12).T)] = voxels.max()
+    corner = np.zeros_like(voxels)
+    corner[0, 0, 0] = corner[-1, 0, -1] = voxels.max()
+    yield "z-scored as a whole", (voxels - voxels.mean()) / voxels.std(), False
+    yield "z-scored head on zeros", np.where(head, z_scored, 0), False
+    yield "constant", np.where(head, voxels, -1000), False
+    yield "constant integer", np.where(head, voxels, 7).astype(np.int16), False
+    yield "few bright voxels", np.where(head, voxels, few), False
+    yield "bright corners", np.where(head, voxels, corner), False
+    yield "bright corners on a constant", np.where(head, voxels, corner - 3), False
+    yield "many bright voxels", np.where(head, voxels, (rng.random(voxels.shape) < 0.003) * voxels.max()), True
+    for level in (0.05, 0.2):
+        yield f"noise of {level}", np.where(head, voxels, level * deviation * noise), True
+        yield f"magnitude of noise of {level}", np.where(head, voxels, level * deviation * rayleigh), True
+        yield f"integer noise of {level}", np.rint(np.where(head, voxels, level * deviation * rayleigh)), True
+        yield f"half of noise of {level}", np.where(head, voxels, level * deviation * noise.clip(0)), True
+        yield f"noise of {level} about a constant", np.where(head, z_scored, level * noise - 4), True
+        yield f"noise of {level} about the mean of the head", np.where(head, z_scored, level * noise), True
+
+
+@pytest.mark.parametrize("modality", ["t1", "flair"])
+def test_grey_values_and_box_of_the_head_do_not_depend_on_the_background(tmp_path, modality):
+    voxels = make_phantom_case(3, (64, 64, 42))[modality].astype(np.float32)
+    volume = read_volume(save(tmp_path / "x.nii", voxels))
+    head, clean = voxels != 0, to_grey(volume)
+    for name, changed, is_noisy in backgrounds(voxels, head):
+        found, grey = find_head(changed), to_grey(replace(volume, voxels=changed))
+        assert not grey[~found].any(), name
+        dice = 2 * np.count_nonzero(found & head) / (np.count_nonzero(found) + np.count_nonzero(head))
+        assert dice > (0.92 if is_noisy else 0.9999), (name, dice)
+        difference = np.abs(np.subtract(grey, clean, dtype=int))[found & head].max()
+        assert difference <= (8 if is_noisy else 1), (name, difference)  # 1, where single precision rounds
+        for plane in scans_sam2unet.PLANES:
+            moved = np.subtract(head_box([grey], plane), head_box([clean], plane))
+            assert np.abs(moved).max() <= (1 if is_noisy else 0), (name, plane, moved)
+
+
+def test_large_parts_of_the_head_that_lie_apart_are_no_specks():
+    voxels = make_phantom_case(3, (64, 64, 42))["flair"]
+    voxels[:, :, 20:24] = 0
+    parts, count = ndimage.label(voxels)
+    assert count > 1
+    assert np.array_equal(find_head(voxels), voxels != 0)
+
+
+@pytest.mark.skipif(not BRATS_DIR.is_dir(), reason="no BraTS scans; set BRATS_DIR")
+def test_real_heads_are_all_that_is_not_zero():
+    cases = find_cases(BRATS_DIR)
+    for volume in (scan for case in cases[::7] for scan in case.read_images([*set(MODALITIES) & set(case.files)])):
+        np.testing.assert_array_equal(find_head(volume.voxels), volume.voxels != 0)
 
 
 @pytest.mark.parametrize(

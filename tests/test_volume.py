@@ -22,7 +22,7 @@ from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.cases_sam2unet import find_cases
 from sam2unet_hf.metrics import VolumeReport
-from sam2unet_hf.scans_sam2unet import ScanError, intensity_window, take_slice, write_nifti
+from sam2unet_hf.scans_sam2unet import ScanError, take_slice, to_grey, write_nifti
 from sam2unet_hf.training import SegmentationTransform
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, main
 from sam2unet_hf.volume_sam2unet import check_enhancing_label
@@ -157,7 +157,7 @@ def test_flips_average_the_mirror_images(segment, tmp_path):
     once, mirrored = (
         segment(scans, flips=flips, return_probabilities=True, progress=False) for flips in (False, True)
     )
-    grey = segment.processor(take_slice(intensity_window(once.scan).apply(once.scan.voxels), "axial", 0))
+    grey = segment.processor(take_slice(to_grey(once.scan), "axial", 0))
     pixel_values = torch.as_tensor(np.stack(grey["pixel_values"]))
     with torch.no_grad():
         maps = [
