@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from case_names import to_file_name
 from processes import exit_on, is_main_process
+from recipes import RECIPES, recipe_defaults
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
+from transformers.integrations import get_available_reporting_integrations
 
 from dataset_scripts.brats_slices import CITATION
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetImageProcessor
@@ -21,19 +23,6 @@ from sam2unet_hf.regions_sam2unet import parse_regions
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
 from sam2unet_hf.training import AUGMENTATIONS, HYPERPARAMETERS, ImageRows
 from sam2unet_hf.training.metrics import lower_is_better
-
-
-# Defaults for the phantom, on which training from scratch takes minutes on two CPU cores.
-PHANTOM_RECIPE = {
-    "slices": ["tumor"],
-    "min_tumor_pixels": 20,
-    "image_size": 96,
-    "num_train_epochs": 6.0,
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 32,
-    "learning_rate": 5e-4,
-    "warmup_steps": 20,
-}
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -83,6 +72,12 @@ class DataArguments:
     )
     dataset_config_name: str | None = option(None, "Configuration of the data set.")
     brats_dir: str | None = option(None, "Folder of BraTS cases, in NIfTI.")
+    recipe: str | None = option(
+        None,
+        "Defaults of the other options: `paper` for the protocol of the paper, `volume` for whole patients. "
+        "Default: volume for --brats_dir and the phantom, none for --dataset_name.",
+        choices=list(RECIPES),
+    )
     streaming: bool = option(
         False, "Read the Parquet files of --dataset_name while training, and keep no copy on disk."
     )
@@ -120,7 +115,7 @@ class DataArguments:
 
 @dataclass
 class SegmentationTrainingArguments(TrainingArguments):
-    """Transformers' training arguments with the defaults of the paper's recipe (doi 10.3390/app15063267, Table 2)."""
+    """Transformers' training arguments; without a recipe the defaults are those of `paper`."""
 
     do_train: bool = option(True, "Train.")
     test_dir: str | None = option(
@@ -203,6 +198,13 @@ class SegmentationTrainingArguments(TrainingArguments):
         if self.greater_is_better is None and lower_is_better(best_metric):
             self.greater_is_better = False
         super().__post_init__()
+        # transformers does not look for flyte.
+        installed = [*get_available_reporting_integrations(), "flyte"]
+        if missing := [name for name in self.report_to if name not in installed]:
+            raise ValueError(
+                f"--report_to {' '.join(missing)} is not installed. Try `pip install {' '.join(missing)}`, or pass "
+                f"one of {', '.join([*installed[:-1], 'none'])}."
+            )
         # Pinned memory speeds up copies to a GPU; without one PyTorch warns in every epoch.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
 
@@ -213,7 +215,7 @@ def name_of_source(source: str) -> str:
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, SegmentationTrainingArguments]:
-    """Read the command line; without a source of data the defaults are those of `PHANTOM_RECIPE`."""
+    """Read the command line, with the defaults of the recipe."""
     parser = HfArgumentParser((ModelArguments, DataArguments, SegmentationTrainingArguments))
     if not is_main_process():
         parser.error = sys.exit  # the main process prints the usage, once
@@ -226,9 +228,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
         source = given.test_dir
         if given.model_name_or_path is None:
             parser.error("--test_dir with --do_train false scores a model: name it by --model_name_or_path")
-    if source is None:
-        image_size = PHANTOM_RECIPE["image_size"] if given.model_name_or_path is None else None
-        parser.set_defaults(**{**PHANTOM_RECIPE, "image_size": image_size})
+    recipe = given.recipe or ("volume" if source is None or given.brats_dir is not None else None)
+    has_model = given.model_name_or_path is not None
+    defaults = recipe_defaults(recipe, is_phantom=source is None, has_model=has_model)
+    if given.image_size is not None:  # a size to resize to takes the place of a window
+        defaults.pop("head_crop_size", None)
+    parser.set_defaults(recipe=recipe, **defaults)
     name = to_file_name("phantom" if source is None else name_of_source(source), separator="-")
     parser.set_defaults(output_dir=f"runs/{name}{'' if given.do_train else '-evaluation'}")
     try:
@@ -292,7 +297,7 @@ def card_arguments(
     """Return the arguments of `create_model_card`: what the card says of the data and of the start of the run."""
     has_scans = data_args.dataset_name is None
     is_phantom = has_scans and data_args.brats_dir is None
-    rows: dict[str, Any] = {}
+    rows: dict[str, Any] = {} if data_args.recipe is None else {"recipe": data_args.recipe}
     for split, images in data.items():
         # The cases of photographs are the photographs, those of scans have many slices each.
         scans = f" of {len(set(images['case_id']))} scans" if "wt_pixels" in images.column_names else ""

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import PHANTOM_RECIPE
 from case_view import segment_case
 from data_sources import DEFAULT_MODALITIES, DataArguments, find_columns, find_regions, load_data, make_images
 from error_metrics import Analysis
@@ -26,6 +25,7 @@ from error_plots import draw_case
 from error_report import write_report
 from processes import set_up_logging
 from provenance import RECORD, read_record
+from recipes import RECIPES
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
@@ -114,7 +114,7 @@ def fill_from_run(model: str, given: dict[str, Any]) -> dict[str, Any]:
         if names_data:
             return {}
         logger.warning("There is no %s to tell what the model was trained on: taking the phantom.", path)
-        return {name: PHANTOM_RECIPE[name] for name in ("slices", "min_tumor_pixels")}
+        return {"slices": RECIPES["volume"]["slices"]}
     names = [*DATA_OPTIONS, *(SCAN_OPTIONS if run.get("dataset_name") is None else ())]
     run = {name: run[name] for name in names if run.get(name) is not None}
     for name in SPLIT_OPTIONS:

@@ -35,6 +35,8 @@ def search(
     trainer = make_trainer(args)
     trainer.model_init = lambda trial: model_init()
     batch_sizes = [factor * training_args.per_device_train_batch_size for factor in (1, 2, 4)]
+    if args.dataloader_drop_last:  # no batch may be larger than the data
+        batch_sizes = [size for size in batch_sizes if size * args.world_size <= len(trainer.train_dataset)]
 
     def space(trial: Any) -> dict[str, Any]:
         return {

@@ -10,14 +10,14 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 from arguments import SegmentationTrainingArguments
 from data_checks import DataSplits, file_bytes, image_columns
 
 from sam2unet_hf.patient_checks import SPLITS_FILE
-from sam2unet_hf.training import ParquetRows
+from sam2unet_hf.training import ParquetRows, Sam2UNetTrainer
 from sam2unet_hf.training.resume import last_complete_checkpoint, why_incomplete
 
 
@@ -71,6 +71,28 @@ def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArgumen
     if last_checkpoint is not None:
         logger.warning("Going on with the unfinished run in %s from %s.", output_dir, Path(last_checkpoint).name)
     return last_checkpoint
+
+
+def check_steps_left(trainer: Sam2UNetTrainer, checkpoint: str, arguments: dict[str, Any]) -> None:
+    """Exit if there is no step left to train after a checkpoint, so that no settings are written that were not used.
+
+    The run in the output folder, of the same `arguments`, that lacks its results alone may go on.
+    """
+    args = cast("SegmentationTrainingArguments", trainer.args)
+    step = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    *_, max_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    if step < max_steps:
+        return
+    output_dir = Path(args.output_dir)
+    record = read_record(output_dir)
+    is_finished = (output_dir / RESULTS_FILE).exists()
+    if is_finished or record is None or changed_values(record["arguments"], arguments):
+        asked = f"--max_steps {max_steps}" if args.max_steps > 0 else f"--num_train_epochs {args.num_train_epochs:g}"
+        raise SystemExit(
+            f"--resume_from_checkpoint: nothing is left to train after {checkpoint}, which is at step {step}: {asked} "
+            f"asks for {max_steps}. Raise {asked.split()[0]} to train further. To train with other settings, pass "
+            "--overwrite_output_dir or another --output_dir, and no --resume_from_checkpoint."
+        )
 
 
 def start_run(record: dict[str, Any], args: SegmentationTrainingArguments) -> None:

@@ -32,7 +32,7 @@ from patients import KnownPatients, rows_to_show, score_split, write_splits
 from plots import plot_predictions, plot_training_curve
 from predictions import choose_cases, write_predictions
 from processes import exit_on, from_main_process, report_error_once, set_up_logging
-from provenance import RESULTS_FILE, find_checkpoint, run_record, start_run, write_json
+from provenance import RESULTS_FILE, check_steps_left, find_checkpoint, run_record, start_run, write_json
 from safetensors import SafetensorError
 from transformers import set_seed
 
@@ -116,6 +116,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     with exit_on(OSError, ValueError):  # such as no right to push, or no such metric
         trainer = make_trainer(model, training_args)
+    if checkpoint is not None and training_args.do_train:
+        check_steps_left(trainer, checkpoint, arguments)
     known = KnownPatients(data, data_args, training_args, model_args.model_name_or_path)
     # An older run is removed only once data, model and Trainer exist, so that a mistyped option does not cost it.
     if training_args.process_index == 0:

@@ -105,6 +105,26 @@ def eval_results(info: Mapping[str, Any], regions: Sequence[str]) -> list[EvalRe
     return results
 
 
+def input_facts(num_channels: int, processor: Sam2UNetImageProcessor | None) -> dict[str, Any]:
+    """Say what the model sees of an image, for the card: the size, the window about the head, and the channels."""
+    facts: dict[str, Any] = {"size": None, "window": None, "channels": None, "neighbours": 0}
+    if num_channels != 3:
+        facts["channels"] = f"{num_channels} channels"
+    if processor is None:
+        return facts
+    size = processor.head_crop_size or (processor.size if processor.do_resize else None)
+    if size is not None:
+        facts["window" if processor.head_crop_size else "size"] = f"{size['height']} x {size['width']}"
+    facts["neighbours"] = processor.neighbours
+    if processor.modalities:
+        channels = f"{num_channels} channels: {', '.join(processor.modalities)}"
+        if processor.neighbours:
+            slices = 2 * processor.neighbours + 1
+            channels += f", each as {slices} adjacent slices from the lowest to the highest"
+        facts["channels"] = channels
+    return facts
+
+
 def patient_section(path: Path, source: str) -> dict[str, Any]:
     """Arrange a table of patients for the card, which numbers patients from the best to the worst and names none."""
     table = PatientTable()
@@ -171,10 +191,9 @@ def render_model_card(
         raise FileNotFoundError(f"{folder} holds no checkpoint: there is no config.json in it.")
     config = Sam2UNetConfig.from_pretrained(folder)
     info = json.loads((run / TRAINING_INFO).read_text()) if (run / TRAINING_INFO).is_file() else {}
-    size = None
+    processor = None
     if (folder / "preprocessor_config.json").is_file():
         processor = Sam2UNetImageProcessor.from_pretrained(folder)
-        size = f"{processor.size['height']} x {processor.size['width']}" if processor.do_resize else None
     with torch.device("meta"):
         model = AutoModelForSemanticSegmentation.from_config(config)
     backbone = config.backbone_config.to_dict()
@@ -218,7 +237,7 @@ def render_model_card(
         finetuned_from=finetuned_from,
         transformers_version=metadata.version("transformers"),
         checkpoint=repo_id or "path/to/this/folder",
-        size=size,
+        **input_facts(backbone["num_channels"], processor),
         regions=config.regions,
         id2label=config.id2label,
         data_rows=list(info.get("data", {}).items()),

@@ -292,7 +292,7 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
                 f"`pixel_values` must be at least {MIN_IMAGE_SIZE} pixels high and wide, got {height}x{width}. "
                 "Resize the images, for example with `Sam2UNetImageProcessor`."
             )
-        batch_size = len(pixel_values)
+        batch_size = pixel_values.shape[0]  # `len` would fix it in an exported graph
         for name, value, shape in (("pixel_mask", pixel_mask, (height, width)), ("crop_boxes", crop_boxes, (4,))):
             if value is not None and value.shape != (batch_size, *shape):
                 raise ValueError(

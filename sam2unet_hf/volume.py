@@ -19,7 +19,7 @@ from .cases_sam2unet import BratsCase, find_cases
 from .metrics.volume_functional import VOLUME_METRICS
 from .patient_checks import describe_known_patients, describe_other_modalities, read_splits, why_implausible
 from .patient_table import PatientTable, score_patient
-from .scans_sam2unet import MODALITIES, PLANES, ScanError, Volume, check_same_grid, intensity_window
+from .scans_sam2unet import MODALITIES, PLANES, ScanError, Volume, check_same_grid, to_grey
 from .volume_sam2unet import Sam2UNetVolumePipeline, VolumeSegmentation, check_enhancing_label
 
 
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
             failed += 1
             continue
         path = _save(found, name, args)
-        head_voxels = int(np.count_nonzero(intensity_window(found.scan).apply(found.scan.voxels)))
+        head_voxels = int(np.count_nonzero(to_grey(found.scan)))
         if doubt := why_implausible(found.label_map, head_voxels):
             logger.warning("%s: %s", name, doubt)
         volumes = {region: round(value, 3) for region, value in found.volumes_ml.items()}

@@ -114,7 +114,7 @@ def estimate_batch_norm(trainer):
 
 
 def train_with_an_average(folder):
-    """Return the weights after each of three steps and a third one done again, and the models at the end of both."""
+    """Return the weights after each of three steps and a third one done again, and the models at both ends."""
     options = {**STEP, "max_steps": 3, "save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
     steps, models = [], []
     for name, checkpoint in (("average", None), ("average-resumed", str(folder / "average" / "checkpoint-2"))):

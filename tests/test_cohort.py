@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from common import small_model
 from PIL import Image
+from test_distributed import SCRIPT, TORCHRUN, launch
 from test_patients import make_heads
 
 from dataset_scripts.phantom import write_phantom_cohort
@@ -47,7 +48,8 @@ def folder(tmp_path_factory):
 def run(folder):
     """The folder of a run on one cohort that scores the other, and its results."""
     arguments = ["--brats_dir", str(folder / "here"), "--slices", "head", "--test_dir", str(folder / "there")]
-    arguments += ["--model_name_or_path", str(folder / "start"), "--modalities", "t2", *QUICK]
+    arguments += ["--model_name_or_path", str(folder / "start"), "--modalities", "t2", "--neighbours", "1"]
+    arguments += ["--head_crop_size", "64", "64", *QUICK]
     results = run_segmentation.main([*arguments, "--output_dir", str(folder / "run")])
     return folder / "run", results
 
@@ -113,6 +115,24 @@ def test_a_second_cohort_is_scored_without_training(run, folder, tmp_path, caplo
     assert read_table(tmp_path / "a" / "test_dir_patients.json") == read_table(output_dir / "test_dir_patients.json")
     run_segmentation.main([*arguments, "--test_dir", str(folder / "here"), "--output_dir", str(tmp_path / "b")])
     assert "test_dir: The model was trained on 5 of the 7 patients that are scored" in caplog.text
+
+
+def test_two_processes_score_patients_as_one_does(run, folder, tmp_path):
+    arguments = [
+        "--do_train",
+        "false",
+        "--model_name_or_path",
+        str(run[0]),
+        "--test_dir",
+        str(folder / "there"),
+        *QUICK,
+    ]
+    arguments += ["--per_device_eval_batch_size", "1"]  # convolutions differ in the last bit with the size of a batch
+    said = launch(tmp_path, *TORCHRUN, SCRIPT, *arguments, "--output_dir", tmp_path / "two")
+    assert said.count("The results are in") == 1
+    run_segmentation.main([*arguments, "--output_dir", str(tmp_path / "one")])
+    for name in ("test_dir_patients.json", "all_results.json"):
+        assert read_table(tmp_path / "two" / name) == read_table(tmp_path / "one" / name)
 
 
 def test_a_model_is_not_scored_on_other_contrasts_unless_asked(run, folder, tmp_path, caplog):

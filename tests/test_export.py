@@ -18,9 +18,11 @@ from sam2unet_hf.export import OnnxExportError, __main__, check_onnx, export_onn
 PROCESSOR = {"size": {"height": 70, "width": 90}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
 
 
-def exported_model(**kwargs):
+def exported_model(num_channels=3, **kwargs):
     """Fewer blocks than `small_model` has, to save time, and still every kind of them."""
-    backbone_config = small_backbone_config(blocks_per_stage=[1, 1, 3, 1], global_attention_blocks=[3])
+    backbone_config = small_backbone_config(
+        blocks_per_stage=[1, 1, 3, 1], global_attention_blocks=[3], num_channels=num_channels
+    )
     return small_model(backbone_config=backbone_config, **kwargs)
 
 
@@ -134,6 +136,31 @@ def test_metadata_say_how_to_use_the_file(onnxruntime, files, name, size):
         "image_mean": [0.1, 0.2, 0.3],
         "image_std": [0.4, 0.5, 0.6],
     }
+
+
+def test_metadata_of_a_cropping_processor_say_how_slices_are_cut():
+    model = exported_model(num_channels=6)
+    window = {"height": 96, "width": 64}
+    options = {"num_channels": 6, "neighbours": 1, "head_crop_size": window, "plane": "axial"}
+    processor = Sam2UNetImageProcessor(modalities=["flair", "t1ce"], **options)
+    values = json.loads(onnx.onnx_metadata(model, processor, (96, 64))["image_processor"])
+    assert values["head_crop_size"] == window
+    assert not values["do_resize"]
+    assert "size" not in values
+    assert (values["modalities"], values["neighbours"], values["plane"]) == (["flair", "t1ce"], 1, "axial")
+    assert values["image_mean"] == pytest.approx([0.449] * 6)
+
+
+@pytest.mark.parametrize("dynamic_size", [False, True], ids=["fixed", "dynamic"])
+def test_model_of_many_channels_and_a_window_is_exported(onnxruntime, dynamic_size, tmp_path):
+    model = exported_model(num_channels=6)
+    processor = Sam2UNetImageProcessor(num_channels=6, head_crop_size={"height": 96, "width": 64})
+    assert export_onnx(model, tmp_path / "model.onnx", processor=processor, dynamic_size=dynamic_size) < 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert session.get_inputs()[0].shape == ["batch", 6, *(("height", "width") if dynamic_size else (96, 64))]
+    # Without a processor the default one for as many channels.
+    model.save_pretrained(tmp_path / "checkpoint")
+    assert __main__.load_checkpoint(str(tmp_path / "checkpoint"))[1].num_channels == 6
 
 
 def test_file_alone_is_enough_to_segment_an_image(onnxruntime, files, checkpoint, model):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from common import BRATS_REGIONS, CODE, small_model
+from common import BRATS_REGIONS, CODE, small_backbone_config, small_model
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
@@ -90,6 +90,19 @@ def test_the_card_of_a_bare_checkpoint_claims_nothing_of_a_run(folder):
         assert paper in text
     assert not re.search(r"\n{3,}", text)
     assert "{{" not in text.replace("{{SAM2", "")
+
+
+def test_the_card_says_what_the_model_sees_of_slices(tmp_path):
+    backbone_config = small_backbone_config(num_channels=6)
+    small_model(backbone_config=backbone_config).save_pretrained(tmp_path)
+    assert "The model takes 6 channels; a grey image is repeated" in " ".join(render_model_card(tmp_path).split())
+    options = {"num_channels": 6, "neighbours": 1, "modalities": ["flair", "t1ce"]}
+    Sam2UNetImageProcessor(head_crop_size={"height": 160, "width": 192}, **options).save_pretrained(tmp_path)
+    text = " ".join(render_model_card(tmp_path).split())
+    assert "cropped to a window of 160 x 192 pixels (height x width) about the head" in text
+    assert "takes 6 channels: flair, t1ce, each as 3 adjacent slices from the lowest to the highest; a grey" in text
+    assert "does not use the slices around them but for 1 on each side, and" in text
+    assert "resized to" not in text
 
 
 def test_the_card_of_a_run_says_what_its_files_say(folder):

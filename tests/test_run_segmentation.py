@@ -23,7 +23,7 @@ from sam2unet_hf.crop_sam2unet import head_mask
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import provenance  # noqa: E402 - the scripts are no package
 import run_segmentation  # noqa: E402
-from arguments import PHANTOM_RECIPE, parse_arguments, resume_arguments  # noqa: E402
+from arguments import parse_arguments, resume_arguments  # noqa: E402
 from case_names import case_names  # noqa: E402
 from data_sources import (  # noqa: E402
     DataArguments,
@@ -32,6 +32,7 @@ from data_sources import (  # noqa: E402
     load_data,
     with_all_splits,
 )
+from recipes import PHANTOM, RECIPES  # noqa: E402
 
 
 QUICK = [
@@ -196,6 +197,35 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(cohort, checkpoint, tmp_path
         assert torch.equal(value, resumed[name]), name
 
 
+def test_resuming_what_is_finished_names_what_to_raise_and_writes_nothing(cohort, checkpoint, tmp_path):
+    output_dir = tmp_path / "run"
+    arguments = ["--brats_dir", str(cohort), "--slices", "12", "--model_name_or_path", checkpoint()]
+    arguments += ["--output_dir", str(output_dir), *QUICK]  # nine images, and so three steps an epoch
+    run_segmentation.main([*arguments, "--num_train_epochs", "1"])
+
+    def files():
+        return {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
+
+    before = files()
+    resume = ["--resume_from_checkpoint", "true", "--learning_rate", "0.01"]
+    for asked, steps in ((["--num_train_epochs", "1"], 3), (["--max_steps", "2"], 2)):
+        match = (
+            f"nothing is left to train after .*checkpoint-3, which is at step 3: {' '.join(asked)} asks for {steps}"
+        )
+        match += rf"\. Raise {asked[0]} to train further"
+        with pytest.raises(SystemExit, match=match):
+            run_segmentation.main([*arguments, *resume, *asked])
+        assert files() == before
+    run_segmentation.main([*arguments, *resume, "--num_train_epochs", "2"])
+    assert json.loads((output_dir / "run.json").read_text())["arguments"]["learning_rate"] == 0.01
+    assert json.loads((output_dir / "trainer_state.json").read_text())["global_step"] == 6
+    # One that was killed before its results were written only lacks these.
+    results = (output_dir / "all_results.json").read_bytes()
+    (output_dir / "all_results.json").unlink()
+    run_segmentation.main([*arguments, *resume, "--num_train_epochs", "2"])
+    assert (output_dir / "all_results.json").read_bytes() == results
+
+
 def test_from_scratch_trains_everything(cohort, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(
         "sam2unet_hf.configuration_sam2unet.preset_backbone_config",
@@ -215,16 +245,42 @@ def test_from_scratch_trains_everything(cohort, tmp_path, caplog, monkeypatch):
     assert config.regions == {"TC": [1, 3], "ET": [3]}
 
 
-def test_defaults_are_the_papers_recipe_and_the_phantoms(monkeypatch, tmp_path):
+def test_the_recipe_of_the_paper_is_what_the_paper_says(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    _, data_args, args = parse_arguments(["--brats_dir", "BraTS2020"])
+    model_args, data_args, args = parse_arguments(["--recipe", "paper", "--brats_dir", "BraTS2020"])
+    # Table 2 of doi 10.3390/app15063267: epochs, optimiser, learning rate, weight decay, batch and image size.
     assert (args.num_train_epochs, args.learning_rate, args.weight_decay) == (30, 1e-4, 1e-4)
-    assert args.per_device_train_batch_size == 1
+    assert (args.per_device_train_batch_size, args.optim.value) == (1, "adamw_torch_fused")
+    assert (model_args.image_size, model_args.head_crop_size) == (352, None)
+    assert (data_args.slices, data_args.modalities, data_args.neighbours) == (["95"], ["flair"], None)
+    assert (args.lr_scheduler_type.value, args.lr_scheduler_kwargs) == ("cosine_with_min_lr", {"min_lr": 1e-7})
+    assert (args.augmentation, args.ema_decay, data_args.foreground_share) == (["flips"], 0, None)
+    assert not model_args.iou_over_batch
+    assert args.warmup_steps == 0
     assert args.output_dir == "runs/BraTS2020"
-    assert data_args.slices == ["95"]
-    model_args, data_args, args = parse_arguments(["--learning_rate", "0.01"])
-    assert (args.learning_rate, data_args.slices, args.output_dir) == (0.01, ["tumor"], "runs/phantom")
-    assert model_args.image_size == PHANTOM_RECIPE["image_size"]
+    # Images without a recipe have the same defaults.
+    *_, plain = parse_arguments(["--dataset_name", "photographs"])
+    for name in ("num_train_epochs", "learning_rate", "weight_decay", "augmentation", "metric_for_best_model"):
+        assert getattr(plain, name) == getattr(args, name)
+
+
+def test_scans_are_trained_by_the_recipe_for_volumes_and_options_win(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model_args, data_args, args = parse_arguments(["--brats_dir", "BraTS2020", "--learning_rate", "0.01"])
+    assert data_args.recipe == "volume"
+    assert (args.learning_rate, args.per_device_train_batch_size) == (
+        0.01,
+        RECIPES["volume"]["per_device_train_batch_size"],
+    )
+    assert (data_args.slices, data_args.neighbours, model_args.head_crop_size) == (["head"], 1, ["auto"])
+    assert args.metric_for_best_model == "patient_dice"
+    model_args, data_args, args = parse_arguments([])
+    assert (data_args.recipe, args.output_dir) == ("volume", "runs/phantom")
+    assert args.num_train_epochs == PHANTOM["num_train_epochs"]
+    assert parse_arguments(["--image_size", "96"])[0].head_crop_size is None
+    model_args, data_args, _ = parse_arguments(["--brats_dir", "BraTS2020", "--model_name_or_path", "mine"])
+    assert (model_args.head_crop_size, data_args.neighbours, data_args.slices) == (None, None, ["head"])
+    assert parse_arguments(["--dataset_name", "photographs"])[1].recipe is None
 
 
 @pytest.mark.parametrize(("arguments", "frozen"), [([], True), (["--freeze_encoder", "false"], False)])
@@ -272,6 +328,18 @@ def test_bad_data_costs_no_older_run(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["all_results.json"]
 
 
+def test_batches_larger_than_the_data_are_refused_and_cost_no_older_run(pictures, checkpoint, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "all_results.json").write_text("{}")
+    arguments = ["--dataset_name", str(pictures), "--model_name_or_path", checkpoint(regions={"mask": [1]}), *QUICK]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--overwrite_output_dir", "--dataloader_drop_last"]
+    with pytest.raises(SystemExit, match="leaves nothing to train on: there are 9 training images, and a batch .* 16"):
+        run_segmentation.main([*arguments, "--per_device_train_batch_size", "16"])
+    with pytest.raises(SystemExit, match="`label_smoothing_factor` must be 0 for SAM2-UNet, .* got 0.1"):
+        run_segmentation.main([*arguments, "--label_smoothing_factor", "0.1"])
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["all_results.json"]
+
+
 def test_bad_options_cost_no_older_run(pictures, checkpoint, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "all_results.json").write_text("{}")
@@ -297,7 +365,10 @@ def test_contrasts_and_plane_go_with_the_checkpoint(cohort, checkpoint, tmp_path
     assert "The model is one of" not in caplog.text
     run_segmentation.main([*arguments, *again, "--output_dir", str(tmp_path / "axial")])
     assert "The model is one of modalities" not in caplog.text
-    run_segmentation.main([*arguments, *again, "--modalities", "flair", "--output_dir", str(tmp_path / "other")])
+    others = ["--modalities", "flair", "--output_dir", str(tmp_path / "other")]
+    with pytest.raises(SystemExit, match="was trained on t1, and is to segment flair. Leave out --modalities"):
+        run_segmentation.main([*arguments, *again, *others])
+    run_segmentation.main([*arguments, *again, *others, "--allow_other_modalities"])
     assert "The model is one of modalities ['t1'], and sees ['flair'] now (--modalities)." in caplog.text
     assert "The model is one of plane coronal, and sees axial now (--plane)." in caplog.text
 
@@ -460,10 +531,12 @@ def test_nothing_to_resume_from(tmp_path):
         (["--model_name_or_path", "a", "--sam2_checkpoint", "b"], "pass one of --model_name_or_path and"),
         (["--push_to_hub", "--do_train", "false"], "pushes what was trained"),
         (["--preset", "huge"], "invalid choice: 'huge'"),
+        (["--report_to", "tensorboard"], "--report_to tensorboard is not installed. Try `pip install tensorboard`"),
         (["--augmentation", "strong", "flips"], "--augmentation takes none and strong alone, got strong flips"),
     ],
 )
-def test_arguments_that_exclude_each_other(arguments, match, capsys):
+def test_arguments_that_exclude_each_other(arguments, match, capsys, monkeypatch):
+    monkeypatch.setattr("arguments.get_available_reporting_integrations", lambda: ["wandb"])
     with pytest.raises(SystemExit):
         run_segmentation.main(arguments)
     assert match in capsys.readouterr().err
@@ -582,3 +655,24 @@ def test_search_trains_with_the_best_trial_and_goes_on_where_it_was(pictures, ch
     assert arguments_of_run.optim.value == found["best"]["optim"]
     assert "RandomVerticalFlip, ToUnitRange" not in (card := (output_dir / "README.md").read_text())
     assert "RandomGamma" in card
+
+
+def test_a_search_tries_no_batch_that_is_larger_than_the_data(pictures, checkpoint, tmp_path, monkeypatch):
+    optuna = pytest.importorskip("optuna")
+    import hp_search
+
+    class Tried(Exception):
+        pass
+
+    def look(trainer, hp_space, **kwargs):
+        trial = optuna.create_study().ask()
+        hp_space(trial)
+        raise Tried(trial.distributions["per_device_train_batch_size"].choices)
+
+    monkeypatch.setattr(hp_search.Sam2UNetTrainer, "hyperparameter_search", look)
+    arguments = ["--dataset_name", str(pictures), "--model_name_or_path", checkpoint(regions={"mask": [1]}), *QUICK]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--hp_search", "1"]
+    for options, sizes in (([], (4, 8, 16)), (["--dataloader_drop_last"], (4, 8))):  # of nine images
+        with pytest.raises(Tried) as found:
+            run_segmentation.main([*arguments, *options, "--overwrite_output_dir"])
+        assert found.value.args[0] == sizes

@@ -360,6 +360,26 @@ def test_last_batches_are_dropped_in_training_alone(rows, tmp_path):
     assert len(trainer.compute_metrics.image_dice) == len(rows)
 
 
+def test_what_leaves_nothing_to_train_on_is_refused(rows, tmp_path):
+    options = {"dataloader_drop_last": True, "per_device_train_batch_size": len(rows)}
+    make_trainer(small_model(), rows, tmp_path, **options)
+    with pytest.raises(ValueError, match="`dataloader_drop_last` leaves nothing .* 5 training images, .* takes 6"):
+        make_trainer(small_model(), rows, tmp_path, **{**options, "per_device_train_batch_size": 6})
+
+
+def test_label_smoothing_is_refused(rows, tmp_path):
+    with pytest.raises(ValueError, match="`label_smoothing_factor` must be 0 for SAM2-UNet, .* got 0.1"):
+        make_trainer(small_model(), rows, tmp_path, label_smoothing_factor=0.1)
+
+
+def test_resuming_what_is_finished_warns(rows, tmp_path, caplog):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(small_model(), rows, tmp_path, **options).train()
+    assert "Nothing is left to train" not in caplog.text
+    make_trainer(small_model(), rows, tmp_path, **options).train(resume_from_checkpoint=True)
+    assert "Nothing is left to train: the checkpoint is at step 2, and 2 steps are asked for" in caplog.text
+
+
 def test_an_incomplete_checkpoint_is_not_resumed_from(rows, tmp_path):
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make_trainer(small_model(), rows, tmp_path, **options).train()

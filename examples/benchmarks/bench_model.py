@@ -84,11 +84,14 @@ def build(preset: str, image_size: int, reference: Path | None = None) -> dict[s
             if "pos_embed" in name:
                 parameter.normal_(std=0.1)  # fresh ones are near 0 and would hide differences
         # Estimate batch norm as after training, so that the logits depend on the image.
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = None
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        momentum = norms[0].momentum
+        for norm in norms:
+            norm.momentum = None
         for _ in range(2):
             model(torch.randn(2, 3, image_size, image_size))
+        for norm in norms:  # an average without momentum breaks the graph of `torch.compile`
+            norm.momentum = momentum
     padded = copy.deepcopy(model)
     padded.encoder = PaddedEncoder(model)
     models = {"ours": model, "padded": padded}

@@ -31,7 +31,8 @@ def load_checkpoint(source: str) -> tuple[Sam2UNetForSemanticSegmentation, Sam2U
         if Path(source, "preprocessor_config.json").exists():
             raise
         logger.warning("%s has no image processor, taking the default one.", source)
-        processor = Sam2UNetImageProcessor(regions=model.config.regions)
+        num_channels = model.config.backbone_config.num_channels
+        processor = Sam2UNetImageProcessor(model.config.regions, num_channels=num_channels)
     return model, processor
 
 

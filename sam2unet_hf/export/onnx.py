@@ -93,6 +93,10 @@ def onnx_metadata(
     preparation = {name: getattr(processor, name) for name in fields}
     preparation["size"] = {"height": image_size[0], "width": image_size[1]}
     preparation["resample"] = Image.Resampling(processor.resample).name.lower()
+    if processor.head_crop_size is not None:
+        preparation |= {"do_resize": False, "head_crop_size": preparation.pop("size")}
+    scans = {name: getattr(processor, name) for name in ("modalities", "plane", "neighbours")}
+    preparation |= {name: value for name, value in scans.items() if value}
     values = {
         "regions": list(model.config.regions.items()),
         "region_levels": region_levels(model.config.regions),
@@ -167,7 +171,8 @@ def export_onnx(
 
     The file takes `pixel_values` of shape `(batch_size, num_channels, height, width)`, float32, and gives `logits` of
     shape `(batch_size, num_regions, height, width)`, raw scores, for any batch size. Its metadata say how to make the
-    one and read the other, each value as JSON: `image_processor` (size, mean, standard deviation and so on),
+    one and read the other, each value as JSON: `image_processor` (size, mean, standard deviation and so on; where
+    slices are cropped to the head, `head_crop_size` in place of the size, and masks must be cleared outside the head),
     `regions` (pairs of name and label ids, in the order of the channels), `region_levels` (what to write into a label
     map, from the outermost level inward: region -> label id) and `id2label`.
 
@@ -193,9 +198,10 @@ def export_onnx(
     output = Path(os.path.abspath(output))
     if output.is_dir():
         raise IsADirectoryError(f"`output` must be a file, got the folder {output}. Pass {output / 'model.onnx'}.")
-    processor = processor or Sam2UNetImageProcessor(regions=model.config.regions)
+    num_channels = model.config.backbone_config.num_channels
+    processor = processor or Sam2UNetImageProcessor(model.config.regions, num_channels=num_channels)
     if image_size is None:
-        size = dict(processor.size)
+        size = processor.head_crop_size or dict(processor.size)
         if not {"height", "width"} <= size.keys():
             raise ValueError(
                 f"The image processor's `size` must have a height and a width, got {size}. Pass `image_size`."

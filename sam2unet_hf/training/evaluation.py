@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import TrainingArguments
 
+from ..crop_sam2unet import crop
 from ..modeling_sam2unet import Sam2UNetForSemanticSegmentation
 from .streaming import ParquetRows, RowGroupSampler
 
@@ -25,7 +25,7 @@ def losses_of_images(
         labels: Label maps of whole images, `(batch_size, height, width)` or a list of `(height, width)`.
         crop_boxes: Where each window lies in its image, of shape `(batch_size, 4)`; whole images by default.
     """
-    masks = labels if crop_boxes is None else map(crop_to, labels, crop_boxes)
+    masks = labels if crop_boxes is None else map(crop, labels, crop_boxes.tolist())
     images = zip(masks, outputs.logits, *outputs.auxiliary_logits, strict=True)
     return torch.stack([model.compute_loss([part[None] for part in image], mask[None]) for mask, *image in images])
 
@@ -33,13 +33,6 @@ def losses_of_images(
 def evaluation_order(rows: ParquetRows, args: TrainingArguments) -> np.ndarray:
     """Return the numbers of streamed rows in the order in which an evaluation of all processes sees them."""
     return RowGroupSampler(rows, args.eval_batch_size, args.world_size, args.dataloader_num_workers).order()
-
-
-def crop_to(label_map: torch.Tensor, crop_box: torch.Tensor) -> torch.Tensor:
-    """Cut a box `[x_min, y_min, x_max, y_max]` out of a label map `(height, width)`, with background around it."""
-    x_min, y_min, x_max, y_max = crop_box.tolist()
-    height, width = label_map.shape
-    return F.pad(label_map, (-x_min, x_max - width, -y_min, y_max - height))
 
 
 def reorder(values: Any, places: np.ndarray) -> Any:

@@ -331,8 +331,15 @@ class ResumeCallback(TrainerCallback):
         self._first_step: int | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Take over losses, and find the best checkpoint again."""
+        """Take over losses, find the best checkpoint again, and warn if nothing is left to train."""
         self._first_step = state.global_step
+        if state.global_step >= state.max_steps:
+            logger.warning(
+                "Nothing is left to train: the checkpoint is at step %d, and %d steps are asked for. Raise "
+                "`num_train_epochs` or `max_steps` to train further.",
+                state.global_step,
+                state.max_steps,
+            )
         saved = cast("Any", state.stateful_callbacks).get(LOSSES)
         self.losses.start(state.global_step, saved and saved["attributes"])
         best = Path(cast("str", args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")

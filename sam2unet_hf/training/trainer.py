@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,11 +68,22 @@ class SetEpochCallback(TrainerCallback):
             transform.set_epoch(epoch, seed)
 
 
-def check_arguments(args: TrainingArguments, sync_batch_norm: bool) -> None:
+def check_arguments(args: TrainingArguments, rows: Any, sync_batch_norm: bool) -> None:
     """Raise a `ValueError` if an argument would drop the images or the scores, or cannot be had on this device."""
     for name, reason in UNUSABLE_ARGUMENTS.items():
         if getattr(args, name):
             raise ValueError(f"`{name}` must be False for SAM2-UNet: {reason}.")
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"`label_smoothing_factor` must be 0 for SAM2-UNet, whose loss takes masks of regions and no classes, got "
+            f"{args.label_smoothing_factor}."
+        )
+    batch_size = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and isinstance(rows, Sized) and len(rows) < batch_size:
+        raise ValueError(
+            f"`dataloader_drop_last` leaves nothing to train on: there are {len(rows)} training images, and a batch "
+            f"of all processes takes {batch_size}. Lower `per_device_train_batch_size`, or leave it out."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"One process sees {args.n_gpu} GPUs, which would split batches by `DataParallel`. Start one process "
@@ -169,7 +180,7 @@ class Sam2UNetTrainer(LoaderTrainer):
         ema_decay: float = 0.0,
         **kwargs: Any,
     ):
-        check_arguments(args, sync_batch_norm)
+        check_arguments(args, kwargs.get("train_dataset"), sync_batch_norm)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # the loss depends on every weight that is trained
         kwargs.setdefault("data_collator", collate)
