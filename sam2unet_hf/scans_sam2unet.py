@@ -270,7 +270,15 @@ def head_box(greys: Sequence[np.ndarray], plane: str) -> list[int]:
 
 
 def foreground_slices(greys: Sequence[np.ndarray], plane: str) -> list[int]:
-    """Return the indices of the slices that show the head, which is not 0, in any scan of [`to_grey`]."""
+    """Find the slices of a plane that show the head.
+
+    Args:
+        greys: Scans of one patient as [`to_grey`] gives them, all of one shape.
+        plane: `"axial"`, `"coronal"` or `"sagittal"`.
+
+    Returns:
+        The indices of those in which any of the scans is not 0, from the lowest on.
+    """
     others = tuple(axis for axis in range(3) if axis != PLANES[plane])
     foreground = np.any([grey.any(axis=others) for grey in greys], axis=0)
     return np.flatnonzero(foreground).tolist()
