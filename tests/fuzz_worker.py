@@ -482,7 +482,7 @@ def build(builder_class, folder, cache, skip):
     rows = {}
     for split in builder.as_dataset().values():
         for row in split.to_list():
-            rows.setdefault(row["case_id"], []).append((row["image"]["bytes"], row["mask"]["bytes"]))
+            rows.setdefault(row["case_id"], []).append((row["flair"]["bytes"], row["mask"]["bytes"]))
     return rows, builder.skipped_cases
 
 
