@@ -72,6 +72,10 @@ def load_data(args: DataArguments) -> DataSplits:
         split: rows.select_columns([name for name in rows.column_names if name not in unused])
         for split, rows in data.items()
     }
+    if args.streaming:
+        train = data["train"]
+        held = train.num_bytes / len(train) * min(args.shuffle_buffer, len(train))
+        logger.info("Streaming %d training rows; each reader holds about %.0f MB of them.", len(train), held / 1e6)
     # Images of two patients may have the same name, in two folders.
     check_leaks(data, columns, has_patients=not folders, allow_leaks=args.allow_leaks)
     return data
@@ -108,11 +112,8 @@ def stream_data(args: DataArguments) -> dict[str, ParquetRows]:
             f"--streaming cuts off no splits, and {args.dataset_name} has none named {missing[0]}, only "
             f"{', '.join(data)}. Write it with one, or leave out --streaming."
         )
-    train = named["train"]
     for split in named.keys() - {"train"}:
         named[split].shuffle_buffer = 0  # only training rows are shuffled, so the others need no buffer
-    held = train.num_bytes / len(train) * min(args.shuffle_buffer, len(train))
-    logger.info("Streaming %d training rows; each reader holds about %.0f MB of them.", len(train), held / 1e6)
     return named
 
 

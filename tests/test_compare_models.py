@@ -85,6 +85,20 @@ def test_patients_in_two_splits_are_refused_unless_allowed(slices, tmp_path):
     assert len(data.splits["test"]) == len(rows)
 
 
+def test_three_modalities_are_the_three_channels_of_all_systems(slices, capsys):
+    modalities = ["t1ce", "t2", "flair"]
+    data = compare_models.ComparisonData(compare_models.parse_args(arguments(slices, "--modalities", *modalities)))
+    row, image = data.splits["test"][0], data.images["test"][0]["image"]
+    assert np.array_equal(image, np.stack([row[name] for name in modalities]))
+    assert next(data.training_batches(2))["pixel_values"].shape[1] == 3
+    example = data.examples[0]
+    shown = data.splits["test"][example.row]
+    assert np.array_equal(example.image, np.mean([shown[name] for name in modalities], axis=0))
+    with pytest.raises(SystemExit):
+        compare_models.parse_args(arguments(slices, "--modalities", "t1ce", "t2"))
+    assert "--modalities takes one modality or three, got t1ce t2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("system", list(compare_models.SYSTEMS))
 def test_loss_falls_on_the_phantom(system, slices):
     args = compare_models.parse_args(arguments(slices))

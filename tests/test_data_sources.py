@@ -14,6 +14,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from PIL import ExifTags, Image, ImageOps
+from slice_rows import make_slices, pixel
 
 from dataset_scripts.brats_slices import BratsSlices
 from dataset_scripts.phantom import write_phantom_cohort
@@ -25,8 +26,10 @@ from case_names import case_names  # noqa: E402 - the scripts are no package
 from data_checks import check_images_and_masks  # noqa: E402
 from data_sources import (  # noqa: E402
     DataArguments,
+    find_columns,
     find_regions,
     load_data,
+    make_images,
     pair_images_and_masks,
     with_all_splits,
 )
@@ -394,6 +397,65 @@ def test_the_same_scan_of_two_names_is_found_in_a_data_set_of_the_builder(tmp_pa
         SystemExit, match=rf"image {target.name}_007 is the same file as train image {source.name}_007"
     ):
         load_data(DataArguments(brats_dir=str(cohort), slices=["7"]))
+
+
+# Columns of modalities
+
+
+def save_slices(folder, **shown):
+    """Write slices as the builder does, by split; cases of one letter are those of `make_slices`."""
+    folder.mkdir()
+    for split, cases in shown.items():
+        make_slices(dict.fromkeys(cases, [3, 4])).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def test_columns_of_the_chosen_modalities_are_taken_in_their_order(tmp_path, caplog):
+    name = save_slices(tmp_path / "data", train="a", validation="b")
+    args = DataArguments(dataset_name=name, modalities=["t1ce", "flair"], neighbours=1)
+    data = load_data(args)
+    assert find_columns(data, args) == (["t1ce", "flair"], "mask")
+    images = make_images(data, *find_columns(data, args), args.neighbours)
+    image = images["validation"][1]["image"]
+    assert image[:, 0, 0].tolist() == [pixel("b", name, index) for name in ("t1ce", "flair") for index in (3, 4, 4)]
+    alone = load_data(DataArguments(dataset_name=name))
+    assert find_columns(alone, DataArguments(dataset_name=name)) == (["flair"], "mask")
+    assert "t1ce" not in alone["train"].column_names
+    assert fingerprint(alone["train"]) != fingerprint(data["train"])
+    with pytest.raises(
+        SystemExit, match=r"--modalities: 't2' is no column of images. .* are \['flair', 't1ce', 'mask'"
+    ):
+        load_data(DataArguments(dataset_name=name, modalities=["flair", "t2"]))
+    with pytest.raises(SystemExit, match="`neighbours` must be 0 for rows without the column slice_index"):
+        make_images({"train": data["train"].remove_columns("slice_index")}, ["flair"], "mask", 1)
+    assert not caplog.records
+    pictures = save_splits(tmp_path / "pictures", train=["A_1"], validation=["B_1"])
+    load_data(DataArguments(dataset_name=pictures, modalities=["flair"]))
+    assert "--modalities is not used: the images are in the column image." in caplog.text
+
+
+def test_a_scan_that_two_splits_share_is_found_in_any_modality(tmp_path):
+    name = save_slices(tmp_path / "data", train="a", validation="b")
+    rows = make_slices({"b": [3, 4]})
+    marked = [picture.copy() for picture in make_slices({"a": [3, 4]})["t1ce"]]
+    for picture in marked:
+        picture.putpixel((0, 0), 99)  # images of one colour are no leak
+    for split, part in (("train", make_slices({"a": [3, 4]})), ("validation", rows)):
+        part = Dataset.from_dict({**part.to_dict(), "t1ce": marked}, features=part.features)
+        part.to_parquet(f"{name}/{split}-00000-of-00001.parquet")
+    assert len(load_data(DataArguments(dataset_name=name))) == 2
+    with pytest.raises(SystemExit, match="validation image b_003 is the same file as train image a_003"):
+        load_data(DataArguments(dataset_name=name, modalities=["flair", "t1ce"]))
+
+
+def test_each_column_of_an_image_is_checked(tmp_path):
+    rows = make_slices({"a": [3, 4]}).remove_columns("wt_pixels")
+    table = rows.cast_column("t1ce", ImageFeature(decode=False)).to_dict()
+    table["t1ce"][1]["bytes"] = table["t1ce"][1]["bytes"][:40]
+    broken = Dataset.from_dict(table, features=rows.features)
+    assert check_images_and_masks("train", broken, ["flair"], "mask") == {0}
+    with pytest.raises(SystemExit, match="train image a_004: it cannot be read"):
+        check_images_and_masks("train", broken, ["flair", "t1ce"], "mask")
 
 
 # Splits and names

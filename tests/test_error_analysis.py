@@ -13,17 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import small_model
+from common import small_backbone_config, small_model
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 from scipy.spatial.distance import cdist
+from slice_rows import make_slices
 
 from dataset_scripts.brats_slices.__main__ import main as write_brats_slices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.scans_sam2unet import Volume
-from sam2unet_hf.training import SegmentationMetrics, SegmentationTransform
+from sam2unet_hf.training import ImageRows, SegmentationMetrics, SegmentationTransform
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, VolumeSegmentation
 
 
@@ -32,6 +33,7 @@ import error_analysis  # noqa: E402 - the scripts are no package
 import run_segmentation  # noqa: E402
 from case_view import CaseView, bounding_box, largest_slice, segment_case  # noqa: E402
 from error_metrics import (  # noqa: E402
+    Analysis,
     Calibration,
     boundary_distances,
     contrast_to_noise,
@@ -320,6 +322,32 @@ def test_report_of_a_data_set(slices, checkpoint, tmp_path):
         with Image.open(first / name) as picture:
             assert min(picture.size) > 400
             assert np.asarray(picture.convert("L")).std() > 10
+
+
+def test_images_of_channels_are_drawn_as_the_mean_of_their_own_slice():
+    processor = Sam2UNetImageProcessor(
+        num_channels=6, neighbours=1, head_crop_size={"height": 64, "width": 64}, regions=REGIONS
+    )
+    model = small_model(regions=REGIONS, backbone_config=small_backbone_config(num_channels=6))
+    data = make_slices({"a": [3, 4, 5]}, size=(80, 90), tumour={("a", 4)})
+    rows = ImageRows(data, ["t1ce", "flair"], neighbours=1)
+    analysis = Analysis(model, rows, SegmentationTransform(processor, resize_masks=False))
+    (about, grey, probabilities, references, _) = list(analysis.read([0, 1, 2], batch_size=2))[1]
+    assert (about["image"], about["slice_index"]) == ("a_004", 4)
+    expected = np.mean([data[1]["t1ce"], data[1]["flair"]], axis=0)
+    np.testing.assert_array_equal(grey, expected)
+    np.testing.assert_array_equal(references[0], np.asarray(data[1]["mask"]) == 2)
+    # Outside of the window nothing is predicted, and inside what the model says of it.
+    batch = SegmentationTransform(processor, mask_column=None)(rows[[1]])
+    with torch.no_grad():
+        inside = model(torch.stack(batch["pixel_values"])).logits.sigmoid()[0]
+    x_min, y_min, x_max, y_max = batch["crop_boxes"][0].tolist()
+    found = np.zeros_like(probabilities)
+    left, top, right, bottom = max(x_min, 0), max(y_min, 0), min(x_max, 90), min(y_max, 80)
+    found[:, top:bottom, left:right] = inside[:, top - y_min : bottom - y_min, left - x_min : right - x_min]
+    np.testing.assert_allclose(probabilities, found, atol=1e-5)
+    assert (probabilities > 0).any()
+    assert (probabilities == 0).any()
 
 
 def pictures_with_grades(folder, grades, mask_column="mask"):

@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from timing import DTYPES, make_parser, report
+from timing import DTYPES, make_parser, report, single_images
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -48,7 +48,7 @@ def train(model: nn.Module, loader: DataLoader, args: argparse.Namespace, dtype:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = make_parser(__doc__)
-    parser.add_argument("--dataset", required=True, help="folder or Hub id, with columns `image` and `mask`")
+    parser.add_argument("--dataset", required=True, help="folder or Hub id, with a column of images, and `mask`")
     parser.add_argument("--preset", default="large", choices=list(PRESETS))
     parser.add_argument("--sam2_checkpoint", help="pretrained encoder, frozen; default: a random one, frozen too")
     parser.add_argument("--image_size", type=int, default=352)
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     regions = {"WT": [1, 2, 3]}
     processor = Sam2UNetImageProcessor(regions=regions, size={"height": args.image_size, "width": args.image_size})
     rows = datasets.load_dataset(args.dataset, split="train")  # nosec B615 # rows, no code
-    rows = rows.with_transform(SegmentationTransform(processor, augment=augmentation("flips")))
+    rows = single_images(rows).with_transform(SegmentationTransform(processor, augment=augmentation("flips")))
     options = {"shuffle": True, "drop_last": True, "collate_fn": collate, "num_workers": args.num_workers}
     loader = DataLoader(rows, args.batch_size, **options)
     torch.manual_seed(args.seed)

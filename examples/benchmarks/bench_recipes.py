@@ -103,7 +103,7 @@ def train_arm(args: argparse.Namespace, name: str, folder: Path) -> dict[str, An
     print(f"{name}: {step:.3f} s a step, {steps} steps", file=sys.stderr)
     output_dir = run(args, name, folder / kind, steps)
     minutes = read(output_dir, "train_results.json")["train_runtime"] / 60
-    summary, scores = read(output_dir, "patients.json")["summary"], read(output_dir, "all_results.json")
+    summary, scores = read(output_dir, "validation_patients.json")["summary"], read(output_dir, "all_results.json")
     return {"arm": name, "steps": steps, "minutes": minutes, "summary": summary, "scores": scores}
 
 
@@ -130,9 +130,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args.work.mkdir(parents=True, exist_ok=True)
     args.environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     folder = split_rows(args)
+    cases, rows = [], []
     with ThreadPoolExecutor(args.parallel) as pool:
-        cases = list(pool.map(lambda name: train_arm(args, name, folder), args.arms))
-    rows = []
+        begun = {name: pool.submit(train_arm, args, name, folder) for name in args.arms}
+        for name, arm in begun.items():
+            try:
+                cases.append(arm.result())
+            except (OSError, subprocess.CalledProcessError) as err:  # the others go on
+                print(f"{name} failed, see {args.work}/{folder.name}-{name}.log: {err}", file=sys.stderr)
+    if not cases:
+        raise SystemExit("No arm came to its end.")
     for case in cases:
         for region, columns in case["summary"].items():
             dice, distance = columns["volume_dice"], columns["hausdorff95_mm"]

@@ -5,7 +5,7 @@ python examples/benchmarks/bench_throughput.py --dataset my_slices --model runs/
 python examples/benchmarks/bench_throughput.py --dataset my_slices --preset large --batch_size 32 --num_workers 8
 python examples/benchmarks/bench_throughput.py --dataset my_slices --split train --reading
 
-The data set is a folder written by `python -m dataset_scripts.brats_slices`, or any other with a column `image`. Idle
+The data set is a folder written by `python -m dataset_scripts.brats_slices`, or another with a column of images. Idle
 is the share of the time in which the model waits for images. With `--reading` the time is that of reading alone: from
 Parquet to shuffled, flipped inputs of a training step, from the cache of `datasets` and streamed.
 """
@@ -22,7 +22,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from timing import DTYPES, make_parser, mask_iou, report, synchronize, time_in_turn
+from timing import DTYPES, make_parser, mask_iou, report, single_images, synchronize, time_in_turn
 from torch.utils.data import DataLoader
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
@@ -66,9 +66,11 @@ def time_reading(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[st
     """Return how many images per second are read for training, from the cache of `datasets` and streamed."""
     processor = Sam2UNetImageProcessor(**size_option(args))
     transform = SegmentationTransform(processor, augment=augmentation("flips"))
-    streamed = open_parquet(args.dataset)[args.split].with_transform(transform)
-    sampler = RowGroupSampler(streamed, args.batch_size, num_workers=args.num_workers, shuffle=True)
-    cached = datasets.load_dataset(args.dataset, split=args.split).with_transform(transform)  # nosec B615 # no code
+    parquet = open_parquet(args.dataset)[args.split]
+    streamed = single_images(parquet).with_transform(transform)
+    sampler = RowGroupSampler(parquet, args.batch_size, num_workers=args.num_workers, shuffle=True)
+    cached = datasets.load_dataset(args.dataset, split=args.split)  # nosec B615 # rows, no code
+    cached = single_images(cached).with_transform(transform)
     options = {"batch_size": args.batch_size, "num_workers": args.num_workers, "collate_fn": collate}
     loaders = {
         "datasets": DataLoader(cached, shuffle=True, **options),
@@ -82,7 +84,7 @@ def time_reading(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[st
             pass
 
     rounds = time_in_turn({name: functools.partial(read, loader) for name, loader in loaders.items()}, args.rounds)
-    bytes_per_image = streamed.num_bytes / len(streamed)
+    bytes_per_image = parquet.num_bytes / len(parquet)
     cases, table = [], []
     for name, seconds in rounds.items():
         rate = count / statistics.median(seconds)
@@ -94,9 +96,10 @@ def time_reading(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[st
 
 def time_segmentation(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Return how many images per second are read and segmented in each dtype, and how well the masks agree."""
-    rows = datasets.load_dataset(args.dataset, split=args.split).select_columns("image")  # nosec B615 # rows, no code
+    rows = datasets.load_dataset(args.dataset, split=args.split)  # nosec B615 # rows, no code
     if args.max_images is not None:
         rows = rows.select(range(min(args.max_images, len(rows))))
+    rows = single_images(rows, mask_column=None)
     if args.model is None:
         torch.manual_seed(0)
         model = Sam2UNetForSemanticSegmentation(Sam2UNetConfig.from_preset(args.preset, regions={"WT": [1, 2, 3]}))
@@ -133,7 +136,7 @@ def time_segmentation(args: argparse.Namespace) -> tuple[dict[str, Any], list[di
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = make_parser(__doc__, rounds=3)
-    parser.add_argument("--dataset", required=True, help="folder or Hub id, with a column `image`")
+    parser.add_argument("--dataset", required=True, help="folder or Hub id, with a column of images")
     parser.add_argument("--split", default="test")
     parser.add_argument("--reading", action="store_true", help="time reading for training, without a model")
     parser.add_argument("--model", help="checkpoint of SAM2-UNet; without one the weights are random")

@@ -12,10 +12,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from sam2unet_hf.training import ImageRows, ParquetRows
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,6 +34,12 @@ def make_parser(description: str | None, rounds: int | None = None, device: bool
         parser.add_argument("--device", default=default, choices=["cpu", "cuda"])
     parser.add_argument("--output", type=Path, help="write the results to this JSON file, and a table beside it")
     return parser
+
+
+def single_images(rows: datasets.Dataset | ParquetRows, mask_column: str | None = "mask") -> ImageRows:
+    """Return the rows of a data set with the image of its first column of images that is not `mask`."""
+    columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    return ImageRows(rows, next(name for name in columns if name != "mask"), mask_column)
 
 
 def synchronize(device: str) -> None:

@@ -120,11 +120,11 @@ class SegmentationMetrics:
         """
         losses: Any = prediction.label_ids
         losses, counts = losses if isinstance(losses, tuple) else (losses, ())
-        for scores in np.asarray(prediction.predictions):
+        for scores in torch.as_tensor(prediction.predictions).cpu().numpy():  # perhaps on a GPU
             self._accumulator.add(scores)
             self._image_dice.append(scores[:, 0])  # of the first metric, Dice, at probability > 0.5
-        self._losses.extend(np.asarray(losses).tolist())
-        self._counts.extend(np.asarray(counts))
+        self._losses.extend(torch.as_tensor(losses).tolist())
+        self._counts.extend(torch.as_tensor(counts).cpu().numpy())
         if not compute_result:
             return {}
         image_dice = np.stack(self._image_dice)

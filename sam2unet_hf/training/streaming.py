@@ -82,7 +82,6 @@ class ParquetRows(Dataset):
             raise ValueError(f"There are no rows in {', '.join(f'`{path}`' for path in paths[:3])}.")
         self.features = features or datasets.Features.from_arrow_schema(files[0].footer.schema.to_arrow_schema())
         self.shuffle_buffer = shuffle_buffer
-        self.num_bytes = sum(sizes)
         self.transform: Callable[[Any], Mapping[str, Sequence[Any]]] | None = None
         self.seeds = (0, 0)
         self.spare_groups = 0
@@ -128,6 +127,15 @@ class ParquetRows(Dataset):
     def column_names(self) -> list[str]:
         """Names of the columns."""
         return list(self.features)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all rows in these columns, encoded."""
+        groups = [file.footer.row_group(index) for file, index in self._groups]
+        chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+        # Such as `flair.bytes` and `flair.path`.
+        own = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in self.features]
+        return sum(chunk.total_uncompressed_size for chunk in own)
 
     def __len__(self) -> int:
         return int(self.group_starts[-1])
