@@ -89,11 +89,10 @@ def _without_specks(head: np.ndarray) -> np.ndarray:
     dense, n_parts = ndimage.label(counts >= MIN_BLOCK_SHARE * BLOCK**3, _CUBE)
     if not n_parts:
         return head
-    near = ndimage.maximum_filter(_large_parts(dense), 3)  # with the blocks around
+    near = ndimage.maximum_filter(_large_parts(dense, n_parts), 3)  # with the blocks around
     if not counts[~near].any():
         return head
-    parts, _ = ndimage.label(head)
-    return _large_parts(parts)
+    return _large_parts(*ndimage.label(head))
 
 
 def _count_in_blocks(head: np.ndarray) -> np.ndarray:
@@ -109,11 +108,27 @@ def _count_in_blocks(head: np.ndarray) -> np.ndarray:
     return counts
 
 
-def _large_parts(parts: np.ndarray) -> np.ndarray:
+def _large_parts(parts: np.ndarray, n_parts: int) -> np.ndarray:
     """Return where the parts of a labelled volume lie that are not much smaller than the largest."""
-    sizes = np.bincount(parts.ravel())
+    sizes = _sizes_of(parts, n_parts)
+    return _look_up(sizes >= max(MIN_PART_SHARE * sizes.max(), 1), parts)
+
+
+def _sizes_of(parts: np.ndarray, n_parts: int) -> np.ndarray:
+    """Count the voxels of each part by its number; those of 0, which is no part, count as none."""
+    sizes = np.zeros(n_parts + 1, np.int64)
+    for some in np.array_split(parts, -(-parts.size // 2**22)):  # `bincount` makes a copy of 8 bytes a voxel
+        sizes += np.bincount(some.ravel(), minlength=n_parts + 1)
     sizes[0] = 0
-    return (sizes >= max(MIN_PART_SHARE * sizes.max(), 1))[parts]
+    return sizes
+
+
+def _look_up(table: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Return `table[parts]`, a layer at a time, for its indices would take 8 bytes a voxel."""
+    found = np.empty(parts.shape, table.dtype)
+    for layer, numbers in zip(found, parts, strict=True):
+        layer[...] = table[numbers]
+    return found
 
 
 def _head_in_noise(voxels: np.ndarray) -> np.ndarray | None:
@@ -146,16 +161,14 @@ def _part_of_high_energy(
     noise_energy = np.median(_on_faces(energy))
     energetic = energy > factor * noise_energy
     del energy  # large volumes fill the memory
-    parts, _ = ndimage.label(energetic)
-    sizes = np.bincount(parts.ravel())
-    sizes[0] = 0
-    outside = parts != max(sizes.argmax(), 1)
+    parts, n_parts = ndimage.label(energetic)
+    outside = parts != max(_sizes_of(parts, n_parts).argmax(), 1)
     del parts
     others, n_others = ndimage.label(outside)
     is_inside = np.ones(n_others + 1, bool)  # 0 is the part itself, the others are its holes or reach the faces
     on_faces = _on_faces(others)
     is_inside[on_faces[on_faces > 0]] = False
-    return is_inside[others], noise_energy
+    return _look_up(is_inside, others), noise_energy
 
 
 def _shrink(part: np.ndarray, margin: int) -> np.ndarray:

@@ -148,7 +148,7 @@ def to_label_ids(voxels: np.ndarray, name: str, numberings: Sequence[str]) -> np
     fitting = [numbering for numbering in numberings if present <= NUMBERINGS[numbering].ids.keys()]
     if not fitting:
         unknown = present.difference(*(NUMBERINGS[numbering].ids for numbering in numberings))
-        _raise_for_labels(np.array(sorted(unknown or present)), name, numberings)
+        _raise_for_labels(np.array(sorted(unknown or present), np.float64), name, numberings)
     if len({tuple(NUMBERINGS[numbering].ids[label] for label in sorted(present)) for numbering in fitting}) > 1:
         meanings = "; ".join(f"{numbering}: {NUMBERINGS[numbering].meaning}" for numbering in fitting)
         raise NumberingError(

@@ -115,6 +115,7 @@ def test_labels_of_another_numbering_say_which(numberings, labels, message):
     [
         ((7,), r"1 unknown labels \(7\).*Relabel it or download it again"),
         ((-1, 300), r"2 unknown labels \(-1, 300\)"),
+        ((1e30,), r"1 unknown labels \(1e\+30\)"),
         ((1, 2.9), r"1 unknown labels \(2\.9\).*Resample masks with nearest neighbour"),
         ((0.5, 1.02), r"2 unknown labels \(0\.5, 1\.02\).*nearest neighbour"),
         (tuple(np.linspace(10, 12, 6)), r"6 unknown labels|4 unknown labels \(10\.4"),
