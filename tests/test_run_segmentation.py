@@ -381,8 +381,8 @@ def test_a_search_goes_on_with_the_same_arguments_alone(tmp_path):
     assert find_checkpoint(*arguments, "--learning_rate", "0.1")[0] is None  # there is no trial yet
     (tmp_path / provenance.STUDY).touch()
     assert find_checkpoint(*arguments)[0] is None
-    with pytest.raises(SystemExit, match="unfinished run with other values of image_size.*image_size=96"):
-        find_checkpoint(*arguments, "--image_size", "64")
+    with pytest.raises(SystemExit, match="unfinished run with other values of neighbours.*neighbours=1"):
+        find_checkpoint(*arguments, "--neighbours", "2")
 
 
 def test_a_checkpoint_that_is_named_must_be_complete(tmp_path):
