@@ -43,7 +43,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 PHANTOM: dict[str, Any] = {
     "num_train_epochs": 6.0,
     "per_device_eval_batch_size": 32,
+    "learning_rate": 1e-3,
     "warmup_steps": 20,
+    "iou_over_batch": True,
     "augmentation": ["flips"],
 }
 
