@@ -156,6 +156,12 @@ def _lanes(size: int) -> np.ndarray:
     return (np.arange(size) % 4 * 256).astype(np.uint16)
 
 
+def _sum_of_products(first: np.ndarray, second: np.ndarray) -> float:
+    # Not by `@` or `np.vdot`, whose BLAS starts threads that wait for each other on a busy machine.
+    axes = "ij"[-first.ndim :]
+    return float(np.einsum(f"{axes},{axes}->", first, second))
+
+
 def _ratio(numerator: np.ndarray, denominator: np.ndarray, zero_division: float) -> np.ndarray:
     quotient = np.full(numerator.shape, zero_division, dtype=np.float64)
     return np.divide(numerator, denominator, out=quotient, where=denominator != 0)
@@ -222,11 +228,13 @@ def s_measure(pair: MaskPair) -> float:
         return total / mask.size if foreground else 1 - total / mask.size
     inside_mean, outside_mean = float(inside.mean()), (total - float(inside.sum())) / background
     regions, square = _region_similarity(pair)
-    outside_variance = (square - float(inside @ inside) - background * outside_mean**2) / max(background - 1, 1)
+    outside_variance = (square - _sum_of_products(inside, inside) - background * outside_mean**2) / max(
+        background - 1, 1
+    )
     if outside_variance < 1e-7:
         # The difference of two sums would lose most of its digits.
         deviation = pair.probability[~mask] - outside_mean
-        outside_variance = float(deviation @ deviation) / max(background - 1, 1)
+        outside_variance = _sum_of_products(deviation, deviation) / max(background - 1, 1)
     inside_variance = float(np.square(inside - inside_mean).sum()) / max(foreground - 1, 1)
     objects = foreground / mask.size * _object_similarity(inside_mean, inside_variance)
     objects += background / mask.size * _object_similarity(1 - outside_mean, outside_variance)
@@ -253,7 +261,7 @@ def _region_similarity(pair: MaskPair) -> tuple[float, float]:
         if not values.size:
             continue
         weight, share = values.size / mask.size, reference / values.size
-        square, sum_ = float(np.einsum("ij,ij->", values, values)), float(values.sum())
+        square, sum_ = _sum_of_products(values, values), float(values.sum())
         squares += square
         if 0 < reference < values.size:
             mean = sum_ / values.size
@@ -302,7 +310,7 @@ def weighted_f_beta(pair: MaskPair, zero_division: float = 0.0) -> float:
     across = columns - np.arange(mask.shape[1], dtype=np.int32)
     squared_distance += np.square(across, out=across)
     weights = _background_weights().take(squared_distance.astype(np.intp), mode="clip")
-    false_positive = float(np.vdot(probability, weights))
+    false_positive = _sum_of_products(probability, weights)
 
     # An error in the mask counts no more than the mean error around it, where each pixel outside the mask takes the
     # error of the nearest pixel inside.
