@@ -431,7 +431,7 @@ def test_without_arguments_it_is_the_phantom_of_the_first_run(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     args, data_args = error_analysis.parse_arguments([])
     assert (args.model, args.split, args.output_dir) == ("runs/phantom", "test", "runs/phantom/errors")
-    assert (data_args.slices, data_args.min_tumor_pixels) == (["tumor"], 20)
+    assert data_args.slices == ["head"]
     _, data_args = error_analysis.parse_arguments(["--brats_dir", "BraTS2020"])
     assert data_args.slices == ["95"]
 
@@ -551,7 +551,7 @@ def test_the_phantom_is_taken_with_a_word_where_no_record_tells_of_data(checkpoi
     error_analysis.parse_arguments(["--model", str(checkpoint), "--case", "case"])
     assert not caplog.records
     _, data_args = error_analysis.parse_arguments(["--model", str(checkpoint)])
-    assert (data_args.brats_dir, data_args.slices) == (None, ["tumor"])
+    assert (data_args.brats_dir, data_args.slices) == (None, ["head"])
     assert re.search(r"no .*run\.json to tell .*: taking the phantom", caplog.text)
 
 
