@@ -100,7 +100,18 @@ def arguments(folder):
     model.save_pretrained(folder / "start")
     processor = Sam2UNetImageProcessor(regions=model.config.regions, size={"height": 64, "width": 64})
     processor.save_pretrained(folder / "start")
-    return ["--brats_dir", str(cohort), "--slices", "12", "--use_cpu", "--disable_tqdm", "true", *SIZES]
+    return [
+        "--brats_dir",
+        str(cohort),
+        "--recipe",
+        "paper",
+        "--slices",
+        "12",
+        "--use_cpu",
+        "--disable_tqdm",
+        "true",
+        *SIZES,
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ class Runner:
         model.save_pretrained(folder / "start")
         processor = Sam2UNetImageProcessor(regions=model.config.regions, size={"height": 64, "width": 64})
         processor.save_pretrained(folder / "start")
-        self.arguments = ["--brats_dir", str(brats_dir), "--slices", "12", "--model_name_or_path"]
+        self.arguments = ["--brats_dir", str(brats_dir), "--recipe", "paper", "--slices", "12", "--model_name_or_path"]
         self.arguments += [str(folder / "start"), "--use_cpu", "--disable_tqdm", "true", "--logging_steps", "3"]
         self.arguments += ["--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "4"]
         environment = os.environ | {
