@@ -425,7 +425,8 @@ def fine_tune(hub, cohort, tmp_path, *arguments, token="hf_write"):
     return run(
         hub, tmp_path, ROOT / "examples" / "run_segmentation.py", "--brats_dir", cohort, "--slices", "12 13",
         "--model_name_or_path", tmp_path / "start", "--use_cpu", "--output_dir", tmp_path / "run", "--push_to_hub",
-        "--per_device_train_batch_size", "8", "--disable_tqdm", "true", *arguments, token=token,
+        "--per_device_train_batch_size", "8", "--augmentation", "flips", "--disable_tqdm", "true", *arguments,
+        token=token,
     )  # fmt: skip
 
 
