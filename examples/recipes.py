@@ -50,7 +50,7 @@ PHANTOM: dict[str, Any] = {
 }
 
 # What a model to start from brings along.
-INPUT_OPTIONS = ("modalities", "neighbours", "head_crop_size", "image_size")
+OPTIONS_OF_MODEL = ("modalities", "neighbours", "head_crop_size", "image_size", "iou_over_batch")
 
 
 def recipe_defaults(recipe: str | None, is_phantom: bool, has_model: bool) -> dict[str, Any]:
@@ -59,9 +59,9 @@ def recipe_defaults(recipe: str | None, is_phantom: bool, has_model: bool) -> di
     Args:
         recipe: Name of the recipe, or `None` for the defaults of the options themselves.
         is_phantom: Whether the data are the phantom's.
-        has_model: Whether a model of SAM2-UNet is trained further, which keeps its own input.
+        has_model: Whether a model of SAM2-UNet is trained further, which keeps its own input and loss.
     """
     defaults = dict(RECIPES[recipe]) if recipe else {}
     if is_phantom and recipe == "volume":
         defaults |= PHANTOM
-    return {name: value for name, value in defaults.items() if not (has_model and name in INPUT_OPTIONS)}
+    return {name: value for name, value in defaults.items() if not (has_model and name in OPTIONS_OF_MODEL)}
