@@ -28,18 +28,19 @@ part() {
 if $quick; then
     model=(--presets tiny --image_size 64 --batch_sizes 2 --rounds 1 --device cpu)
     accuracy=(--minutes 0.1 --calibration_steps 2 --parallel 2 --arms crop batch_iou --num_workers 0)
-    options=()
+    options=() compile=()  # compiling takes minutes on a CPU
 else
     model=(--presets large --batch_sizes 64 --rounds 3 --profile)
     accuracy=(--minutes 4 --calibration_steps 60 --parallel 8 --num_workers 2 --num_proc 16)
     accuracy+=(--arms tumour crop empty neighbours average augmentation batch_iou large)
+    compile=(--compile)
     options=(--options --bf16 true --per_device_train_batch_size 16 --learning_rate 1e-3)
 fi
 
 part tests 80 python3 -m pytest -q -n 0 -o addopts= -m gpu tests/test_gpu.py
 part training 60 python3 examples/benchmarks/bench_model.py "${model[@]}" --modes training --dtypes bfloat16 \
     --output "$output_dir/training.json"
-part forward 90 python3 examples/benchmarks/bench_model.py "${model[@]}" --modes forward --dtypes bfloat16 --compile \
+part forward 90 python3 examples/benchmarks/bench_model.py "${model[@]}" --modes forward --dtypes bfloat16 "${compile[@]}" \
     --output "$output_dir/forward.json"
 if [ -n "$brats_dir" ]; then
     part accuracy 450 python3 examples/benchmarks/bench_recipes.py --brats_dir "$brats_dir" "${accuracy[@]}" \
