@@ -1,5 +1,6 @@
 """The benchmarks of the model run, at small size, and compare equals with equals."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,12 +10,16 @@ import pytest
 import torch
 
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "benchmarks"))
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path[:0] = [str(EXAMPLES / "benchmarks"), str(EXAMPLES)]
 import bench_data  # noqa: E402 - the scripts are no package
 import bench_flops  # noqa: E402
 import bench_loss_curves  # noqa: E402
 import bench_model  # noqa: E402
+import bench_recipes  # noqa: E402
 import bench_throughput  # noqa: E402
+from arguments import parse_arguments  # noqa: E402
+from recipes import RECIPES  # noqa: E402
 from timing import markdown_table, mask_iou, time_in_turn  # noqa: E402
 
 from dataset_scripts.brats_slices import BratsSlices  # noqa: E402
@@ -169,3 +174,30 @@ def test_data_benchmark_reads_copies_as_other_cases(tmp_path):
     once = bench_data.plain_loop(find_cases(tmp_path / "brats"))
     assert results["cases"] == 6
     assert results["slices"] == 3 * once
+
+
+def parse_arm(name):
+    parsed = parse_arguments(["--dataset_name", "slices", *bench_recipes.COMMON, *bench_recipes.ARMS[name]])
+    return {field.name: getattr(part, field.name) for part in parsed for field in dataclasses.fields(part)}
+
+
+def test_each_arm_adds_its_ingredient_to_the_one_before():
+    arms = list(map(parse_arm, bench_recipes.ALL))
+    added = [
+        {"head_crop_size", "per_device_train_batch_size"},
+        {"foreground_share"},
+        {"neighbours"},
+        {"ema_decay"},
+        {"augmentation"},
+        {"iou_over_batch"},
+    ]
+    for before, after, names in zip(arms[:-1], arms[1:], added, strict=True):
+        assert {name for name in before if before[name] != after[name]} == names
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_arm_of_a_recipe_trains_with_its_values(recipe):
+    arm = parse_arm(recipe)
+    for name, value in RECIPES[recipe].items():
+        if name != "per_device_eval_batch_size":
+            assert getattr(arm[name], "value", arm[name]) == value, name

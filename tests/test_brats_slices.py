@@ -189,14 +189,19 @@ def test_modalities_default_to_those_that_every_case_with_a_mask_has(brats_dir, 
         build(brats_dir)
 
 
+def write_points(brats_dir, **places):
+    """Replace scans of the case A_1 by such that show single voxels."""
+    for modality, indices in places.items():
+        voxels = np.zeros(SHAPE, np.int16)
+        for index in indices:
+            voxels[index] = 9
+        save(brats_dir / "A_1" / f"A_1_{modality}.nii.gz", voxels)
+
+
 @pytest.mark.parametrize(("plane", "expected"), [("axial", [2, 3, 6, 7]), ("coronal", [2, 1, 6, 4])])
 def test_head_boxes_are_of_the_whole_volume_in_pixels_of_the_plane(tmp_path, plane, expected):
     make_case(tmp_path / "brats", "A_1")
-    for name, corners in {"flair": [(2, 4, 1), (5, 6, 2)], "t2": [(2, 3, 3)]}.items():
-        voxels = np.zeros(SHAPE, np.int16)
-        for corner in corners:
-            voxels[corner] = 9
-        save(tmp_path / "brats" / "A_1" / f"A_1_{name}.nii.gz", voxels)
+    write_points(tmp_path / "brats", flair=[(2, 4, 1), (5, 6, 2)], t2=[(2, 3, 3)])
     dataset = build(tmp_path / "brats", plane=plane, slices="all", modalities=["flair", "t2"]).as_dataset("train")
     boxes = dataset[0]["head_boxes"]
     assert all(row == boxes for row in dataset["head_boxes"])
@@ -211,11 +216,7 @@ def test_head_boxes_are_of_the_whole_volume_in_pixels_of_the_plane(tmp_path, pla
 )
 def test_slices_head_are_those_that_show_the_head_in_any_scan(tmp_path, modalities, plane, indices):
     make_case(tmp_path / "brats", "A_1")
-    for name, places in {"flair": [(2, 4, 1), (3, 6, 2)], "t2": [(6, 1, 4)]}.items():
-        voxels = np.zeros(SHAPE, np.int16)
-        for place in places:
-            voxels[place] = 9
-        save(tmp_path / "brats" / "A_1" / f"A_1_{name}.nii.gz", voxels)
+    write_points(tmp_path / "brats", flair=[(2, 4, 1), (3, 6, 2)], t2=[(6, 1, 4)])
     builder = build(tmp_path / "brats", modalities=modalities, plane=plane, slices="head")
     assert builder.as_dataset(split="train")["slice_index"] == indices
 

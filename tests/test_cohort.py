@@ -99,12 +99,14 @@ def test_patients_score_as_by_the_volume_command(run, folder, capsys):
     assert results["test_dir_patient_dice"] == pytest.approx(mean, abs=1e-9)
 
 
+def scoring(model, cohort):
+    """Arguments of a run that scores a model on a cohort alone."""
+    return ["--do_train", "false", "--model_name_or_path", str(model), "--test_dir", str(cohort), *QUICK]
+
+
 def test_a_second_cohort_is_scored_without_training(run, folder, tmp_path, caplog):
     output_dir, trained = run
-    arguments = ["--do_train", "false", "--model_name_or_path", str(output_dir), *QUICK]
-    results = run_segmentation.main(
-        [*arguments, "--test_dir", str(folder / "there"), "--output_dir", str(tmp_path / "a")]
-    )
+    results = run_segmentation.main([*scoring(output_dir, folder / "there"), "--output_dir", str(tmp_path / "a")])
     del results["epoch"]
     assert results == {name: value for name, value in trained.items() if name.startswith("test_dir_")}
     assert len(results) == 1 + 3 * (19 + 4)
@@ -113,20 +115,12 @@ def test_a_second_cohort_is_scored_without_training(run, folder, tmp_path, caplo
     assert files >= {"test_dir_patients.csv", "test_dir_patients.json", "test_dir_predictions.png", "all_results.json"}
     assert not files & {"splits.json", "predictions.png", "README.md"}
     assert read_table(tmp_path / "a" / "test_dir_patients.json") == read_table(output_dir / "test_dir_patients.json")
-    run_segmentation.main([*arguments, "--test_dir", str(folder / "here"), "--output_dir", str(tmp_path / "b")])
+    run_segmentation.main([*scoring(output_dir, folder / "here"), "--output_dir", str(tmp_path / "b")])
     assert "test_dir: The model was trained on 5 of the 7 patients that are scored" in caplog.text
 
 
 def test_two_processes_score_patients_as_one_does(run, folder, tmp_path):
-    arguments = [
-        "--do_train",
-        "false",
-        "--model_name_or_path",
-        str(run[0]),
-        "--test_dir",
-        str(folder / "there"),
-        *QUICK,
-    ]
+    arguments = scoring(run[0], folder / "there")
     arguments += ["--per_device_eval_batch_size", "1"]  # convolutions differ in the last bit with the size of a batch
     said = launch(tmp_path, *TORCHRUN, SCRIPT, *arguments, "--output_dir", tmp_path / "two")
     assert said.count("The results are in") == 1
@@ -136,16 +130,7 @@ def test_two_processes_score_patients_as_one_does(run, folder, tmp_path):
 
 
 def test_a_model_is_not_scored_on_other_contrasts_unless_asked(run, folder, tmp_path, caplog):
-    arguments = [
-        "--do_train",
-        "false",
-        "--model_name_or_path",
-        str(run[0]),
-        *QUICK,
-        "--test_dir",
-        str(folder / "there"),
-    ]
-    arguments += ["--modalities", "t1", "--output_dir", str(tmp_path)]
+    arguments = scoring(run[0], folder / "there") + ["--modalities", "t1", "--output_dir", str(tmp_path)]
     with pytest.raises(SystemExit, match="trained on t2, and is to segment t1. .*--allow_other_modalities"):
         run_segmentation.main(arguments)
     run_segmentation.main([*arguments, "--allow_other_modalities"])

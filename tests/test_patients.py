@@ -10,6 +10,7 @@ from common import BRATS_REGIONS, small_model
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from test_training import make_trainer
+from transformers import EvalPrediction
 
 from sam2unet_hf.metrics import score_volume
 from sam2unet_hf.patient_checks import (
@@ -110,6 +111,31 @@ def test_an_evaluation_scores_patients_as_volumes_of_their_slices(batch_size, by
         assert metrics[f"eval_patient_dice_{region}"] == pytest.approx(np.mean(values), abs=1e-9)
     assert metrics["eval_patient_false_ml_WT"] == pytest.approx(np.mean(false_ml), abs=1e-9)
     assert list(trainer.compute_metrics.patient_counts) == ["b", "a"]
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that NumPy cannot read before it is copied, as those on a GPU."""
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy.")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_scores_losses_and_counts_may_lie_on_a_gpu():
+    model = small_model(regions=BRATS_REGIONS)
+    metrics = SegmentationMetrics(list(BRATS_REGIONS))
+    scores, counts = metrics.score_and_count(torch.randn(2, 3, 64, 64), torch.randint(0, 4, (2, 64, 64)), model)
+    found = []
+    for kind in (torch.Tensor, OnGpu):
+        metrics.reset()
+        metrics.patient_rows = PatientRows(["b", "a"], None)
+        batch = [torch.as_tensor(values).as_subclass(kind) for values in (scores, [0.5, 0.75], counts)]
+        found.append(metrics(EvalPrediction(predictions=batch[0], label_ids=tuple(batch[1:]))))
+    assert found[0] == found[1]
+    assert found[0]["loss"] == 0.625
+    assert 0 < found[0]["patient_dice"] < 1
 
 
 def test_rows_tell_what_is_known_of_patients(tmp_path):

@@ -7,7 +7,7 @@ python examples/benchmarks/bench_recipes.py --brats_dir BraTS2020_TrainingData -
 Each arm is a run of `run_segmentation.py` in its own process, which trains as many steps as fit the minutes by the
 time that it took for some steps beforehand, beside the same number of others. The arms `paper` and `volume` are the
 recipes of these names. Validation patients are taken from those who would be trained on, so that there are more of
-them; with `--test` each arm trains on all but the test patients and is scored on these, once.
+them; with `--test` each arm trains on the training patients of the split and is scored on its test patients, once.
 """
 
 import argparse
@@ -38,6 +38,7 @@ INGREDIENTS: dict[str, list[str]] = {
 }
 # Slices with tumour alone, enlarged to the size of the paper, two at a time, which cost as much as eight windows.
 START = ["--foreground_share", "1", "--image_size", "352", "--per_device_train_batch_size", "2"]
+START += ["--learning_rate", "5e-4", "--warmup_steps", "50"]
 ARMS = {"tumour": START}
 for name, options in INGREDIENTS.items():
     ARMS[name] = [*list(ARMS.values())[-1], *options]
@@ -45,8 +46,9 @@ ALL = list(ARMS)
 ARMS |= {"large": [*ARMS[ALL[-1]], "--preset", "large"]}
 ARMS |= {"paper": ["--recipe", "paper"], "volume": ["--recipe", "volume"]}
 
-COMMON = ["--learning_rate", "5e-4", "--warmup_steps", "50", "--eval_strategy", "no", "--save_strategy", "no"]
-COMMON += ["--load_best_model_at_end", "false", "--per_device_eval_batch_size", "16", "--report_to", "none"]
+# Of every arm: nothing here is part of a recipe, whose values it would replace.
+COMMON = ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
+COMMON += ["--per_device_eval_batch_size", "16", "--report_to", "none"]
 
 
 def split_rows(args: argparse.Namespace) -> Path:
