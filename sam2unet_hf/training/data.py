@@ -132,7 +132,8 @@ class SegmentationTransform:
 def cut(image: Any, window: Sequence[int]) -> Any:
     """Cut a region `[x_min, y_min, x_max, y_max]` out of an image, with 0 where it reaches beyond it."""
     if isinstance(image, Image.Image):
-        return image.crop(tuple(window))
+        x_min, y_min, x_max, y_max = window
+        return image.crop((x_min, y_min, x_max, y_max))
     return tv_tensors.wrap(crop(image.as_subclass(torch.Tensor), window), like=image)
 
 
