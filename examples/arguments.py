@@ -55,6 +55,11 @@ class ModelArguments:
         "Crop images to a window about the head instead of resizing them: its height and width in pixels, multiples "
         "of 32, or auto, the smallest that holds each head of the training images. Default: as the checkpoint does.",
     )
+    head_crop_scale: int | None = option(
+        None,
+        "Whole number of times that the window about the head is enlarged for the model: 2 where voxels are 2 mm wide "
+        "or more. Default: as the checkpoint does, else 1.",
+    )
 
     def __post_init__(self):
         words = self.head_crop_size
@@ -237,6 +242,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
     defaults = recipe_defaults(recipe, is_phantom=source is None, has_model=has_model)
     if given.image_size is not None:  # a size to resize to takes the place of a window
         defaults.pop("head_crop_size", None)
+        defaults.pop("head_crop_scale", None)
     parser.set_defaults(recipe=recipe, **defaults)
     name = to_file_name("phantom" if source is None else name_of_source(source), separator="-")
     parser.set_defaults(output_dir=f"runs/{name}{'' if given.do_train else '-evaluation'}")

@@ -197,6 +197,8 @@ def choose_image_options(args: ModelArguments, rows: ImageRows) -> dict[str, Any
             options["head_crop_size"] = choose_head_crop_size(rows.head_boxes())
     elif args.head_crop_size is not None:
         options["head_crop_size"] = dict(zip(("height", "width"), map(int, args.head_crop_size), strict=True))
+    if args.head_crop_scale is not None:
+        options["head_crop_scale"] = args.head_crop_scale
     return options
 
 
