@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch_size", type=int, default=8, help="of a training step")
     parser.add_argument("--image_size", type=int, default=352, help="that slices are resized to")
     parser.add_argument(
-        "--memory", action="store_true", help="measure the peak memory too, on a CPU under Linux alone"
+        "--memory", action="store_true", help="measure the peak memory too; on a CPU under Linux alone"
     )
     args = parser.parse_args(argv)
     cases, rows = [], []
