@@ -8,14 +8,8 @@ from typing import NamedTuple
 import datasets
 from arguments import DataArguments
 from data_checks import check_paths
-from data_sources import (
-    find_columns,
-    find_regions,
-    image_mask_folders,
-    make_images,
-    pair_images_and_masks,
-    slice_scans,
-)
+from data_sources import find_columns, find_regions, make_images, slice_scans
+from image_folders import image_mask_folders, pair_images_and_masks
 from processes import exit_on
 
 from sam2unet_hf.cases_sam2unet import find_cases

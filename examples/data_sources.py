@@ -1,6 +1,5 @@
 """Images and masks for the examples: from BraTS scans, a phantom, folders, or the Hub."""
 
-import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from data_checks import (
     check_paths,
     image_columns,
 )
+from image_folders import SPLITS, describe_layout, image_mask_folders, pair_images_and_masks
 from processes import exit_on
 
 from dataset_scripts.brats_slices import BratsSlices, split_patients
@@ -29,14 +29,8 @@ from sam2unet_hf.training import ImageRows, ParquetRows, open_parquet
 
 logger = logging.getLogger(__name__)
 
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid", "dev"),
-    "test": ("test", "testing"),
-}
 DEFAULT_MODALITIES = ["flair"]
 MASK_COLUMNS = ("mask", "label", "labels", "annotation", "segmentation", "segmentation_mask", "masks")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def load_data(args: DataArguments) -> DataSplits:
@@ -117,58 +111,6 @@ def stream_data(args: DataArguments) -> dict[str, ParquetRows]:
     return named
 
 
-def image_mask_folders(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """Return the folders of images and masks by split; without splits they are `images` and `masks` alone."""
-    found: dict[str, tuple[Path, Path]] = {}
-    for split, names in SPLITS.items():
-        for name, layout in itertools.product(names, ("{name}/{kind}", "{kind}/{name}")):
-            images, masks = (folder / layout.format(name=name, kind=kind) for kind in ("images", "masks"))
-            if images.is_dir() and split in found:
-                raise SystemExit(f"{found[split][0]} and {images} are both of the split {split}. Remove one.")
-            if images.is_dir():
-                found[split] = (images, masks)
-    if not found and (folder / "images").is_dir():
-        return {"train": (folder / "images", folder / "masks")}
-    return found
-
-
-def pair_images_and_masks(image_dir: Path, mask_dir: Path) -> datasets.Dataset:
-    """Pair the files of two folders by name, without regard to the suffix."""
-    if not mask_dir.is_dir():
-        raise SystemExit(f"{image_dir} has no masks beside it: expected a folder {mask_dir}.")
-    images, masks = find_images(image_dir), find_images(mask_dir)
-    if not images:
-        raise SystemExit(f"{image_dir} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
-    if unpaired := [str(images.get(name) or masks[name]) for name in sorted(images.keys() ^ masks.keys())]:
-        more = f" and {len(unpaired) - 5} more" if len(unpaired) > 5 else ""
-        raise SystemExit(
-            f"{len(unpaired)} files have no partner of the same name: {', '.join(unpaired[:5])}{more}. An image "
-            f"{image_dir / 'x.png'} needs a mask {mask_dir / 'x.png'}; the suffixes may differ."
-        )
-    paths = {"image": list(map(str, images.values())), "mask": [str(masks[name]) for name in images]}
-    features = {"image": datasets.Image(), "mask": datasets.Image(), "case_id": datasets.Value("string")}
-    return datasets.Dataset.from_dict({**paths, "case_id": list(images)}, features=datasets.Features(features))
-
-
-def find_images(folder: Path) -> dict[str, Path]:
-    """Return the images in a folder and its subfolders by their relative path without suffix."""
-    images: dict[str, Path] = {}
-    others = []
-    for path in [path for path in sorted(folder.rglob("*")) if not path.name.startswith(".")]:
-        name = str(path.relative_to(folder).with_suffix(""))
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            others += [path] if path.is_file() else []
-        elif not path.is_file():  # opening a pipe would wait forever
-            raise SystemExit(f"{path} is not a file, or a link to none. Remove it.")
-        elif name in images:
-            raise SystemExit(f"{images[name]} and {path} have the same name. Remove one.")
-        else:
-            images[name] = path
-    if others:
-        logger.warning("%d files in %s are no images, such as %s: not read.", len(others), folder, others[0])
-    return images
-
-
 def named_splits(data: DataSplits) -> dict[str, Any]:
     """Name the splits train, validation and test; leave out those of other names."""
     named = {}
@@ -218,9 +160,11 @@ def find_columns(data: DataSplits, args: DataArguments) -> tuple[list[str], str]
         columns = [next((name for name in found if name != mask_column), None)]
     for option, column in (*((option, column) for column in columns), ("--mask_column", mask_column)):
         if column not in found:
+            fault = "no column found" if column is None else f"{column!r} is no column of images"
+            layout = describe_layout(args.dataset_name) if column is None else ""
             raise SystemExit(
-                f"{option}: {'no column found' if column is None else f'{column!r} is no column of images'}. The data "
-                f"set's columns of images are {found or 'none'}, of {rows.column_names}."
+                f"{option}: {fault}. The data set's columns of images are {found or 'none'}, of {rows.column_names}."
+                f"{layout}"
             )
     return columns, mask_column
 
