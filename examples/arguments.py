@@ -114,6 +114,12 @@ class DataArguments:
     num_proc: int | None = option(None, "Processes that read the scans.")
     skip_bad_cases: bool = option(False, "Leave out scans that cannot be used, and list them.")
     split_seed: int = option(0, "Seed of the split by patient, for data without splits.")
+    group_by: str | None = option(
+        None,
+        "What tells the patients of --dataset_name, who are kept whole in splits: a column; a regular expression "
+        "whose first group in the path of an image is the patient; or none. Default: the folder below `images`, or a "
+        "column patient_id, patient, subject_id or subject, else case_id.",
+    )
     allow_leaks: bool = option(False, "Accept a patient or an image in two splits, which makes the scores too good.")
 
 

@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 import datasets
 import fsspec
 import pyarrow.compute as pc
-from case_names import case_ids, case_names
+from case_names import case_ids, case_names, patients_of_rows
 from datasets.utils import tqdm
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import ExifTags, Image
 from processes import exit_on
 
 from sam2unet_hf import Sam2UNetImageProcessor
-from sam2unet_hf.cases_sam2unet import patient_of
 from sam2unet_hf.training import ParquetRows, SegmentationTransform
 
 
@@ -30,9 +29,9 @@ logger = logging.getLogger(__name__)
 DataSplits = Mapping[str, datasets.Dataset | ParquetRows]
 
 
-def check_leaks(data: DataSplits, columns: Sequence[str], has_patients: bool, allow_leaks: bool) -> None:
-    """Refuse data in which two splits share an image, or a patient if the column `case_id` tells patients apart."""
-    leak, remedy = find_shared_patient(data) if has_patients else None, "Keep it in one split"
+def check_leaks(data: DataSplits, columns: Sequence[str], group_by: str | None, allow_leaks: bool) -> None:
+    """Refuse data in which two splits share an image, or a patient, see [`patients_of_rows`]."""
+    leak, remedy = find_shared_patient(data, group_by), "Keep it in one split"
     if leak is None and not isinstance(data["train"], ParquetRows):  # comparing streamed images would read all of them
         shared = (find_shared_image(data, column) for column in columns)
         leak, remedy = next((leak for leak in shared if leak), None), "Remove one of the two"
@@ -44,12 +43,13 @@ def check_leaks(data: DataSplits, columns: Sequence[str], has_patients: bool, al
     logger.warning("%s --allow_leaks goes on all the same.", leak)
 
 
-def find_shared_patient(data: DataSplits) -> str | None:
+def find_shared_patient(data: DataSplits, group_by: str | None = None) -> str | None:
     """Describe the first patient that two splits share, if there is one."""
     first: dict[str, tuple[str, str]] = {}
     for split, rows in data.items():
-        for case in sorted(set(case_ids(split, rows))):
-            patient = patient_of(case)
+        patients = patients_of_rows(split, rows, group_by)
+        cases = case_ids(split, rows) or patients
+        for case, patient in sorted(set(zip(cases, patients, strict=bool(patients)))):
             other, other_case = first.setdefault(patient, (split, case))
             if other != split:
                 return f"Patient {patient} is in the splits {other} (case {other_case}) and {split} (case {case})."

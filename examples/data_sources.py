@@ -7,13 +7,14 @@ from typing import Any
 
 import datasets
 from arguments import DataArguments
-from case_names import case_ids
+from case_names import BY_FOLDER, NO_GROUPS, patients_of_rows
 from data_checks import (
     DataSplits,
     check_first_rows,
     check_images_and_masks,
     check_leaks,
     check_paths,
+    find_shared_patient,
     image_columns,
 )
 from image_folders import SPLITS, describe_layout, image_mask_folders, pair_images_and_masks
@@ -21,7 +22,6 @@ from processes import exit_on
 
 from dataset_scripts.brats_slices import BratsSlices, split_patients
 from dataset_scripts.phantom import VERSION, write_phantom_cohort
-from sam2unet_hf.cases_sam2unet import patient_of
 from sam2unet_hf.labels_sam2unet import NUMBERINGS, numberings_of, region_ids
 from sam2unet_hf.scans_sam2unet import MODALITIES
 from sam2unet_hf.training import ImageRows, ParquetRows, open_parquet
@@ -38,6 +38,8 @@ def load_data(args: DataArguments) -> DataSplits:
 
     Of its columns of images it has those of the chosen images and masks alone.
     """
+    if args.group_by is not None and args.dataset_name is None:
+        raise SystemExit("--group_by goes with --dataset_name: the names of scans tell their patients. Leave it out.")
     folders = {} if args.dataset_name is None else image_mask_folders(Path(args.dataset_name))
     if args.streaming and (args.dataset_name is None or folders):
         raise SystemExit(
@@ -56,8 +58,11 @@ def load_data(args: DataArguments) -> DataSplits:
         with exit_on(OSError, RuntimeError, ValueError, prefix=f"--dataset_name {args.dataset_name}: "):
             data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)  # nosec B615 # rows, no code
             check_paths(data, args.dataset_name)
+    group_by = args.group_by or (BY_FOLDER if folders else None)
+    if group_by == BY_FOLDER:
+        warn_of_folders(data)
     if not args.streaming:
-        data = with_all_splits(data, args.split_seed)
+        data = with_all_splits(data, args.split_seed, group_by)
     columns, mask_column = find_columns(data, args)
     if args.dataset_name is not None and args.modalities and not {*columns} & {*MODALITIES}:
         logger.warning("--modalities is not used: the images are in the column %s.", columns[0])
@@ -70,8 +75,8 @@ def load_data(args: DataArguments) -> DataSplits:
         train = data["train"]
         held = train.num_bytes / len(train) * min(args.shuffle_buffer, len(train))
         logger.info("Streaming %d training rows; each reader holds about %.0f MB of them.", len(train), held / 1e6)
-    # Images of two patients may have the same name, in two folders.
-    check_leaks(data, columns, has_patients=not folders, allow_leaks=args.allow_leaks)
+    # Images of two patients may have the same name, in two folders, and folders of two splits may be no patients.
+    check_leaks(data, columns, NO_GROUPS if group_by == BY_FOLDER else group_by, args.allow_leaks)
     return data
 
 
@@ -125,14 +130,30 @@ def named_splits(data: DataSplits) -> dict[str, Any]:
     return named
 
 
-def with_all_splits(data: DataSplits, seed: int) -> datasets.DatasetDict:
+def warn_of_folders(data: DataSplits) -> None:
+    """Warn that the folders below those of the images are taken for patients, or that splits share such a folder."""
+    advice = "If they are something else, pass --group_by none, or the rule that tells the patient."
+    below = {
+        split: rows.select([index for index, name in enumerate(rows["case_id"]) if "/" in name])
+        for split, rows in data.items()
+    }
+    if len(data) > 1 and (shared := find_shared_patient(below, BY_FOLDER)):
+        logger.warning(
+            "%s A patient must be in one split alone, and folders of images are patients. %s", shared, advice
+        )
+    elif len(data) == 1 and (names := sorted({*patients_of_rows("train", below["train"], BY_FOLDER)})):
+        text = "The %d folders with images in them, such as %s, are taken for patients, and kept whole in a split. %s"
+        logger.warning(text, len(names), ", ".join(names[:3]), advice)
+
+
+def with_all_splits(data: DataSplits, seed: int, group_by: str | None = None) -> datasets.DatasetDict:
     """Name the splits train, validation and test; split the training rows, by patient, if there is no validation."""
     named = named_splits(data)
     if "train" not in named:
         raise SystemExit(f"The data set has no split named train, only {', '.join(data)}.")
     if "validation" not in named:
         train = named["train"]
-        groups = [patient_of(case) for case in case_ids("train", train)] or list(map(str, range(len(train))))
+        groups = patients_of_rows("train", train, group_by) or list(map(str, range(len(train))))
         split_of = {group: split for split, names in split_patients(groups, seed).items() for group in names}
         if "test" in named:  # the data has its own test split, so train on what would be another
             split_of = {group: "train" if split == "test" else split for group, split in split_of.items()}
@@ -140,7 +161,10 @@ def with_all_splits(data: DataSplits, seed: int) -> datasets.DatasetDict:
             if rows := [index for index, group in enumerate(groups) if split_of[group] == split]:
                 named[split] = train.select(rows)
         if "validation" not in named:
-            raise SystemExit(f"{len(train)} images of {len(split_of)} cases are too few to train and to validate.")
+            advice = "" if len(split_of) == len(train) else " If they are no patients, pass --group_by none."
+            raise SystemExit(
+                f"{len(train)} images of {len(split_of)} cases are too few to train and to validate.{advice}"
+            )
         counts = ", ".join(f"{len(named[split])} {split}" for split in SPLITS if split in named)
         logger.warning("The data set has no validation split; cut it into %s.", counts)
     if empty := [split for split, rows in named.items() if not len(rows)]:

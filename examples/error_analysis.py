@@ -41,7 +41,15 @@ logger = logging.getLogger("error_analysis")
 # Options that are taken from the run unless they are given; those of scans only from a run on scans.
 SCAN_OPTIONS = ("slices", "plane", "min_tumor_pixels", "modalities", "skip_bad_cases")
 DATA_OPTIONS = ("dataset_name", "dataset_config_name", "brats_dir", "image_column", "mask_column", "split_seed")
-SPLIT_OPTIONS = ("split_seed", "slices", "plane", "min_tumor_pixels", "modalities")  # they make the test split
+DATA_OPTIONS += ("group_by",)
+SPLIT_OPTIONS = (
+    "split_seed",
+    "group_by",
+    "slices",
+    "plane",
+    "min_tumor_pixels",
+    "modalities",
+)  # they make the test split
 
 
 @dataclass
