@@ -92,6 +92,11 @@ class DataArguments:
         "Regions to segment, NAME=ID[,ID...] each, nested or disjoint. Default: WT=1,2,3 for BraTS, else "
         "one region per id in the masks; with --model_name_or_path those of the model.",
     )
+    binarize: bool = option(
+        False,
+        "Take masks that are black and white with blurred edges, as resizing and JPEG leave them: values above 128 of "
+        "255 are foreground, label id 1, and the rest is background.",
+    )
     modalities: list[str] | None = option(
         None,
         "Modalities of the scans that an image is made of, in this order. Default: those of the model, or flair.",

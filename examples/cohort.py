@@ -51,7 +51,7 @@ def load_cohort(path: str, args: DataArguments, regions: dict[str, list[int]] | 
             rows = join(data)
     try:
         columns, mask_column = find_columns({COHORT: rows}, args)
-        _, label_mapping = find_regions({COHORT: rows}, columns, mask_column, regions)
+        _, label_mapping = find_regions({COHORT: rows}, columns, mask_column, regions, binarize=args.binarize)
     except SystemExit as err:
         raise SystemExit(f"--test_dir {path}: {err}") from err
     images = make_images({COHORT: rows}, columns, mask_column, args.neighbours)[COHORT]

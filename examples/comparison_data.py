@@ -12,10 +12,12 @@ from case_names import case_ids, case_names
 from data_sources import find_columns, find_regions, load_data, make_images
 from plots import grey_values
 from predictions import predict_label_maps
+from processes import exit_on
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.regions_sam2unet import parse_regions
 from sam2unet_hf.training import ImageRows, SegmentationTransform, collate
 from sam2unet_hf.training.augmentation import augmentation
 
@@ -34,14 +36,15 @@ class ComparisonData:
 
     def __init__(self, args: argparse.Namespace):
         # Of a phantom, take the slices that show enough tumour.
-        data_args = DataArguments(
-            args.data, modalities=args.modalities, slices=["tumor"], min_tumor_pixels=20, allow_leaks=args.allow_leaks
-        )
+        same = {name: getattr(args, name) for name in ("modalities", "allow_leaks", "group_by", "binarize")}
+        data_args = DataArguments(args.data, slices=["tumor"], min_tumor_pixels=20, **same)
+        with exit_on(ValueError, prefix="--regions: "):
+            regions = None if args.regions is None else parse_regions(args.regions)
         self.splits = load_data(data_args)
         if "test" not in self.splits:
             raise SystemExit("The data set has no split named test, which the systems are scored on.")
         columns, mask_column = find_columns(self.splits, data_args)
-        self.regions, label_mapping = find_regions(self.splits, columns, mask_column, None)
+        self.regions, label_mapping = find_regions(self.splits, columns, mask_column, regions, binarize=args.binarize)
         self.images = make_images(self.splits, columns, mask_column)
         self.augment = augmentation(*(name for name in args.augmentation if name != "none"))
         size = {"height": args.image_size, "width": args.image_size}

@@ -17,6 +17,16 @@ import pyarrow.compute as pc
 from case_names import case_ids, case_names, patients_of_rows
 from datasets.utils import tqdm
 from huggingface_hub.constants import HF_HUB_CACHE
+from mask_values import (
+    IGNORED,
+    LabelIds,
+    MaskValues,
+    black_and_white_mapping,
+    check_grey,
+    check_mixture,
+    check_transparency,
+    read_black_and_white,
+)
 from PIL import ExifTags, Image
 from processes import exit_on
 
@@ -126,51 +136,88 @@ def check_first_rows(
     columns: Sequence[str],
     mask_column: str,
     regions: dict[str, list[int]] | None,
-) -> list[int]:
+    binarize: bool,
+) -> LabelIds:
     """Check the first 100 rows of each streamed split, and return the ids of the regions, which must be given."""
-    if regions is None:
+    masks = MaskValues()
+    if regions is None and not binarize:
         raise SystemExit(
             "--streaming does not read all masks beforehand to find the ids in them. Name what to segment, such as by "
             "--regions foreground=1."
         )
-    ids = {label_id for label_ids in regions.values() for label_id in label_ids}
     for split, rows in data.items():
-        found = check_images_and_masks(split, rows.head(100), columns, mask_column)
-        if 255 in found and not found & ids:
+        check_images_and_masks(split, rows.head(100), columns, mask_column, masks, binarize)
+    if binarize:
+        ids = read_black_and_white(masks)
+        return LabelIds([1], black_and_white_mapping(range(1, 256)) if ids.mapping else {}, ids.note)
+    ids = {label_id for label_ids in regions.values() for label_id in label_ids}
+    if IGNORED not in ids:
+        check_mixture(masks, sorted(masks.values() - {0, IGNORED}))
+    for split in data:
+        found = masks.values(split)
+        if IGNORED in found and not found & ids:
             raise SystemExit(
                 f"The first masks of {split} hold {sorted(found)}, of which 255 is ignored, and none is of a region: "
                 f"{regions}. With --streaming masks must hold label ids, such as 1 for the foreground."
             )
-    return sorted(ids)
+    return LabelIds(sorted(ids), {})
 
 
-def check_images_and_masks(split: str, rows: datasets.Dataset, columns: Sequence[str], mask_column: str) -> set[int]:
-    """Read every image and mask once before training, which takes hours, and return the label ids in the masks."""
+def check_images_and_masks(
+    split: str,
+    rows: datasets.Dataset,
+    columns: Sequence[str],
+    mask_column: str,
+    masks: MaskValues | None = None,
+    binarize: bool = False,
+) -> set[int]:
+    """Read every image and mask once before training, which takes hours.
+
+    Args:
+        split: Name of the split, for messages.
+        rows: Its rows.
+        columns: Columns of the images.
+        mask_column: Column of the masks.
+        masks: Keeps the values of the masks.
+        binarize: Masks are black and white, perhaps with blurred edges.
+
+    Returns:
+        The label ids in the masks of the split.
+    """
     transform = SegmentationTransform(Sam2UNetImageProcessor())
     files = rows.select_columns(list(dict.fromkeys([*columns, mask_column])))
     for column in files.column_names:
         files = files.cast_column(column, datasets.Image(decode=False))
+    masks = MaskValues() if masks is None else masks
     found: set[int] = set()
     for index, case in enumerate(tqdm(case_names(rows), desc=f"Checking {split} images and masks", unit="image")):
         row, name = files[index], f"{split} image {case}"
         images = [read_picture(row[column], name, "it") for column in columns]
         mask = read_picture(row[mask_column], name, "its mask")
-        if mask.format in ("JPEG", "MPO"):
-            raise SystemExit(f"{name}: its mask is a JPEG, which blurs label ids. Save masks as PNG.")
+        if mask.format in ("JPEG", "MPO") and not binarize:
+            raise SystemExit(
+                f"{name}: its mask is a JPEG, which blurs label ids. Save masks as PNG, or pass --binarize if they "
+                "are black and white."
+            )
         with exit_on(ValueError, prefix=f"{name}: "):
             for image in images:
                 transform.processor.process_image(image.image, do_convert_rgb=True, do_rescale=True)
             label_map = transform.to_label_ids(mask.image)
         for image in images:
             check_alignment(image, mask, name)
-        for part in label_map.split(1024):  # `unique` sorts a copy, which for a whole mask would double the memory
-            found.update(part.unique().tolist())
+        check_transparency(mask.image, label_map, name)
+        path = row[mask_column]["path"]
+        file = path if path and os.path.exists(path) else f"the mask of {name}"
+        found |= masks.add(split, label_map, file)
+        if binarize:
+            check_grey(label_map, file)
         if beyond := sorted(label_id for label_id in found if not 0 <= label_id < 2**16):
             raise SystemExit(f"{name}: its mask holds the label {beyond[0]}. Label ids are 0 (background) to 65535.")
-        if len(found) > 64:
+        if len(found) > 64 and not binarize:
             raise SystemExit(
                 f"The masks up to {name} hold more than 64 different values, such as {sorted(found)[:8]}. Are they "
-                "photographs, or saved as JPEG, which blurs ids? Save label ids as PNG."
+                "photographs, or saved as JPEG, which blurs ids? Save label ids as PNG, or pass --binarize if the "
+                "masks are black and white with blurred edges."
             )
     return found
 

@@ -18,6 +18,7 @@ from data_checks import (
     image_columns,
 )
 from image_folders import SPLITS, describe_layout, image_mask_folders, pair_images_and_masks
+from mask_values import LabelIds, MaskValues, read_black_and_white, read_label_ids, warn_of_untrained
 from processes import exit_on
 
 from dataset_scripts.brats_slices import BratsSlices, split_patients
@@ -207,38 +208,57 @@ def find_regions(
     mask_column: str,
     regions: dict[str, list[int]] | None,
     labels: str | None = None,
+    binarize: bool = False,
 ) -> tuple[dict[str, list[int]], dict[int, int]]:
     """Check images and masks; return the regions to segment, and ids to replace in the masks, such as `{255: 1}`.
 
-    `labels` is the numbering that the masks of scans had, if it was told.
+    `labels` is the numbering that the masks of scans had, if it was told; with `binarize` masks are black and white.
     """
-    rows, mapping = next(iter(data.values())), {}
-    hint = ""
+    rows = next(iter(data.values()))
     if "wt_pixels" in rows.column_names:  # the BraTS builder has checked its masks
+        if binarize:
+            raise SystemExit("--binarize is for masks that are black and white; those of scans hold label ids.")
         cases = {str(case) for case in rows["case_id"]} if "case_id" in rows.column_names else {""}
         # What the names of cases do not tell, such as the year in that of a folder, the builder knew.
         numberings = [labels] if labels else {name for case in cases for name in numberings_of(case, new_ending=True)}
         ids = sorted({label_id for name in numberings for label_id in NUMBERINGS[name].ids.values()})
-        hint = "" if 4 in ids else " (BraTS' label 4 is 3 here)"
+        masks = LabelIds(ids, {}, "" if 4 in ids else " (BraTS' label 4 is 3 here)")
         regions = regions or {"WT": region_ids(numberings)["WT"]}
+        ids_of_split = {split: ids_of_slices(rows) for split, rows in data.items()}
     elif isinstance(rows, ParquetRows):
-        ids = check_first_rows(data, columns, mask_column, regions)
+        masks = check_first_rows(data, columns, mask_column, regions, binarize)
+        ids_of_split = {}
     else:
-        found = set().union(*(check_images_and_masks(*item, columns, mask_column) for item in data.items()))
-        ids = sorted(found - {0, 255})
-        if not ids and 255 in found:
-            logger.warning("The masks hold 0 and 255 only: taking 255 as the foreground, label id 1.")
-            ids, mapping, hint = [1], {255: 1}, " (255 is taken as 1)"
-        elif not ids:
+        found = MaskValues()
+        for split, rows in data.items():
+            check_images_and_masks(split, rows, columns, mask_column, found, binarize)
+        if found.values() <= {0}:
             raise SystemExit(f"The masks in column {mask_column!r} are all background (0).")
-        elif 255 in found:
-            logger.warning("Pixels of 255 in the masks are ignored in training and evaluation.")
-        if regions is None:
-            regions = {"foreground": ids} if ids == [1] else {f"class_{label_id}": [label_id] for label_id in ids}
+        masks = read_black_and_white(found) if binarize else read_label_ids(found, regions)
+        ids_of_split = {split: {masks.mapping.get(value, value) for value in found.values(split)} for split in data}
+    ids = masks.ids
+    if regions is None:
+        regions = {"foreground": ids} if ids == [1] else {f"class_{label_id}": [label_id] for label_id in ids}
     for name, label_ids in regions.items():
         if not set(label_ids) & set(ids):
-            raise SystemExit(f"Region {name} has the label ids {label_ids}, the masks hold {ids}{hint}.")
+            raise SystemExit(f"Region {name} has the label ids {label_ids}, the masks hold {ids}{masks.note}.")
         if missing := sorted(set(label_ids) - set(ids)):
-            logger.warning("No mask holds the label ids %s of region %s, only %s%s.", missing, name, ids, hint)
+            logger.warning("No mask holds the label ids %s of region %s, only %s%s.", missing, name, ids, masks.note)
+    warn_of_untrained(ids_of_split, regions)
     logger.info("Regions: %s.", regions)
-    return regions, mapping
+    return regions, masks.mapping
+
+
+def ids_of_slices(rows: datasets.Dataset) -> set[int]:
+    """Return which of the label ids 1 to 3 slices of the builder show, by their counts of pixels."""
+    counts = [
+        list(rows[f"{region}_pixels"]) for region in ("wt", "tc", "et") if f"{region}_pixels" in rows.column_names
+    ]
+    if len(counts) < 3 or any(None in column for column in counts):
+        return set()
+    core_without_enhancing, oedema, enhancing = 1, 2, 3
+    shown: set[int] = set()
+    for whole, core, et in zip(*counts, strict=True):
+        sizes = {core_without_enhancing: core - et, oedema: whole - core, enhancing: et}
+        shown |= {label_id for label_id, size in sizes.items() if size}
+    return shown

@@ -212,7 +212,7 @@ def analyse_split(
         raise SystemExit(f"--split {args.split}: the data set has {', '.join(data)}. Pass one of them.")
     columns, regions = find_columns(data, data_args), model.config.regions
     try:
-        _, mapping = find_regions(data, *columns, regions)
+        _, mapping = find_regions(data, *columns, regions, binarize=data_args.binarize)
     except SystemExit as err:
         raise SystemExit(f"{err} {args.model} segments {regions}: pass data with masks of these ids.") from err
     folder = prepare_folder(args.output_dir)

@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             data = load_data(data_args)
         columns, mask_column = find_columns(data, data_args)
         regions, label_mapping = from_main_process(
-            training_args, lambda: find_regions(data, columns, mask_column, requested, data_args.labels)
+            training_args,
+            lambda: find_regions(data, columns, mask_column, requested, data_args.labels, data_args.binarize),
         )
         images = make_images(data, columns, mask_column, data_args.neighbours)
     cohort = None
