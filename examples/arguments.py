@@ -97,6 +97,11 @@ class DataArguments:
         "Take masks that are black and white with blurred edges, as resizing and JPEG leave them: values above 128 of "
         "255 are foreground, label id 1, and the rest is background.",
     )
+    white_level: int | None = option(
+        None,
+        "Value that is white in images of more than 8 bits. Default: that of the model, or 1023, 4095 or 65535, the "
+        "least that no image exceeds.",
+    )
     modalities: list[str] | None = option(
         None,
         "Modalities of the scans that an image is made of, in this order. Default: those of the model, or flair.",

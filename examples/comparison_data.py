@@ -10,6 +10,7 @@ import numpy as np
 from arguments import DataArguments
 from case_names import case_ids, case_names
 from data_sources import find_columns, find_regions, load_data, make_images
+from image_depth import fit_white_level
 from plots import grey_values
 from predictions import predict_label_maps
 from processes import exit_on
@@ -44,11 +45,15 @@ class ComparisonData:
         if "test" not in self.splits:
             raise SystemExit("The data set has no split named test, which the systems are scored on.")
         columns, mask_column = find_columns(self.splits, data_args)
-        self.regions, label_mapping = find_regions(self.splits, columns, mask_column, regions, binarize=args.binarize)
+        self.regions, label_mapping, brightest = find_regions(
+            self.splits, columns, mask_column, regions, binarize=args.binarize
+        )
         self.images = make_images(self.splits, columns, mask_column)
-        self.augment = augmentation(*(name for name in args.augmentation if name != "none"))
         size = {"height": args.image_size, "width": args.image_size}
         self.processor = Sam2UNetImageProcessor(regions=self.regions, size=size)
+        fit_white_level(self.processor, brightest)
+        names = [name for name in args.augmentation if name != "none"]
+        self.augment = augmentation(*names, white_level=self.processor.white_level)
         self.transform = partial(SegmentationTransform, self.processor, label_mapping=label_mapping)
 
     def train(self) -> ImageRows:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from case_names import case_ids, case_names, patients_of_rows
 from datasets.utils import tqdm
 from huggingface_hub.constants import HF_HUB_CACHE
+from image_depth import brighter
 from mask_values import (
     IGNORED,
     LabelIds,
@@ -137,9 +138,9 @@ def check_first_rows(
     mask_column: str,
     regions: dict[str, list[int]] | None,
     binarize: bool,
+    masks: MaskValues,
 ) -> LabelIds:
     """Check the first 100 rows of each streamed split, and return the ids of the regions, which must be given."""
-    masks = MaskValues()
     if regions is None and not binarize:
         raise SystemExit(
             "--streaming does not read all masks beforehand to find the ids in them. Name what to segment, such as by "
@@ -178,13 +179,13 @@ def check_images_and_masks(
         rows: Its rows.
         columns: Columns of the images.
         mask_column: Column of the masks.
-        masks: Keeps the values of the masks.
+        masks: Keeps the values of the masks, and how bright the images are.
         binarize: Masks are black and white, perhaps with blurred edges.
 
     Returns:
         The label ids in the masks of the split.
     """
-    transform = SegmentationTransform(Sam2UNetImageProcessor())
+    transform = SegmentationTransform(Sam2UNetImageProcessor(white_level=65535))
     files = rows.select_columns(list(dict.fromkeys([*columns, mask_column])))
     for column in files.column_names:
         files = files.cast_column(column, datasets.Image(decode=False))
@@ -202,6 +203,7 @@ def check_images_and_masks(
         with exit_on(ValueError, prefix=f"{name}: "):
             for image in images:
                 transform.processor.process_image(image.image, do_convert_rgb=True, do_rescale=True)
+                masks.brightest = brighter(image.image, name, masks.brightest)
             label_map = transform.to_label_ids(mask.image)
         for image in images:
             check_alignment(image, mask, name)

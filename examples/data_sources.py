@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 from arguments import DataArguments
@@ -17,6 +17,7 @@ from data_checks import (
     find_shared_patient,
     image_columns,
 )
+from image_depth import Brightest
 from image_folders import SPLITS, describe_layout, image_mask_folders, pair_images_and_masks
 from mask_values import LabelIds, MaskValues, read_black_and_white, read_label_ids, warn_of_untrained
 from processes import exit_on
@@ -29,6 +30,21 @@ from sam2unet_hf.training import ImageRows, ParquetRows, open_parquet
 
 
 logger = logging.getLogger(__name__)
+
+
+class DataFacts(NamedTuple):
+    """What reading images and masks tells: the regions to segment, and how to read both.
+
+    Args:
+        regions: Name -> label ids.
+        label_mapping: Ids to replace in the masks, such as `{255: 1}`.
+        brightest: Of the images of more than 8 bits, if there are any.
+    """
+
+    regions: dict[str, list[int]]
+    label_mapping: dict[int, int]
+    brightest: Brightest | None
+
 
 DEFAULT_MODALITIES = ["flair"]
 MASK_COLUMNS = ("mask", "label", "labels", "annotation", "segmentation", "segmentation_mask", "masks")
@@ -209,12 +225,12 @@ def find_regions(
     regions: dict[str, list[int]] | None,
     labels: str | None = None,
     binarize: bool = False,
-) -> tuple[dict[str, list[int]], dict[int, int]]:
-    """Check images and masks; return the regions to segment, and ids to replace in the masks, such as `{255: 1}`.
+) -> DataFacts:
+    """Check images and masks; return the regions to segment, and how to read both.
 
     `labels` is the numbering that the masks of scans had, if it was told; with `binarize` masks are black and white.
     """
-    rows = next(iter(data.values()))
+    rows, found = next(iter(data.values())), MaskValues()
     if "wt_pixels" in rows.column_names:  # the BraTS builder has checked its masks
         if binarize:
             raise SystemExit("--binarize is for masks that are black and white; those of scans hold label ids.")
@@ -226,10 +242,9 @@ def find_regions(
         regions = regions or {"WT": region_ids(numberings)["WT"]}
         ids_of_split = {split: ids_of_slices(rows) for split, rows in data.items()}
     elif isinstance(rows, ParquetRows):
-        masks = check_first_rows(data, columns, mask_column, regions, binarize)
+        masks = check_first_rows(data, columns, mask_column, regions, binarize, found)
         ids_of_split = {}
     else:
-        found = MaskValues()
         for split, rows in data.items():
             check_images_and_masks(split, rows, columns, mask_column, found, binarize)
         if found.values() <= {0}:
@@ -246,7 +261,7 @@ def find_regions(
             logger.warning("No mask holds the label ids %s of region %s, only %s%s.", missing, name, ids, masks.note)
     warn_of_untrained(ids_of_split, regions)
     logger.info("Regions: %s.", regions)
-    return regions, masks.mapping
+    return DataFacts(regions, masks.mapping, found.brightest)
 
 
 def ids_of_slices(rows: datasets.Dataset) -> set[int]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from image_depth import Brightest
 from PIL import Image
 
 
@@ -27,14 +28,16 @@ class LabelIds(NamedTuple):
 
 
 class MaskValues:
-    """The values in the masks of a data set.
+    """The values in the masks of a data set, and how bright their images are.
 
     Attributes:
         first: The first mask that holds just these values, by split and values.
         counts: Pixels of each value.
+        brightest: Of the images of more than 8 bits.
     """
 
     def __init__(self) -> None:
+        self.brightest: Brightest | None = None
         self.first: dict[tuple[str, frozenset[int]], str] = {}
         self.counts: Counter[int] = Counter()
 

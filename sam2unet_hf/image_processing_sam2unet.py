@@ -47,6 +47,8 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
             lowest slice to the highest, the slice itself in the middle.
         head_crop_size: Height and width in pixels, multiples of 32, of the window about the head; `size` then counts
             for nothing. `None` resizes whole images.
+        white_level: Value that is white in images of integers other than bytes, such as 4095 of a camera with 12
+            bits. `None` takes 65535 if a value is over 255 or they are unsigned 16-bit, else 255.
         kwargs: `do_resize`, `size`, `resample`, `do_rescale`, `rescale_factor`, `do_normalize`, `image_mean`,
             `image_std` and `do_convert_rgb`, as in any image processor. Mean and standard deviation are by default
             those of ImageNet, for other than three channels the mean over its three.
@@ -85,6 +87,7 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
         num_channels: int = 3,
         neighbours: int = 0,
         head_crop_size: Mapping[str, int] | None = None,
+        white_level: int | None = None,
         **kwargs: Any,
     ):
         if num_channels != 3:
@@ -99,7 +102,10 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
         self.num_channels = num_channels
         self.neighbours = neighbours
         self.head_crop_size = None if head_crop_size is None else dict(head_crop_size)
+        self.white_level = white_level
         self.check_channels()
+        if white_level is not None and not 255 <= white_level <= 65535:
+            raise ValueError(f"`white_level` must be a value from 255 to 65535, such as 4095, got {white_level}.")
 
     def check_channels(self) -> None:
         """Raise a `ValueError` if channels, neighbours, normalisation and window do not fit each other."""
@@ -129,7 +135,7 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any):
         """Build an image processor from the attributes of its JSON file, with `kwargs` over them."""
         # transformers would set ours past the constructor, which checks them.
-        names = ("regions", "modalities", "plane", "num_channels", "neighbours", "head_crop_size")
+        names = ("regions", "modalities", "plane", "num_channels", "neighbours", "head_crop_size", "white_level")
         own: dict[str, Any] = {name: kwargs.pop(name) for name in names if name in kwargs}
         return super().from_dict({**image_processor_dict, **own}, **kwargs)
 
@@ -150,10 +156,11 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
             images: One image or a list of them: PIL images, NumPy arrays or torch tensors, grey `(height, width)` or
                 with 1 or `num_channels` channels first or last (first where both fit and `input_data_format` does not
                 say; alpha, a fourth channel where there should be three, is dropped); a 4-D array is a list of
-                images. 8-bit images are taken as 0..255, unsigned 16-bit ones as 0..65535, other integers as 0..255
-                if no value is larger, else as 0..65535; floats as 0..1 if no value is larger, else as 0..255. With
-                `do_rescale=False` values are taken as they are. An EXIF orientation is ignored, unlike in `datasets`
-                and in pipelines: turn photographs upright first (`PIL.ImageOps.exif_transpose`).
+                images. 8-bit images are taken as 0..255, other integers as 0..`white_level`: by default unsigned
+                16-bit ones as 0..65535, others as 0..255 if no value is larger, else as 0..65535. Floats are taken as
+                0..1 if no value is larger, else as 0..255. With `do_rescale=False` values are taken as they are. An
+                EXIF orientation is ignored, unlike in `datasets` and in pipelines: turn photographs upright first
+                (`PIL.ImageOps.exif_transpose`).
             segmentation_maps: One map of label ids per image, of the image's size: `(height, width)`, or with a
                 single channel, or with three equal ones. For several images also one array `(batch_size, height,
                 width)`. Palette images give their indices, booleans 0 and 1.
@@ -199,7 +206,7 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
                 image = image[..., :1]  # a grey picture that was saved as RGB
         image = to_channels_first(image, input_data_format, self.num_channels)
         if do_rescale:
-            image = to_byte_range(image)
+            image = to_byte_range(image, self.white_level)
         if image.shape[0] == 4 and self.num_channels == 3:
             image = image[:3]
         if do_convert_rgb and image.shape[0] == 1:

@@ -45,7 +45,7 @@ def read(folder, regions=None, **options):
     """Load folders as the script does, and return regions and replaced ids."""
     args = DataArguments(dataset_name=str(folder), **options)
     data = load_data(args)
-    return find_regions(data, *find_columns(data, args), regions, binarize=args.binarize)
+    return find_regions(data, *find_columns(data, args), regions, binarize=args.binarize)[:2]
 
 
 def three_splits(folder, train, validation=None, test=None):
