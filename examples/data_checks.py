@@ -5,7 +5,6 @@ import io
 import logging
 import os
 import re
-import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,10 +27,11 @@ from mask_values import (
     check_transparency,
     read_black_and_white,
 )
-from PIL import ExifTags, Image
+from PIL import Image
 from processes import exit_on
 
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.pictures import inspect_picture, why_read_wrong
 from sam2unet_hf.training import ParquetRows, SegmentationTransform
 
 
@@ -236,13 +236,8 @@ def read_picture(file: dict[str, Any] | None, name: str, what: str) -> Picture:
     """Decode an image, `what` of the row `name`; refuse one that would be read in part only, or fill the memory."""
     content = file_bytes(file, name)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as opened:
-                # The other images of an MPO are previews.
-                pages = getattr(opened, "n_frames", 1) if opened.format != "MPO" else 1
-                form, orientation = opened.format, opened.getexif().get(ExifTags.Base.Orientation, 1)
-            picture = Picture(datasets.Image().decode_example(file), form, orientation)
+        facts = inspect_picture(content)
+        picture = Picture(datasets.Image().decode_example(file), facts.format, facts.orientation)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
         raise SystemExit(
             f"{name}: {what} has more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit. Cut image and mask into "
@@ -252,10 +247,8 @@ def read_picture(file: dict[str, Any] | None, name: str, what: str) -> Picture:
         where = f"; {file['path']}" if file is not None and file["path"] else ""
         reason = f"{str(err) or type(err).__name__}{where}"
         raise SystemExit(f"{name}: {what} cannot be read ({reason}). Save it anew, or remove the pair.") from err
-    if form == "TIFF" and orientation in (5, 6, 7, 8):  # Pillow 12 reads their rows with a wrong length from a path
-        raise SystemExit(f"{name}: {what} is a TIFF with the EXIF orientation {orientation}. Save it upright, as PNG.")
-    if pages > 1:
-        raise SystemExit(f"{name}: {what} has {pages} pages, of which one would be read. Save them as files.")
+    if fault := why_read_wrong(facts):
+        raise SystemExit(f"{name}: {what} {fault}")
     return picture
 
 

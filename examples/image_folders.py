@@ -1,13 +1,13 @@
 """Folders of images and masks: which layouts are read, and which files make a pair."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
+from processes import exit_on
 
+from sam2unet_hf.pictures import IMAGE_SUFFIXES, find_pictures
 
-logger = logging.getLogger(__name__)
 
 SPLITS = {
     "train": ("train", "training"),
@@ -17,7 +17,6 @@ SPLITS = {
 # Names of folders, in any case; the first one that is there is taken.
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
 MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "annotation", "segmentations", "segmentation", "gt")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def image_mask_folders(folder: Path) -> dict[str, tuple[Path, Path]]:
@@ -81,7 +80,8 @@ def pair_images_and_masks(image_dir: Path, mask_dir: Path) -> datasets.Dataset:
     """Pair the files of two folders by name, without regard to the suffix."""
     if not mask_dir.is_dir():
         raise SystemExit(f"{image_dir} has no masks beside it: expected a folder {mask_dir}.")
-    images, masks = find_images(image_dir), find_images(mask_dir)
+    with exit_on(ValueError):
+        images, masks = find_pictures(image_dir), find_pictures(mask_dir)
     if not images:
         raise SystemExit(f"{image_dir} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
     if unpaired := [str(images.get(name) or masks[name]) for name in sorted(images.keys() ^ masks.keys())]:
@@ -93,22 +93,3 @@ def pair_images_and_masks(image_dir: Path, mask_dir: Path) -> datasets.Dataset:
     paths = {"image": list(map(str, images.values())), "mask": [str(masks[name]) for name in images]}
     features = {"image": datasets.Image(), "mask": datasets.Image(), "case_id": datasets.Value("string")}
     return datasets.Dataset.from_dict({**paths, "case_id": list(images)}, features=datasets.Features(features))
-
-
-def find_images(folder: Path) -> dict[str, Path]:
-    """Return the images in a folder and its subfolders by their relative path without suffix."""
-    images: dict[str, Path] = {}
-    others = []
-    for path in [path for path in sorted(folder.rglob("*")) if not path.name.startswith(".")]:
-        name = str(path.relative_to(folder).with_suffix(""))
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            others += [path] if path.is_file() else []
-        elif not path.is_file():  # opening a pipe would wait forever
-            raise SystemExit(f"{path} is not a file, or a link to none. Remove it.")
-        elif name in images:
-            raise SystemExit(f"{images[name]} and {path} have the same name. Remove one.")
-        else:
-            images[name] = path
-    if others:
-        logger.warning("%d files in %s are no images, such as %s: not read.", len(others), folder, others[0])
-    return images

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from case_names import case_names
-from PIL import Image
 from plots import ShownCase
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from sam2unet_hf.pictures import write_label_map
 from sam2unet_hf.training import ImageRows, SegmentationTransform
 from sam2unet_hf.training.rows import size_of
 
@@ -41,8 +41,7 @@ def write_predictions(
             written = label_map
             for label_id, value in sorted(values_of.items()):
                 written = np.where(label_map == label_id, value, written)
-            dtype = np.uint8 if written.max() < 256 else np.uint16
-            Image.fromarray(written.astype(dtype)).save(folder / f"{name}.png")
+            write_label_map(written, folder / f"{name}.png")
 
 
 def choose_cases(
