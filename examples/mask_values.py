@@ -93,6 +93,8 @@ def read_label_ids(masks: MaskValues, regions: Mapping[str, Sequence[int]] | Non
     as_regions = " ".join(f"class_{value}={value}" for value in ids[:3])
     if grey and regions is None:
         examples = dict.fromkeys((ids[0], grey[0], grey[-1]))
+        if is_ignored:
+            as_regions += f" class_{IGNORED}={IGNORED}, without which 255 is ignored"
         raise SystemExit(
             f"The masks hold {', '.join(f'{value} (in {masks.mask_of(value)})' for value in examples)}: values beyond "
             f"{LARGEST_ID} may be label ids or grey. If they are label ids, name what to segment, such as --regions "
@@ -125,8 +127,8 @@ def check_mixture(masks: MaskValues, ids: Sequence[int]) -> None:
         return
     raise SystemExit(
         f"{other} holds nothing but 0 and {ids[0]}, and {white} nothing but 0 and 255. Masks are all of 0 and 255 or "
-        f"all of 0 and {ids[0]}: replace {ids[0]} by 255 in the others, or take both for the foreground by --regions "
-        f"foreground={ids[0]},255. If 255 marks pixels to ignore, remove masks that hold nothing else."
+        f"all of 0 and {ids[0]}: replace {ids[0]} by 255 in those like the first, or take both for the foreground by "
+        f"--regions foreground={ids[0]},255. If 255 marks pixels to ignore, remove masks that hold nothing else."
     )
 
 

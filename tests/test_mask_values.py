@@ -222,7 +222,10 @@ def test_255_is_a_class_if_a_region_names_it(tmp_path, caplog):
     assert read(folder, CELL_REGIONS) == (CELL_REGIONS, {})
     assert read(folder, {"cells": [128, 255]}) == ({"cells": [128, 255]}, {})
     assert "ignored" not in caplog.text
-    with pytest.raises(SystemExit, match=r"The masks hold 128 \(in \S+a.png\): .*--regions class_128=128"):
+    with pytest.raises(
+        SystemExit,
+        match=r"The masks hold 128 \(in \S+a.png\): .*class_128=128 class_255=255, without which 255 is ignored",
+    ):
         read(folder)
     assert load_cohort(str(folder), DataArguments(), CELL_REGIONS).label_mapping == {}
     white = three_splits(tmp_path / "white", {"a": DISC * 255})
