@@ -97,6 +97,16 @@ class DataArguments:
         "Regions to segment, NAME=ID[,ID...] each, nested or disjoint. Default: WT=1,2,3 for BraTS, else "
         "one region per id in the masks; with --model_name_or_path those of the model.",
     )
+    binarize: bool = option(
+        False,
+        "Take masks that are black and white with blurred edges, as resizing and JPEG leave them: values above 128 of "
+        "255 are foreground, label id 1, and the rest is background.",
+    )
+    white_level: int | None = option(
+        None,
+        "Value that is white in images of more than 8 bits. Default: that of the model, or 1023, 4095 or 65535, the "
+        "least that no image exceeds.",
+    )
     modalities: list[str] | None = option(
         None,
         "Modalities of the scans that an image is made of, in this order. Default: those of the model, or flair.",
@@ -119,6 +129,12 @@ class DataArguments:
     num_proc: int | None = option(None, "Processes that read the scans.")
     skip_bad_cases: bool = option(False, "Leave out scans that cannot be used, and list them.")
     split_seed: int = option(0, "Seed of the split by patient, for data without splits.")
+    group_by: str | None = option(
+        None,
+        "What tells the patients of --dataset_name, who are kept whole in splits: a column; a regular expression "
+        "whose first group in the path of an image is the patient; or none. Default: the folder below `images`, or a "
+        "column patient_id, patient, subject_id or subject, else case_id.",
+    )
     allow_leaks: bool = option(False, "Accept a patient or an image in two splits, which makes the scores too good.")
 
 

@@ -33,6 +33,7 @@ OWN_ATTRIBUTES = (
     "neighbours",
     "head_crop_size",
     "head_crop_scale",
+    "white_level",
 )
 
 
@@ -61,6 +62,8 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
         head_crop_scale: Whole number of times that the window is enlarged for the model (bilinear), which decides at a
             quarter of the resolution that it gets: 2 for voxels of 2 mm and more, in which a small tumour is only a
             few voxels wide.
+        white_level: Value that is white in images of integers other than bytes, such as 4095 of a camera with 12
+            bits. `None` takes 65535 if a value is over 255 or they are unsigned 16-bit, else 255.
         kwargs: `do_resize`, `size`, `resample`, `do_rescale`, `rescale_factor`, `do_normalize`, `image_mean`,
             `image_std` and `do_convert_rgb`, as in any image processor. Mean and standard deviation are by default
             those of ImageNet, for other than three channels the mean over its three.
@@ -100,6 +103,7 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
         neighbours: int = 0,
         head_crop_size: Mapping[str, int] | None = None,
         head_crop_scale: int = 1,
+        white_level: int | None = None,
         **kwargs: Any,
     ):
         if num_channels != 3:
@@ -115,7 +119,10 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
         self.neighbours = neighbours
         self.head_crop_size = None if head_crop_size is None else dict(head_crop_size)
         self.head_crop_scale = head_crop_scale
+        self.white_level = white_level
         self.check_channels()
+        if white_level is not None and not 255 <= white_level <= 65535:
+            raise ValueError(f"`white_level` must be a value from 255 to 65535, such as 4095, got {white_level}.")
 
     def check_channels(self) -> None:
         """Raise a `ValueError` if channels, neighbours, normalisation and window do not fit each other."""
@@ -171,10 +178,11 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
             images: One image or a list of them: PIL images, NumPy arrays or torch tensors, grey `(height, width)` or
                 with 1 or `num_channels` channels first or last (first where both fit and `input_data_format` does not
                 say; alpha, a fourth channel where there should be three, is dropped); a 4-D array is a list of
-                images. 8-bit images are taken as 0..255, unsigned 16-bit ones as 0..65535, other integers as 0..255
-                if no value is larger, else as 0..65535; floats as 0..1 if no value is larger, else as 0..255. With
-                `do_rescale=False` values are taken as they are. An EXIF orientation is ignored, unlike in `datasets`
-                and in pipelines: turn photographs upright first (`PIL.ImageOps.exif_transpose`).
+                images. 8-bit images are taken as 0..255, other integers as 0..`white_level`: by default unsigned
+                16-bit ones as 0..65535, others as 0..255 if no value is larger, else as 0..65535. Floats are taken as
+                0..1 if no value is larger, else as 0..255. With `do_rescale=False` values are taken as they are. An
+                EXIF orientation is ignored, unlike in `datasets` and in pipelines: turn photographs upright first
+                (`PIL.ImageOps.exif_transpose`).
             segmentation_maps: One map of label ids per image, of the image's size: `(height, width)`, or with a
                 single channel, or with three equal ones. For several images also one array `(batch_size, height,
                 width)`. Palette images give their indices, booleans 0 and 1.
@@ -221,7 +229,7 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
                 image = image[..., :1]  # a grey picture that was saved as RGB
         image = to_channels_first(image, input_data_format, self.num_channels)
         if do_rescale:
-            image = to_byte_range(image)
+            image = to_byte_range(image, self.white_level)
         if image.shape[0] == 4 and self.num_channels == 3:
             image = image[:3]
         if do_convert_rgb and image.shape[0] == 1:
