@@ -85,7 +85,7 @@ def run(args: argparse.Namespace, name: str, data: Path, steps: int) -> Path:
     words = [sys.executable, SCRIPT, "--dataset_name", data, "--modalities", *args.modalities, "--preset", args.preset]
     words += ["--max_steps", steps, *COMMON, *ARMS[name], "--regions", *args.regions]
     words += ["--dataloader_num_workers", args.num_workers, *args.options]
-    options_hash = zlib.crc32(" ".join(map(str, words)).encode())
+    options_hash = zlib.crc32(" ".join(map(str, words[2:])).encode())
     output_dir = args.work / f"{data.parent.name}-{data.name}-{name}-{steps}-{options_hash:08x}"
     if (output_dir / "all_results.json").exists():
         return output_dir
