@@ -53,7 +53,8 @@ class ModelArguments:
     head_crop_size: list[str] | None = option(
         None,
         "Crop images to a window about the head instead of resizing them: its height and width in pixels, multiples "
-        "of 32, or auto, the smallest that holds each head of the training images. Default: as the checkpoint does.",
+        "of 32 when enlarged, or auto, the smallest that holds each head of the training images. Default: as the "
+        "checkpoint does.",
     )
     head_crop_scale: int | None = option(
         None,
@@ -65,6 +66,8 @@ class ModelArguments:
         words = self.head_crop_size
         if words not in (None, ["auto"]) and (len(words) != 2 or not all(map(str.isdecimal, words))):
             raise ValueError(f"--head_crop_size takes auto, or height and width in pixels, got {' '.join(words)}.")
+        if self.head_crop_scale is not None and self.head_crop_scale < 1:
+            raise ValueError(f"--head_crop_scale must be a whole number from 1 up, got {self.head_crop_scale}.")
 
 
 @dataclass

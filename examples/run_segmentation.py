@@ -200,7 +200,7 @@ def choose_image_options(args: ModelArguments, rows: ImageRows) -> dict[str, Any
     options: dict[str, Any] = {"num_channels": rows.num_channels, "neighbours": rows.neighbours}
     if args.head_crop_size == ["auto"]:
         with exit_on(ValueError, prefix="--head_crop_size auto: "):
-            options["head_crop_size"] = choose_head_crop_size(rows.head_boxes())
+            options["head_crop_size"] = choose_head_crop_size(rows.head_boxes(), args.head_crop_scale or 1)
     elif args.head_crop_size is not None:
         options["head_crop_size"] = dict(zip(("height", "width"), map(int, args.head_crop_size), strict=True))
     if args.head_crop_scale is not None:

@@ -57,8 +57,8 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
         num_channels: Channels of the model. Grey images are repeated to them; other images must have as many.
         neighbours: Slices below and above each slice that are channels, too: of each modality in turn, from the
             lowest slice to the highest, the slice itself in the middle.
-        head_crop_size: Height and width in pixels, multiples of 32, of the window about the head; `size` then counts
-            for nothing. `None` resizes whole images.
+        head_crop_size: Height and width in pixels of the window about the head, which `head_crop_scale` turns into
+            multiples of 32; `size` then counts for nothing. `None` resizes whole images.
         head_crop_scale: Whole number of times that the window is enlarged for the model (bilinear), which decides at a
             quarter of the resolution that it gets: 2 for voxels of 2 mm and more, in which a small tumour is only a
             few voxels wide.
@@ -139,19 +139,19 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
                     f"`{name}` must have one value per channel, got {len(values)} for `num_channels` "
                     f"{self.num_channels}. Leave it out for the default."
                 )
-        size = self.head_crop_size
-        if size is not None and (
-            size.keys() != {"height", "width"} or any(side < 64 or side % 32 for side in size.values())
-        ):
-            raise ValueError(
-                "`head_crop_size` must be a height and a width in pixels, multiples of 32 from 64 up, such as "
-                f"{{'height': 160, 'width': 192}}, got {size}."
-            )
-        scale = self.head_crop_scale
+        size, scale = self.head_crop_size, self.head_crop_scale
         if isinstance(scale, bool) or not isinstance(scale, int) or scale < 1 or (scale > 1 and size is None):
             raise ValueError(
                 "`head_crop_scale` must be a whole number from 1 up, and enlarges the window of `head_crop_size`, got "
                 f"{scale!r} with `head_crop_size` {size}."
+            )
+        if size is not None and (
+            size.keys() != {"height", "width"} or any(side * scale < 64 or side * scale % 32 for side in size.values())
+        ):
+            enlarged = f", {scale} times enlarged" if scale > 1 else ""
+            raise ValueError(
+                f"`head_crop_size` must be a height and a width in pixels,{enlarged} multiples of 32 from 64 up, such "
+                f"as {{'height': 160, 'width': 192}}, got {size}."
             )
 
     @classmethod

@@ -263,6 +263,7 @@ def test_attributes_survive_saving(tmp_path):
         ({"head_crop_size": {"height": 160}}, r"`head_crop_size` must be .* got \{'height': 160\}"),
         ({"head_crop_size": {"height": 160, "width": 100}}, "multiples of 32 from 64 up, .* 'width': 100"),
         ({"head_crop_size": {"height": 32, "width": 96}}, "multiples of 32 from 64 up, .* got {'height': 32"),
+        ({"head_crop_size": {"height": 40, "width": 96}, "head_crop_scale": 2}, "2 times enlarged multiples of 32"),
         ({"neighbours": 2}, "got `num_channels` 3 and `neighbours` 2"),
         ({"neighbours": -1}, "got `num_channels` 3 and `neighbours` -1"),
         ({"num_channels": 0}, "got `num_channels` 0 and"),
