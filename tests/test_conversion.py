@@ -11,6 +11,7 @@ import pytest
 import torch
 from common import (
     BRATS_REGIONS,
+    reference_config,
     reference_facts,
     reference_image,
     reference_state_dict,
@@ -92,21 +93,21 @@ def test_reference_file_gives_the_model_of_its_state_dict(tmp_path, layout):
         state_dict = {f"module.{name}": value for name, value in state_dict.items()}
     path = tmp_path / "SAM2UNet-30.pth"
     torch.save({layout: state_dict, "epoch": 30} if layout in ("model", "state_dict") else state_dict, path)
-    expected = convert_reference_checkpoint(reference(), small_config(**REFERENCE_CONFIG))
+    expected = convert_reference_checkpoint(reference(), reference_config(**REFERENCE_CONFIG))
     for source in (path, str(path)):
-        model = convert_reference_checkpoint(source, small_config(**REFERENCE_CONFIG))
+        model = convert_reference_checkpoint(source, reference_config(**REFERENCE_CONFIG))
         assert not model.training
         assert_equal_weights(model, expected)
 
 
 def test_reference_state_dict_of_distributed_training_converts():
     wrapped = {f"module.{name}": value for name, value in reference().items()}
-    model = convert_reference_checkpoint(wrapped, small_config(**REFERENCE_CONFIG))
-    assert_equal_weights(model, convert_reference_checkpoint(reference(), small_config(**REFERENCE_CONFIG)))
+    model = convert_reference_checkpoint(wrapped, reference_config(**REFERENCE_CONFIG))
+    assert_equal_weights(model, convert_reference_checkpoint(reference(), reference_config(**REFERENCE_CONFIG)))
 
 
 def test_converted_model_survives_saving(tmp_path):
-    model = convert_reference_checkpoint(reference(), small_config(**REFERENCE_CONFIG))
+    model = convert_reference_checkpoint(reference(), reference_config(**REFERENCE_CONFIG))
     model.save_pretrained(tmp_path)
     loaded = Sam2UNetForSemanticSegmentation.from_pretrained(tmp_path)
     with torch.inference_mode():
@@ -143,7 +144,7 @@ def test_reference_that_does_not_fit_raises(change, match):
     weights = dict(reference())
     change(weights)
     with pytest.raises(ValueError, match=f"weights in the state dict do not fit SAM2-UNet .*{match}"):
-        convert_reference_checkpoint(weights, small_config(**REFERENCE_CONFIG))
+        convert_reference_checkpoint(weights, reference_config(**REFERENCE_CONFIG))
 
 
 def test_reference_with_the_configuration_of_another_size_raises(tmp_path):
@@ -266,7 +267,7 @@ def preset_state_dict(preset):
 
 
 def test_reference_names_of_the_fixture_are_all_told_apart():
-    names = {reference_name(name) for name in Sam2UNetForSemanticSegmentation(small_config()).state_dict()}
+    names = {reference_name(name) for name in Sam2UNetForSemanticSegmentation(reference_config()).state_dict()}
     expected = {name for name in reference_facts()["state_dict"] if not name.startswith("up4.")}
     assert names == expected
 
@@ -393,11 +394,8 @@ def test_from_sam2_without_channels_raises(sam2_folder):
 
 
 def test_reference_is_inflated_for_more_channels(tmp_path):
-    three = convert_reference_checkpoint(reference(), small_config(**REFERENCE_CONFIG))
-    backbone_config = small_backbone_config(num_channels=6)
-    model = convert_reference_checkpoint(
-        reference(), small_config(backbone_config=backbone_config, **REFERENCE_CONFIG)
-    )
+    three = convert_reference_checkpoint(reference(), reference_config(**REFERENCE_CONFIG))
+    model = convert_reference_checkpoint(reference(), reference_config(num_channels=6, **REFERENCE_CONFIG))
     assert_equal_channels_give_the_same(model, three)
     torch.save(preset_state_dict("tiny"), tmp_path / "reference.pth")
     model = convert_reference_checkpoint(tmp_path / "reference.pth", num_channels=4)
@@ -417,7 +415,7 @@ def original_checkpoint(sam2):
 @pytest.mark.parametrize("prefix", ["", "module."], ids=["as distributed", "fine-tuned on several devices"])
 def test_from_original_sam2_file_has_its_encoder(sam2, tmp_path, prefix):
     checkpoint = original_checkpoint(sam2)
-    for name in ("patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.7.mlp.layers.1.bias", "pos_embed_window"):
+    for name in ("patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.5.mlp.layers.1.bias", "pos_embed_window"):
         assert f"image_encoder.trunk.{name}" in checkpoint["model"]
     checkpoint["model"] = {prefix + name: value for name, value in checkpoint["model"].items()}
     torch.save(checkpoint, tmp_path / "sam2_hiera.pt")
@@ -438,7 +436,7 @@ def test_from_original_sam2_file_infers_the_preset(tmp_path):
 
 def test_original_sam2_file_of_no_released_size_raises(sam2, tmp_path):
     torch.save(original_checkpoint(sam2), tmp_path / "small.pt")
-    with pytest.raises(ValueError, match="small.pt holds a Hiera encoder of width 16 with 8 blocks, which is none of"):
+    with pytest.raises(ValueError, match="small.pt holds a Hiera encoder of width 16 with 6 blocks, which is none of"):
         Sam2UNetForSemanticSegmentation.from_sam2(tmp_path / "small.pt")
 
 
@@ -723,4 +721,4 @@ def test_command_line_refuses(sam2_folder, tmp_path, monkeypatch, capsys, argume
 
 def test_configuration_and_fields_of_one_raise():
     with pytest.raises(TypeError, match="got both: regions"):
-        convert_reference_checkpoint(reference(), small_config(), regions={"lesion": [1]})
+        convert_reference_checkpoint(reference(), reference_config(), regions={"lesion": [1]})

@@ -402,20 +402,6 @@ def test_masks_and_boxes_that_do_not_fit_raise(options, match):
         small_model()(torch.zeros(2, 3, 64, 96), **options)
 
 
-def test_masked_model_is_one_graph():
-    model = small_model(
-        backbone_config=small_backbone_config(blocks_per_stage=[1, 1, 3, 1], global_attention_blocks=[3])
-    )
-    image, mask = torch.randn(1, 3, 64, 96), torch.rand(1, 64, 96) > 0.5
-    torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(
-            compiled(image, pixel_mask=mask).logits, model(image, pixel_mask=mask).logits, atol=1e-5, rtol=1e-4
-        )
-    torch.compiler.reset()
-
-
 def test_checkpoints_of_many_channels_load_bit_equal(tmp_path):
     model = small_model(backbone_config=small_backbone_config(num_channels=6))
     model.save_pretrained(tmp_path)

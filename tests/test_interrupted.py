@@ -7,18 +7,22 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
+import forks
 import pytest
 from common import small_model
 from filelock import FileLock
+from interrupted_worker import read_counters
 
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.training.resume import why_incomplete
 
 
+WORKER = Path(__file__).with_name("interrupted_worker.py")
 # By epoch with a trained encoder, whose batch norm is estimated anew; by step, ending within an epoch; and with an
 # average of the weights, of which the last is kept instead of the best.
 RECIPES = {
@@ -35,7 +39,7 @@ RECIPES["steps"] += ["--slices", "12", "3", "--foreground_share", "0.75", "--nei
 
 
 class Runner:
-    """Starts runs with the same data and model, in forks of a process that has imported everything."""
+    """Starts runs with the same data and model."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -47,20 +51,6 @@ class Runner:
         self.arguments = ["--brats_dir", str(brats_dir), "--recipe", "paper", "--slices", "12", "--model_name_or_path"]
         self.arguments += [str(folder / "start"), "--use_cpu", "--disable_tqdm", "true", "--logging_steps", "3"]
         self.arguments += ["--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "4"]
-        environment = os.environ | {
-            "HF_HOME": str(folder / "hf"),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parent.parent),
-        }
-        self.worker = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("interrupted_worker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=folder,
-        )
         self.expected = {}
         self.whole = {}
         for recipe in RECIPES:
@@ -77,10 +67,13 @@ class Runner:
         return self.start("build", argv, str(self.folder / f"{name}.log"), str(self.folder / name), **end)
 
     def start(self, program: str, argv: list[str], log: str, watch: str, **end) -> dict:
-        order = {"program": program, "argv": argv, "log": log, "watch": watch, **end}
-        self.worker.stdin.write(json.dumps(order) + "\n")
-        self.worker.stdin.flush()
-        return json.loads(self.worker.stdout.readline())
+        """Return the exit code of a process, how long it took, and what `read_counters` tells of it."""
+        counters = str(self.folder / "counters")
+        order = {"program": program, "argv": argv, "log": log, "watch": watch, "counters": counters, **end}
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        start = time.monotonic()
+        done = forks.run([WORKER, json.dumps(order)], cwd=self.folder, env=environment, imported=forks.EVERYTHING)
+        return {"code": done.returncode, "seconds": time.monotonic() - start, **read_counters(counters)}
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
@@ -101,10 +94,7 @@ class Runner:
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory):
-    runner = Runner(tmp_path_factory.mktemp("interrupted"))
-    yield runner
-    runner.worker.stdin.close()
-    runner.worker.wait(60)
+    return Runner(tmp_path_factory.mktemp("interrupted"))
 
 
 def kill_point(seed: int, whole: dict) -> dict:

@@ -2,10 +2,9 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import yaml
@@ -315,14 +314,7 @@ def hub():
 
 def run(hub, tmp_path, *command, token="hf_write"):
     environment = {**hub.environment(tmp_path / "hf_home", token), "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return forks.run(command, cwd=tmp_path, env=environment)
 
 
 PUSH = """
@@ -493,7 +485,7 @@ import sys, time
 from sam2unet_hf import Sam2UNetForSemanticSegmentation
 
 time.sleep = lambda seconds: None  # the client waits 23 s in all before it gives up
-Sam2UNetForSemanticSegmentation.from_pretrained(sys.argv[1]).push_to_hub("tester/cut", max_shard_size="1MB")
+Sam2UNetForSemanticSegmentation.from_pretrained(sys.argv[1]).push_to_hub("tester/cut", max_shard_size="400KB")
 """
 
 
