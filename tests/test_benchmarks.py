@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -66,10 +67,16 @@ def test_model_benchmark_writes_ratios_and_agreement(tmp_path):
     assert "| tiny | forward | bfloat16 | 1 |" in (tmp_path / "out.md").read_text()
 
 
-def test_peak_memory_is_that_of_a_process_of_its_own(monkeypatch):
+# A process that is forked has what this one has imported, and begins at once.
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_peak_memory_is_that_of_a_process_of_its_own(method, monkeypatch):
+    asked = []
+    context = multiprocessing.get_context(method)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda name: asked.append(name) or context)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     args = bench_model.parse_args(["--presets", "tiny", *SMALL])
     peaks = bench_model.compare_memory(args, "tiny", "forward", "float32", 1)["peak_gb"]
+    assert asked == ["spawn", "spawn"]
     assert peaks.keys() == {"ours", "padded"}
     assert all(0.2 < peak < 3 for peak in peaks.values())
 

@@ -3,12 +3,14 @@ import io
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import datasets
+import forks
 import nibabel as nib
 import numpy as np
 import PIL.Image
@@ -281,25 +283,33 @@ def test_decathlon_gives_the_rows_of_the_same_patients_in_brats_layout(brats_dir
 # Cache
 
 
+def is_at_work(pid, started):
+    try:
+        process = psutil.Process(pid)
+        # Where nothing reaps orphans they stay as zombies.
+        return process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_readers_end_when_the_process_that_writes_is_killed():
     script = """
-import time
+import os, signal, time
+import psutil
 from dataset_scripts.brats_slices.brats_slices import start_readers
 pool = start_readers(2)
 reading = [pool.submit(time.sleep, 600) for _ in range(2)]
 while not all(future.running() for future in reading):
     time.sleep(0.01)
-print(*pool._processes, flush=True)
-time.sleep(600)
+print(*(f"{pid} {psutil.Process(pid).create_time()}" for pid in pool._processes), sep="\\n", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
 """
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=REPO) as writer:
-        readers = [psutil.Process(int(pid)) for pid in writer.stdout.readline().split()]
-        assert len(readers) == 2
-        assert all(reader.is_running() for reader in readers)
-        writer.kill()
+    done = forks.run(["-c", script], cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)})
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    readers = [line.split() for line in done.stdout.splitlines()]
+    assert len(readers) == 2
     deadline = time.monotonic() + 20
-    # Where nothing reaps orphans they stay as zombies.
-    while any(reader.is_running() and reader.status() != psutil.STATUS_ZOMBIE for reader in readers):
+    while any(is_at_work(int(pid), float(started)) for pid, started in readers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -590,7 +600,7 @@ print(list(row)[:4], row["flair"].mode, row["mask"].getextrema(), row["head_boxe
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     env["PYTHONPATH"] = ""
-    done = subprocess.run([sys.executable, "-c", script], cwd=elsewhere, env=env, capture_output=True, text=True)
+    done = forks.run(["-c", script], cwd=elsewhere, env=env)
     assert done.stdout.splitlines() == [
         "{'train': 6, 'validation': 2, 'test': 2}",
         "['t1ce', 't2', 'flair', 'mask'] L (0, 0) [1, 0, 7, 9] [1.5, 2.0, 3.0]",

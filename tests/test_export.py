@@ -43,16 +43,33 @@ def onnxruntime():
 
 
 @pytest.fixture(scope="module")
-def model():
-    return exported_model(regions=BRATS_REGIONS)
+def models():
+    """What the files compute: the one for images of every size takes six channels."""
+    return {
+        "fixed": exported_model(regions=BRATS_REGIONS),
+        "dynamic": exported_model(num_channels=6, regions=BRATS_REGIONS),
+    }
 
 
 @pytest.fixture(scope="module")
-def checkpoint(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(folder)
-    Sam2UNetImageProcessor(regions=BRATS_REGIONS, **PROCESSOR).save_pretrained(folder)
+def model(models):
+    return models["fixed"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        options = {"num_channels": 6, "image_mean": 6 * [0.1], "image_std": 6 * [0.4]} if name == "dynamic" else {}
+        processor = Sam2UNetImageProcessor(regions=BRATS_REGIONS, **{**PROCESSOR, **options})
+        processor.save_pretrained(folder / name)
     return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(checkpoints):
+    return checkpoints / "fixed"
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +79,7 @@ def programs():
 
 
 @pytest.fixture(scope="module")
-def files(onnxruntime, checkpoint, programs, tmp_path_factory):
+def files(onnxruntime, checkpoints, programs, tmp_path_factory):
     """A file for images of 70x90 and one for images of every size."""
     convert = onnx.convert
 
@@ -73,8 +90,9 @@ def files(onnxruntime, checkpoint, programs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx") / "new"
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(onnx, "convert", keep_program)
-        __main__.main([str(checkpoint), str(folder / "fixed.onnx")])
-        __main__.main([str(checkpoint), str(folder / "dynamic.onnx"), "--dynamic_size", "--image_size", "96"])
+        __main__.main([str(checkpoints / "fixed"), str(folder / "fixed.onnx")])
+        arguments = [str(checkpoints / "dynamic"), str(folder / "dynamic.onnx")]
+        __main__.main([*arguments, "--dynamic_size", "--image_size", "96"])
     assert sorted(path.name for path in folder.iterdir()) == ["dynamic.onnx", "fixed.onnx"]
     return {"fixed": folder / "fixed.onnx", "dynamic": folder / "dynamic.onnx"}
 
@@ -96,12 +114,12 @@ def test_file_for_one_size_gives_the_models_logits(onnxruntime, files, model, ba
 
 # One window or several, with none, some or all of them padded, in the stages; sizes with and without padding.
 @pytest.mark.parametrize("size", [(64, 64), (70, 90), (96, 224), (225, 64), (448, 256), (289, 352)], ids=str)
-def test_file_for_every_size_gives_the_models_logits(onnxruntime, files, model, size):
+def test_file_for_every_size_gives_the_models_logits(onnxruntime, files, models, size):
     session = onnxruntime.InferenceSession(files["dynamic"])
-    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    assert session.get_inputs()[0].shape == ["batch", 6, "height", "width"]
     assert session.get_outputs()[0].shape == ["batch", 3, "height", "width"]
     for batch_size in (1, 2):
-        assert_file_gives_the_models_logits(session, model, (batch_size, 3, *size))
+        assert_file_gives_the_models_logits(session, models["dynamic"], (batch_size, 6, *size))
 
 
 def test_padded_attention_equals_the_models():
@@ -114,8 +132,11 @@ def test_padded_attention_equals_the_models():
     assert not any(isinstance(module, graph.PaddedWindowAttention) for module in model.modules())
 
 
-@pytest.mark.parametrize(("name", "size"), [("fixed", (70, 90)), ("dynamic", (96, 96))])
-def test_metadata_say_how_to_use_the_file(onnxruntime, files, name, size):
+@pytest.mark.parametrize(
+    ("name", "size", "image_mean", "image_std"),
+    [("fixed", (70, 90), [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]), ("dynamic", (96, 96), 6 * [0.1], 6 * [0.4])],
+)
+def test_metadata_say_how_to_use_the_file(onnxruntime, files, name, size, image_mean, image_std):
     metadata = onnxruntime.InferenceSession(files[name]).get_modelmeta().custom_metadata_map
     values = {key: json.loads(value) for key, value in metadata.items()}
     assert values["regions"] == [["WT", [1, 2, 3]], ["TC", [1, 3]], ["ET", [3]]]
@@ -129,8 +150,8 @@ def test_metadata_say_how_to_use_the_file(onnxruntime, files, name, size):
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": [0.1, 0.2, 0.3],
-        "image_std": [0.4, 0.5, 0.6],
+        "image_mean": image_mean,
+        "image_std": image_std,
     }
 
 
@@ -153,17 +174,31 @@ def test_metadata_of_a_cropping_processor_say_how_slices_are_cut():
     assert values["size"] == {"height": 192, "width": 128}
 
 
-# For every size the channels matter to the first convolution alone, as for one size.
-@pytest.mark.parametrize("dynamic_size", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fixed", "dynamic"])
-def test_model_of_many_channels_and_a_window_is_exported(onnxruntime, dynamic_size, tmp_path):
+def test_window_of_the_processor_is_the_size_of_the_images(onnxruntime, monkeypatch, tmp_path):
     model = exported_model(num_channels=6)
     processor = Sam2UNetImageProcessor(num_channels=6, head_crop_size={"height": 96, "width": 64})
-    assert export_onnx(model, tmp_path / "model.onnx", processor=processor, dynamic_size=dynamic_size) < 1e-4
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    assert session.get_inputs()[0].shape == ["batch", 6, *(("height", "width") if dynamic_size else (96, 64))]
+    sizes = []
+
+    def convert(model, image_size, dynamic_size):
+        sizes.append(image_size)
+        raise OnnxExportError("not here")
+
+    monkeypatch.setattr(onnx, "convert", convert)
+    with pytest.raises(OnnxExportError, match="not here"):
+        export_onnx(model, tmp_path / "model.onnx", processor=processor)
+    assert sizes == [(96, 64)]
     # Without a processor the default one for as many channels.
     model.save_pretrained(tmp_path / "checkpoint")
     assert __main__.load_checkpoint(str(tmp_path / "checkpoint"))[1].num_channels == 6
+
+
+@pytest.mark.slow
+def test_model_of_many_channels_and_a_window_is_exported(onnxruntime, tmp_path):
+    model = exported_model(num_channels=6)
+    processor = Sam2UNetImageProcessor(num_channels=6, head_crop_size={"height": 96, "width": 64})
+    assert export_onnx(model, tmp_path / "model.onnx", processor=processor) < 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert session.get_inputs()[0].shape == ["batch", 6, 96, 64]
 
 
 def test_file_alone_is_enough_to_segment_an_image(onnxruntime, files, checkpoint, model):
@@ -228,11 +263,11 @@ def test_weights_in_a_second_file_are_found(converted, model, monkeypatch, progr
     assert check_onnx(output, model, [(2, 70, 90)]) < 1e-4
 
 
-def test_check_finds_one_changed_weight(files, model):
-    changed = onnx.float32_copy(model)
-    with torch.no_grad():
-        changed.encoder.blocks[5].mlp.proj_out.bias[0] += 0.1
-    for file in files.values():
+def test_check_finds_one_changed_weight(files, models):
+    for name, file in files.items():
+        changed = onnx.float32_copy(models[name])
+        with torch.no_grad():
+            changed.encoder.blocks[5].mlp.proj_out.bias[0] += 0.3
         with pytest.raises(OnnxExportError, match=r"differ from the model's by up to 0\.0"):
             check_onnx(file, changed, [(1, 70, 90)])
 
