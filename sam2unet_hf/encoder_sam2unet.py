@@ -121,7 +121,8 @@ class Sam2UNetWindowAttention(nn.Module):
             _, padded_key, padded_value = padded_token.to(key.dtype).view(3, 1, heads, 1, -1)
             key = torch.cat([key, padded_key.expand(num_windows, -1, -1, -1)], dim=2)
             value = torch.cat([value, padded_value.expand(num_windows, -1, -1, -1)], dim=2)
-            mask = F.pad(key.new_zeros(1, 1, 1, num_tokens), (0, 1), value=math.log(num_padded))
+            mask = torch.zeros(1, 1, 1, num_tokens, dtype=key.dtype, device=key.device)
+            mask = F.pad(mask, (0, 1), value=math.log(num_padded))
         # The backward pass of PyTorch's half-precision kernel for the CPU is up to five times slower.
         is_slow = query.requires_grad and query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
         is_eager = is_slow or self.config._attn_implementation == "eager"
