@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,15 @@ from sam2unet_hf.regions_sam2unet import parse_regions
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
 from sam2unet_hf.training import AUGMENTATIONS, HYPERPARAMETERS, ImageRows
 from sam2unet_hf.training.metrics import lower_is_better
+
+
+# Options of which PyTorch or transformers refuse smaller values by a traceback, after an older run was removed.
+LEAST_VALUES = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+}
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -186,6 +196,13 @@ class SegmentationTrainingArguments(TrainingArguments):
         ):
             if getattr(self, name) and not self.do_train:
                 raise ValueError(f"--{name} {reason}; it cannot go with --do_train false.")
+        for name, least in LEAST_VALUES.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"--learning_rate must not be negative, such as 1e-4, got {self.learning_rate}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be in 0..2**32 - 1, got {self.seed}.")
         if {"none", "strong"} & set(self.augmentation) and len(self.augmentation) > 1:
             raise ValueError(f"--augmentation takes none and strong alone, got {' '.join(self.augmentation)}.")
         if self.hp_search and importlib.util.find_spec("optuna") is None:
@@ -242,7 +259,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
     parser.set_defaults(output_dir=f"runs/{name}{'' if given.do_train else '-evaluation'}")
     try:
         return parser.parse_args_into_dataclasses(argv)
-    except ValueError as err:
+    except (ImportError, OSError, ValueError) as err:  # such as --deepspeed without the package, or its file
         parser.error(str(err))
 
 

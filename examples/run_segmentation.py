@@ -114,8 +114,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         eval_dataset=evaluation.get("validation", evaluation.get(COHORT)),
         processing_class=processor,
     )
-    with exit_on(OSError, ValueError):  # such as no right to push, or no such metric
+    # Such as no right to push, no such metric, or an optimizer of a package that is not installed.
+    with exit_on(ImportError, OSError, ValueError):
         trainer = make_trainer(model, training_args)
+        if training_args.do_train:
+            trainer.get_optimizer_cls_and_kwargs(training_args, model)
     if checkpoint is not None and training_args.do_train:
         check_steps_left(trainer, checkpoint, arguments)
     known = KnownPatients(data, data_args, training_args, model_args.model_name_or_path)

@@ -349,6 +349,12 @@ def test_bad_options_cost_no_older_run(pictures, checkpoint, tmp_path):
         run_segmentation.main([*arguments, "--metric_for_best_model", "dicee"])
     with pytest.raises(SystemExit, match="`dataloader_persistent_workers` must be False"):
         run_segmentation.main([*arguments, "--dataloader_num_workers", "1", "--dataloader_persistent_workers", "true"])
+    with pytest.raises(SystemExit, match="You need to install `lomo_optim` in order to use LOMO optimizers"):
+        run_segmentation.main([*arguments, "--optim", "lomo"])
+    with pytest.raises(
+        SystemExit, match="`use_liger_kernel` must be False for SAM2-UNet: it has kernels for language"
+    ):
+        run_segmentation.main([*arguments, "--use_liger_kernel"])
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["all_results.json"]
 
 
@@ -547,6 +553,14 @@ def test_nothing_to_resume_from(tmp_path):
         (["--preset", "huge"], "invalid choice: 'huge'"),
         (["--report_to", "tensorboard"], "--report_to tensorboard is not installed. Try `pip install tensorboard`"),
         (["--augmentation", "strong", "flips"], "--augmentation takes none and strong alone, got strong flips"),
+        (["--deepspeed", "absent.json"], "error: No package metadata was found for The 'deepspeed"),
+        (["--accelerator_config", "absent.json"], "error: [Errno 2] No such file or directory: 'absent.json'"),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be at least 1, got 0."),
+        (["--per_device_eval_batch_size", "-1"], "--per_device_eval_batch_size must be at least 1, got -1."),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be at least 1, got 0."),
+        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers must be at least 0, got -1."),
+        (["--learning_rate", "nan"], "--learning_rate must not be negative, such as 1e-4, got nan."),
+        (["--seed", "-1"], "--seed must be in 0..2**32 - 1, got -1."),
     ],
 )
 def test_arguments_that_exclude_each_other(arguments, match, capsys, monkeypatch):

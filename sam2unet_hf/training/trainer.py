@@ -37,6 +37,7 @@ from .sampling import ForegroundShare
 UNUSABLE_ARGUMENTS = {
     "remove_unused_columns": "it drops the images",
     "prediction_loss_only": "there would be no scores",
+    "use_liger_kernel": "it has kernels for language models alone",
     "dataloader_persistent_workers": "transformers would score one data set by the images of another, and workers "
     "that outlive an epoch do not hear of the next one",
 }
