@@ -197,7 +197,7 @@ def run(args: argparse.Namespace, data: ComparisonData, system: str, seed: int, 
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=1,
+        save_total_limit=2,  # the best and the last; of one, transformers removes the last when training ends
         logging_steps=max(1, steps // 100),
         dataloader_drop_last=True,
         dataloader_num_workers=args.num_workers,

@@ -43,6 +43,10 @@ class ComparisonData:
         columns, mask_column = find_columns(self.splits, data_args)
         self.regions, label_mapping = find_regions(self.splits, columns, mask_column, None)
         self.images = make_images(self.splits, columns, mask_column)
+        if (count := len(self.images["train"])) < args.batch_size:
+            raise SystemExit(
+                f"--batch_size {args.batch_size} is more than the {count} training images. Lower it, or add images."
+            )
         self.augment = augmentation(*(name for name in args.augmentation if name != "none"))
         size = {"height": args.image_size, "width": args.image_size}
         self.processor = Sam2UNetImageProcessor(regions=self.regions, size=size)
