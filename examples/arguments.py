@@ -65,6 +65,11 @@ class ModelArguments:
         "Crop images to a window about the head instead of resizing them: its height and width in pixels, multiples "
         "of 32, or auto, the smallest that holds each head of the training images. Default: as the checkpoint does.",
     )
+    head_crop_scale: int | None = option(
+        None,
+        "Whole number of times that the window about the head is enlarged for the model: 2 where voxels are 2 mm wide "
+        "or more. Default: as the checkpoint does, else 1.",
+    )
 
     def __post_init__(self):
         words = self.head_crop_size
@@ -102,6 +107,16 @@ class DataArguments:
         "Regions to segment, NAME=ID[,ID...] each, nested or disjoint. Default: WT=1,2,3 for BraTS, else "
         "one region per id in the masks; with --model_name_or_path those of the model.",
     )
+    binarize: bool = option(
+        False,
+        "Take masks that are black and white with blurred edges, as resizing and JPEG leave them: values above 128 of "
+        "255 are foreground, label id 1, and the rest is background.",
+    )
+    white_level: int | None = option(
+        None,
+        "Value that is white in images of more than 8 bits. Default: that of the model, or 1023, 4095 or 65535, the "
+        "least that no image exceeds.",
+    )
     modalities: list[str] | None = option(
         None,
         "Modalities of the scans that an image is made of, in this order. Default: those of the model, or flair.",
@@ -124,6 +139,12 @@ class DataArguments:
     num_proc: int | None = option(None, "Processes that read the scans.")
     skip_bad_cases: bool = option(False, "Leave out scans that cannot be used, and list them.")
     split_seed: int = option(0, "Seed of the split by patient, for data without splits.")
+    group_by: str | None = option(
+        None,
+        "What tells the patients of --dataset_name, who are kept whole in splits: a column; a regular expression "
+        "whose first group in the path of an image is the patient; or none. Default: the folder below `images`, or a "
+        "column patient_id, patient, subject_id or subject, else case_id.",
+    )
     allow_leaks: bool = option(False, "Accept a patient or an image in two splits, which makes the scores too good.")
 
 
@@ -254,6 +275,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
     defaults = recipe_defaults(recipe, is_phantom=source is None, has_model=has_model)
     if given.image_size is not None:  # a size to resize to takes the place of a window
         defaults.pop("head_crop_size", None)
+        defaults.pop("head_crop_scale", None)
     parser.set_defaults(recipe=recipe, **defaults)
     name = to_file_name("phantom" if source is None else name_of_source(source), separator="-")
     parser.set_defaults(output_dir=f"runs/{name}{'' if given.do_train else '-evaluation'}")

@@ -54,6 +54,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of the builder, or Hub id; default: a phantom")
     parser.add_argument("--allow_leaks", action="store_true", help="accept splits that share a patient or an image")
+    parser.add_argument("--group_by", help="what tells the patients of --data, as in run_segmentation.py")
+    parser.add_argument("--binarize", action="store_true", help="take masks in black and white with blurred edges")
+    parser.add_argument("--regions", nargs="+", help="regions to segment, NAME=ID[,ID...] each, as there")
     parser.add_argument(
         "--modalities", nargs="+", choices=MODALITIES, help="one modality, or three as colours; default: flair"
     )

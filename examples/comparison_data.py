@@ -10,12 +10,15 @@ import numpy as np
 from arguments import DataArguments
 from case_names import case_ids, case_names
 from data_sources import find_columns, find_regions, load_data, make_images
+from image_depth import fit_white_level
 from plots import grey_values
 from predictions import predict_label_maps
+from processes import exit_on
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.regions_sam2unet import parse_regions
 from sam2unet_hf.training import ImageRows, SegmentationTransform, collate
 from sam2unet_hf.training.augmentation import augmentation
 
@@ -34,22 +37,27 @@ class ComparisonData:
 
     def __init__(self, args: argparse.Namespace):
         # Of a phantom, take the slices that show enough tumour.
-        data_args = DataArguments(
-            args.data, modalities=args.modalities, slices=["tumor"], min_tumor_pixels=20, allow_leaks=args.allow_leaks
-        )
+        same = {name: getattr(args, name) for name in ("modalities", "allow_leaks", "group_by", "binarize")}
+        data_args = DataArguments(args.data, slices=["tumor"], min_tumor_pixels=20, **same)
+        with exit_on(ValueError, prefix="--regions: "):
+            regions = None if args.regions is None else parse_regions(args.regions)
         self.splits = load_data(data_args)
         if "test" not in self.splits:
             raise SystemExit("The data set has no split named test, which the systems are scored on.")
         columns, mask_column = find_columns(self.splits, data_args)
-        self.regions, label_mapping = find_regions(self.splits, columns, mask_column, None)
+        self.regions, label_mapping, brightest = find_regions(
+            self.splits, columns, mask_column, regions, binarize=args.binarize
+        )
         self.images = make_images(self.splits, columns, mask_column)
         if (count := len(self.images["train"])) < args.batch_size:
             raise SystemExit(
                 f"--batch_size {args.batch_size} is more than the {count} training images. Lower it, or add images."
             )
-        self.augment = augmentation(*(name for name in args.augmentation if name != "none"))
         size = {"height": args.image_size, "width": args.image_size}
         self.processor = Sam2UNetImageProcessor(regions=self.regions, size=size)
+        fit_white_level(self.processor, brightest)
+        names = [name for name in args.augmentation if name != "none"]
+        self.augment = augmentation(*names, white_level=self.processor.white_level)
         self.transform = partial(SegmentationTransform, self.processor, label_mapping=label_mapping)
 
     def train(self) -> ImageRows:

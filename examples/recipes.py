@@ -46,11 +46,12 @@ PHANTOM: dict[str, Any] = {
     "learning_rate": 1e-3,
     "warmup_steps": 20,
     "iou_over_batch": True,
+    "head_crop_scale": 2,  # voxels of 2.5 mm
     "augmentation": ["flips"],
 }
 
 # What a model to start from brings along.
-OPTIONS_OF_MODEL = ("modalities", "neighbours", "head_crop_size", "image_size", "iou_over_batch")
+OPTIONS_OF_MODEL = ("modalities", "neighbours", "head_crop_size", "head_crop_scale", "image_size", "iou_over_batch")
 
 
 def recipe_defaults(recipe: str | None, is_phantom: bool, has_model: bool) -> dict[str, Any]:

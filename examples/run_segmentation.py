@@ -26,8 +26,9 @@ from arguments import (
     take_channels_of_model,
 )
 from cohort import COHORT, load_cohort
-from data_sources import find_columns, find_regions, load_data, make_images
+from data_sources import DataFacts, find_columns, find_regions, load_data, make_images
 from hp_search import search
+from image_depth import fit_white_level
 from patients import KnownPatients, rows_to_show, score_split, write_splits
 from plots import plot_predictions, plot_training_curve
 from predictions import choose_cases, write_predictions
@@ -66,16 +67,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     arguments = resume_arguments(model_args, data_args, training_args)
     checkpoint = from_main_process(training_args, lambda: find_checkpoint(arguments, training_args))
 
-    data, regions, label_mapping, images = {}, requested, {}, {}
+    data, images, facts = {}, {}, DataFacts(requested, {}, None)
     if not scores_cohort_alone(data_args, training_args):
         with training_args.main_process_first(desc="preparing the data"):
             data = load_data(data_args)
         columns, mask_column = find_columns(data, data_args)
-        regions, label_mapping = from_main_process(
-            training_args, lambda: find_regions(data, columns, mask_column, requested, data_args.labels)
+        facts = from_main_process(
+            training_args,
+            lambda: find_regions(data, columns, mask_column, requested, data_args.labels, data_args.binarize),
         )
         images = make_images(data, columns, mask_column, data_args.neighbours)
-    cohort = None
+    regions, cohort = facts.regions, None
     if training_args.test_dir is not None:
         with training_args.main_process_first(desc="preparing the second cohort"):
             cohort = load_cohort(training_args.test_dir, data_args, regions)
@@ -86,11 +88,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     image_options = choose_image_options(model_args, first)
     model, processor = load_model(model_args, regions, **image_options)
     note_scans(processor, first.image_columns, data_args, training_args)
+    options = {"has_trained": not training_args.do_train, "is_sample": data_args.streaming}
+    fit_white_level(processor, facts.brightest, data_args.white_level, **options)
+    if cohort is not None:
+        fit_white_level(processor, cohort.brightest, None if images else data_args.white_level)
 
     # Transforms: training images are augmented, the others are scored at the size of their masks.
-    transform = functools.partial(SegmentationTransform, processor, label_mapping=label_mapping)
+    transform = functools.partial(SegmentationTransform, processor, label_mapping=facts.label_mapping)
     names = [name for name in training_args.augmentation if name != "none"]
-    augment = augmentation(*names, neighbours=processor.neighbours)
+    augment = augmentation(*names, neighbours=processor.neighbours, white_level=processor.white_level)
     train_dataset = images["train"].with_transform(transform(augment=augment)) if images else None
     at_mask_size = transform(resize_masks=False)
     evaluation = {split: rows.with_transform(at_mask_size) for split, rows in images.items() if split != "train"}
@@ -200,6 +206,8 @@ def choose_image_options(args: ModelArguments, rows: ImageRows) -> dict[str, Any
             options["head_crop_size"] = choose_head_crop_size(rows.head_boxes())
     elif args.head_crop_size is not None:
         options["head_crop_size"] = dict(zip(("height", "width"), map(int, args.head_crop_size), strict=True))
+    if args.head_crop_scale is not None:
+        options["head_crop_scale"] = args.head_crop_scale
     return options
 
 

@@ -107,7 +107,7 @@ def eval_results(info: Mapping[str, Any], regions: Sequence[str]) -> list[EvalRe
 
 def input_facts(num_channels: int, processor: Sam2UNetImageProcessor | None) -> dict[str, Any]:
     """Say what the model sees of an image, for the card: the size, the window about the head, and the channels."""
-    facts: dict[str, Any] = {"size": None, "window": None, "channels": None, "neighbours": 0}
+    facts: dict[str, Any] = {"size": None, "window": None, "window_scale": 1, "channels": None, "neighbours": 0}
     if num_channels != 3:
         facts["channels"] = f"{num_channels} channels"
     if processor is None:
@@ -115,6 +115,7 @@ def input_facts(num_channels: int, processor: Sam2UNetImageProcessor | None) -> 
     size = processor.head_crop_size or (processor.size if processor.do_resize else None)
     if size is not None:
         facts["window" if processor.head_crop_size else "size"] = f"{size['height']} x {size['width']}"
+        facts["window_scale"] = processor.head_crop_scale
     facts["neighbours"] = processor.neighbours
     if processor.modalities:
         channels = f"{num_channels} channels: {', '.join(processor.modalities)}"

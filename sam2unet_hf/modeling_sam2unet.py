@@ -207,7 +207,8 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         """
         ids = [torch.tensor(label_ids, device=label_map.device) for label_ids in self.config.regions.values()]
         masks = torch.stack([torch.isin(label_map, region) for region in ids], dim=1)
-        return masks.float(), (label_map != self.config.ignore_index).unsqueeze(1)
+        # As int64, because -100 would be 156 among bytes.
+        return masks.float(), (label_map.long() != self.config.ignore_index).unsqueeze(1)
 
     def compute_loss(self, outputs: list[torch.Tensor], labels: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         """Deeply supervised loss, at the size of the labels, of scores `(batch_size, num_regions, height, width)`."""

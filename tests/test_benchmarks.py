@@ -18,6 +18,7 @@ import bench_loss_curves  # noqa: E402
 import bench_model  # noqa: E402
 import bench_recipes  # noqa: E402
 import bench_throughput  # noqa: E402
+import bench_window  # noqa: E402
 from arguments import parse_arguments  # noqa: E402
 from recipes import RECIPES  # noqa: E402
 from timing import markdown_table, mask_iou, time_in_turn  # noqa: E402
@@ -174,6 +175,18 @@ def test_data_benchmark_reads_copies_as_other_cases(tmp_path):
     once = bench_data.plain_loop(find_cases(tmp_path / "brats"))
     assert results["cases"] == 6
     assert results["slices"] == 3 * once
+
+
+def test_window_benchmark_compares_the_same_scan_in_both_inputs(tmp_path):
+    brats_dir = write_phantom_cohort(tmp_path / "brats", 1, (40, 40, 26))
+    (case,) = (path for path in brats_dir.iterdir() if path.is_dir())
+    arguments = ["--case", str(case), "--rounds", "1", "--image_size", "96", "--batch_size", "2"]
+    results = bench_window.main([*arguments, "--output", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text()) == results
+    assert [case["task"] for case in results["cases"]] == ["training step", "volume"]
+    for case in results["cases"]:
+        assert case["ratio"] == pytest.approx(case["seconds"]["window"] / case["seconds"]["resized"])
+        assert case["ratio"] < 1  # 64 x 64 against 96 x 96 pixels
 
 
 def parse_arm(name):

@@ -192,6 +192,12 @@ def test_metadata_of_a_cropping_processor_say_how_slices_are_cut():
     assert "size" not in values
     assert (values["modalities"], values["neighbours"], values["plane"]) == (["flair", "t1ce"], 1, "axial")
     assert values["image_mean"] == pytest.approx([0.449] * 6)
+    # An enlarged window.
+    processor.head_crop_scale = 2
+    values = json.loads(onnx.onnx_metadata(model, processor, (192, 128))["image_processor"])
+    assert values["head_crop_size"] == window
+    assert values["do_resize"]
+    assert values["size"] == {"height": 192, "width": 128}
 
 
 @pytest.mark.parametrize("dynamic_size", [False, True], ids=["fixed", "dynamic"])

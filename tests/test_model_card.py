@@ -100,6 +100,10 @@ def test_the_card_says_what_the_model_sees_of_slices(tmp_path):
     Sam2UNetImageProcessor(head_crop_size={"height": 160, "width": 192}, **options).save_pretrained(tmp_path)
     text = " ".join(render_model_card(tmp_path).split())
     assert "cropped to a window of 160 x 192 pixels (height x width) about the head" in text
+    assert "enlarged" not in text
+    processor = Sam2UNetImageProcessor(head_crop_size={"height": 160, "width": 192}, head_crop_scale=2, **options)
+    processor.save_pretrained(tmp_path)
+    assert "the window is enlarged 2 times, and nothing is found" in " ".join(render_model_card(tmp_path).split())
     assert "takes 6 channels: flair, t1ce, each as 3 adjacent slices from the lowest to the highest; a grey" in text
     assert "does not use the slices around them but for 1 on each side, and" in text
     assert "resized to" not in text

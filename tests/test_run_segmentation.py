@@ -495,7 +495,7 @@ def test_data_set_of_the_builder_keeps_its_splits(cohort, tmp_path):
     assert {split: len(rows) for split, rows in data.items()} == {"train": 9, "validation": 1, "test": 3}
     assert find_columns(data, DataArguments()) == (["flair"], "mask")
     assert "t1" not in data["train"].column_names  # only what is trained on is read
-    assert find_regions(data, ["flair"], "mask", None) == ({"WT": [1, 2, 3]}, {})
+    assert find_regions(data, ["flair"], "mask", None) == ({"WT": [1, 2, 3]}, {}, None)
 
 
 def test_evaluation_alone(cohort, checkpoint, tmp_path):

@@ -103,7 +103,11 @@ def onnx_metadata(
     preparation["size"] = {"height": image_size[0], "width": image_size[1]}
     preparation["resample"] = Image.Resampling(processor.resample).name.lower()
     if processor.head_crop_size is not None:
-        preparation |= {"do_resize": False, "head_crop_size": preparation.pop("size")}
+        scale = processor.head_crop_scale
+        preparation["head_crop_size"] = {side: pixels // scale for side, pixels in preparation["size"].items()}
+        preparation["do_resize"] = scale > 1
+        if scale == 1:
+            del preparation["size"]
     scans = {name: getattr(processor, name) for name in ("modalities", "plane", "neighbours")}
     preparation |= {name: value for name, value in scans.items() if value}
     values = {
@@ -223,7 +227,9 @@ def export_onnx(
     num_channels = model.config.backbone_config.num_channels
     processor = processor or Sam2UNetImageProcessor(model.config.regions, num_channels=num_channels)
     if image_size is None:
-        size = processor.head_crop_size or dict(processor.size)
+        size = dict(processor.size)
+        if processor.head_crop_size is not None:
+            size = {side: pixels * processor.head_crop_scale for side, pixels in processor.head_crop_size.items()}
         if not {"height", "width"} <= size.keys():
             raise ValueError(
                 f"The image processor's `size` must have a height and a width, got {size}. Pass `image_size`."
