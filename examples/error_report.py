@@ -15,6 +15,7 @@ from case_names import to_file_name
 from error_metrics import FOUND_IN, Analysis
 from error_plots import plot_boundaries, plot_calibration, plot_groups, plot_overlays, plot_scatter, save_figure
 from matplotlib.figure import Figure
+from plots import column_to_show
 
 
 LESIONS_SHOWN = 15  # in the report; `lesions.csv` has all of them
@@ -110,10 +111,11 @@ def choose_examples(records: list[dict[str, Any]], worst: int) -> list[tuple[str
 
 def list_figures(analysis: Analysis, worst: int) -> Iterator[Entry]:
     """Yield the figures of the report."""
-    regions = analysis.regions
+    regions, columns = analysis.regions, analysis.rows.image_columns
+    shown = f"; shown is {column_to_show(columns)}" if len(columns) > 1 else ""
     for region in regions:
         examples = [analysis.example(*chosen) for chosen in choose_examples(analysis.of_region(region), worst)]
-        caption = f"{region}: worst images (of different cases if possible), median and best"
+        caption = f"{region}: worst images (of different cases if possible), median and best{shown}"
         reason = f"Overlays of {region} are left out: there is nothing to find and nothing was found."
         draw = partial(plot_overlays, examples)
         yield f"overlays_{to_file_name(region)}", caption, "" if examples else reason, draw
@@ -141,9 +143,13 @@ def list_figures(analysis: Analysis, worst: int) -> Iterator[Entry]:
 def list_dice_figures(analysis: Analysis, regions: Sequence[str]) -> Iterator[Entry]:
     """Yield the figures of Dice against other values, of images whose reference holds the region."""
     size = ("truth_mm2", "tumour size (mm²)") if analysis.spacing_mm else ("truth_pixels", "tumour size (pixels)")
+    columns = analysis.rows.image_columns
+    contrast = "contrast (standard deviations)"
+    if len(columns) > 1:
+        contrast = f"contrast of the mean of {', '.join(columns)} (standard deviations)"
     variables = [
         ("dice_size", *size, "Dice against tumour size"),
-        ("dice_contrast", "contrast", "contrast (standard deviations)", "Dice against contrast to the surroundings"),
+        ("dice_contrast", "contrast", contrast, "Dice against contrast to the surroundings"),
         ("dice_slice", "slice_index", "slice index", "Dice against slice position"),
     ]
     dice = {region: analysis.column(region, "dice", with_tumour=True) for region in regions}

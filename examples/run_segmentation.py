@@ -30,7 +30,7 @@ from data_sources import DataFacts, find_columns, find_regions, load_data, make_
 from hp_search import search
 from image_depth import fit_white_level
 from patients import KnownPatients, rows_to_show, score_split, write_splits
-from plots import plot_predictions, plot_training_curve
+from plots import name_of_image, plot_predictions, plot_training_curve
 from predictions import choose_cases, write_predictions
 from processes import exit_on, from_main_process, report_error_once, set_up_logging
 from provenance import RESULTS_FILE, check_steps_left, find_checkpoint, run_record, start_run, write_json
@@ -179,7 +179,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         transform, rows = rows.transform, rows.with_transform(None)
         prefix = f"{COHORT}_" if split == COHORT else ""
         cases = choose_cases(rows, dice, transform, model, chosen)
-        plot_predictions(cases, regions, output_dir / f"{prefix}predictions.png")
+        image_title = name_of_image(rows.image_columns)
+        plot_predictions(cases, regions, output_dir / f"{prefix}predictions.png", image_title)
         if training_args.do_predict:
             batch_size = training_args.per_device_eval_batch_size
             write_predictions(output_dir / f"{prefix}predictions", rows, transform, model, batch_size)
