@@ -282,6 +282,8 @@ def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.set_verbosity_error()
     notes = check_arguments(args)
     data = ComparisonData(args)
+    if (count := len(data.images["train"])) < args.batch_size:
+        raise SystemExit(f"--batch_size {args.batch_size} is more than there are training images, {count}. Lower it.")
     check_data(data, notes)
     # Measure all systems before training any, because it shows a missing library within minutes.
     costs = {system: measure_costs(args, system, argv) for system in args.systems}

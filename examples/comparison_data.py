@@ -49,10 +49,6 @@ class ComparisonData:
             self.splits, columns, mask_column, regions, binarize=args.binarize
         )
         self.images = make_images(self.splits, columns, mask_column)
-        if (count := len(self.images["train"])) < args.batch_size:
-            raise SystemExit(
-                f"--batch_size {args.batch_size} is more than the {count} training images. Lower it, or add images."
-            )
         size = {"height": args.image_size, "width": args.image_size}
         self.processor = Sam2UNetImageProcessor(regions=self.regions, size=size)
         fit_white_level(self.processor, brightest)

@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from case_names import case_ids
 from comparison_data import ComparisonData
 from plots import COLOURS, draw_image, plt
+
+from sam2unet_hf.model_card import counted
 
 
 class System(NamedTuple):
@@ -66,8 +69,9 @@ def report_text(args: argparse.Namespace, data: ComparisonData, results: Results
     if torch.cuda.is_available() and not args.use_cpu:
         device = torch.cuda.get_device_name()
     images = ", ".join(
-        f"{len(rows)} {split}" + (f" of {len(set(rows['case_id']))} cases" if "case_id" in rows.column_names else "")
+        f"{len(rows)} {split}" + (f" of {counted(len(set(cases)), 'case')}" if cases else "")
         for split, rows in data.splits.items()
+        for cases in [case_ids(split, rows)]
     )
     template = Path(__file__).with_name("comparison_template.md").read_text()
     return template.format(

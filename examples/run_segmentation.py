@@ -26,7 +26,7 @@ from arguments import (
     take_channels_of_model,
 )
 from cohort import COHORT, load_cohort
-from data_sources import DataFacts, find_columns, find_regions, load_data, make_images
+from data_sources import DataFacts, describe_split, find_columns, find_regions, load_data, make_images
 from hp_search import search
 from image_depth import fit_white_level
 from patients import KnownPatients, rows_to_show, score_split, write_splits
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # Model card and Hub
     if training_args.do_train:
         write_card = trainer.push_to_hub if training_args.push_to_hub else trainer.create_model_card
-        write_card(**card_arguments(images, model_args, data_args, training_args))
+        write_card(**card_arguments(images, model_args, data_args, training_args, describe_split(images, data_args)))
     if not trainer.is_world_process_zero():
         return {}
     write_json(output_dir / RESULTS_FILE, results)

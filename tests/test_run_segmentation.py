@@ -23,13 +23,15 @@ from sam2unet_hf.crop_sam2unet import head_mask
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import provenance  # noqa: E402 - the scripts are no package
 import run_segmentation  # noqa: E402
-from arguments import parse_arguments, resume_arguments  # noqa: E402
+from arguments import card_arguments, parse_arguments, resume_arguments  # noqa: E402
 from case_names import case_names  # noqa: E402
 from data_sources import (  # noqa: E402
     DataArguments,
+    describe_split,
     find_columns,
     find_regions,
     load_data,
+    make_images,
     with_all_splits,
 )
 from recipes import PHANTOM, RECIPES  # noqa: E402
@@ -521,6 +523,52 @@ def test_splits_that_cannot_be_used(data, match):
     splits = {name: Dataset.from_dict({"image": list(range(count))}) for name, count in data.items()}
     with pytest.raises(SystemExit, match=match):
         with_all_splits(DatasetDict(splits), seed=0)
+
+
+def card_data(arguments):
+    """What the card says of the data of a run with these arguments, and its other facts."""
+    model_args, data_args, args = parse_arguments([*arguments, "--use_cpu"])
+    data = load_data(data_args)
+    columns, mask_column = find_columns(data, data_args)
+    images = make_images(data, columns, mask_column)
+    facts = card_arguments(images, model_args, data_args, args, describe_split(images, data_args))
+    return facts["data"], facts
+
+
+def test_the_card_says_how_ones_own_images_were_split(pictures, tmp_path):
+    arguments = ["--dataset_name", str(pictures), "--split_seed", "3"]
+    assert card_data(arguments)[0]["split"] == "by image, seed 3"
+    for kind in ("images", "masks"):
+        for path in sorted((pictures / kind).iterdir()):
+            patient = path.with_name(f"patient_{int(path.stem[-2:]) // 2}")
+            patient.mkdir(exist_ok=True)
+            path.rename(patient / path.name)
+    assert card_data(arguments)[0]["split"] == "by patient, seed 3"
+    for kind in ("images", "masks"):
+        (pictures / "train").mkdir(exist_ok=True)
+        (pictures / kind).rename(pictures / "train" / kind)
+        (pictures / "validation" / kind).mkdir(parents=True)
+        (pictures / "train" / kind / "patient_0").rename(pictures / "validation" / kind / "patient_0")
+    assert card_data(arguments)[0]["split"] == "as the data set has it"
+
+
+def test_the_card_of_a_phantom_cites_nobody_and_counts_as_people_do(cohort, tmp_path):
+    arguments = ["--brats_dir", str(cohort), "--slices", "tumor", "--neighbours", "1"]
+    rows, facts = card_data(arguments)
+    assert rows["slices"] == "axial, tumor (at least 1 pixel of it)"
+    assert rows["validation images"].endswith(" of 1 scan")
+    assert rows["split"] == "by patient, seed 0"
+    assert facts["data_citation"] is None
+    assert facts["dataset"] == "a phantom cohort in BraTS' layout"
+    assert facts["share_predictions"] is True
+    scans = tmp_path / "scans"
+    for path in sorted(cohort.glob("Phantom_00*/*")):
+        name = path.name.replace("Phantom_", "BraTS20_Training_")
+        (scans / name[:20]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, scans / name[:20] / name)
+    _, facts = card_data(["--brats_dir", str(scans), "--slices", "tumor"])
+    assert "10.1109/TMI.2014.2377694" in facts["data_citation"]
+    assert (facts["dataset"], facts["share_predictions"]) == ("BraTS", False)
 
 
 def test_splits_are_by_case():

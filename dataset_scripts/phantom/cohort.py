@@ -1,5 +1,6 @@
 """A cohort of made-up brain tumour scans in the layout of BraTS 2020."""
 
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,11 @@ INTENSITIES = {
 
 SUBARACHNOID_MM = 0.7  # fluid the skull stripping leaves around the brain
 TUMOUR_FRACTION = (0.012, 0.11)  # whole tumour per brain volume
+
+
+def is_phantom(case_id: str) -> bool:
+    """Whether a case is named as those that `write_phantom_cohort` draws, and so shows nobody."""
+    return re.fullmatch(r"Phantom_\d{3,}", case_id) is not None
 
 
 def _voxel_size_mm(shape: Sequence[int]) -> float:
