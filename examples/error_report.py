@@ -17,6 +17,8 @@ from error_plots import plot_boundaries, plot_calibration, plot_groups, plot_ove
 from matplotlib.figure import Figure
 from plots import column_to_show
 
+from sam2unet_hf.model_card import counted
+
 
 LESIONS_SHOWN = 15  # in the report; `lesions.csv` has all of them
 # Name of the file and caption of a figure, the reason if it is left out, and what draws it.
@@ -42,6 +44,12 @@ def write_report(analysis: Analysis, folder: Path, title: str, worst: int, forma
     body = [f"<h1>{html.escape(title)}</h1>"]
     by_region = [{"": name} | {row["region"]: row[name] for row in summary} for name in list(summary[0])[1:]]
     body.append(html_table(by_region))
+    if never_empty := [row["region"] for row in summary if not row["images_neither"] + row["images_prediction_only"]]:
+        names = html.escape(", ".join(never_empty))
+        body.append(
+            f"<p>Every image has {names} in the truth. What the model draws in images without is not in this report, "
+            "and false lesions were counted beside others alone.</p>"
+        )
     for name, caption, left_out, plot in list_figures(analysis, worst):
         if left_out:
             for suffix in formats:  # of an earlier run
@@ -58,8 +66,8 @@ def write_report(analysis: Analysis, folder: Path, title: str, worst: int, forma
         found = sorted((lesion for lesion in analysis.lesions if lesion["kind"] == kind), key=lambda x: -x["pixels"])
         shown = [{key: lesion[key] for key in ("image", "region", *LESION_COLUMNS[1:])} for lesion in found]
         body.append(
-            f"<h2>{len(found)} {kind} lesions</h2><p>Connected parts of the {of} that share no pixel with the \n"
-            f"{other}, the largest {LESIONS_SHOWN} at most.</p>\n{html_table(shown[:LESIONS_SHOWN])}"
+            f"<h2>{counted(len(found), f'{kind} lesion')}</h2><p>Connected parts of the {of} that share no pixel with "
+            f"the {other}, the largest {LESIONS_SHOWN} at most.</p>\n{html_table(shown[:LESIONS_SHOWN])}"
         )
     page = PAGE.substitute(title=html.escape(title), body="\n".join(body))
     (folder / "report.html").write_text(page, encoding="utf-8")
