@@ -200,7 +200,7 @@ def run(args: argparse.Namespace, data: ComparisonData, system: str, seed: int, 
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=1,
+        save_total_limit=2,  # the best and the last; of one, transformers removes the last when training ends
         logging_steps=max(1, steps // 100),
         dataloader_drop_last=True,
         dataloader_num_workers=args.num_workers,
@@ -282,6 +282,8 @@ def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.set_verbosity_error()
     notes = check_arguments(args)
     data = ComparisonData(args)
+    if (count := len(data.images["train"])) < args.batch_size:
+        raise SystemExit(f"--batch_size {args.batch_size} is more than there are training images, {count}. Lower it.")
     check_data(data, notes)
     # Measure all systems before training any, because it shows a missing library within minutes.
     costs = {system: measure_costs(args, system, argv) for system in args.systems}

@@ -11,7 +11,7 @@ from arguments import DataArguments
 from case_names import case_ids, case_names
 from data_sources import find_columns, find_regions, load_data, make_images
 from image_depth import fit_white_level
-from plots import grey_values
+from plots import image_to_show, name_of_image
 from predictions import predict_label_maps
 from processes import exit_on
 from torch.utils.data import DataLoader
@@ -24,7 +24,7 @@ from sam2unet_hf.training.augmentation import augmentation
 
 
 class Example(NamedTuple):
-    """A test image that the picture shows, of shape `(height, width)`, and the label map of its reference."""
+    """A test image as `plots.image_to_show` returns it, and the label map `(height, width)` of its reference."""
 
     row: int
     name: str
@@ -83,8 +83,13 @@ class ComparisonData:
         places = np.unique(np.linspace(0, len(largest) - 1, 4).round().astype(int))
         chosen = np.array(list(largest.values()))[places].tolist()
         names = case_names(rows)
-        greys = [grey_values(rows.own_slice(rows[row]["image"])) for row in chosen]
-        return [Example(row, names[row], grey, references[row]) for row, grey in zip(chosen, greys, strict=True)]
+        images = [image_to_show(rows.own_slice(rows[row]["image"]), rows.image_columns) for row in chosen]
+        return [Example(row, names[row], image, references[row]) for row, image in zip(chosen, images, strict=True)]
+
+    @property
+    def image_title(self) -> str:
+        """What the examples show of an image, as a title."""
+        return name_of_image(self.images["test"].image_columns)
 
     def predict_examples(self, model: PreTrainedModel) -> dict[str, np.ndarray]:
         """Return the label map that a model predicts for each of the examples, by the number of its row."""

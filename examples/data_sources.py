@@ -1,7 +1,7 @@
 """Images and masks for the examples: from BraTS scans, a phantom, folders, or the Hub."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +67,7 @@ def load_data(args: DataArguments) -> DataSplits:
     if args.streaming:
         data = stream_data(args)
     elif folders:
-        data = {split: pair_images_and_masks(*folders_of_split) for split, folders_of_split in folders.items()}
+        data = {split: pair_images_and_masks(*pair, split) for split, pair in folders.items()}
     elif args.dataset_name is None:
         data = slice_scans(args)
     else:
@@ -187,6 +187,20 @@ def with_all_splits(data: DataSplits, seed: int, group_by: str | None = None) ->
     if empty := [split for split, rows in named.items() if not len(rows)]:
         raise SystemExit(f"The split {empty[0]} of the data set is empty.")
     return datasets.DatasetDict(named)
+
+
+def describe_split(data: Mapping[str, ImageRows], args: DataArguments) -> str:
+    """Say for the model card how the images of a run came into their splits."""
+    rows = {split: images.rows for split, images in data.items()}
+    by_patient = args.dataset_name is None
+    if not by_patient:
+        # Rows that were cut off keep the name of the split that they are of.
+        if str(getattr(rows["validation"], "split", None)) != str(getattr(rows["train"], "split", "train")):
+            return "as the data set has it"
+        group_by = args.group_by or (BY_FOLDER if image_mask_folders(Path(args.dataset_name)) else None)
+        patients = patients_of_rows("train", rows["train"], group_by)
+        by_patient = len(set(patients)) < len(patients)
+    return f"by {'patient' if by_patient else 'image'}, seed {args.split_seed}"
 
 
 def find_columns(data: DataSplits, args: DataArguments) -> tuple[list[str], str]:

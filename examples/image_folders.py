@@ -76,8 +76,8 @@ def describe_layout(source: str | None) -> str:
     )
 
 
-def pair_images_and_masks(image_dir: Path, mask_dir: Path) -> datasets.Dataset:
-    """Pair the files of two folders by name, without regard to the suffix."""
+def pair_images_and_masks(image_dir: Path, mask_dir: Path, split: str | None = None) -> datasets.Dataset:
+    """Pair the files of two folders by name, without regard to the suffix; `split` is noted in the rows."""
     if not mask_dir.is_dir():
         raise SystemExit(f"{image_dir} has no masks beside it: expected a folder {mask_dir}.")
     with exit_on(ValueError):
@@ -92,4 +92,5 @@ def pair_images_and_masks(image_dir: Path, mask_dir: Path) -> datasets.Dataset:
         )
     paths = {"image": list(map(str, images.values())), "mask": [str(masks[name]) for name in images]}
     features = {"image": datasets.Image(), "mask": datasets.Image(), "case_id": datasets.Value("string")}
-    return datasets.Dataset.from_dict({**paths, "case_id": list(images)}, features=datasets.Features(features))
+    columns = {**paths, "case_id": list(images)}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features), split=split)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from case_names import case_names
-from plots import ShownCase
+from plots import ShownCase, image_to_show
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -68,6 +68,7 @@ def choose_cases(
     for rank, index in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
         batch = rows[[index]]
         (prediction,) = predict_label_maps(model, transform, batch)
+        image = image_to_show(rows.own_slice(batch["image"][0]), rows.image_columns)
         title = f"{rank}: Dice {dice[index]:.3f}\n{names[index]}"
-        cases.append(ShownCase(title, rows.own_slice(batch["image"][0]), reference(index), prediction))
+        cases.append(ShownCase(title, image, reference(index), prediction))
     return cases

@@ -26,11 +26,11 @@ from arguments import (
     take_channels_of_model,
 )
 from cohort import COHORT, load_cohort
-from data_sources import DataFacts, find_columns, find_regions, load_data, make_images
+from data_sources import DataFacts, describe_split, find_columns, find_regions, load_data, make_images
 from hp_search import search
 from image_depth import fit_white_level
 from patients import KnownPatients, rows_to_show, score_split, write_splits
-from plots import plot_predictions, plot_training_curve
+from plots import name_of_image, plot_predictions, plot_training_curve
 from predictions import choose_cases, write_predictions
 from processes import exit_on, from_main_process, report_error_once, set_up_logging
 from provenance import RESULTS_FILE, check_steps_left, find_checkpoint, run_record, start_run, write_json
@@ -120,8 +120,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         eval_dataset=evaluation.get("validation", evaluation.get(COHORT)),
         processing_class=processor,
     )
-    with exit_on(OSError, ValueError):  # such as no right to push, or no such metric
+    # Such as no right to push, no such metric, or an optimizer of a package that is not installed.
+    with exit_on(ImportError, OSError, ValueError):
         trainer = make_trainer(model, training_args)
+        if training_args.do_train:
+            trainer.get_optimizer_cls_and_kwargs(training_args, model)
     if checkpoint is not None and training_args.do_train:
         check_steps_left(trainer, checkpoint, arguments)
     known = KnownPatients(data, data_args, training_args, model_args.model_name_or_path)
@@ -176,7 +179,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         transform, rows = rows.transform, rows.with_transform(None)
         prefix = f"{COHORT}_" if split == COHORT else ""
         cases = choose_cases(rows, dice, transform, model, chosen)
-        plot_predictions(cases, regions, output_dir / f"{prefix}predictions.png")
+        image_title = name_of_image(rows.image_columns)
+        plot_predictions(cases, regions, output_dir / f"{prefix}predictions.png", image_title)
         if training_args.do_predict:
             batch_size = training_args.per_device_eval_batch_size
             write_predictions(output_dir / f"{prefix}predictions", rows, transform, model, batch_size)
@@ -186,7 +190,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # Model card and Hub
     if training_args.do_train:
         write_card = trainer.push_to_hub if training_args.push_to_hub else trainer.create_model_card
-        write_card(**card_arguments(images, model_args, data_args, training_args))
+        write_card(**card_arguments(images, model_args, data_args, training_args, describe_split(images, data_args)))
     if not trainer.is_world_process_zero():
         return {}
     write_json(output_dir / RESULTS_FILE, results)

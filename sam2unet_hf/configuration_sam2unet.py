@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, Sam2HieraDetConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .regions_sam2unet import default_ignore_index, label_names, regions_from_pairs
 
@@ -177,6 +178,9 @@ class Sam2UNetConfig(PreTrainedConfig):
                     f"`{name}` is no longer an option, because the loss always takes {value}, got {given}. Remove it; "
                     "predictions do not depend on it."
                 )
+        if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+            # Where the package is installed, `pipeline` would ask to trust the code of the checkpoint nonetheless.
+            kwargs.pop("custom_pipelines", None)
         if isinstance(self.backbone_config, dict):
             # There is only one encoder that a dict without `model_type` can mean.
             self.backbone_config = {"model_type": Sam2HieraDetConfig.model_type, **self.backbone_config}

@@ -20,7 +20,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .crop_sam2unet import check_head_boxes, crop, head_mask, head_window
-from .images_sam2unet import to_byte_range, to_channels_first, to_label_maps, to_list
+from .images_sam2unet import to_byte_range, to_channels_first, to_label_maps, to_list, warn_of_lost_bits
 from .post_processing_sam2unet import Sam2UNetPostProcessingMixin
 from .regions_sam2unet import region_levels, regions_from_pairs
 
@@ -253,6 +253,10 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
         prepared = [self.process_image(image, **kwargs) for image in to_list(images)]
         if not prepared:
             raise ValueError("`images` must hold at least one image, got none.")
+        if segmentation_maps is None:
+            for image in to_list(images):
+                if isinstance(image, Image.Image):
+                    warn_of_lost_bits(image)
         label_maps = None if segmentation_maps is None else to_label_maps(segmentation_maps, prepared)
         features: dict[str, Any] = {}
         if self.head_crop_size is not None:

@@ -95,6 +95,24 @@ def to_byte_range(image: torch.Tensor, white_level: int | None = None) -> torch.
     return values / (limit / 255)
 
 
+def warn_of_lost_bits(picture: Image.Image) -> None:
+    """Warn of a grey picture of mode RGB that is mostly white where it is not black.
+
+    So is one of 16 bits whose values were cut at 255, as the image segmentation pipeline of transformers does.
+    """
+    if picture.mode != "RGB":
+        return
+    red, green, blue = (np.asarray(channel) for channel in picture.split())
+    bright, white = int((red > 0).sum()), int((red == 255).sum())
+    if 2 * white > bright and np.array_equal(red, green) and np.array_equal(red, blue):
+        warnings.warn(
+            f"Of a grey picture {white / bright:.0%} of what is not black is white, as if 16 bits had been cut to 8, "
+            "which the image segmentation pipeline of transformers does. Pass `pipeline_class=Sam2UNetImagePipeline` "
+            "to `pipeline`, or give the picture itself to the image processor.",
+            stacklevel=2,
+        )
+
+
 def to_label_map(segmentation_map: Any) -> torch.Tensor:
     """Turn a picture or array of label ids, with one channel or three equal ones, into int64 `(height, width)`."""
     layout = None

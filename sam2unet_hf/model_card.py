@@ -53,6 +53,12 @@ METRIC_TITLES = {
 }
 
 
+def counted(number: float, noun: str) -> str:
+    """Return a number with its noun, in the plural unless the number is 1."""
+    text = str(number) if isinstance(number, int) else f"{number:g}"
+    return f"{text} {noun}{'' if number == 1 else 's'}"
+
+
 def parse_score(key: str, regions: Sequence[str]) -> tuple[str, str, str | None] | None:
     """Split the key of a score into kind, metric and region; `None` if it is no score.
 
@@ -109,7 +115,7 @@ def input_facts(num_channels: int, processor: Sam2UNetImageProcessor | None) -> 
     """Say what the model sees of an image, for the card: the size, the window about the head, and the channels."""
     facts: dict[str, Any] = {"size": None, "window": None, "window_scale": 1, "channels": None, "neighbours": 0}
     if num_channels != 3:
-        facts["channels"] = f"{num_channels} channels"
+        facts["channels"] = counted(num_channels, "channel")
     if processor is None:
         return facts
     size = processor.head_crop_size or (processor.size if processor.do_resize else None)
@@ -118,7 +124,7 @@ def input_facts(num_channels: int, processor: Sam2UNetImageProcessor | None) -> 
         facts["window_scale"] = processor.head_crop_scale
     facts["neighbours"] = processor.neighbours
     if processor.modalities:
-        channels = f"{num_channels} channels: {', '.join(processor.modalities)}"
+        channels = f"{counted(num_channels, 'channel')}: {', '.join(processor.modalities)}"
         if processor.neighbours:
             slices = 2 * processor.neighbours + 1
             channels += f", each as {slices} adjacent slices from the lowest to the highest"
@@ -148,7 +154,7 @@ def patient_section(path: Path, source: str) -> dict[str, Any]:
     ]
     return {
         "source": source,
-        "count": len(numbers),
+        "count": counted(len(numbers), "patient"),
         "summary": summary,
         "titles": [COLUMN_TITLES[column] for column in columns],
         "rows": rows if len(numbers) <= MAX_LISTED_PATIENTS else [],
@@ -247,6 +253,7 @@ def render_model_card(
         patients=patients,
         zero_division=info.get("zero_division"),
         chosen="checkpoint" in info.get("recipe", {}),
+        all_show_foreground=info.get("all_show_foreground"),
         pictures=pictures,
         data_citation=dataset.get("citation"),
         license=info.get("license"),
@@ -281,4 +288,4 @@ def write_model_card(folder: str | os.PathLike, repo_id: str | None = None, tags
     return path
 
 
-__all__ = ["PICTURES", "TRAINING_INFO", "render_model_card", "write_model_card"]
+__all__ = ["PICTURES", "TRAINING_INFO", "counted", "render_model_card", "write_model_card"]

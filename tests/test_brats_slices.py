@@ -21,6 +21,7 @@ from huggingface_hub import DatasetCard
 from dataset_scripts.brats_slices import BratsSlices, split_patients
 from dataset_scripts.brats_slices.__main__ import main
 from dataset_scripts.brats_slices.png import encode_png
+from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf.labels_sam2unet import NumberingError
 from sam2unet_hf.scans_sam2unet import MODALITIES, ScanError
 
@@ -651,6 +652,26 @@ def test_cli_card_of_the_decathlon_states_its_licence(brats_dir, tmp_path):
     copy_as_decathlon(brats_dir, brats_dir / "Task01_BrainTumour")  # beside scans of the challenge
     run(brats_dir, tmp_path / "mixed", "--slices", "2")
     assert DatasetCard.load(tmp_path / "mixed" / "README.md").data.license == "other"
+
+
+def test_cli_card_of_a_phantom_has_neither_terms_nor_citation_of_brats(tmp_path):
+    cohort = write_phantom_cohort(tmp_path / "cohort", 4, (32, 32, 21))
+    run(cohort, tmp_path / "out", "--slices", "8")
+    card = DatasetCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert "No scan is of a person: `dataset_scripts.phantom` drew them, and they may be passed on." in card.text
+    assert "cut from 4 scanning sessions of 4 patients made up in the layout" in card.text
+    for absent in ("experts", "do not pass them on", "Citation", "bibtex", "10.1109", "$"):
+        assert absent not in card.text, absent
+    builder = BratsSlices(data_dir=str(cohort))
+    assert (builder.info.citation, builder.info.homepage) == ("", "")
+    (cohort / "Phantom_001").rename(cohort / "BraTS20_Training_001")  # beside a scan of the challenge
+    for path in sorted((cohort / "BraTS20_Training_001").iterdir()):
+        path.rename(path.with_name(path.name.replace("Phantom_001", "BraTS20_Training_001")))
+    run(cohort, tmp_path / "mixed", "--slices", "8")
+    mixed = DatasetCard.load(tmp_path / "mixed" / "README.md")
+    assert mixed.data.license == "other"
+    assert "10.1109/TMI.2014.2377694" in mixed.text
 
 
 def test_cli_bad_case_is_one_line_and_leaves_nothing(brats_dir, tmp_path):

@@ -124,12 +124,55 @@ def test_file_for_every_size_gives_the_models_logits(onnxruntime, files, models,
 
 def test_padded_attention_equals_the_models():
     model = exported_model()
-    padded = graph.AnySizeLogits(onnx.float32_copy(model))
+    padded = graph.AnySizeLogits(onnx.copy_on_cpu(model))
     for size in [(70, 90), (352, 352)]:
         images = torch.randn(1, 3, *size)
         with torch.inference_mode():
             torch.testing.assert_close(padded(images), model(images).logits, atol=1e-5, rtol=0)
     assert not any(isinstance(module, graph.PaddedWindowAttention) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["fixed", "dynamic"])
+def test_file_in_float16_is_half_the_size_and_gives_the_models_logits(
+    onnxruntime, checkpoints, files, models, tmp_path, name
+):
+    file = tmp_path / "half.onnx"
+    option = ["--dynamic_size"] if name == "dynamic" else []
+    __main__.main([str(checkpoints / name), str(file), "--dtype", "float16", *option])
+    session = onnxruntime.InferenceSession(file)
+    assert [value.type for value in (*session.get_inputs(), *session.get_outputs())] == ["tensor(float)"] * 2
+    pixel_values = torch.randn(2, 6 if name == "dynamic" else 3, 70, 90)
+    (logits,) = session.run(["logits"], {"pixel_values": pixel_values.numpy()})
+    with torch.inference_mode():
+        expected = models[name](pixel_values).logits
+    assert 0 < np.abs(logits - expected.numpy()).max() < 0.01 * expected.abs().max()
+    assert file.stat().st_size < 0.7 * files[name].stat().st_size
+
+
+def test_file_in_bfloat16_is_refused(onnxruntime, model, tmp_path):
+    with pytest.raises(ValueError, match="`dtype` must be torch.float32 or torch.float16, got torch.bfloat16. onnxru"):
+        export_onnx(model, tmp_path / "model.onnx", dtype=torch.bfloat16)
+    assert not any(tmp_path.iterdir())
+
+
+def test_file_for_one_size_names_no_float_type(onnxruntime, files):
+    """Converters to float16 change weights and inputs, not the types that nodes name."""
+    graph = pytest.importorskip("onnx").load(files["fixed"]).graph
+    assert len(graph.node) > 100
+    assert not [node.name for node in graph.node if node.op_type in ("Cast", "ConstantOfShape", "RandomNormal")]
+
+
+@pytest.mark.parametrize("converter", ["onnxruntime.transformers.float16", "onnxconverter_common.float16"])
+def test_file_for_one_size_is_converted_to_float16_by_the_usual_tools(onnxruntime, files, model, tmp_path, converter):
+    convert = pytest.importorskip(converter).convert_float_to_float16
+    half = convert(pytest.importorskip("onnx").load(files["fixed"]))
+    (tmp_path / "half.onnx").write_bytes(half.SerializeToString())
+    session = onnxruntime.InferenceSession(tmp_path / "half.onnx")
+    pixel_values = torch.randn(2, 3, 70, 90)
+    (logits,) = session.run(["logits"], {"pixel_values": pixel_values.numpy().astype(np.float16)})
+    with torch.inference_mode():
+        expected = model(pixel_values).logits
+    assert np.abs(logits - expected.numpy()).max() < 0.01 * expected.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -179,7 +222,7 @@ def test_window_of_the_processor_is_the_size_of_the_images(onnxruntime, monkeypa
     processor = Sam2UNetImageProcessor(num_channels=6, head_crop_size={"height": 96, "width": 64})
     sizes = []
 
-    def convert(model, image_size, dynamic_size):
+    def convert(model, image_size, dynamic_size, dtype):
         sizes.append(image_size)
         raise OnnxExportError("not here")
 
@@ -233,7 +276,7 @@ def test_file_holds_no_path_of_this_machine(files):
 @pytest.fixture
 def converted(monkeypatch, files, programs):
     """Have `export_onnx` take what was converted for `files`, and save the time."""
-    monkeypatch.setattr(onnx, "convert", lambda model, image_size, dynamic_size: programs[dynamic_size])
+    monkeypatch.setattr(onnx, "convert", lambda model, image_size, dynamic_size, dtype: programs[dynamic_size])
 
 
 def test_file_that_fails_the_check_is_not_kept(converted, tmp_path):
@@ -265,7 +308,7 @@ def test_weights_in_a_second_file_are_found(converted, model, monkeypatch, progr
 
 def test_check_finds_one_changed_weight(files, models):
     for name, file in files.items():
-        changed = onnx.float32_copy(models[name])
+        changed = onnx.copy_on_cpu(models[name])
         with torch.no_grad():
             changed.encoder.blocks[5].mlp.proj_out.bias[0] += 0.3
         with pytest.raises(OnnxExportError, match=r"differ from the model's by up to 0\.0"):
@@ -273,7 +316,7 @@ def test_check_finds_one_changed_weight(files, models):
 
 
 def test_check_finds_nan(files, model):
-    broken = onnx.float32_copy(model)
+    broken = onnx.copy_on_cpu(model)
     with torch.no_grad():
         broken.decode_head.classifier.bias.fill_(float("nan"))
     with pytest.raises(OnnxExportError, match="differ from the model's by up to nan"):
