@@ -47,6 +47,7 @@ PROTOCOLS = {"plain": {"zero_division": 1.0}, "paper": {"zero_division": 0.0, "n
 QUICK = {"steps": 60, "image_size": 96, "batch_size": 8, "learning_rate": ["5e-4"], "evaluations": 3, "warmup": 10}
 # Arguments that may differ when a comparison resumes.
 RESUMABLE_ARGUMENTS = ("systems", "seeds", "output_dir", "measure", "allow_leaks")
+LEAST_VALUES = {"steps": 1, "image_size": 64, "batch_size": 2, "evaluations": 1, "warmup": 0, "num_workers": 0}
 SAM2UNET_ONLY = ("sam2_checkpoint", "preset", "freeze_encoder")
 
 
@@ -95,8 +96,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.steps = None
     if len(args.modalities or [""]) not in (1, 3):  # the encoders of all systems take three channels
         parser.error(f"--modalities takes one modality or three, got {' '.join(args.modalities)}")
-    if args.batch_size < 2:
-        parser.error(f"--batch_size must be at least 2, got {args.batch_size}")
+    for name, least in LEAST_VALUES.items():
+        if (value := getattr(args, name)) is not None and not value >= least:
+            parser.error(f"--{name} must be at least {least}, got {value}")
     if {"none", "strong"} & set(args.augmentation) and len(args.augmentation) > 1:
         parser.error(f"--augmentation takes none and strong alone, got {' '.join(args.augmentation)}")
     try:

@@ -284,6 +284,10 @@ def test_arguments_are_checked_before_data_is_read_and_measuring_checks_none(reb
         (["--learning_rate", "1e-4", "net=1e-3"], "--learning_rate takes one number"),
         (["--learning_rate", "unet=1e-3"], "--learning_rate takes one number"),
         (["--batch_size", "1"], "--batch_size must be at least 2, got 1"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--evaluations", "0"], "--evaluations must be at least 1, got 0"),
+        (["--image_size", "32"], "--image_size must be at least 64, got 32"),
+        (["--num_workers", "-1"], "--num_workers must be at least 0, got -1"),
         (["--augmentation", "none", "flips"], "--augmentation takes none and strong alone, got none flips"),
     ],
 )
