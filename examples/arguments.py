@@ -379,5 +379,5 @@ def card_arguments(
         "dataset_args": data_args.dataset_config_name,
         "data": rows,
         "data_citation": f"```bibtex\n{citation.strip()}\n```" if citation else None,
-        "share_predictions": made_up or args.share_predictions,
+        "share_predictions": (has_scans and data_args.brats_dir is None) or args.share_predictions,
     }

@@ -288,4 +288,4 @@ def write_model_card(folder: str | os.PathLike, repo_id: str | None = None, tags
     return path
 
 
-__all__ = ["PICTURES", "TRAINING_INFO", "counted", "render_model_card", "write_model_card"]
+__all__ = ["PICTURES", "TRAINING_INFO", "render_model_card", "write_model_card"]

@@ -77,8 +77,13 @@ def hub():
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
-    """Five patients: three for training, one each for validation and testing."""
-    return write_phantom_cohort(tmp_path_factory.mktemp("scans") / "cohort", 5, (48, 48, 31))
+    """Five patients: three for training, one each for validation and testing. By their names they are of BraTS."""
+    folder = write_phantom_cohort(tmp_path_factory.mktemp("scans") / "cohort", 5, (48, 48, 31))
+    for path in sorted(folder.glob("Phantom_*/*")):
+        path.rename(path.with_name(path.name.replace("Phantom_", "BraTS20_Training_")))
+    for path in sorted(folder.glob("Phantom_*")):
+        path.rename(path.with_name(path.name.replace("Phantom_", "BraTS20_Training_")))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +193,7 @@ def test_what_cannot_be_pushed_is_refused_before_a_scan_is_read(hub, unreadable,
 
 def test_a_bad_scan_ends_a_push_before_any_upload(hub, unreadable, tmp_path):
     (end,) = run_pushes(hub, tmp_path / "push", {"arguments": push_options(unreadable)})
-    assert re.match("error: case Phantom_.*is not a NIfTI file", end)
+    assert re.match("error: case BraTS20_.*is not a NIfTI file", end)
     assert hub.repos["datasets", REPO].private
     assert hub.files("datasets", REPO) == [".gitattributes"]
     assert hub.uploads() == []
