@@ -368,15 +368,16 @@ def run(hub, tmp_path, *command, token="hf_write"):
 
 
 PUSH = """
-import sys
+import json, sys
 import torch
 from sam2unet_hf import Sam2UNetForSemanticSegmentation
 
-folder, repo, change = sys.argv[1:]
-model = Sam2UNetForSemanticSegmentation.from_pretrained(folder)
-with torch.no_grad():
-    model.decode_head.classifier.bias += float(change)
-model.push_to_hub(repo, tags=["extra"])
+folder, pushes = sys.argv[1:]
+for repo, change in json.loads(pushes):
+    model = Sam2UNetForSemanticSegmentation.from_pretrained(folder)
+    with torch.no_grad():
+        model.decode_head.classifier.bias += change
+    model.push_to_hub(repo, tags=["extra"])
 """
 
 VALIDATE = """
@@ -389,58 +390,62 @@ print(len(card.data.eval_results or []))
 """
 
 
+def push(hub, tmp_path, folder, *pushes):
+    """Push the model of a folder to repositories, with a bias changed by so much."""
+    result = run(hub, tmp_path, "-c", PUSH, folder, json.dumps(pushes))
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_pushed_model_takes_the_card_of_its_run_along_unless_it_was_changed(hub, folder, tmp_path):
     add_run(folder, share_predictions=True)
     write_model_card(folder)
-    result = run(hub, tmp_path, "-c", PUSH, folder, "tester/kept", "0")
-    assert result.returncode == 0, result.stderr
-    card = hub.file("models", "tester/kept", "README.md").decode()
-    assert card == render_model_card(folder, "tester/kept", ["extra"])
+    card = render_model_card(folder, "tester/kept", ["extra"])
+    hub.create("models", "tester/edited", {"README.md": card.replace("# kept", "# Ours").encode()})
+    push(hub, tmp_path, folder, ("tester/kept", 0), ("tester/kept", 1), ("tester/edited", 0))
+    changed, first = (commit.sha for commit in hub.commits("models", "tester/kept")[:2])
+    assert hub.file("models", "tester/kept", "README.md", first).decode() == card
     assert "## Results" in card
-    assert {"predictions.png", "training_curve.png"} <= set(hub.files("models", "tester/kept"))
-    assert json.loads(hub.file("models", "tester/kept", "preprocessor_config.json"))["size"] == {
-        "height": 96,
-        "width": 64,
-    }
-    result = run(hub, tmp_path, "-c", VALIDATE, "tester/kept")
+    assert {"predictions.png", "training_curve.png"} <= set(hub.files("models", "tester/kept", first))
+    processor = json.loads(hub.file("models", "tester/kept", "preprocessor_config.json", first))
+    assert processor["size"] == {"height": 96, "width": 64}
+    # Other weights: neither results nor pictures of this run, nor of the one before.
+    assert "## Results" not in hub.file("models", "tester/kept", "README.md", changed).decode()
+    assert not {"predictions.png", "training_curve.png"} & set(hub.files("models", "tester/kept", changed))
+    # What somebody wrote on the Hub stays.
+    assert hub.file("models", "tester/edited", "README.md").decode() == card.replace("# kept", "# Ours")
+    hub.create("models", "tester/valid", {"README.md": card.encode()})
+    result = run(hub, tmp_path, "-c", VALIDATE, "tester/valid")
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) == len(SegmentationMetrics(list(BRATS_REGIONS)).names())
-    # Other weights: neither results nor pictures of this run, nor of the one before.
-    result = run(hub, tmp_path, "-c", PUSH, folder, "tester/kept", "1")
-    assert result.returncode == 0, result.stderr
-    assert "## Results" not in hub.file("models", "tester/kept", "README.md").decode()
-    assert not {"predictions.png", "training_curve.png"} & set(hub.files("models", "tester/kept"))
-    # What somebody wrote on the Hub stays.
-    hub.create("models", "tester/edited", {"README.md": card.replace("# kept", "# Ours").encode()})
-    result = run(hub, tmp_path, "-c", PUSH, folder, "tester/edited", "0")
-    assert result.returncode == 0, result.stderr
-    assert hub.file("models", "tester/edited", "README.md").decode() == card.replace("# kept", "# Ours")
 
 
 PUSH_FROM_SUBFOLDER = """
 import sys
+from pathlib import Path
 from sam2unet_hf import Sam2UNetForSemanticSegmentation
 
-Sam2UNetForSemanticSegmentation.from_pretrained(sys.argv[1], subfolder="tumor_model").push_to_hub("tester/placed")
+for _ in range(2):
+    model = Sam2UNetForSemanticSegmentation.from_pretrained(sys.argv[1], subfolder="tumor_model")
+    model.push_to_hub("tester/placed")
+    Path(sys.argv[1], "tumor_model", "preprocessor_config.json").unlink(missing_ok=True)
 """
 
 
 def test_the_image_processor_beside_the_checkpoint_goes_along(hub, folder, tmp_path):
     result = run(hub, tmp_path, "-c", PUSH_FROM_SUBFOLDER, folder.parent)
     assert result.returncode == 0, result.stderr
-    processor = json.loads(hub.file("models", "tester/placed", "preprocessor_config.json"))
-    assert processor["size"] == {"height": 96, "width": 64}
     # A model without one takes the default, but not over one that is there.
-    (folder / "preprocessor_config.json").unlink()
-    result = run(hub, tmp_path, "-c", PUSH_FROM_SUBFOLDER, folder.parent)
-    assert result.returncode == 0, result.stderr
-    assert json.loads(hub.file("models", "tester/placed", "preprocessor_config.json")) == processor
+    without, beside = (
+        json.loads(hub.file("models", "tester/placed", "preprocessor_config.json", commit.sha))
+        for commit in hub.commits("models", "tester/placed")[:2]
+    )
+    assert beside["size"] == {"height": 96, "width": 64}
+    assert without == beside
 
 
 def test_a_card_that_was_written_by_hand_is_pushed_as_it_is(hub, folder, tmp_path):
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
-    result = run(hub, tmp_path, "-c", PUSH, folder, "tester/by-hand", "0")
-    assert result.returncode == 0, result.stderr
+    push(hub, tmp_path, folder, ("tester/by-hand", 0))
     assert hub.file("models", "tester/by-hand", "README.md") == (folder / "README.md").read_bytes()
 
 

@@ -53,6 +53,12 @@ def cohort(tmp_path_factory):
     return write_phantom_cohort(tmp_path_factory.mktemp("cohort") / "brats", num_patients=13, shape=(40, 40, 26))
 
 
+@pytest.fixture(scope="module")
+def few_patients(tmp_path_factory):
+    """Five to train on, and one each to validate and test, for runs on many slices of each."""
+    return write_phantom_cohort(tmp_path_factory.mktemp("few") / "brats", num_patients=7, shape=(40, 40, 26))
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """Return a function that saves a small model to start from."""
@@ -84,10 +90,10 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
-def test_brats_folder_to_checkpoint_scores_and_pictures(cohort, checkpoint, tmp_path):
+def test_brats_folder_to_checkpoint_scores_and_pictures(few_patients, checkpoint, tmp_path):
     output_dir = tmp_path / "run"
     results = run_segmentation.main(
-        ["--brats_dir", str(cohort), "--slices", "tumor", "--min_tumor_pixels", "5", "--do_predict"]
+        ["--brats_dir", str(few_patients), "--slices", "tumor", "--min_tumor_pixels", "5", "--do_predict"]
         + ["--model_name_or_path", checkpoint(), "--num_train_epochs", "2", "--output_dir", str(output_dir), *QUICK]
     )
     assert results == json.loads((output_dir / "all_results.json").read_text())
@@ -114,7 +120,7 @@ def test_brats_folder_to_checkpoint_scores_and_pictures(cohort, checkpoint, tmp_
         assert torch.equal(parameter, best.get_parameter(name)), name
 
 
-def test_modalities_neighbours_and_window_from_scans_to_scores(cohort, checkpoint, tmp_path):
+def test_modalities_neighbours_and_window_from_scans_to_scores(few_patients, checkpoint, tmp_path):
     """Six channels of the window about the head, in memory and streamed, which are scored again as they were."""
     backbone_config = small_backbone_config(num_channels=6)
     start = Path(checkpoint(backbone_config=backbone_config))
@@ -125,15 +131,15 @@ def test_modalities_neighbours_and_window_from_scans_to_scores(cohort, checkpoin
     recipe += ["patient_dice", "--do_predict"]
     slices = ["--slices", "head"]
     data = tmp_path / "data"
-    write_brats_slices(["--brats_dir", str(cohort), "--output_dir", str(data), *slices])
+    write_brats_slices(["--brats_dir", str(few_patients), "--output_dir", str(data), *slices])
     results = run_segmentation.main(
-        ["--brats_dir", str(cohort), *slices, *recipe, "--output_dir", str(tmp_path / "scans")]
+        ["--brats_dir", str(few_patients), *slices, *recipe, "--output_dir", str(tmp_path / "scans")]
     )
     assert 0 <= results["test_patient_dice"] <= 1
     processor = AutoImageProcessor.from_pretrained(tmp_path / "scans")
     assert (processor.modalities, processor.neighbours, processor.num_channels) == (["t1ce", "flair"], 1, 6)
     assert processor.head_crop_size == {"height": 64, "width": 64}
-    rows = load_data(DataArguments(brats_dir=str(cohort), slices=["head"]))["train"]
+    rows = load_data(DataArguments(brats_dir=str(few_patients), slices=["head"]))["train"]
     num_foreground = sum(count > 0 for count in rows["wt_pixels"])
     assert num_foreground < len(rows) / 2
     state = json.loads((tmp_path / "scans" / "trainer_state.json").read_text())
@@ -143,7 +149,9 @@ def test_modalities_neighbours_and_window_from_scans_to_scores(cohort, checkpoin
     assert "1 slice below and 1 above" in card
     assert "50% of each epoch" in card
     # Nothing is predicted outside of the head, also where the pictures are written.
-    split = load_data(DataArguments(brats_dir=str(cohort), slices=["head"], modalities=["t1ce", "flair"]))["test"]
+    split = load_data(DataArguments(brats_dir=str(few_patients), slices=["head"], modalities=["t1ce", "flair"]))[
+        "test"
+    ]
     for name, row in zip(case_names(split), split, strict=True):
         with Image.open(tmp_path / "scans" / "predictions" / f"{name}.png") as prediction:
             pixels = torch.from_numpy(np.stack([row["t1ce"], row["flair"]]))
