@@ -131,7 +131,7 @@ def patient_section(path: Path, source: str) -> dict[str, Any]:
     table.rows = json.loads(path.read_text(encoding="utf-8"))["patients"]
 
     def cell(column: str, value: float | None) -> str:
-        digits = 3 if column == "volume_dice" else 0 if column.endswith("_pixels") else 1
+        digits = 0 if column.endswith("_pixels") else 1 if column.endswith(("_mm", "_ml")) else 3
         return "" if value is None else f"{value:.{digits}f}"
 
     summary = [
@@ -149,6 +149,7 @@ def patient_section(path: Path, source: str) -> dict[str, Any]:
         "source": source,
         "count": len(numbers),
         "summary": summary,
+        "has_lesions": "lesion_dice" in columns,
         "titles": [COLUMN_TITLES[column] for column in columns],
         "rows": rows if len(numbers) <= MAX_LISTED_PATIENTS else [],
     }

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -28,7 +29,7 @@ from sam2unet_hf.model_card import (
     render_model_card,
     write_model_card,
 )
-from sam2unet_hf.patient_table import PatientTable
+from sam2unet_hf.patient_table import PatientTable, score_patient
 from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform
 from sam2unet_hf.training.augmentation import augmentation
 
@@ -151,6 +152,18 @@ def test_the_table_of_patients_names_none(folder):
     assert "README.md" in files
     for name in files:
         assert b"Patient Doe" not in (folder / name).read_bytes(), name
+    measured = PatientTable()
+    masks = np.zeros((2, 5, 5, 5), np.uint8)
+    masks[:, 1:4, 1:4, 1:4], masks[1, 1, 1, 1] = 3, 0
+    measured.add("Patient Poe", score_patient(*masks, {"WT": [3]}, (1, 1, 1)))
+    measured.write(folder, "validation_patients")
+    text = render_model_card(folder)
+    assert "1 patients, each scored as a whole. NSD, the normalised surface distance, is" in text
+    assert re.search(r"\| WT \| lesion-wise Dice \| 0\.981 \|  \| 0\.981 \| 0\.981 \|\n", text)
+    assert re.search(r"\| WT \| NSD at 0\.5 mm \| 0\.9\d\d \|", text)
+    assert re.search(r"\| WT \| lesion-wise 95 % Hausdorff distance, pooled \(mm\) \| 0\.0 \|", text)
+    assert text.count("lesion-wise NSD at 1 mm") == 2
+    (folder / "validation_patients.json").unlink()
     many = PatientTable()
     for number in range(101):
         many.add(str(number), {"WT": {"volume_dice": 0.5, "reference_pixels": 70, "predicted_pixels": 0}})

@@ -122,10 +122,11 @@ def compare_lesions(
     """
     masks, spacing_mm = to_masks(prediction, reference), to_spacing(spacing)
     box = bounding_box(*masks)
-    predicted, expected = (ndimage.label(mask[box], structure=np.ones((3, 3, 3)))[0] for mask in masks)
-    predicted_sizes, expected_sizes = (np.bincount(lesions.ravel())[1:] for lesions in (predicted, expected))
+    masks = masks[0][box], masks[1][box]
+    predicted, expected = (ndimage.label(mask, structure=np.ones((3, 3, 3)))[0] for mask in masks)
+    predicted_sizes, expected_sizes = np.bincount(predicted[masks[0]])[1:], np.bincount(expected[masks[1]])[1:]
     volumes_mm3 = expected_sizes * spacing_mm.prod()
-    both = (predicted != 0) & (expected != 0)
+    both = masks[0] & masks[1]
     if not both.any():
         return Lesions([], [], volumes_mm3.tolist(), len(predicted_sizes))
 

@@ -4,6 +4,7 @@
 those of BraTS: right if the prediction is empty too, as wrong as can be if it is not.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -130,7 +131,7 @@ def score_volume(
             which any other id than 0 to 3 is an error.
         spacing: Size of a voxel in mm along the three axes of the volumes.
         one_empty_mm: Distance where just one of prediction and reference is empty. The default is the diagonal of
-            BraTS' volumes, 373.13 mm, as in results on BraTS until 2021; its code takes 374 from 2023 on.
+            BraTS' volumes, 373.13 mm, as in results on BraTS until 2021; its code takes 374 in 2023, and 373 in 2026.
 
     Returns:
         Region name -> metric -> value.
@@ -175,8 +176,13 @@ def to_region_masks(
     predicted, expected = volumes.values()
     _check_shapes(predicted, expected)
     box = bounding_box(predicted != 0, expected != 0)
-    crops = [volume[box].astype(np.int64, order="C") for volume in (predicted, expected)]
-    return {name: (np.isin(crops[0], ids), np.isin(crops[1], ids)) for name, ids in label_ids.items()}, predicted.size
+    crops = [np.ascontiguousarray(volume[box]) for volume in (predicted, expected)]
+    # To compare with each of a few ids is ten times faster than `np.isin`.
+    masks = {
+        name: tuple(functools.reduce(np.logical_or, [crop == label_id for label_id in ids]) for crop in crops)
+        for name, ids in label_ids.items()
+    }
+    return masks, predicted.size
 
 
 def to_regions(regions: Any) -> dict[str, list[int]]:
@@ -206,7 +212,7 @@ def to_length(value: Any) -> float:
     """Check the distance where one mask is empty."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value < math.inf:
         raise ValueError(
-            f"`one_empty_mm` must be a length >= 0 in mm, got {value!r}. Pass 374 for BraTS from 2023 on."
+            f"`one_empty_mm` must be a length >= 0 in mm, got {value!r}. Pass 374 for BraTS 2023, 373 for BraTS 2026."
         )
     return float(value)
 

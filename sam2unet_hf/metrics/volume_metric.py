@@ -30,9 +30,10 @@ DISTANCE_DETAILS = """
     take the distance in mm between its centre and that of the nearest surface voxel of the other mask; of these the
     95th percentile, interpolated linearly; and of both directions the larger. That is
     `compute_hausdorff_distance(percentile=95)` of [MONAI](https://github.com/Project-MONAI/MONAI). BraTS' own code
-    from 2023 on weights distances by the area of surface elements, as
+    of 2023 and 2024 weights distances by the area of surface elements, as
     [`surface-distance`](https://github.com/google-deepmind/surface-distance) does; here each voxel counts the same,
-    so values are near those of the challenge, not equal to them.
+    so values are near those of the challenge, not equal to them. That of BraTS 2026 pools both directions, which is
+    `hausdorff95_pooled_mm`.
 """
 PANOPTICA_CITATION = """
     @article{kofler2023panoptica,
