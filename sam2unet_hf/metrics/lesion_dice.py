@@ -2,7 +2,6 @@
 
 from .lesion_functional import score_lesions
 from .streaming_metric import MetricFacts
-# `evaluate.load` copies what is imported here, and no further.
 from .volume_functional import score_volume
 from .volume_metric import LESION_DETAILS, PANOPTICA_CITATION, VolumeMetric
 
