@@ -22,9 +22,10 @@ from typing import Any
 import gradio as gr
 from case_view import PLANE_ORDER, CaseView, draw_slice, largest_slice, region_colours, segment_case
 
-from dataset_scripts.phantom import write_phantom_cohort
+from dataset_scripts.phantom import NUM_PATIENTS, write_phantom_cohort
 from sam2unet_hf.cases_sam2unet import BratsCase, find_cases
 from sam2unet_hf.metrics.volume_functional import count_voxels, dice
+from sam2unet_hf.nifti_sam2unet import open_nifti, read_header
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
 from sam2unet_hf.volume import Sam2UNetVolumePipeline
 
@@ -35,6 +36,9 @@ WARNING = (
     "results stay on the server that runs this page, and are deleted about an hour after they came."
 )
 LIFETIME_S = 3600
+ENDINGS = "|".join(ending for endings in MODALITIES.values() for ending in endings)
+SCAN_NAME = re.compile(rf"(.+)(?:{ENDINGS})\.nii(?:\.gz)?", re.IGNORECASE)
+DECATHLON_NAME = re.compile(r"(BRATS_\d+)\.nii(?:\.gz)?", re.IGNORECASE)
 ALL_INTERFACES = "0.0.0.0"  # nosec B104 # not the default
 LAUNCH: dict[str, Any] = {
     "state_session_capacity": 20,
@@ -74,18 +78,36 @@ def volume_table(view: CaseView) -> str:
     return "\n".join(f"| {' | '.join(row[: len(rows[-1])])} |" for row in rows)
 
 
+def patient_in(name: str) -> str | None:
+    """Return the patient that the name of a scan tells, if it is one of BraTS or of the Decathlon."""
+    match = SCAN_NAME.fullmatch(name) or DECATHLON_NAME.fullmatch(name)
+    return None if match is None else match[1]
+
+
+def folder_of(scan: Path) -> str:
+    """Return the folder of a scan or mask in its case: those of the Decathlon have the same name, in two folders."""
+    if not DECATHLON_NAME.fullmatch(scan.name):
+        return ""
+    with open_nifti(scan, scan.name) as file:
+        return "imagesTr" if len(read_header(file, scan.name).get_data_shape()) > 3 else "labelsTr"
+
+
 def gather_case(paths: Sequence[str], modalities: Sequence[str], folder: Path) -> BratsCase:
     """Link uploaded files in a folder as one case: scans under their BraTS names, or one scan for one modality."""
-    scans = [Path(path) for path in paths if path.endswith((".nii", ".nii.gz"))]
+    scans = [Path(path) for path in paths if path.lower().endswith((".nii", ".nii.gz"))]
     if not scans:
         raise ValueError("No scan among the files. Upload files that end in .nii or .nii.gz.")
+    patients = sorted({patient for scan in scans if (patient := patient_in(scan.name)) is not None})
+    if len(patients) > 1:
+        raise ValueError(f"The files are of {len(patients)} patients: {', '.join(patients)}. Upload those of one.")
     for scan in scans:
-        link = folder / scan.name
+        link = folder / folder_of(scan) / scan.name
         if link.exists():
-            raise ValueError(f"Two files are named {scan.name}. Upload one patient at a time.")
+            raise ValueError(f"Two files are named {scan.name}. Upload each scan of one patient once.")
+        link.parent.mkdir(exist_ok=True)
         link.symlink_to(scan.resolve())
     try:
-        return find_cases(link if len(scans) == 1 and link.name.startswith("BRATS_") else folder)[0]
+        return find_cases(folder)[0]
     except FileNotFoundError:
         if len(scans) > 1 or len(modalities) > 1:
             raise ValueError(
@@ -97,10 +119,10 @@ def gather_case(paths: Sequence[str], modalities: Sequence[str], folder: Path) -
 
 @functools.cache
 def phantom_files() -> list[str]:
-    """Draw a phantom patient once, in the size of those that the examples train on, and return its files."""
+    """Draw a phantom patient once, the first that the examples do not train on, and return its files."""
     folder = tempfile.mkdtemp(prefix="phantom_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    cohort = write_phantom_cohort(Path(folder, "cohort"), num_patients=1, seed=1)
+    cohort = write_phantom_cohort(Path(folder, "cohort"), num_patients=1, first=NUM_PATIENTS + 1)
     return sorted(map(str, cohort.glob("*/*")))
 
 
@@ -164,13 +186,15 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
             if not paths:
                 raise gr.Error("No scans. Upload the files of one patient, or take the phantom example.")
             progress(0, "Loading the model")
-            with tempfile.TemporaryDirectory() as links:
+            with tempfile.TemporaryDirectory() as temporary:
+                links = Path(temporary, "upload")
+                links.mkdir()
                 try:
                     segment = load(model)
-                    case = gather_case(paths, segment.modalities, Path(links))
+                    case = gather_case(paths, segment.modalities, links)
                     view = segment_case(segment, case, planes=planes or None, flips=flips)
                 except (OSError, ValueError) as err:
-                    text = str(err).replace(f"{links}/", "").replace(links, "the upload")
+                    text = str(err).replace(f"{links}/", "").replace(str(links), "the upload")
                     raise gr.Error(text, duration=None) from err
             kept = PageState(view)
             names = list(view.regions)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,14 +17,25 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 
-from dataset_scripts.brats_slices import CITATION
+from dataset_scripts.brats_slices import citation_of
+from dataset_scripts.phantom import is_phantom
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetImageProcessor
 from sam2unet_hf.configuration_sam2unet import PRESETS
 from sam2unet_hf.labels_sam2unet import NUMBERINGS
+from sam2unet_hf.model_card import counted
 from sam2unet_hf.regions_sam2unet import parse_regions
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
 from sam2unet_hf.training import AUGMENTATIONS, HYPERPARAMETERS, ImageRows
 from sam2unet_hf.training.metrics import lower_is_better
+
+
+# Options of which PyTorch or transformers refuse smaller values by a traceback, after an older run was removed.
+LEAST_VALUES = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+}
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -53,13 +65,21 @@ class ModelArguments:
     head_crop_size: list[str] | None = option(
         None,
         "Crop images to a window about the head instead of resizing them: its height and width in pixels, multiples "
-        "of 32, or auto, the smallest that holds each head of the training images. Default: as the checkpoint does.",
+        "of 32 when enlarged, or auto, the smallest that holds each head of the training images. Default: as the "
+        "checkpoint does.",
+    )
+    head_crop_scale: int | None = option(
+        None,
+        "Whole number of times that the window about the head is enlarged for the model: 2 where voxels are 2 mm wide "
+        "or more. Default: as the checkpoint does, else 1.",
     )
 
     def __post_init__(self):
         words = self.head_crop_size
         if words not in (None, ["auto"]) and (len(words) != 2 or not all(map(str.isdecimal, words))):
             raise ValueError(f"--head_crop_size takes auto, or height and width in pixels, got {' '.join(words)}.")
+        if self.head_crop_scale is not None and self.head_crop_scale < 1:
+            raise ValueError(f"--head_crop_scale must be a whole number from 1 up, got {self.head_crop_scale}.")
 
 
 @dataclass
@@ -92,6 +112,16 @@ class DataArguments:
         "Regions to segment, NAME=ID[,ID...] each, nested or disjoint. Default: WT=1,2,3 for BraTS, else "
         "one region per id in the masks; with --model_name_or_path those of the model.",
     )
+    binarize: bool = option(
+        False,
+        "Take masks that are black and white with blurred edges, as resizing and JPEG leave them: values above 128 of "
+        "255 are foreground, label id 1, and the rest is background.",
+    )
+    white_level: int | None = option(
+        None,
+        "Value that is white in images of more than 8 bits. Default: that of the model, or 1023, 4095 or 65535, the "
+        "least that no image exceeds.",
+    )
     modalities: list[str] | None = option(
         None,
         "Modalities of the scans that an image is made of, in this order. Default: those of the model, or flair.",
@@ -114,6 +144,12 @@ class DataArguments:
     num_proc: int | None = option(None, "Processes that read the scans.")
     skip_bad_cases: bool = option(False, "Leave out scans that cannot be used, and list them.")
     split_seed: int = option(0, "Seed of the split by patient, for data without splits.")
+    group_by: str | None = option(
+        None,
+        "What tells the patients of --dataset_name, who are kept whole in splits: a column; a regular expression "
+        "whose first group in the path of an image is the patient; or none. Default: the folder below `images`, or a "
+        "column patient_id, patient, subject_id or subject, else case_id.",
+    )
     allow_leaks: bool = option(False, "Accept a patient or an image in two splits, which makes the scores too good.")
 
 
@@ -186,6 +222,13 @@ class SegmentationTrainingArguments(TrainingArguments):
         ):
             if getattr(self, name) and not self.do_train:
                 raise ValueError(f"--{name} {reason}; it cannot go with --do_train false.")
+        for name, least in LEAST_VALUES.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"--learning_rate must not be negative, such as 1e-4, got {self.learning_rate}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be in 0..2**32 - 1, got {self.seed}.")
         if {"none", "strong"} & set(self.augmentation) and len(self.augmentation) > 1:
             raise ValueError(f"--augmentation takes none and strong alone, got {' '.join(self.augmentation)}.")
         if self.hp_search and importlib.util.find_spec("optuna") is None:
@@ -237,12 +280,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
     defaults = recipe_defaults(recipe, is_phantom=source is None, has_model=has_model)
     if given.image_size is not None:  # a size to resize to takes the place of a window
         defaults.pop("head_crop_size", None)
+        defaults.pop("head_crop_scale", None)
     parser.set_defaults(recipe=recipe, **defaults)
     name = to_file_name("phantom" if source is None else name_of_source(source), separator="-")
     parser.set_defaults(output_dir=f"runs/{name}{'' if given.do_train else '-evaluation'}")
     try:
         return parser.parse_args_into_dataclasses(argv)
-    except ValueError as err:
+    except (ImportError, OSError, ValueError) as err:  # such as --deepspeed without the package, or its file
         parser.error(str(err))
 
 
@@ -297,28 +341,35 @@ def card_arguments(
     model_args: ModelArguments,
     data_args: DataArguments,
     args: SegmentationTrainingArguments,
+    split_rule: str,
 ) -> dict[str, Any]:
-    """Return the arguments of `create_model_card`: what the card says of the data and of the start of the run."""
+    """Return the arguments of `create_model_card`: what the card says of the data and of the start of the run.
+
+    `split_rule` says how the images came into their splits.
+    """
     has_scans = data_args.dataset_name is None
-    is_phantom = has_scans and data_args.brats_dir is None
+    case_ids = set(data["train"]["case_id"]) if has_scans else set()
+    made_up = bool(case_ids) and all(map(is_phantom, case_ids))
+    citation = citation_of(case_ids) if has_scans else ""
     rows: dict[str, Any] = {} if data_args.recipe is None else {"recipe": data_args.recipe}
     for split, images in data.items():
         # The cases of photographs are the photographs, those of scans have many slices each.
-        scans = f" of {len(set(images['case_id']))} scans" if "wt_pixels" in images.column_names else ""
+        has_slices = "wt_pixels" in images.column_names and "case_id" in images.column_names
+        scans = f" of {counted(len(set(images['case_id'])), 'scan')}" if has_slices else ""
         rows[f"{'training' if split == 'train' else split} images"] = f"{len(images)}{scans}"
     if has_scans:
         rows["slices"] = f"{data_args.plane}, {' '.join(data_args.slices)}"
         if "tumor" in data_args.slices:
-            rows["slices"] += f" (at least {data_args.min_tumor_pixels} pixels of it)"
+            rows["slices"] += f" (at least {counted(data_args.min_tumor_pixels, 'pixel')} of it)"
         rows["intensities"] = "0.5 to 99.5 percentile of each volume's foreground, to 8 bits"
-        rows["split"] = f"by patient, seed {data_args.split_seed}"
-        name = "a phantom cohort in BraTS' layout" if is_phantom else "BraTS"
+        name = "a phantom cohort in BraTS' layout" if made_up else "BraTS"
     else:
         name = name_of_source(data_args.dataset_name)
+    rows["split"] = split_rule
     if set(data["train"].image_columns) <= set(MODALITIES):
         rows["modalities"] = ", ".join(data["train"].image_columns)
     if count := data["train"].neighbours:
-        rows["neighbours"] = f"{count} slices below and {count} above, as further channels"
+        rows["neighbours"] = f"{counted(count, 'slice')} below and {count} above, as further channels"
     return {
         "license": args.license,
         "tags": ["medical", "mri", "brain-tumor"] if has_scans else [],
@@ -327,6 +378,6 @@ def card_arguments(
         "dataset_tags": None if has_scans or Path(data_args.dataset_name).exists() else data_args.dataset_name,
         "dataset_args": data_args.dataset_config_name,
         "data": rows,
-        "data_citation": f"```bibtex\n{CITATION.strip()}\n```" if data_args.brats_dir is not None else None,
-        "share_predictions": is_phantom or args.share_predictions,
+        "data_citation": f"```bibtex\n{citation.strip()}\n```" if citation else None,
+        "share_predictions": (has_scans and data_args.brats_dir is None) or args.share_predictions,
     }

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sam2unet_hf import Sam2UNetForSemanticSegmentation
 from sam2unet_hf.modeling_sam2unet import Sam2UNetOutput
+from sam2unet_hf.regions_sam2unet import default_ignore_index
 
 
 Labels = torch.Tensor | Sequence[torch.Tensor] | None
@@ -148,6 +149,7 @@ def build_baseline(system: str, regions: dict[str, list[int]], weights: str | No
     """Build a system other than SAM2-UNet, or exit if its library is missing."""
     model_class = MaskRCNNBaseline if system == "maskrcnn" else Baseline
     try:
-        return model_class(BaselineConfig(system=system, regions=regions, weights=weights))
+        ignore_index = default_ignore_index(regions)
+        return model_class(BaselineConfig(system=system, regions=regions, weights=weights, ignore_index=ignore_index))
     except ImportError as err:
         raise SystemExit(f'{system} needs {err.name}. Install it with `pip install "sam2unet-hf[compare]"`.') from err

@@ -8,14 +8,9 @@ from typing import NamedTuple
 import datasets
 from arguments import DataArguments
 from data_checks import check_paths
-from data_sources import (
-    find_columns,
-    find_regions,
-    image_mask_folders,
-    make_images,
-    pair_images_and_masks,
-    slice_scans,
-)
+from data_sources import find_columns, find_regions, make_images, slice_scans
+from image_depth import Brightest
+from image_folders import image_mask_folders, pair_images_and_masks
 from processes import exit_on
 
 from sam2unet_hf.cases_sam2unet import find_cases
@@ -26,12 +21,21 @@ COHORT = "test_dir"  # name of its scores and files, as that of a split
 
 
 class Cohort(NamedTuple):
-    """The rows of a cohort, their images, ids to replace in its masks, and whether `case_id` names patients."""
+    """The rows of a cohort, their images, and what tells how to read them.
+
+    Args:
+        rows: All rows.
+        images: Their images.
+        label_mapping: Ids to replace in the masks.
+        has_patients: Whether `case_id` names patients.
+        brightest: Of the images of more than 8 bits, if there are any.
+    """
 
     rows: datasets.Dataset
     images: ImageRows
     label_mapping: dict[int, int]
     has_patients: bool
+    brightest: Brightest | None
 
 
 def load_cohort(path: str, args: DataArguments, regions: dict[str, list[int]] | None) -> Cohort:
@@ -57,11 +61,14 @@ def load_cohort(path: str, args: DataArguments, regions: dict[str, list[int]] | 
             rows = join(data)
     try:
         columns, mask_column = find_columns({COHORT: rows}, args)
-        _, label_mapping = find_regions({COHORT: rows}, columns, mask_column, regions)
+        _, label_mapping, brightest = find_regions(
+            {COHORT: rows}, columns, mask_column, regions, binarize=args.binarize
+        )
     except SystemExit as err:
         raise SystemExit(f"--test_dir {path}: {err}") from err
     images = make_images({COHORT: rows}, columns, mask_column, args.neighbours)[COHORT]
-    return Cohort(rows, images, label_mapping, has_patients=not folders and "case_id" in rows.column_names)
+    has_patients = not folders and "case_id" in rows.column_names
+    return Cohort(rows, images, label_mapping, has_patients, brightest)
 
 
 def has_scans(path: str) -> bool:

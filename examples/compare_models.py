@@ -47,6 +47,7 @@ PROTOCOLS = {"plain": {"zero_division": 1.0}, "paper": {"zero_division": 0.0, "n
 QUICK = {"steps": 60, "image_size": 96, "batch_size": 8, "learning_rate": ["5e-4"], "evaluations": 3, "warmup": 10}
 # Arguments that may differ when a comparison resumes.
 RESUMABLE_ARGUMENTS = ("systems", "seeds", "output_dir", "measure", "allow_leaks")
+LEAST_VALUES = {"steps": 1, "image_size": 64, "batch_size": 2, "evaluations": 1, "warmup": 0, "num_workers": 0}
 SAM2UNET_ONLY = ("sam2_checkpoint", "preset", "freeze_encoder")
 
 
@@ -54,6 +55,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of the builder, or Hub id; default: a phantom")
     parser.add_argument("--allow_leaks", action="store_true", help="accept splits that share a patient or an image")
+    parser.add_argument("--group_by", help="what tells the patients of --data, as in run_segmentation.py")
+    parser.add_argument("--binarize", action="store_true", help="take masks in black and white with blurred edges")
+    parser.add_argument("--regions", nargs="+", help="regions to segment, NAME=ID[,ID...] each, as there")
     parser.add_argument(
         "--modalities", nargs="+", choices=MODALITIES, help="one modality, or three as colours; default: flair"
     )
@@ -92,8 +96,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.steps = None
     if len(args.modalities or [""]) not in (1, 3):  # the encoders of all systems take three channels
         parser.error(f"--modalities takes one modality or three, got {' '.join(args.modalities)}")
-    if args.batch_size < 2:
-        parser.error(f"--batch_size must be at least 2, got {args.batch_size}")
+    for name, least in LEAST_VALUES.items():
+        if (value := getattr(args, name)) is not None and not value >= least:
+            parser.error(f"--{name} must be at least {least}, got {value}")
     if {"none", "strong"} & set(args.augmentation) and len(args.augmentation) > 1:
         parser.error(f"--augmentation takes none and strong alone, got {' '.join(args.augmentation)}")
     try:
@@ -197,7 +202,7 @@ def run(args: argparse.Namespace, data: ComparisonData, system: str, seed: int, 
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=1,
+        save_total_limit=2,  # the best and the last; of one, transformers removes the last when training ends
         logging_steps=max(1, steps // 100),
         dataloader_drop_last=True,
         dataloader_num_workers=args.num_workers,
@@ -279,6 +284,8 @@ def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.set_verbosity_error()
     notes = check_arguments(args)
     data = ComparisonData(args)
+    if (count := len(data.images["train"])) < args.batch_size:
+        raise SystemExit(f"--batch_size {args.batch_size} is more than there are training images, {count}. Lower it.")
     check_data(data, notes)
     # Measure all systems before training any, because it shows a missing library within minutes.
     costs = {system: measure_costs(args, system, argv) for system in args.systems}

@@ -10,18 +10,21 @@ import numpy as np
 from arguments import DataArguments
 from case_names import case_ids, case_names
 from data_sources import find_columns, find_regions, load_data, make_images
-from plots import grey_values
+from image_depth import fit_white_level
+from plots import image_to_show, name_of_image
 from predictions import predict_label_maps
+from processes import exit_on
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.regions_sam2unet import parse_regions
 from sam2unet_hf.training import ImageRows, SegmentationTransform, collate
 from sam2unet_hf.training.augmentation import augmentation
 
 
 class Example(NamedTuple):
-    """A test image that the picture shows, of shape `(height, width)`, and the label map of its reference."""
+    """A test image as `plots.image_to_show` returns it, and the label map `(height, width)` of its reference."""
 
     row: int
     name: str
@@ -34,18 +37,23 @@ class ComparisonData:
 
     def __init__(self, args: argparse.Namespace):
         # Of a phantom, take the slices that show enough tumour.
-        data_args = DataArguments(
-            args.data, modalities=args.modalities, slices=["tumor"], min_tumor_pixels=20, allow_leaks=args.allow_leaks
-        )
+        same = {name: getattr(args, name) for name in ("modalities", "allow_leaks", "group_by", "binarize")}
+        data_args = DataArguments(args.data, slices=["tumor"], min_tumor_pixels=20, **same)
+        with exit_on(ValueError, prefix="--regions: "):
+            regions = None if args.regions is None else parse_regions(args.regions)
         self.splits = load_data(data_args)
         if "test" not in self.splits:
             raise SystemExit("The data set has no split named test, which the systems are scored on.")
         columns, mask_column = find_columns(self.splits, data_args)
-        self.regions, label_mapping = find_regions(self.splits, columns, mask_column, None)
+        self.regions, label_mapping, brightest = find_regions(
+            self.splits, columns, mask_column, regions, binarize=args.binarize
+        )
         self.images = make_images(self.splits, columns, mask_column)
-        self.augment = augmentation(*(name for name in args.augmentation if name != "none"))
         size = {"height": args.image_size, "width": args.image_size}
         self.processor = Sam2UNetImageProcessor(regions=self.regions, size=size)
+        fit_white_level(self.processor, brightest)
+        names = [name for name in args.augmentation if name != "none"]
+        self.augment = augmentation(*names, white_level=self.processor.white_level)
         self.transform = partial(SegmentationTransform, self.processor, label_mapping=label_mapping)
 
     def train(self) -> ImageRows:
@@ -75,8 +83,13 @@ class ComparisonData:
         places = np.unique(np.linspace(0, len(largest) - 1, 4).round().astype(int))
         chosen = np.array(list(largest.values()))[places].tolist()
         names = case_names(rows)
-        greys = [grey_values(rows.own_slice(rows[row]["image"])) for row in chosen]
-        return [Example(row, names[row], grey, references[row]) for row, grey in zip(chosen, greys, strict=True)]
+        images = [image_to_show(rows.own_slice(rows[row]["image"]), rows.image_columns) for row in chosen]
+        return [Example(row, names[row], image, references[row]) for row, image in zip(chosen, images, strict=True)]
+
+    @property
+    def image_title(self) -> str:
+        """What the examples show of an image, as a title."""
+        return name_of_image(self.images["test"].image_columns)
 
     def predict_examples(self, model: PreTrainedModel) -> dict[str, np.ndarray]:
         """Return the label map that a model predicts for each of the examples, by the number of its row."""

@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from case_names import case_ids
 from comparison_data import ComparisonData
-from plots import COLOURS, plt
+from plots import COLOURS, draw_image, plt
+
+from sam2unet_hf.model_card import counted
 
 
 class System(NamedTuple):
@@ -66,8 +69,9 @@ def report_text(args: argparse.Namespace, data: ComparisonData, results: Results
     if torch.cuda.is_available() and not args.use_cpu:
         device = torch.cuda.get_device_name()
     images = ", ".join(
-        f"{len(rows)} {split}" + (f" of {len(set(rows['case_id']))} cases" if "case_id" in rows.column_names else "")
+        f"{len(rows)} {split}" + (f" of {counted(len(set(cases)), 'case')}" if cases else "")
         for split, rows in data.splits.items()
+        for cases in [case_ids(split, rows)]
     )
     template = Path(__file__).with_name("comparison_template.md").read_text()
     return template.format(
@@ -165,8 +169,7 @@ def plot_systems(data: ComparisonData, predictions: Mapping[str, Sequence[np.nda
     kinds = {"reference": (colours, "solid"), "prediction": (predicted_colours, "dashed")}
     for number, (row, example) in enumerate(zip(axes, examples, strict=True)):
         for axis, found in zip(row, [None, *predictions.values()], strict=True):
-            axis.imshow(example.image.astype(float), cmap="gray")
-            axis.set(xticks=[], yticks=[])
+            draw_image(axis, example.image)
             label_maps = [example.reference] if found is None else [example.reference, found[number]]
             for label_map, (kind_colours, style) in zip(label_maps, kinds.values(), strict=False):
                 for label_ids, colour in zip(regions.values(), kind_colours, strict=True):
@@ -174,7 +177,7 @@ def plot_systems(data: ComparisonData, predictions: Mapping[str, Sequence[np.nda
                     if mask.any() and not mask.all():
                         axis.contour(mask, levels=[0.5], colors=[colour], linestyles=style, linewidths=1.2)
         row[0].set_ylabel(example.name, fontsize=7)
-    for axis, title in zip(axes[0], ["reference", *predictions], strict=True):
+    for axis, title in zip(axes[0], [f"{data.image_title}, reference", *predictions], strict=True):
         axis.set_title(title)
     handles = [
         plt.Line2D([], [], color=colour, linestyle=style, label=f"{name}, {kind}")

@@ -5,7 +5,6 @@ import io
 import logging
 import os
 import re
-import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,14 +13,25 @@ from typing import Any, NamedTuple
 import datasets
 import fsspec
 import pyarrow.compute as pc
-from case_names import case_ids, case_names
+from case_names import case_ids, case_names, patients_of_rows
 from datasets.utils import tqdm
 from huggingface_hub.constants import HF_HUB_CACHE
-from PIL import ExifTags, Image
+from image_depth import brighter
+from mask_values import (
+    IGNORED,
+    LabelIds,
+    MaskValues,
+    black_and_white_mapping,
+    check_grey,
+    check_mixture,
+    check_transparency,
+    read_black_and_white,
+)
+from PIL import Image
 from processes import exit_on
 
 from sam2unet_hf import Sam2UNetImageProcessor
-from sam2unet_hf.cases_sam2unet import patient_of
+from sam2unet_hf.pictures import inspect_picture, why_read_wrong
 from sam2unet_hf.training import ParquetRows, SegmentationTransform
 
 
@@ -30,9 +40,9 @@ logger = logging.getLogger(__name__)
 DataSplits = Mapping[str, datasets.Dataset | ParquetRows]
 
 
-def check_leaks(data: DataSplits, columns: Sequence[str], has_patients: bool, allow_leaks: bool) -> None:
-    """Refuse data in which two splits share an image, or a patient if the column `case_id` tells patients apart."""
-    leak, remedy = find_shared_patient(data) if has_patients else None, "Keep it in one split"
+def check_leaks(data: DataSplits, columns: Sequence[str], group_by: str | None, allow_leaks: bool) -> None:
+    """Refuse data in which two splits share an image, or a patient, see [`patients_of_rows`]."""
+    leak, remedy = find_shared_patient(data, group_by), "Keep it in one split"
     if leak is None and not isinstance(data["train"], ParquetRows):  # comparing streamed images would read all of them
         shared = (find_shared_image(data, column) for column in columns)
         leak, remedy = next((leak for leak in shared if leak), None), "Remove one of the two"
@@ -44,12 +54,13 @@ def check_leaks(data: DataSplits, columns: Sequence[str], has_patients: bool, al
     logger.warning("%s --allow_leaks goes on all the same.", leak)
 
 
-def find_shared_patient(data: DataSplits) -> str | None:
+def find_shared_patient(data: DataSplits, group_by: str | None = None) -> str | None:
     """Describe the first patient that two splits share, if there is one."""
     first: dict[str, tuple[str, str]] = {}
     for split, rows in data.items():
-        for case in sorted(set(case_ids(split, rows))):
-            patient = patient_of(case)
+        patients = patients_of_rows(split, rows, group_by)
+        cases = case_ids(split, rows) or patients
+        for case, patient in sorted(set(zip(cases, patients, strict=bool(patients)))):
             other, other_case = first.setdefault(patient, (split, case))
             if other != split:
                 return f"Patient {patient} is in the splits {other} (case {other_case}) and {split} (case {case})."
@@ -126,51 +137,89 @@ def check_first_rows(
     columns: Sequence[str],
     mask_column: str,
     regions: dict[str, list[int]] | None,
-) -> list[int]:
+    binarize: bool,
+    masks: MaskValues,
+) -> LabelIds:
     """Check the first 100 rows of each streamed split, and return the ids of the regions, which must be given."""
-    if regions is None:
+    if regions is None and not binarize:
         raise SystemExit(
             "--streaming does not read all masks beforehand to find the ids in them. Name what to segment, such as by "
             "--regions foreground=1."
         )
-    ids = {label_id for label_ids in regions.values() for label_id in label_ids}
     for split, rows in data.items():
-        found = check_images_and_masks(split, rows.head(100), columns, mask_column)
-        if 255 in found and not found & ids:
+        check_images_and_masks(split, rows.head(100), columns, mask_column, masks, binarize)
+    if binarize:
+        ids = read_black_and_white(masks)
+        return LabelIds([1], black_and_white_mapping(range(1, 256)) if ids.mapping else {}, ids.note)
+    ids = {label_id for label_ids in regions.values() for label_id in label_ids}
+    if IGNORED not in ids:
+        check_mixture(masks, sorted(masks.values() - {0, IGNORED}))
+    for split in data:
+        found = masks.values(split)
+        if IGNORED in found and not found & ids:
             raise SystemExit(
                 f"The first masks of {split} hold {sorted(found)}, of which 255 is ignored, and none is of a region: "
                 f"{regions}. With --streaming masks must hold label ids, such as 1 for the foreground."
             )
-    return sorted(ids)
+    return LabelIds(sorted(ids), {})
 
 
-def check_images_and_masks(split: str, rows: datasets.Dataset, columns: Sequence[str], mask_column: str) -> set[int]:
-    """Read every image and mask once before training, which takes hours, and return the label ids in the masks."""
-    transform = SegmentationTransform(Sam2UNetImageProcessor())
+def check_images_and_masks(
+    split: str,
+    rows: datasets.Dataset,
+    columns: Sequence[str],
+    mask_column: str,
+    masks: MaskValues | None = None,
+    binarize: bool = False,
+) -> set[int]:
+    """Read every image and mask once before training, which takes hours.
+
+    Args:
+        split: Name of the split, for messages.
+        rows: Its rows.
+        columns: Columns of the images.
+        mask_column: Column of the masks.
+        masks: Keeps the values of the masks, and how bright the images are.
+        binarize: Masks are black and white, perhaps with blurred edges.
+
+    Returns:
+        The label ids in the masks of the split.
+    """
+    transform = SegmentationTransform(Sam2UNetImageProcessor(white_level=65535))
     files = rows.select_columns(list(dict.fromkeys([*columns, mask_column])))
     for column in files.column_names:
         files = files.cast_column(column, datasets.Image(decode=False))
+    masks = MaskValues() if masks is None else masks
     found: set[int] = set()
     for index, case in enumerate(tqdm(case_names(rows), desc=f"Checking {split} images and masks", unit="image")):
         row, name = files[index], f"{split} image {case}"
         images = [read_picture(row[column], name, "it") for column in columns]
         mask = read_picture(row[mask_column], name, "its mask")
-        if mask.format in ("JPEG", "MPO"):
-            raise SystemExit(f"{name}: its mask is a JPEG, which blurs label ids. Save masks as PNG.")
+        if mask.format in ("JPEG", "MPO") and not binarize:
+            raise SystemExit(
+                f"{name}: its mask is a JPEG, which blurs label ids. Save masks as PNG, or pass --binarize if they "
+                "are black and white."
+            )
         with exit_on(ValueError, prefix=f"{name}: "):
             for image in images:
                 transform.processor.process_image(image.image, do_convert_rgb=True, do_rescale=True)
+                masks.brightest = brighter(image.image, name, masks.brightest)
             label_map = transform.to_label_ids(mask.image)
         for image in images:
             check_alignment(image, mask, name)
-        for part in label_map.split(1024):  # `unique` sorts a copy, which for a whole mask would double the memory
-            found.update(part.unique().tolist())
+        check_transparency(mask.image, label_map, name)
+        path = row[mask_column]["path"]
+        file = path if path and os.path.exists(path) else f"the mask of {name}"
+        found |= masks.add(split, label_map, file)
+        if binarize:
+            check_grey(label_map, file)
         if beyond := sorted(label_id for label_id in found if not 0 <= label_id < 2**16):
             raise SystemExit(f"{name}: its mask holds the label {beyond[0]}. Label ids are 0 (background) to 65535.")
-        if len(found) > 64:
+        if len(found) > 64 and not binarize:
             raise SystemExit(
                 f"The masks up to {name} hold more than 64 different values, such as {sorted(found)[:8]}. Are they "
-                "photographs, or saved as JPEG, which blurs ids? Save label ids as PNG."
+                "photographs, or saved as JPEG, which blurs ids? Save label ids as PNG, or pass --binarize if the "
+                "masks are black and white with blurred edges."
             )
     return found
 
@@ -187,13 +236,8 @@ def read_picture(file: dict[str, Any] | None, name: str, what: str) -> Picture:
     """Decode an image, `what` of the row `name`; refuse one that would be read in part only, or fill the memory."""
     content = file_bytes(file, name)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as opened:
-                # The other images of an MPO are previews.
-                pages = getattr(opened, "n_frames", 1) if opened.format != "MPO" else 1
-                form, orientation = opened.format, opened.getexif().get(ExifTags.Base.Orientation, 1)
-            picture = Picture(datasets.Image().decode_example(file), form, orientation)
+        facts = inspect_picture(content)
+        picture = Picture(datasets.Image().decode_example(file), facts.format, facts.orientation)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
         raise SystemExit(
             f"{name}: {what} has more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit. Cut image and mask into "
@@ -203,10 +247,8 @@ def read_picture(file: dict[str, Any] | None, name: str, what: str) -> Picture:
         where = f"; {file['path']}" if file is not None and file["path"] else ""
         reason = f"{str(err) or type(err).__name__}{where}"
         raise SystemExit(f"{name}: {what} cannot be read ({reason}). Save it anew, or remove the pair.") from err
-    if form == "TIFF" and orientation in (5, 6, 7, 8):  # Pillow 12 reads their rows with a wrong length from a path
-        raise SystemExit(f"{name}: {what} is a TIFF with the EXIF orientation {orientation}. Save it upright, as PNG.")
-    if pages > 1:
-        raise SystemExit(f"{name}: {what} has {pages} pages, of which one would be read. Save them as files.")
+    if fault := why_read_wrong(facts):
+        raise SystemExit(f"{name}: {what} {fault}")
     return picture
 
 

@@ -1,27 +1,29 @@
 """Images and masks for the examples: from BraTS scans, a phantom, folders, or the Hub."""
 
-import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 from arguments import DataArguments
-from case_names import case_ids
+from case_names import BY_FOLDER, NO_GROUPS, patients_of_rows
 from data_checks import (
     DataSplits,
     check_first_rows,
     check_images_and_masks,
     check_leaks,
     check_paths,
+    find_shared_patient,
     image_columns,
 )
+from image_depth import Brightest
+from image_folders import SPLITS, describe_layout, image_mask_folders, pair_images_and_masks
+from mask_values import LabelIds, MaskValues, read_black_and_white, read_label_ids, warn_of_untrained
 from processes import exit_on
 
 from dataset_scripts.brats_slices import BratsSlices, split_patients
 from dataset_scripts.phantom import VERSION, write_phantom_cohort
-from sam2unet_hf.cases_sam2unet import patient_of
 from sam2unet_hf.labels_sam2unet import NUMBERINGS, numberings_of, region_ids
 from sam2unet_hf.scans_sam2unet import MODALITIES
 from sam2unet_hf.training import ImageRows, ParquetRows, open_parquet
@@ -29,14 +31,23 @@ from sam2unet_hf.training import ImageRows, ParquetRows, open_parquet
 
 logger = logging.getLogger(__name__)
 
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid", "dev"),
-    "test": ("test", "testing"),
-}
+
+class DataFacts(NamedTuple):
+    """What reading images and masks tells: the regions to segment, and how to read both.
+
+    Args:
+        regions: Name -> label ids.
+        label_mapping: Ids to replace in the masks, such as `{255: 1}`.
+        brightest: Of the images of more than 8 bits, if there are any.
+    """
+
+    regions: dict[str, list[int]]
+    label_mapping: dict[int, int]
+    brightest: Brightest | None
+
+
 DEFAULT_MODALITIES = ["flair"]
 MASK_COLUMNS = ("mask", "label", "labels", "annotation", "segmentation", "segmentation_mask", "masks")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def load_data(args: DataArguments) -> DataSplits:
@@ -44,6 +55,8 @@ def load_data(args: DataArguments) -> DataSplits:
 
     Of its columns of images it has those of the chosen images and masks alone.
     """
+    if args.group_by is not None and args.dataset_name is None:
+        raise SystemExit("--group_by goes with --dataset_name: the names of scans tell their patients. Leave it out.")
     folders = {} if args.dataset_name is None else image_mask_folders(Path(args.dataset_name))
     if args.streaming and (args.dataset_name is None or folders):
         raise SystemExit(
@@ -54,7 +67,7 @@ def load_data(args: DataArguments) -> DataSplits:
     if args.streaming:
         data = stream_data(args)
     elif folders:
-        data = {split: pair_images_and_masks(*folders_of_split) for split, folders_of_split in folders.items()}
+        data = {split: pair_images_and_masks(*pair, split) for split, pair in folders.items()}
     elif args.dataset_name is None:
         data = slice_scans(args)
     else:
@@ -62,8 +75,11 @@ def load_data(args: DataArguments) -> DataSplits:
         with exit_on(OSError, RuntimeError, ValueError, prefix=f"--dataset_name {args.dataset_name}: "):
             data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)  # nosec B615 # rows, no code
             check_paths(data, args.dataset_name)
+    group_by = args.group_by or (BY_FOLDER if folders else None)
+    if group_by == BY_FOLDER:
+        warn_of_folders(data)
     if not args.streaming:
-        data = with_all_splits(data, args.split_seed)
+        data = with_all_splits(data, args.split_seed, group_by)
     columns, mask_column = find_columns(data, args)
     if args.dataset_name is not None and args.modalities and not {*columns} & {*MODALITIES}:
         logger.warning("--modalities is not used: the images are in the column %s.", columns[0])
@@ -76,8 +92,8 @@ def load_data(args: DataArguments) -> DataSplits:
         train = data["train"]
         held = train.num_bytes / len(train) * min(args.shuffle_buffer, len(train))
         logger.info("Streaming %d training rows; each reader holds about %.0f MB of them.", len(train), held / 1e6)
-    # Images of two patients may have the same name, in two folders.
-    check_leaks(data, columns, has_patients=not folders, allow_leaks=args.allow_leaks)
+    # Images of two patients may have the same name, in two folders, and folders of two splits may be no patients.
+    check_leaks(data, columns, NO_GROUPS if group_by == BY_FOLDER else group_by, args.allow_leaks)
     return data
 
 
@@ -117,58 +133,6 @@ def stream_data(args: DataArguments) -> dict[str, ParquetRows]:
     return named
 
 
-def image_mask_folders(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """Return the folders of images and masks by split; without splits they are `images` and `masks` alone."""
-    found: dict[str, tuple[Path, Path]] = {}
-    for split, names in SPLITS.items():
-        for name, layout in itertools.product(names, ("{name}/{kind}", "{kind}/{name}")):
-            images, masks = (folder / layout.format(name=name, kind=kind) for kind in ("images", "masks"))
-            if images.is_dir() and split in found:
-                raise SystemExit(f"{found[split][0]} and {images} are both of the split {split}. Remove one.")
-            if images.is_dir():
-                found[split] = (images, masks)
-    if not found and (folder / "images").is_dir():
-        return {"train": (folder / "images", folder / "masks")}
-    return found
-
-
-def pair_images_and_masks(image_dir: Path, mask_dir: Path) -> datasets.Dataset:
-    """Pair the files of two folders by name, without regard to the suffix."""
-    if not mask_dir.is_dir():
-        raise SystemExit(f"{image_dir} has no masks beside it: expected a folder {mask_dir}.")
-    images, masks = find_images(image_dir), find_images(mask_dir)
-    if not images:
-        raise SystemExit(f"{image_dir} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
-    if unpaired := [str(images.get(name) or masks[name]) for name in sorted(images.keys() ^ masks.keys())]:
-        more = f" and {len(unpaired) - 5} more" if len(unpaired) > 5 else ""
-        raise SystemExit(
-            f"{len(unpaired)} files have no partner of the same name: {', '.join(unpaired[:5])}{more}. An image "
-            f"{image_dir / 'x.png'} needs a mask {mask_dir / 'x.png'}; the suffixes may differ."
-        )
-    paths = {"image": list(map(str, images.values())), "mask": [str(masks[name]) for name in images]}
-    features = {"image": datasets.Image(), "mask": datasets.Image(), "case_id": datasets.Value("string")}
-    return datasets.Dataset.from_dict({**paths, "case_id": list(images)}, features=datasets.Features(features))
-
-
-def find_images(folder: Path) -> dict[str, Path]:
-    """Return the images in a folder and its subfolders by their relative path without suffix."""
-    images: dict[str, Path] = {}
-    others = []
-    for path in [path for path in sorted(folder.rglob("*")) if not path.name.startswith(".")]:
-        name = str(path.relative_to(folder).with_suffix(""))
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            others += [path] if path.is_file() else []
-        elif not path.is_file():  # opening a pipe would wait forever
-            raise SystemExit(f"{path} is not a file, or a link to none. Remove it.")
-        elif name in images:
-            raise SystemExit(f"{images[name]} and {path} have the same name. Remove one.")
-        else:
-            images[name] = path
-    if others:
-        logger.warning("%d files in %s are no images, such as %s: not read.", len(others), folder, others[0])
-    return images
-
-
 def named_splits(data: DataSplits) -> dict[str, Any]:
     """Name the splits train, validation and test; leave out those of other names."""
     named = {}
@@ -183,14 +147,30 @@ def named_splits(data: DataSplits) -> dict[str, Any]:
     return named
 
 
-def with_all_splits(data: DataSplits, seed: int) -> datasets.DatasetDict:
+def warn_of_folders(data: DataSplits) -> None:
+    """Warn that the folders below those of the images are taken for patients, or that splits share such a folder."""
+    advice = "If they are something else, pass --group_by none, or the rule that tells the patient."
+    below = {
+        split: rows.select([index for index, name in enumerate(rows["case_id"]) if "/" in name])
+        for split, rows in data.items()
+    }
+    if len(data) > 1 and (shared := find_shared_patient(below, BY_FOLDER)):
+        logger.warning(
+            "%s A patient must be in one split alone, and folders of images are patients. %s", shared, advice
+        )
+    elif len(data) == 1 and (names := sorted({*patients_of_rows("train", below["train"], BY_FOLDER)})):
+        text = "The %d folders with images in them, such as %s, are taken for patients, and kept whole in a split. %s"
+        logger.warning(text, len(names), ", ".join(names[:3]), advice)
+
+
+def with_all_splits(data: DataSplits, seed: int, group_by: str | None = None) -> datasets.DatasetDict:
     """Name the splits train, validation and test; split the training rows, by patient, if there is no validation."""
     named = named_splits(data)
     if "train" not in named:
         raise SystemExit(f"The data set has no split named train, only {', '.join(data)}.")
     if "validation" not in named:
         train = named["train"]
-        groups = [patient_of(case) for case in case_ids("train", train)] or list(map(str, range(len(train))))
+        groups = patients_of_rows("train", train, group_by) or list(map(str, range(len(train))))
         split_of = {group: split for split, names in split_patients(groups, seed).items() for group in names}
         if "test" in named:  # the data has its own test split, so train on what would be another
             split_of = {group: "train" if split == "test" else split for group, split in split_of.items()}
@@ -198,12 +178,29 @@ def with_all_splits(data: DataSplits, seed: int) -> datasets.DatasetDict:
             if rows := [index for index, group in enumerate(groups) if split_of[group] == split]:
                 named[split] = train.select(rows)
         if "validation" not in named:
-            raise SystemExit(f"{len(train)} images of {len(split_of)} cases are too few to train and to validate.")
+            advice = "" if len(split_of) == len(train) else " If they are no patients, pass --group_by none."
+            raise SystemExit(
+                f"{len(train)} images of {len(split_of)} cases are too few to train and to validate.{advice}"
+            )
         counts = ", ".join(f"{len(named[split])} {split}" for split in SPLITS if split in named)
         logger.warning("The data set has no validation split; cut it into %s.", counts)
     if empty := [split for split, rows in named.items() if not len(rows)]:
         raise SystemExit(f"The split {empty[0]} of the data set is empty.")
     return datasets.DatasetDict(named)
+
+
+def describe_split(data: Mapping[str, ImageRows], args: DataArguments) -> str:
+    """Say for the model card how the images of a run came into their splits."""
+    rows = {split: images.rows for split, images in data.items()}
+    by_patient = args.dataset_name is None
+    if not by_patient:
+        # Rows that were cut off keep the name of the split that they are of.
+        if str(getattr(rows["validation"], "split", None)) != str(getattr(rows["train"], "split", "train")):
+            return "as the data set has it"
+        group_by = args.group_by or (BY_FOLDER if image_mask_folders(Path(args.dataset_name)) else None)
+        patients = patients_of_rows("train", rows["train"], group_by)
+        by_patient = len(set(patients)) < len(patients)
+    return f"by {'patient' if by_patient else 'image'}, seed {args.split_seed}"
 
 
 def find_columns(data: DataSplits, args: DataArguments) -> tuple[list[str], str]:
@@ -218,9 +215,11 @@ def find_columns(data: DataSplits, args: DataArguments) -> tuple[list[str], str]
         columns = [next((name for name in found if name != mask_column), None)]
     for option, column in (*((option, column) for column in columns), ("--mask_column", mask_column)):
         if column not in found:
+            fault = "no column found" if column is None else f"{column!r} is no column of images"
+            layout = describe_layout(args.dataset_name) if column is None else ""
             raise SystemExit(
-                f"{option}: {'no column found' if column is None else f'{column!r} is no column of images'}. The data "
-                f"set's columns of images are {found or 'none'}, of {rows.column_names}."
+                f"{option}: {fault}. The data set's columns of images are {found or 'none'}, of {rows.column_names}."
+                f"{layout}"
             )
     return columns, mask_column
 
@@ -239,38 +238,56 @@ def find_regions(
     mask_column: str,
     regions: dict[str, list[int]] | None,
     labels: str | None = None,
-) -> tuple[dict[str, list[int]], dict[int, int]]:
-    """Check images and masks; return the regions to segment, and ids to replace in the masks, such as `{255: 1}`.
+    binarize: bool = False,
+) -> DataFacts:
+    """Check images and masks; return the regions to segment, and how to read both.
 
-    `labels` is the numbering that the masks of scans had, if it was told.
+    `labels` is the numbering that the masks of scans had, if it was told; with `binarize` masks are black and white.
     """
-    rows, mapping = next(iter(data.values())), {}
-    hint = ""
+    rows, found = next(iter(data.values())), MaskValues()
     if "wt_pixels" in rows.column_names:  # the BraTS builder has checked its masks
+        if binarize:
+            raise SystemExit("--binarize is for masks that are black and white; those of scans hold label ids.")
         cases = {str(case) for case in rows["case_id"]} if "case_id" in rows.column_names else {""}
         # What the names of cases do not tell, such as the year in that of a folder, the builder knew.
         numberings = [labels] if labels else {name for case in cases for name in numberings_of(case, new_ending=True)}
         ids = sorted({label_id for name in numberings for label_id in NUMBERINGS[name].ids.values()})
-        hint = "" if 4 in ids else " (BraTS' label 4 is 3 here)"
+        masks = LabelIds(ids, {}, "" if 4 in ids else " (BraTS' label 4 is 3 here)")
         regions = regions or {"WT": region_ids(numberings)["WT"]}
+        ids_of_split = {split: ids_of_slices(rows) for split, rows in data.items()}
     elif isinstance(rows, ParquetRows):
-        ids = check_first_rows(data, columns, mask_column, regions)
+        masks = check_first_rows(data, columns, mask_column, regions, binarize, found)
+        ids_of_split = {}
     else:
-        found = set().union(*(check_images_and_masks(*item, columns, mask_column) for item in data.items()))
-        ids = sorted(found - {0, 255})
-        if not ids and 255 in found:
-            logger.warning("The masks hold 0 and 255 only: taking 255 as the foreground, label id 1.")
-            ids, mapping, hint = [1], {255: 1}, " (255 is taken as 1)"
-        elif not ids:
+        for split, rows in data.items():
+            check_images_and_masks(split, rows, columns, mask_column, found, binarize)
+        if found.values() <= {0}:
             raise SystemExit(f"The masks in column {mask_column!r} are all background (0).")
-        elif 255 in found:
-            logger.warning("Pixels of 255 in the masks are ignored in training and evaluation.")
-        if regions is None:
-            regions = {"foreground": ids} if ids == [1] else {f"class_{label_id}": [label_id] for label_id in ids}
+        masks = read_black_and_white(found) if binarize else read_label_ids(found, regions)
+        ids_of_split = {split: {masks.mapping.get(value, value) for value in found.values(split)} for split in data}
+    ids = masks.ids
+    if regions is None:
+        regions = {"foreground": ids} if ids == [1] else {f"class_{label_id}": [label_id] for label_id in ids}
     for name, label_ids in regions.items():
         if not set(label_ids) & set(ids):
-            raise SystemExit(f"Region {name} has the label ids {label_ids}, the masks hold {ids}{hint}.")
+            raise SystemExit(f"Region {name} has the label ids {label_ids}, the masks hold {ids}{masks.note}.")
         if missing := sorted(set(label_ids) - set(ids)):
-            logger.warning("No mask holds the label ids %s of region %s, only %s%s.", missing, name, ids, hint)
+            logger.warning("No mask holds the label ids %s of region %s, only %s%s.", missing, name, ids, masks.note)
+    warn_of_untrained(ids_of_split, regions)
     logger.info("Regions: %s.", regions)
-    return regions, mapping
+    return DataFacts(regions, masks.mapping, found.brightest)
+
+
+def ids_of_slices(rows: datasets.Dataset) -> set[int]:
+    """Return which of the label ids 1 to 3 slices of the builder show, by their counts of pixels."""
+    counts = [
+        list(rows[f"{region}_pixels"]) for region in ("wt", "tc", "et") if f"{region}_pixels" in rows.column_names
+    ]
+    if len(counts) < 3 or any(None in column for column in counts):
+        return set()
+    core_without_enhancing, oedema, enhancing = 1, 2, 3
+    shown: set[int] = set()
+    for whole, core, et in zip(*counts, strict=True):
+        sizes = {core_without_enhancing: core - et, oedema: whole - core, enhancing: et}
+        shown |= {label_id for label_id, size in sizes.items() if size}
+    return shown

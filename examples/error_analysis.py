@@ -23,6 +23,7 @@ from data_sources import DEFAULT_MODALITIES, DataArguments, find_columns, find_r
 from error_metrics import Analysis
 from error_plots import draw_case
 from error_report import write_report
+from image_depth import fit_white_level
 from processes import set_up_logging
 from provenance import RECORD, read_record
 from recipes import RECIPES
@@ -41,7 +42,15 @@ logger = logging.getLogger("error_analysis")
 # Options that are taken from the run unless they are given; those of scans only from a run on scans.
 SCAN_OPTIONS = ("slices", "plane", "min_tumor_pixels", "modalities", "skip_bad_cases")
 DATA_OPTIONS = ("dataset_name", "dataset_config_name", "brats_dir", "image_column", "mask_column", "split_seed")
-SPLIT_OPTIONS = ("split_seed", "slices", "plane", "min_tumor_pixels", "modalities")  # they make the test split
+DATA_OPTIONS += ("group_by",)
+SPLIT_OPTIONS = (
+    "split_seed",
+    "group_by",
+    "slices",
+    "plane",
+    "min_tumor_pixels",
+    "modalities",
+)  # they make the test split
 
 
 @dataclass
@@ -204,9 +213,10 @@ def analyse_split(
         raise SystemExit(f"--split {args.split}: the data set has {', '.join(data)}. Pass one of them.")
     columns, regions = find_columns(data, data_args), model.config.regions
     try:
-        _, mapping = find_regions(data, *columns, regions)
+        _, mapping, brightest = find_regions(data, *columns, regions, binarize=data_args.binarize)
     except SystemExit as err:
         raise SystemExit(f"{err} {args.model} segments {regions}: pass data with masks of these ids.") from err
+    fit_white_level(processor, brightest, data_args.white_level)
     folder = prepare_folder(args.output_dir)
     transform = SegmentationTransform(processor, label_mapping=mapping)
     neighbours = processor.neighbours if data_args.neighbours is None else data_args.neighbours

@@ -10,7 +10,7 @@ import torch
 from case_names import case_names
 from case_view import bounding_box
 from error_plots import evenly_spread
-from plots import grey_values
+from plots import grey_values, image_to_show
 from scipy import ndimage
 from tqdm import tqdm
 
@@ -161,7 +161,8 @@ class Analysis:
         """Score the images, or this many of them, evenly spread over the rows."""
         chosen = evenly_spread(len(self.rows), max_images or len(self.rows)).tolist()
         images = tqdm(self.read(chosen, batch_size), total=len(chosen), desc="Looking for errors", unit="image")
-        for about, grey, probabilities, references, valid in images:
+        for about, image, probabilities, references, valid in images:
+            grey = grey_values(image)
             head_mask = valid & (grey != 0)
             for region, probability, reference in zip(self.regions, probabilities, references, strict=True):
                 self.calibration[region].add(probability[head_mask], reference[head_mask])
@@ -170,7 +171,7 @@ class Analysis:
                 self.lesions += [{**about, "region": region, **lesion} for lesion in lesions]
 
     def read(self, indices: Sequence[int], batch_size: int = 1) -> Iterator[tuple[Any, ...]]:
-        """Segment images, and yield what is known of each, its grey values, probabilities, masks and valid pixels."""
+        """Segment images, and yield what is known of each, its own slice, probabilities, masks and valid pixels."""
         processor = self.transform.processor
         for start in range(0, len(indices), batch_size):
             batch = self.rows[indices[start : start + batch_size]]
@@ -185,8 +186,7 @@ class Analysis:
                 label_ids = self.transform.to_label_ids(batch["mask"][number])
                 masks, valid = self.model.region_masks(label_ids[None])
                 values = probabilities[number].cpu().numpy()
-                grey = grey_values(self.rows.own_slice(image))
-                yield about, grey, values, masks[0].bool().numpy(), valid[0, 0].numpy()
+                yield about, self.rows.own_slice(image), values, masks[0].bool().numpy(), valid[0, 0].numpy()
 
     def of_region(self, region: str) -> list[dict[str, Any]]:
         """Return the records of one region."""
@@ -203,11 +203,11 @@ class Analysis:
         return values[~np.isnan(values)]
 
     def example(self, title: str, record: dict[str, Any]) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
-        """Segment an image again; return a title, and grey values, reference and prediction cropped to the head."""
-        ((_, grey, probabilities, references, valid),) = self.read([record["index"]])
+        """Segment an image again; return a title, and what to show, reference and prediction cropped to the head."""
+        ((_, image, probabilities, references, valid),) = self.read([record["index"]])
         number = self.regions.index(record["region"])
         reference, prediction = references[number] & valid, (probabilities[number] > THRESHOLD) & valid
-        box = bounding_box((grey != 0) | reference | prediction, margin=4)
+        box = bounding_box((grey_values(image) != 0) | reference | prediction, margin=4)
         name = record["image"] if len(record["image"]) <= 26 else f"{record['image'][:12]}…{record['image'][-13:]}"
         heading = f"{title}: Dice {record['dice']:.2f}\n{name}"
-        return heading, grey[box], reference[box], prediction[box]
+        return heading, image_to_show(image, self.rows.image_columns)[box], reference[box], prediction[box]

@@ -68,7 +68,7 @@ def save_figure(plot: Callable[[], Figure], folder: Path, name: str, formats: Se
 
 
 def draw_grey(axis: plt.Axes, grey: np.ndarray, pixel_mm: tuple[float, float] = (1, 1)) -> None:
-    """Draw an image without ticks, with the aspect of its pixels."""
+    """Draw an image, grey or in colours, without ticks, with the aspect of its pixels."""
     low, high = (0, 255) if grey.dtype == np.uint8 else (grey.min(), grey.max())
     axis.imshow(grey, cmap="gray", vmin=low, vmax=high, aspect=pixel_mm[0] / pixel_mm[1])
     axis.set(xticks=[], yticks=[])
@@ -118,7 +118,7 @@ def plot_overlays(examples: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]
     """Draw images with the outlines of reference and prediction, and errors below, given titles, images and masks."""
     columns = min(4, len(examples))
     blocks = math.ceil(len(examples) / columns)
-    panel = WIDTH / 4 * min(max(np.divide(*grey.shape) for _, grey, *_ in examples), 2)
+    panel = WIDTH / 4 * min(max(np.divide(*grey.shape[:2]) for _, grey, *_ in examples), 2)
     size = (WIDTH * max(columns, 2) / 4, blocks * (2 * panel + 0.35) + 0.4)
     figure, grid = plt.subplots(2 * blocks, columns, figsize=size, squeeze=False)
     for axis in grid.flat:

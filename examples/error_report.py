@@ -15,6 +15,9 @@ from case_names import to_file_name
 from error_metrics import FOUND_IN, Analysis
 from error_plots import plot_boundaries, plot_calibration, plot_groups, plot_overlays, plot_scatter, save_figure
 from matplotlib.figure import Figure
+from plots import column_to_show
+
+from sam2unet_hf.model_card import counted
 
 
 LESIONS_SHOWN = 15  # in the report; `lesions.csv` has all of them
@@ -41,6 +44,12 @@ def write_report(analysis: Analysis, folder: Path, title: str, worst: int, forma
     body = [f"<h1>{html.escape(title)}</h1>"]
     by_region = [{"": name} | {row["region"]: row[name] for row in summary} for name in list(summary[0])[1:]]
     body.append(html_table(by_region))
+    if never_empty := [row["region"] for row in summary if not row["images_neither"] + row["images_prediction_only"]]:
+        names = html.escape(", ".join(never_empty))
+        body.append(
+            f"<p>Every image has {names} in the truth. What the model draws in images without is not in this report, "
+            "and false lesions were counted beside others alone.</p>"
+        )
     for name, caption, left_out, plot in list_figures(analysis, worst):
         if left_out:
             for suffix in formats:  # of an earlier run
@@ -57,8 +66,8 @@ def write_report(analysis: Analysis, folder: Path, title: str, worst: int, forma
         found = sorted((lesion for lesion in analysis.lesions if lesion["kind"] == kind), key=lambda x: -x["pixels"])
         shown = [{key: lesion[key] for key in ("image", "region", *LESION_COLUMNS[1:])} for lesion in found]
         body.append(
-            f"<h2>{len(found)} {kind} lesions</h2><p>Connected parts of the {of} that share no pixel with the \n"
-            f"{other}, the largest {LESIONS_SHOWN} at most.</p>\n{html_table(shown[:LESIONS_SHOWN])}"
+            f"<h2>{counted(len(found), f'{kind} lesion')}</h2><p>Connected parts of the {of} that share no pixel with "
+            f"the {other}, the largest {LESIONS_SHOWN} at most.</p>\n{html_table(shown[:LESIONS_SHOWN])}"
         )
     page = PAGE.substitute(title=html.escape(title), body="\n".join(body))
     (folder / "report.html").write_text(page, encoding="utf-8")
@@ -110,10 +119,11 @@ def choose_examples(records: list[dict[str, Any]], worst: int) -> list[tuple[str
 
 def list_figures(analysis: Analysis, worst: int) -> Iterator[Entry]:
     """Yield the figures of the report."""
-    regions = analysis.regions
+    regions, columns = analysis.regions, analysis.rows.image_columns
+    shown = f"; shown is {column_to_show(columns)}" if len(columns) > 1 else ""
     for region in regions:
         examples = [analysis.example(*chosen) for chosen in choose_examples(analysis.of_region(region), worst)]
-        caption = f"{region}: worst images (of different cases if possible), median and best"
+        caption = f"{region}: worst images (of different cases if possible), median and best{shown}"
         reason = f"Overlays of {region} are left out: there is nothing to find and nothing was found."
         draw = partial(plot_overlays, examples)
         yield f"overlays_{to_file_name(region)}", caption, "" if examples else reason, draw
@@ -141,9 +151,13 @@ def list_figures(analysis: Analysis, worst: int) -> Iterator[Entry]:
 def list_dice_figures(analysis: Analysis, regions: Sequence[str]) -> Iterator[Entry]:
     """Yield the figures of Dice against other values, of images whose reference holds the region."""
     size = ("truth_mm2", "tumour size (mm²)") if analysis.spacing_mm else ("truth_pixels", "tumour size (pixels)")
+    columns = analysis.rows.image_columns
+    contrast = "contrast (standard deviations)"
+    if len(columns) > 1:
+        contrast = f"contrast of the mean of {', '.join(columns)} (standard deviations)"
     variables = [
         ("dice_size", *size, "Dice against tumour size"),
-        ("dice_contrast", "contrast", "contrast (standard deviations)", "Dice against contrast to the surroundings"),
+        ("dice_contrast", "contrast", contrast, "Dice against contrast to the surroundings"),
         ("dice_slice", "slice_index", "slice index", "Dice against slice position"),
     ]
     dice = {region: analysis.column(region, "dice", with_tumour=True) for region in regions}

@@ -10,7 +10,7 @@ from arguments import DataArguments, SegmentationTrainingArguments
 from case_names import case_ids
 from cohort import COHORT
 from data_checks import DataSplits
-from data_sources import image_mask_folders
+from image_folders import image_mask_folders
 from processes import exit_on
 from provenance import write_json
 

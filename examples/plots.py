@@ -21,11 +21,11 @@ COLOURS = ("#D55E00", "#56B4E9", "#F0E442", "#009E73", "#CC79A7")
 class ShownCase(NamedTuple):
     """An image with its label maps, the reference and a prediction, of shape `(height, width)`.
 
-    The image is a picture, or has the shape `(modalities, height, width)`.
+    The image is as `image_to_show` returns it.
     """
 
     title: str
-    image: Image.Image | torch.Tensor
+    image: np.ndarray
     reference: np.ndarray
     prediction: np.ndarray
 
@@ -62,7 +62,44 @@ def grey_values(image: Image.Image | torch.Tensor) -> np.ndarray:
     return np.asarray(image.convert("RGB")).mean(axis=-1)
 
 
-def plot_predictions(cases: Sequence[ShownCase], regions: dict[str, list[int]], path: Path) -> None:
+def column_to_show(columns: Sequence[str]) -> str:
+    """Return the column of an image that pictures show, of several modalities FLAIR, else the first."""
+    return "flair" if "flair" in columns else columns[0]
+
+
+def image_to_show(image: Image.Image | torch.Tensor, columns: Sequence[str]) -> np.ndarray:
+    """Return what pictures show of an image that was made of these columns.
+
+    Args:
+        image: A picture, or a tensor with a channel per column, of shape `(columns, height, width)`.
+        columns: The names of the columns.
+
+    Returns:
+        Grey values `(height, width)` of a grey picture and of the column to show, else colours `(height, width, 3)`,
+        uint8.
+    """
+    if isinstance(image, torch.Tensor):
+        return image[list(columns).index(column_to_show(columns))].numpy()
+    if image.mode == "L" or image.mode.startswith(("I", "F")):
+        return np.asarray(image)
+    colours = np.asarray(image.convert("RGB"))
+    return colours[..., 0] if (colours == colours[..., :1]).all() else colours
+
+
+def name_of_image(columns: Sequence[str]) -> str:
+    """Return the title of a panel that shows an image of these columns: the modality, if it is one of several."""
+    return "image" if len(columns) == 1 else f"image ({column_to_show(columns)})"
+
+
+def draw_image(axis: plt.Axes, image: np.ndarray) -> None:
+    """Draw an image as `image_to_show` returns it, a grey one over its range, without ticks."""
+    axis.imshow(image if image.ndim == 3 else image.astype(float), cmap="gray")
+    axis.set(xticks=[], yticks=[])
+
+
+def plot_predictions(
+    cases: Sequence[ShownCase], regions: dict[str, list[int]], path: Path, image_title: str = "image"
+) -> None:
     """Draw image, reference, prediction and their outlines, one row per case."""
     figure, axes = plt.subplots(len(cases), 4, figsize=(12, 3.3 * len(cases)), layout="constrained", squeeze=False)
     colours = [COLOURS[index % len(COLOURS)] for index in range(len(regions))]
@@ -73,8 +110,7 @@ def plot_predictions(cases: Sequence[ShownCase], regions: dict[str, list[int]], 
     large_first = sorted(enumerate(regions.values()), key=lambda item: -len(item[1]))
     for row, case in zip(axes, cases, strict=True):
         for axis in row:
-            axis.imshow(grey_values(case.image).astype(float), cmap="gray")
-            axis.set(xticks=[], yticks=[])
+            draw_image(axis, case.image)
         row[0].set_ylabel(case.title)
         for index, label_ids in large_first:
             for axis, (kind, (side_colours, style)) in zip(row[1:3], sides.items(), strict=True):
@@ -83,7 +119,7 @@ def plot_predictions(cases: Sequence[ShownCase], regions: dict[str, list[int]], 
                 axis.imshow(np.dstack([rgb, mask * 0.5]), interpolation="nearest")
                 if mask.any() and not mask.all():
                     row[3].contour(mask, [0.5], colors=[side_colours[index]], linestyles=style, linewidths=1.4)
-    for axis, title in zip(axes[0], ("image", "reference", "prediction", "outlines"), strict=True):
+    for axis, title in zip(axes[0], (image_title, "reference", "prediction", "outlines"), strict=True):
         axis.set_title(title)
     handles = [
         plt.Line2D([], [], color=colour, linestyle=style, label=f"{name}, {kind}")

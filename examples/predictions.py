@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from case_names import case_names
-from PIL import Image
-from plots import ShownCase
+from plots import ShownCase, image_to_show
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from sam2unet_hf.pictures import write_label_map
 from sam2unet_hf.training import ImageRows, SegmentationTransform
 from sam2unet_hf.training.rows import size_of
 
@@ -33,13 +33,15 @@ def write_predictions(
     """Write the predicted label map of every row as PNG, in the label ids of the masks, named after its case."""
     folder.mkdir(exist_ok=True)
     names = case_names(rows)
+    # The largest value of several, which of grey levels is white. The background is 0 in any case.
+    values_of = {label_id: value for value, label_id in sorted(transform.label_mapping.items()) if label_id}
     for start in tqdm(range(0, len(rows), batch_size), desc="Writing predictions", unit="batch"):
         maps = predict_label_maps(model, transform, rows[start : start + batch_size])
         for name, label_map in zip(names[start : start + batch_size], maps, strict=True):
-            for original_id, label_id in transform.label_mapping.items():
-                label_map = np.where(label_map == label_id, original_id, label_map)
-            dtype = np.uint8 if label_map.max() < 256 else np.uint16
-            Image.fromarray(label_map.astype(dtype)).save(folder / f"{name}.png")
+            written = label_map
+            for label_id, value in sorted(values_of.items()):
+                written = np.where(label_map == label_id, value, written)
+            write_label_map(written, folder / f"{name}.png")
 
 
 def choose_cases(
@@ -66,6 +68,7 @@ def choose_cases(
     for rank, index in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
         batch = rows[[index]]
         (prediction,) = predict_label_maps(model, transform, batch)
+        image = image_to_show(rows.own_slice(batch["image"][0]), rows.image_columns)
         title = f"{rank}: Dice {dice[index]:.3f}\n{names[index]}"
-        cases.append(ShownCase(title, rows.own_slice(batch["image"][0]), reference(index), prediction))
+        cases.append(ShownCase(title, image, reference(index), prediction))
     return cases

@@ -26,10 +26,11 @@ from arguments import (
     take_channels_of_model,
 )
 from cohort import COHORT, load_cohort
-from data_sources import find_columns, find_regions, load_data, make_images
+from data_sources import DataFacts, describe_split, find_columns, find_regions, load_data, make_images
 from hp_search import search
+from image_depth import fit_white_level
 from patients import KnownPatients, rows_to_show, score_split, write_splits
-from plots import plot_predictions, plot_training_curve
+from plots import name_of_image, plot_predictions, plot_training_curve
 from predictions import choose_cases, write_predictions
 from processes import exit_on, from_main_process, report_error_once, set_up_logging
 from provenance import RESULTS_FILE, check_steps_left, find_checkpoint, run_record, start_run, write_json
@@ -66,16 +67,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     arguments = resume_arguments(model_args, data_args, training_args)
     checkpoint = from_main_process(training_args, lambda: find_checkpoint(arguments, training_args))
 
-    data, regions, label_mapping, images = {}, requested, {}, {}
+    data, images, facts = {}, {}, DataFacts(requested, {}, None)
     if not scores_cohort_alone(data_args, training_args):
         with training_args.main_process_first(desc="preparing the data"):
             data = load_data(data_args)
         columns, mask_column = find_columns(data, data_args)
-        regions, label_mapping = from_main_process(
-            training_args, lambda: find_regions(data, columns, mask_column, requested, data_args.labels)
+        facts = from_main_process(
+            training_args,
+            lambda: find_regions(data, columns, mask_column, requested, data_args.labels, data_args.binarize),
         )
         images = make_images(data, columns, mask_column, data_args.neighbours)
-    cohort = None
+    regions, cohort = facts.regions, None
     if training_args.test_dir is not None:
         with training_args.main_process_first(desc="preparing the second cohort"):
             cohort = load_cohort(training_args.test_dir, data_args, regions)
@@ -86,11 +88,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     image_options = choose_image_options(model_args, first)
     model, processor = load_model(model_args, regions, **image_options)
     note_scans(processor, first.image_columns, data_args, training_args)
+    options = {"has_trained": not training_args.do_train, "is_sample": data_args.streaming}
+    fit_white_level(processor, facts.brightest, data_args.white_level, **options)
+    if cohort is not None:
+        fit_white_level(processor, cohort.brightest, None if images else data_args.white_level)
 
     # Transforms: training images are augmented, the others are scored at the size of their masks.
-    transform = functools.partial(SegmentationTransform, processor, label_mapping=label_mapping)
+    transform = functools.partial(SegmentationTransform, processor, label_mapping=facts.label_mapping)
     names = [name for name in training_args.augmentation if name != "none"]
-    augment = augmentation(*names, neighbours=processor.neighbours)
+    augment = augmentation(*names, neighbours=processor.neighbours, white_level=processor.white_level)
     train_dataset = images["train"].with_transform(transform(augment=augment)) if images else None
     at_mask_size = transform(resize_masks=False)
     evaluation = {split: rows.with_transform(at_mask_size) for split, rows in images.items() if split != "train"}
@@ -114,8 +120,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         eval_dataset=evaluation.get("validation", evaluation.get(COHORT)),
         processing_class=processor,
     )
-    with exit_on(OSError, ValueError):  # such as no right to push, or no such metric
+    # Such as no right to push, no such metric, or an optimizer of a package that is not installed.
+    with exit_on(ImportError, OSError, ValueError):
         trainer = make_trainer(model, training_args)
+        if training_args.do_train:
+            trainer.get_optimizer_cls_and_kwargs(training_args, model)
     if checkpoint is not None and training_args.do_train:
         check_steps_left(trainer, checkpoint, arguments)
     known = KnownPatients(data, data_args, training_args, model_args.model_name_or_path)
@@ -170,7 +179,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         transform, rows = rows.transform, rows.with_transform(None)
         prefix = f"{COHORT}_" if split == COHORT else ""
         cases = choose_cases(rows, dice, transform, model, chosen)
-        plot_predictions(cases, regions, output_dir / f"{prefix}predictions.png")
+        image_title = name_of_image(rows.image_columns)
+        plot_predictions(cases, regions, output_dir / f"{prefix}predictions.png", image_title)
         if training_args.do_predict:
             batch_size = training_args.per_device_eval_batch_size
             write_predictions(output_dir / f"{prefix}predictions", rows, transform, model, batch_size)
@@ -180,7 +190,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # Model card and Hub
     if training_args.do_train:
         write_card = trainer.push_to_hub if training_args.push_to_hub else trainer.create_model_card
-        write_card(**card_arguments(images, model_args, data_args, training_args))
+        write_card(**card_arguments(images, model_args, data_args, training_args, describe_split(images, data_args)))
     if not trainer.is_world_process_zero():
         return {}
     write_json(output_dir / RESULTS_FILE, results)
@@ -194,9 +204,11 @@ def choose_image_options(args: ModelArguments, rows: ImageRows) -> dict[str, Any
     options: dict[str, Any] = {"num_channels": rows.num_channels, "neighbours": rows.neighbours}
     if args.head_crop_size == ["auto"]:
         with exit_on(ValueError, prefix="--head_crop_size auto: "):
-            options["head_crop_size"] = choose_head_crop_size(rows.head_boxes())
+            options["head_crop_size"] = choose_head_crop_size(rows.head_boxes(), args.head_crop_scale or 1)
     elif args.head_crop_size is not None:
         options["head_crop_size"] = dict(zip(("height", "width"), map(int, args.head_crop_size), strict=True))
+    if args.head_crop_scale is not None:
+        options["head_crop_scale"] = args.head_crop_scale
     return options
 
 

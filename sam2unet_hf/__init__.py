@@ -11,6 +11,7 @@ from .conversion import convert_reference_checkpoint
 from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .loss_sam2unet import deep_supervision_loss, structure_loss
 from .modeling_sam2unet import Sam2UNetForSemanticSegmentation, Sam2UNetOutput, Sam2UNetPreTrainedModel
+from .pipeline_sam2unet import Sam2UNetImagePipeline
 
 
 AutoConfig.register(Sam2UNetConfig.model_type, Sam2UNetConfig)
@@ -25,6 +26,7 @@ Sam2UNetImageProcessor.register_for_auto_class()
 __all__ = [
     "Sam2UNetConfig",
     "Sam2UNetForSemanticSegmentation",
+    "Sam2UNetImagePipeline",
     "Sam2UNetImageProcessor",
     "Sam2UNetOutput",
     "Sam2UNetPreTrainedModel",

@@ -3,6 +3,7 @@
 # transformers types the fields of a config by what the constructor takes, not by what an instance holds.
 # mypy: disable-error-code="arg-type, assignment, union-attr"
 
+import copy
 import os
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from .encoder_source_sam2unet import complete_state_dict, verify_encoder_source
+from .pipeline_sam2unet import CUSTOM_PIPELINES
 from .weights_sam2unet import is_local_source, is_pretrained_weight
 
 
@@ -166,6 +168,8 @@ class Sam2UNetCheckpointMixin(PreTrainedModel):
         name = f"{own_class.__module__.split('.')[-1]}.{own_class.__name__}"
         auto_map = {"AutoModel": name, "AutoModelForSemanticSegmentation": name}
         config.auto_map = {**(getattr(config, "auto_map", None) or {}), **auto_map}
+        # Anew, since `pipeline` puts classes in place of the names in it.
+        config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         if own_class is not type(self) and is_main_process:
             os.makedirs(save_directory, exist_ok=True)
             custom_object_save(own_class, save_directory)

@@ -6,8 +6,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, Sam2HieraDetConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from .regions_sam2unet import label_names, regions_from_pairs
+from .regions_sam2unet import default_ignore_index, label_names, regions_from_pairs
 
 
 # Options that earlier configurations hold, with the only value that the loss has left of each.
@@ -98,7 +99,8 @@ class Sam2UNetConfig(PreTrainedConfig):
             taken, per region, instead of averaging the ratios of the images as the papers do. For batches with images
             that lack a region. Each process and each accumulated step has its own batch. Images with labels of
             different sizes, and so `eval_loss` of [`~training.Sam2UNetTrainer`], have one ratio each.
-        ignore_index: Label id whose pixels count nowhere in the loss.
+        ignore_index: Label id whose pixels count nowhere in the loss. Defaults to 255, or to -100, which masks do not
+            hold, if a region names 255.
         encoder_source: Where the encoder's weights come from, as `from_sam2` records it: Hub id, or absolute path.
         encoder_revision: Commit of `encoder_source` on the Hub.
         encoder_sha256: Only in checkpoints saved with `trainable_only=True`, which lack the encoder: the SHA-256 that
@@ -134,7 +136,7 @@ class Sam2UNetConfig(PreTrainedConfig):
     auxiliary_loss_weights: list[float] | None = None
     weight_bce: bool = False
     iou_over_batch: bool = False
-    ignore_index: int = 255
+    ignore_index: int | None = None
     encoder_source: str | None = None
     encoder_revision: str | None = None
     encoder_sha256: str | None = None
@@ -176,10 +178,15 @@ class Sam2UNetConfig(PreTrainedConfig):
                     f"`{name}` is no longer an option, because the loss always takes {value}, got {given}. Remove it; "
                     "predictions do not depend on it."
                 )
+        if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+            # Where the package is installed, `pipeline` would ask to trust the code of the checkpoint nonetheless.
+            kwargs.pop("custom_pipelines", None)
         if isinstance(self.backbone_config, dict):
             # There is only one encoder that a dict without `model_type` can mean.
             self.backbone_config = {"model_type": Sam2HieraDetConfig.model_type, **self.backbone_config}
         self.regions = {"WT": [1, 2, 3]} if self.regions is None else regions_from_pairs(self.regions)
+        if self.ignore_index is None:
+            self.ignore_index = default_ignore_index(self.regions)
         if self.auxiliary_loss_weights is None:
             self.auxiliary_loss_weights = [1.0, 1.0]
         names = label_names(self.regions)
@@ -218,8 +225,8 @@ class Sam2UNetConfig(PreTrainedConfig):
         for name, label_ids in self.regions.items():
             if self.ignore_index in label_ids:
                 raise ValueError(
-                    f"`regions[{name!r}]` {label_ids} holds `ignore_index` {self.ignore_index}. Masks with values 0 "
-                    "and 255 must be mapped to 0 and 1 first."
+                    f"`regions[{name!r}]` {label_ids} holds `ignore_index` {self.ignore_index}, whose pixels count "
+                    "nowhere. Leave out `ignore_index`, or pass an id that no mask holds, such as -100."
                 )
         written = label_names(self.regions)
         if unnamed := [label_id for label_id in written if label_id not in self.id2label]:

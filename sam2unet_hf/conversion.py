@@ -17,7 +17,7 @@ import torch
 from .configuration_sam2unet import Sam2UNetConfig
 from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
-from .regions_sam2unet import parse_regions
+from .regions_sam2unet import parse_regions, regions_from_pairs
 from .weights_sam2unet import (
     SAM2_NAMES,
     check_state_dict,
@@ -59,7 +59,9 @@ def convert_reference_checkpoint(
     """Turn a checkpoint of the reference SAM2-UNet into a model of this package.
 
     Args:
-        path_or_state_dict: `.pth` file as the reference's training script writes it, or its state dict.
+        path_or_state_dict: `.pth` file as the reference's training script writes it, or its state dict. Weights that
+            lie beside other things, under a name such as `model_state_dict`, are found, and what `torch.compile` and
+            distributed training put into their names is dropped.
         config: Configuration of the model. By default the encoder is the one of SAM 2's sizes that the shapes show,
             and the output is one region `"foreground"` of label id 1, because the checkpoint does not say what it
             segments.
@@ -74,7 +76,8 @@ def convert_reference_checkpoint(
     Raises:
         FileNotFoundError: If there is no such file.
         TypeError: If there are both `config` and fields.
-        ValueError: If the file is damaged, is no reference SAM2-UNet, or does not fit the configuration.
+        ValueError: If the file is damaged, is no reference SAM2-UNet, or does not fit the configuration, which must
+            name one region per channel of its output.
 
     Source: https://github.com/WZH0120/SAM2-UNet/blob/01598e5/SAM2UNet.py.
     """
@@ -84,6 +87,17 @@ def convert_reference_checkpoint(
         source, reference = "the state dict", unwrap_names(path_or_state_dict)
     else:
         source, reference = os.fspath(path_or_state_dict), load_pickled_state_dict(path_or_state_dict)
+    return convert_reference_weights(reference, source, config, num_channels, **config_kwargs)
+
+
+def convert_reference_weights(
+    reference: Mapping[str, torch.Tensor],
+    source: str,
+    config: Sam2UNetConfig | None,
+    num_channels: int,
+    **config_kwargs: Any,
+) -> Sam2UNetForSemanticSegmentation:
+    """Turn weights, whose names are unwrapped, into a model; `source` is what messages call them."""
     # The reference builds a fourth decoder step and never calls it.
     dropped = [name for name in reference if name.startswith("up4.")]
     kept = {name: value for name, value in reference.items() if name not in dropped}
@@ -95,6 +109,7 @@ def convert_reference_checkpoint(
         backbone_config = infer_backbone_config(encoder, source)
         backbone_config.num_channels = num_channels
         config = Sam2UNetConfig(backbone_config=backbone_config, **{"regions": {"foreground": [1]}, **config_kwargs})
+    check_number_of_regions(state_dict, regions_from_pairs(config.regions or {}), source)
     model = Sam2UNetForSemanticSegmentation(config)
     inflate_patch_embedding(state_dict, model.config.backbone_config.num_channels, prefix="encoder.")
     check_state_dict(state_dict, model.state_dict(), source, "SAM2-UNet with this configuration")
@@ -102,6 +117,19 @@ def convert_reference_checkpoint(
     if dropped:
         logger.warning("Dropped %d keys that the reference never uses: %s", len(dropped), ", ".join(dropped))
     return model.eval()
+
+
+def check_number_of_regions(
+    state_dict: Mapping[str, torch.Tensor], regions: Mapping[str, Sequence[int]], source: str
+) -> None:
+    """Raise a `ValueError` if a checkpoint, which does not name its regions, has more or fewer than are named."""
+    weight = state_dict.get("decode_head.classifier.weight")
+    if weight is not None and len(weight) != len(regions):
+        raise ValueError(
+            f"{source} gives {len(weight)} channel{'s' * (len(weight) != 1)}, of which `regions` must name each, got "
+            f"{', '.join(regions)}. Name them in order, in Python by `regions`, else by `--regions` such as WT=1,2,3 "
+            "TC=1,3 ET=3. A softmax over classes cannot be converted."
+        )
 
 
 def convert_checkpoint(
@@ -134,11 +162,12 @@ def convert_checkpoint(
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder. Name another one, or remove it first.")
-    state_dict = load_pickled_state_dict(source) if Path(source).suffix in (".pt", ".pth") else {}
+    is_pickle = Path(source).is_file() or Path(source).suffix in (".pt", ".pth")
+    state_dict = load_pickled_state_dict(source) if is_pickle else {}
     if any(".prompt_learn." in name for name in state_dict):
         if revision is not None:
             raise ValueError(f"`revision` is for the Hub, but {source} is a file; got {revision}.")
-        model = convert_reference_checkpoint(state_dict, num_channels=num_channels, **config_kwargs)
+        model = convert_reference_weights(state_dict, os.fspath(source), None, num_channels, **config_kwargs)
     else:
         options: dict[str, Any] = {"revision": revision, "num_channels": num_channels}
         model = Sam2UNetForSemanticSegmentation.from_sam2(source, **options, **config_kwargs).eval()

@@ -72,7 +72,7 @@ class Sam2UNetWindowAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, layout: Sam2UNetWindowLayout) -> torch.Tensor:
         """Attend within windows; tokens of shape `(tokens, dim)` -> `(tokens, dim_out)`, maybe pooled."""
-        qkv = self.qkv(hidden_states)
+        qkv, padded_token = self.project(hidden_states)
         pooled = layout if self.query_stride is None else layout.after_pooling(self.query_stride)
         if self.window_size == 0:
             # Attention over all tokens of an image does not depend on their order.
@@ -86,23 +86,43 @@ class Sam2UNetWindowAttention(nn.Module):
             if self.query_stride is not None:
                 query = pool_windows(query, group.window_height, group.window_width, self.query_stride)
             num_padded = self.window_size**2 - group.window_height * group.window_width
-            outputs.append(self.attend(query, key, value, num_padded))
+            outputs.append(self.attend(query, key, value, num_padded, padded_token))
         return self.proj(pooled.merge(outputs))
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_padded: int = 0) -> torch.Tensor:
-        """Attend within windows of shape `(num_windows, tokens, dim_out)`, with `num_padded` more keys in each."""
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return query, key and value of each token, `(tokens, dim_out * 3)`, and those of a padded one."""
+        qkv = self.qkv
+        if type(qkv) is nn.Linear and qkv.bias.device == hidden_states.device:
+            return qkv(hidden_states), qkv.bias
+        # Ask the layer itself, because one that is quantised, adapted or offloaded has its bias in its forward alone.
+        projected = qkv(torch.cat([hidden_states, hidden_states.new_zeros(1, hidden_states.shape[-1])]))
+        return projected[:-1], projected[-1]
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        num_padded: int = 0,
+        padded_token: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend within windows of shape `(num_windows, tokens, dim_out)`, with `num_padded` more keys in each.
+
+        `padded_token` is query, key and value of a padded token, of shape `(dim_out * 3,)`.
+        """
         # (num_windows, tokens, dim_out) -> (num_windows, heads, tokens, head_dim)
         query, key, value = (
             tokens.unflatten(2, (self.num_attention_heads, -1)).transpose(1, 2) for tokens in (query, key, value)
         )
         mask = None
-        if num_padded:
+        if num_padded and padded_token is not None:
             num_windows, heads, num_tokens, _ = key.shape
             # The one key and value that stand for all padded tokens.
-            _, key_bias, value_bias = self.qkv.bias.to(key.dtype).view(3, 1, heads, 1, -1)
-            key = torch.cat([key, key_bias.expand(num_windows, -1, -1, -1)], dim=2)
-            value = torch.cat([value, value_bias.expand(num_windows, -1, -1, -1)], dim=2)
-            mask = F.pad(key.new_zeros(1, 1, 1, num_tokens), (0, 1), value=math.log(num_padded))
+            _, padded_key, padded_value = padded_token.to(key.dtype).view(3, 1, heads, 1, -1)
+            key = torch.cat([key, padded_key.expand(num_windows, -1, -1, -1)], dim=2)
+            value = torch.cat([value, padded_value.expand(num_windows, -1, -1, -1)], dim=2)
+            mask = torch.zeros(1, 1, 1, num_tokens, dtype=key.dtype, device=key.device)
+            mask = F.pad(mask, (0, 1), value=math.log(num_padded))
         # The backward pass of PyTorch's half-precision kernel for the CPU is up to five times slower.
         is_slow = query.requires_grad and query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
         is_eager = is_slow or self.config._attn_implementation == "eager"

@@ -20,9 +20,21 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .crop_sam2unet import check_head_boxes, crop, head_mask, head_window
-from .images_sam2unet import to_byte_range, to_channels_first, to_label_maps, to_list
+from .images_sam2unet import to_byte_range, to_channels_first, to_label_maps, to_list, warn_of_lost_bits
 from .post_processing_sam2unet import Sam2UNetPostProcessingMixin
 from .regions_sam2unet import region_levels, regions_from_pairs
+
+
+OWN_ATTRIBUTES = (
+    "regions",
+    "modalities",
+    "plane",
+    "num_channels",
+    "neighbours",
+    "head_crop_size",
+    "head_crop_scale",
+    "white_level",
+)
 
 
 class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
@@ -45,8 +57,13 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
         num_channels: Channels of the model. Grey images are repeated to them; other images must have as many.
         neighbours: Slices below and above each slice that are channels, too: of each modality in turn, from the
             lowest slice to the highest, the slice itself in the middle.
-        head_crop_size: Height and width in pixels, multiples of 32, of the window about the head; `size` then counts
-            for nothing. `None` resizes whole images.
+        head_crop_size: Height and width in pixels of the window about the head, which `head_crop_scale` turns into
+            multiples of 32; `size` then counts for nothing. `None` resizes whole images.
+        head_crop_scale: Whole number of times that the window is enlarged for the model (bilinear), which decides at a
+            quarter of the resolution that it gets: 2 for voxels of 2 mm and more, in which a small tumour is only a
+            few voxels wide.
+        white_level: Value that is white in images of integers other than bytes, such as 4095 of a camera with 12
+            bits. `None` takes 65535 if a value is over 255 or they are unsigned 16-bit, else 255.
         kwargs: `do_resize`, `size`, `resample`, `do_rescale`, `rescale_factor`, `do_normalize`, `image_mean`,
             `image_std` and `do_convert_rgb`, as in any image processor. Mean and standard deviation are by default
             those of ImageNet, for other than three channels the mean over its three.
@@ -85,6 +102,8 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
         num_channels: int = 3,
         neighbours: int = 0,
         head_crop_size: Mapping[str, int] | None = None,
+        head_crop_scale: int = 1,
+        white_level: int | None = None,
         **kwargs: Any,
     ):
         if num_channels != 3:
@@ -99,7 +118,11 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
         self.num_channels = num_channels
         self.neighbours = neighbours
         self.head_crop_size = None if head_crop_size is None else dict(head_crop_size)
+        self.head_crop_scale = head_crop_scale
+        self.white_level = white_level
         self.check_channels()
+        if white_level is not None and not 255 <= white_level <= 65535:
+            raise ValueError(f"`white_level` must be a value from 255 to 65535, such as 4095, got {white_level}.")
 
     def check_channels(self) -> None:
         """Raise a `ValueError` if channels, neighbours, normalisation and window do not fit each other."""
@@ -116,21 +139,26 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
                     f"`{name}` must have one value per channel, got {len(values)} for `num_channels` "
                     f"{self.num_channels}. Leave it out for the default."
                 )
-        size = self.head_crop_size
-        if size is not None and (
-            size.keys() != {"height", "width"} or any(side < 64 or side % 32 for side in size.values())
-        ):
+        size, scale = self.head_crop_size, self.head_crop_scale
+        if isinstance(scale, bool) or not isinstance(scale, int) or scale < 1 or (scale > 1 and size is None):
             raise ValueError(
-                "`head_crop_size` must be a height and a width in pixels, multiples of 32 from 64 up, such as "
-                f"{{'height': 160, 'width': 192}}, got {size}."
+                "`head_crop_scale` must be a whole number from 1 up, and enlarges the window of `head_crop_size`, got "
+                f"{scale!r} with `head_crop_size` {size}."
+            )
+        if size is not None and (
+            size.keys() != {"height", "width"} or any(side * scale < 64 or side * scale % 32 for side in size.values())
+        ):
+            enlarged = f", {scale} times enlarged" if scale > 1 else ""
+            raise ValueError(
+                f"`head_crop_size` must be a height and a width in pixels,{enlarged} multiples of 32 from 64 up, such "
+                f"as {{'height': 160, 'width': 192}}, got {size}."
             )
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any):
         """Build an image processor from the attributes of its JSON file, with `kwargs` over them."""
         # transformers would set ours past the constructor, which checks them.
-        names = ("regions", "modalities", "plane", "num_channels", "neighbours", "head_crop_size")
-        own: dict[str, Any] = {name: kwargs.pop(name) for name in names if name in kwargs}
+        own: dict[str, Any] = {name: kwargs.pop(name) for name in OWN_ATTRIBUTES if name in kwargs}
         return super().from_dict({**image_processor_dict, **own}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,10 +178,11 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
             images: One image or a list of them: PIL images, NumPy arrays or torch tensors, grey `(height, width)` or
                 with 1 or `num_channels` channels first or last (first where both fit and `input_data_format` does not
                 say; alpha, a fourth channel where there should be three, is dropped); a 4-D array is a list of
-                images. 8-bit images are taken as 0..255, unsigned 16-bit ones as 0..65535, other integers as 0..255
-                if no value is larger, else as 0..65535; floats as 0..1 if no value is larger, else as 0..255. With
-                `do_rescale=False` values are taken as they are. An EXIF orientation is ignored, unlike in `datasets`
-                and in pipelines: turn photographs upright first (`PIL.ImageOps.exif_transpose`).
+                images. 8-bit images are taken as 0..255, other integers as 0..`white_level`: by default unsigned
+                16-bit ones as 0..65535, others as 0..255 if no value is larger, else as 0..65535. Floats are taken as
+                0..1 if no value is larger, else as 0..255. With `do_rescale=False` values are taken as they are. An
+                EXIF orientation is ignored, unlike in `datasets` and in pipelines: turn photographs upright first
+                (`PIL.ImageOps.exif_transpose`).
             segmentation_maps: One map of label ids per image, of the image's size: `(height, width)`, or with a
                 single channel, or with three equal ones. For several images also one array `(batch_size, height,
                 width)`. Palette images give their indices, booleans 0 and 1.
@@ -164,12 +193,13 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
 
         Returns:
             `pixel_values` of shape `(batch_size, num_channels, height, width)`, float32, and, with maps, `labels` of
-            shape `(batch_size, height, width)`, int64. With `head_crop_size`, height and width are those of the
-            window, which is centred on the box of the head and shows pixels as they are, 0 beyond the image; a head
-            that does not fit is scaled down. Then there are also `crop_boxes` of shape `(batch_size, 4)`, int64, the
-            regions that the windows show, like `head_boxes` but maybe beyond the image, and `pixel_mask` of shape
-            `(batch_size, height, width)`, boolean: the head, that is what lies between the first and the last pixel
-            that is not 0 of its row and of its column, in the slice itself. The model takes all of these.
+            shape `(batch_size, height, width)`, int64. With `head_crop_size`, height and width are those of the window
+            times `head_crop_scale`. The window is centred on the box of the head and shows pixels as they are, 0
+            beyond the image; a head that does not fit is scaled down. Then there are also `crop_boxes` of shape
+            `(batch_size, 4)`, int64, the regions that the windows show, like `head_boxes` but maybe beyond the image,
+            and `pixel_mask` of shape `(batch_size, height, width)`, boolean: the head, that is what lies between the
+            first and the last pixel that is not 0 of its row and of its column, in the slice itself. The model takes
+            all of these.
 
         Raises:
             TypeError: If an argument is none of an image processor, as `regions` is not.
@@ -199,7 +229,7 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
                 image = image[..., :1]  # a grey picture that was saved as RGB
         image = to_channels_first(image, input_data_format, self.num_channels)
         if do_rescale:
-            image = to_byte_range(image)
+            image = to_byte_range(image, self.white_level)
         if image.shape[0] == 4 and self.num_channels == 3:
             image = image[:3]
         if do_convert_rgb and image.shape[0] == 1:
@@ -223,20 +253,25 @@ class Sam2UNetImageProcessor(Sam2UNetPostProcessingMixin, TorchvisionBackend):
         prepared = [self.process_image(image, **kwargs) for image in to_list(images)]
         if not prepared:
             raise ValueError("`images` must hold at least one image, got none.")
+        if segmentation_maps is None:
+            for image in to_list(images):
+                if isinstance(image, Image.Image):
+                    warn_of_lost_bits(image)
         label_maps = None if segmentation_maps is None else to_label_maps(segmentation_maps, prepared)
         features: dict[str, Any] = {}
         if self.head_crop_size is not None:
             height, width = self.head_crop_size["height"], self.head_crop_size["width"]
+            size = (height * self.head_crop_scale, width * self.head_crop_scale)
             boxes = [head_window(box, height, width) for box in check_head_boxes(head_boxes, prepared)]
             prepared = [crop(image, box) for image, box in zip(prepared, boxes, strict=True)]
             own_channels = slice(self.neighbours, None, 2 * self.neighbours + 1)
-            masks = [head_mask(window[own_channels], (height, width)) for window in prepared]
+            masks = [head_mask(window[own_channels], size) for window in prepared]
             features["crop_boxes"] = [torch.tensor(box) for box in boxes]
             features["pixel_mask"] = [mask.to(device=device) for mask in masks]
             if label_maps is not None:
                 label_maps = [crop(label_map, box) for label_map, box in zip(label_maps, boxes, strict=True)]
-            # This scales down larger heads, and leaves windows as they are.
-            kwargs |= {"do_resize": True, "size": SizeDict(height=height, width=width)}
+            # This scales down larger heads, and leaves windows as they are where they are not to be enlarged.
+            kwargs |= {"do_resize": True, "size": SizeDict(height=size[0], width=size[1])}
         features |= self._preprocess([image.to(device=device) for image in prepared], return_tensors=None, **kwargs)
         if label_maps is not None:
             label_maps = [label_map.to(device=device) for label_map in label_maps]

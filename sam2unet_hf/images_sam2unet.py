@@ -53,11 +53,11 @@ def to_channels_first(
     )
 
 
-def to_byte_range(image: torch.Tensor) -> torch.Tensor:
+def to_byte_range(image: torch.Tensor, white_level: int | None = None) -> torch.Tensor:
     """Bring an image of any type to values in 0..255; uint8 stays as it is, everything else becomes float32.
 
-    Integers are taken as 0..65535 if they are unsigned 16-bit or one is over 255, else as 0..255; floats as 0..1 if
-    none is over 1, else as 0..255.
+    Other integers are taken as 0..`white_level`; without it as 0..65535 if they are unsigned 16-bit or one is over
+    255, else as 0..255. Floats are taken as 0..1 if none is over 1, else as 0..255.
     """
     if image.dtype == torch.uint8:
         return image
@@ -65,10 +65,12 @@ def to_byte_range(image: torch.Tensor) -> torch.Tensor:
         return image.float() * 255
     values = image.float()
     low, high = values.min().item(), values.max().item()
-    limit = 255 if image.is_floating_point() else 65535
+    limit = 255 if image.is_floating_point() else white_level or 65535
     # Ask for what must hold, because a comparison with NaN is false.
     if not (low >= 0 and high <= limit):
-        kind = "float images must be finite and in 0..1 or 0..255" if limit == 255 else "integer images in 0..65535"
+        kind = f"integer images in 0..{limit}"
+        if image.is_floating_point():
+            kind = "float images must be finite and in 0..1 or 0..255"
         raise ValueError(
             f"`images` must be non-negative; {kind}, got {image.dtype} with values from {low:g} to {high:g}. Scale "
             "scans first (`sam2unet_hf.scans_sam2unet` does it for BraTS), or pass `do_rescale=False` if they are "
@@ -82,15 +84,33 @@ def to_byte_range(image: torch.Tensor) -> torch.Tensor:
                 stacklevel=2,
             )
         return values * 255 if high <= 1 else values
-    if image.dtype != torch.uint16 and high <= 255:
+    if white_level is None and image.dtype != torch.uint16 and high <= 255:
         return values
-    if 0 < high < 4096:
+    if white_level is None and 0 < high < 4096:
         warnings.warn(
-            f"A 16-bit image uses only values up to {high:g} of 65535 and will be nearly black. Scale it to its range "
-            "first.",
+            f"A 16-bit image uses only values up to {high:g} of 65535 and will be nearly black. Say which value is "
+            "white, such as by `processor.white_level = 4095` for 12 bits, as in the training of the model.",
             stacklevel=2,
         )
-    return values / 257
+    return values / (limit / 255)
+
+
+def warn_of_lost_bits(picture: Image.Image) -> None:
+    """Warn of a grey picture of mode RGB that is mostly white where it is not black.
+
+    So is one of 16 bits whose values were cut at 255, as the image segmentation pipeline of transformers does.
+    """
+    if picture.mode != "RGB":
+        return
+    red, green, blue = (np.asarray(channel) for channel in picture.split())
+    bright, white = int((red > 0).sum()), int((red == 255).sum())
+    if 2 * white > bright and np.array_equal(red, green) and np.array_equal(red, blue):
+        warnings.warn(
+            f"Of a grey picture {white / bright:.0%} of what is not black is white, as if 16 bits had been cut to 8, "
+            "which the image segmentation pipeline of transformers does. Pass `pipeline_class=Sam2UNetImagePipeline` "
+            "to `pipeline`, or give the picture itself to the image processor.",
+            stacklevel=2,
+        )
 
 
 def to_label_map(segmentation_map: Any) -> torch.Tensor:

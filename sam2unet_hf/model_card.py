@@ -53,6 +53,12 @@ METRIC_TITLES = {
 }
 
 
+def counted(number: float, noun: str) -> str:
+    """Return a number with its noun, in the plural unless the number is 1."""
+    text = str(number) if isinstance(number, int) else f"{number:g}"
+    return f"{text} {noun}{'' if number == 1 else 's'}"
+
+
 def parse_score(key: str, regions: Sequence[str]) -> tuple[str, str, str | None] | None:
     """Split the key of a score into kind, metric and region; `None` if it is no score.
 
@@ -107,17 +113,18 @@ def eval_results(info: Mapping[str, Any], regions: Sequence[str]) -> list[EvalRe
 
 def input_facts(num_channels: int, processor: Sam2UNetImageProcessor | None) -> dict[str, Any]:
     """Say what the model sees of an image, for the card: the size, the window about the head, and the channels."""
-    facts: dict[str, Any] = {"size": None, "window": None, "channels": None, "neighbours": 0}
+    facts: dict[str, Any] = {"size": None, "window": None, "window_scale": 1, "channels": None, "neighbours": 0}
     if num_channels != 3:
-        facts["channels"] = f"{num_channels} channels"
+        facts["channels"] = counted(num_channels, "channel")
     if processor is None:
         return facts
     size = processor.head_crop_size or (processor.size if processor.do_resize else None)
     if size is not None:
         facts["window" if processor.head_crop_size else "size"] = f"{size['height']} x {size['width']}"
+        facts["window_scale"] = processor.head_crop_scale
     facts["neighbours"] = processor.neighbours
     if processor.modalities:
-        channels = f"{num_channels} channels: {', '.join(processor.modalities)}"
+        channels = f"{counted(num_channels, 'channel')}: {', '.join(processor.modalities)}"
         if processor.neighbours:
             slices = 2 * processor.neighbours + 1
             channels += f", each as {slices} adjacent slices from the lowest to the highest"
@@ -147,7 +154,7 @@ def patient_section(path: Path, source: str) -> dict[str, Any]:
     ]
     return {
         "source": source,
-        "count": len(numbers),
+        "count": counted(len(numbers), "patient"),
         "summary": summary,
         "has_lesions": "lesion_dice" in columns,
         "titles": [COLUMN_TITLES[column] for column in columns],
@@ -247,6 +254,7 @@ def render_model_card(
         patients=patients,
         zero_division=info.get("zero_division"),
         chosen="checkpoint" in info.get("recipe", {}),
+        all_show_foreground=info.get("all_show_foreground"),
         pictures=pictures,
         data_citation=dataset.get("citation"),
         license=info.get("license"),

@@ -106,10 +106,16 @@ class Sam2UNetPreTrainedModel(Sam2UNetCheckpointMixin):
             fuse: `False` undoes it.
 
         Raises:
-            ValueError: If the model is in training mode, where batch norm takes its statistics from each batch.
+            ValueError: If the model is in training mode, where batch norm takes its statistics from each batch, or if
+                weights of it are offloaded, so that they are not there to be folded.
         """
         if fuse and self.training:
             raise ValueError("`fuse_for_inference` needs a model in eval mode. Call `model.eval()` first.")
+        if fuse and any(weight.is_meta for weight in self.parameters()):
+            raise ValueError(
+                "`fuse_for_inference` needs all weights, of which some are offloaded. Load the model without "
+                "`device_map`, or leave it out."
+            )
         for module in self.modules():
             if isinstance(module, Sam2UNetConvNorm):
                 module.fuse(fuse)
@@ -201,7 +207,8 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         """
         ids = [torch.tensor(label_ids, device=label_map.device) for label_ids in self.config.regions.values()]
         masks = torch.stack([torch.isin(label_map, region) for region in ids], dim=1)
-        return masks.float(), (label_map != self.config.ignore_index).unsqueeze(1)
+        # As int64, because -100 would be 156 among bytes.
+        return masks.float(), (label_map.long() != self.config.ignore_index).unsqueeze(1)
 
     def compute_loss(self, outputs: list[torch.Tensor], labels: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         """Deeply supervised loss, at the size of the labels, of scores `(batch_size, num_regions, height, width)`."""
@@ -209,6 +216,7 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
             images = zip(labels, *outputs, strict=True)
             losses = [self.compute_loss([logits[None] for logits in image], label[None]) for label, *image in images]
             return torch.stack(losses).mean()
+        labels = labels.to(outputs[0].device)
         if labels.is_floating_point():
             masks, valid = labels, labels != self.config.ignore_index
         else:
@@ -316,8 +324,8 @@ class Sam2UNetForSemanticSegmentation(Sam2UNetPreTrainedModel):
         upsampled = [F.interpolate(scores, size=pixel_values.shape[-2:], mode="bilinear") for scores in decoded]
         outputs = [scores[..., :height, :width] for scores in upsampled]
         logits = outputs[0]
-        if pixel_mask is not None:
-            logits = logits.masked_fill(~pixel_mask.bool().unsqueeze(1), OUTSIDE_LOGIT)
+        if pixel_mask is not None:  # the inputs of a model that is spread over devices lie elsewhere
+            logits = logits.masked_fill(~pixel_mask.to(logits.device).bool().unsqueeze(1), OUTSIDE_LOGIT)
         result = Sam2UNetOutput(
             loss=None if labels is None else self.compute_loss(outputs, labels),
             logits=logits,

@@ -12,6 +12,11 @@ def regions_from_pairs(regions: Mapping[str, Sequence[int]] | Sequence[Sequence[
     return {name: list(label_ids) for name, label_ids in pairs}
 
 
+def default_ignore_index(regions: Mapping[str, Sequence[int]]) -> int:
+    """Return the label id whose pixels count nowhere: 255, or -100, which no mask holds, if a region names 255."""
+    return -100 if any(255 in label_ids for label_ids in regions.values()) else 255
+
+
 def parse_regions(texts: Sequence[str]) -> dict[str, list[int]]:
     """Read regions as command lines give them, one text `NAME=ID[,ID...]` per region, such as `"WT=1,2,3"`."""
     regions: dict[str, list[int]] = {}

@@ -165,15 +165,22 @@ class Sam2UNetVolumePipeline:
             modalities: As in the constructor.
             device: Where to run. Default: a GPU if there is one.
             **kwargs: Arguments of the model's `from_pretrained`, such as `dtype=torch.bfloat16` and `revision`; those
-                of downloads are the processor's too.
+                of downloads are the processor's too. With `device_map` the model stays where that puts it.
+
+        Raises:
+            OSError: As the `from_pretrained` of model and processor.
+            ValueError: As these and the constructor, or if there are both `device` and `device_map`.
         """
+        if device is not None and kwargs.get("device_map") is not None:
+            raise ValueError(f"Pass `device` or `device_map`, got both: {device} and {kwargs['device_map']}.")
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", torch.float32)
         loaded = Sam2UNetForSemanticSegmentation.from_pretrained(model, **kwargs)
         shared = {name: kwargs[name] for name in (*DOWNLOAD_ARGUMENTS, "revision", "subfolder") if name in kwargs}
         processor = Sam2UNetImageProcessor.from_pretrained(model, **shared)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(loaded.to(device), processor, modalities)
+        if kwargs.get("device_map") is None:
+            loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(loaded, processor, modalities)
 
     @torch.inference_mode()
     def __call__(
@@ -280,7 +287,10 @@ class Sam2UNetVolumePipeline:
         boxes = [head] * len(images)
         inputs = self.processor.preprocess(
             images, head_boxes=boxes, input_data_format="channels_first", return_tensors="pt"
-        ).to(self.model.device, self.model.dtype)
+        )
+        # Offloaded weights lie on no device; the model takes its inputs from any then.
+        device = self.model.device if self.model.device.type != "meta" else torch.device("cpu")
+        inputs = inputs.to(device, self.model.dtype)
         height, width = images.shape[-2:]
         sizes = [(height, width)] * len(images)
         mirrored: list[tuple[int, ...]] = [(), (-1,), (-2,), (-2, -1)] if flips else [()]

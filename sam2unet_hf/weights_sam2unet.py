@@ -32,9 +32,44 @@ def rename(name: str, table: list[tuple[str, str]]) -> str:
     return re.sub(r"#(\d)", lambda match: str(int(match[1]) - 1), name)
 
 
+# Under which names training scripts keep the weights beside other things; SAM 2 does under the first.
+STATE_DICTS = ("model", "state_dict", "model_state_dict", "net", "network")
+# What distributed training, `torch.compile`, FSDP and checkpointing put into names.
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
 def unwrap_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Drop the prefix that distributed training puts before every name."""
-    return {name.removeprefix("module."): value for name, value in state_dict.items()}
+    """Drop what wrappers put into names, and what stands before all of them where the model was an attribute."""
+    names = [[part for part in name.split(".") if part not in WRAPPERS] for name in state_dict]
+    while names and names[0][0] in STATE_DICTS and all(len(name) > 1 and name[0] == names[0][0] for name in names):
+        names = [name[1:] for name in names]
+    return {".".join(name): value for name, value in zip(names, state_dict.values(), strict=True)}
+
+
+def is_state_dict(content: Any) -> bool:
+    """Whether something maps names to tensors, and nothing else."""
+    return isinstance(content, Mapping) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+    )
+
+
+def find_state_dict(content: Any, path: Path) -> Mapping[str, torch.Tensor]:
+    """Return the weights in the content of a file: all of it, or what stands under a usual name, or alone does."""
+    while isinstance(content, Mapping) and not is_state_dict(content):
+        usual = [name for name in STATE_DICTS if isinstance(content.get(name), Mapping)]
+        found = usual or [name for name, part in content.items() if is_state_dict(part) and part]
+        if not found:
+            break
+        if not usual and len(found) > 1:
+            raise ValueError(
+                f"{path} holds {len(found)} state dicts: {', '.join(map(repr, found))}. Save one of them alone."
+            )
+        content = content[found[0]]
+    if not is_state_dict(content):
+        raise ValueError(
+            f"{path} holds no state dict, which maps names to tensors, but another {type(content).__name__}."
+        )
+    return content
 
 
 def load_pickled_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -43,23 +78,13 @@ def load_pickled_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"No checkpoint file at {path}.")
     try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:  # torch lets whatever a damaged file leads to through, `AssertionError` included
         raise ValueError(
             f"{path} cannot be loaded as a checkpoint of tensors: it is damaged, or holds other Python objects, which "
             f"are never loaded. Save its `state_dict()` alone. ({err})"
         ) from err
-    # SAM 2 keeps its weights under "model"; training scripts often under "state_dict".
-    for key in ("model", "state_dict"):
-        if isinstance(state_dict, Mapping) and isinstance(state_dict.get(key), Mapping):
-            state_dict = state_dict[key]
-    if not isinstance(state_dict, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state_dict.items()
-    ):
-        raise ValueError(
-            f"{path} holds no state dict, which maps names to tensors, but another {type(state_dict).__name__}."
-        )
-    return unwrap_names(state_dict)
+    return unwrap_names(find_state_dict(content, path))
 
 
 # The weights that depend on the number of channels of the images.

@@ -1,7 +1,7 @@
-"""Runs `run_segmentation.py` or the builder again and again in forks of one process, and ends them where it is told.
+"""Is a run of `run_segmentation.py` or the builder, and ends it where it is told.
 
-Reads one JSON object a line, or is one run with the object that its argument holds, as launchers start it: `program`,
-`argv`, the folder to `watch`, a `log` for what it says, and how to end the run, if at all:
+The argument is a JSON object: `program`, `argv`, the folder to `watch`, and, if wanted, a `log` for what it says, a
+file for the `counters` of `read_counters`, and how to end the run:
 
 - `seconds`: SIGKILL after this time;
 - `change`: SIGKILL before this change, counted from 1, of a file or folder in the watched folder;
@@ -9,8 +9,6 @@ Reads one JSON object a line, or is one run with the object that its argument ho
 - `phase`: `signal`, by its name, when this begins for the `count`-th time, to whom `to` says: "me" (this process, the
   default), "group" (with its children, from another process, as schedulers do) or "launcher" (its parent); of several
   processes the one of this `rank` sends it, 0 by default.
-
-Answers with a line of JSON: how the run ended, what it was doing then, and how much there was to count.
 """
 
 import json
@@ -21,13 +19,13 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from pathlib import Path
 
 
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "examples")]
+import matplotlib.figure  # noqa: E402
 import run_segmentation  # noqa: E402
 import torch  # noqa: E402
 import transformers.modeling_utils  # noqa: E402
@@ -38,13 +36,28 @@ from sam2unet_hf.training import Sam2UNetTrainer, averaging  # noqa: E402
 
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
-# Shared with the forks: changes, files of checkpoints, length of the name of the phase, and the name.
+# Changes, files of checkpoints and the length of the name of the phase, which follows.
 COUNTERS = struct.Struct("iii")
-shared = mmap.mmap(-1, 4096)
+shared = mmap.mmap(-1, mmap.PAGESIZE)
 
 
 def counters() -> tuple[int, ...]:
     return COUNTERS.unpack_from(shared)
+
+
+def share_counters(path: str) -> None:
+    """Keep them in a file, which outlives this process."""
+    global shared
+    with open(path, "w+b") as file:
+        file.truncate(mmap.PAGESIZE)
+        shared = mmap.mmap(file.fileno(), mmap.PAGESIZE)
+
+
+def read_counters(path: str) -> dict:
+    """What a run was doing when it ended, and how many changes and files of checkpoints it made."""
+    content = Path(path).read_bytes()
+    changes, files, length = COUNTERS.unpack_from(content)
+    return {"phase": content[COUNTERS.size :][:length].decode(), "changes": changes, "files": files}
 
 
 def count(index: int) -> int:
@@ -126,6 +139,12 @@ def cut_files(last: int | None, fraction: float) -> None:
     cut(TrainerState, "save_to_json", 1)
 
 
+def draw_nothing(figure: object, path: str, **kwargs) -> None:
+    """Write an empty picture: drawing takes as long as training."""
+    with open(path, "wb"):
+        pass
+
+
 def run(order: dict) -> None:
     """Be the run."""
     torch.set_num_threads(1)
@@ -133,6 +152,10 @@ def run(order: dict) -> None:
         log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
+    if "counters" in order:
+        share_counters(order["counters"])
+    if "seconds" in order:
+        threading.Timer(order["seconds"], die).start()
     enter("preparing")
     for owner, function, name, after in (
         (Sam2UNetTrainer, "train", "training", "after training"),
@@ -143,6 +166,7 @@ def run(order: dict) -> None:
         during(owner, function, name, order, after)
     watch_files(order["watch"], order.get("change"))
     cut_files(order.get("file"), order.get("fraction", 0.5))
+    matplotlib.figure.Figure.savefig = draw_nothing
     try:
         {"train": run_segmentation.main, "build": build.main}[order["program"]](order["argv"])
     except SystemExit as err:
@@ -156,30 +180,5 @@ def run(order: dict) -> None:
     os._exit(0)
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        run(json.loads(sys.argv[1]))
-    for line in sys.stdin:
-        order = json.loads(line)
-        COUNTERS.pack_into(shared, 0, 0, 0, 0)
-        start = time.monotonic()
-        child = os.fork()
-        if child == 0:
-            os.setpgrp()
-            run(order)
-        if "seconds" in order:
-            end = threading.Timer(order["seconds"], os.kill, (child, signal.SIGKILL))
-            end.start()
-        _, status = os.waitpid(child, 0)
-        if "seconds" in order:
-            end.cancel()
-        seconds = time.monotonic() - start
-        changes, files, _ = counters()
-        code = os.waitstatus_to_exitcode(status)
-        answer = {"code": code, "phase": phase(), "seconds": seconds, "changes": changes, "files": files}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
-
-
 if __name__ == "__main__":
-    main()
+    run(json.loads(sys.argv[1]))

@@ -15,10 +15,10 @@ import pytest
 import torch
 from common import small_model
 
-from dataset_scripts.phantom import write_phantom_cohort
+from dataset_scripts.phantom import make_phantom_case, write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.cases_sam2unet import find_cases
-from sam2unet_hf.scans_sam2unet import ScanError, take_slice
+from sam2unet_hf.scans_sam2unet import DECATHLON_ORDER, ScanError, take_slice
 from sam2unet_hf.volume import Sam2UNetVolumePipeline
 
 
@@ -176,11 +176,67 @@ def test_files_are_gathered_as_cases(cohort, tmp_path):
         gather([str(tmp_path / "scan.nii.gz")])
     with pytest.raises(ValueError, match=r"No scan among the files"):
         gather(["notes.txt"])
-    with pytest.raises(ValueError, match=r"Two files are named Phantom_001_t1"):
+    with pytest.raises(ValueError, match=r"Two files are named Phantom_001_t1.* Upload each scan of one patient once"):
         gather([*paths, *[path for path in paths if "_t1." in path]])
     case = gather([path for path in paths if "_t2" not in path])
     with pytest.raises(ScanError, match="Phantom_001: no t2"):
         case.read_images(THREE)
+    upper = tmp_path / "CASE_FLAIR.NII.GZ"
+    shutil.copy(cohort / "Phantom_001" / "Phantom_001_flair.nii.gz", upper)
+    assert gather([str(upper)], ["flair"]).files["flair"].name == upper.name
+
+
+def test_a_scan_of_the_decathlon_and_its_mask_of_the_same_name_are_one_case(cohort, segment, tmp_path):
+    files = {name: cohort / "Phantom_001" / f"Phantom_001_{name}.nii.gz" for name in (*DECATHLON_ORDER, "seg")}
+    images = {name: nib.load(path) for name, path in files.items()}
+    scan = np.stack([np.asarray(images[name].dataobj) for name in DECATHLON_ORDER], axis=-1)
+    mask = np.choose(np.asarray(images["seg"].dataobj), [0, 2, 1, 0, 3]).astype(np.uint8)  # the numbering of the task
+    paths = []
+    for folder, voxels in (("image", scan), ("mask", mask)):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "BRATS_007.nii.gz"
+        nib.save(nib.Nifti1Image(voxels, images["flair"].affine), path)
+        paths.append(str(path))
+
+    def gather(paths, modalities=THREE):
+        return app.gather_case(paths, modalities, Path(tempfile.mkdtemp(dir=tmp_path)))
+
+    case = gather(paths)
+    assert case.case_id == "BRATS_007"
+    view, expected = segment_case(segment, case), segment_case(segment, find_cases(cohort)[0])
+    np.testing.assert_array_equal(view.prediction, expected.prediction)
+    np.testing.assert_array_equal(view.reference, expected.reference)
+    assert "seg" not in gather(paths[:1]).files
+    with pytest.raises(
+        ValueError, match=r"Two files are named BRATS_007.nii.gz. Upload each scan of one patient once."
+    ):
+        gather([*paths, paths[0]])
+    shutil.copy(paths[0], tmp_path / "BRATS_008.nii.gz")
+    with pytest.raises(ValueError, match="The files are of 2 patients: BRATS_007, BRATS_008. Upload those of one."):
+        gather([*paths, str(tmp_path / "BRATS_008.nii.gz")])
+    with pytest.raises(ValueError, match="The model takes flair, t1ce, t2.*, got BRATS_007.nii.gz"):
+        gather(paths[1:])
+
+
+def test_files_of_two_patients_are_told_by_their_names(segment, cohort):
+    page = app.build_page(lambda model: segment, ["tiny"])
+    functions = (block.fn for block in page.fns.values())
+    segment_files = next(function for function in functions if getattr(function, "__name__", "") == "segment_files")
+    paths = [str(path) for patient in ("Phantom_001", "Phantom_002") for path in (cohort / patient).iterdir()]
+    with pytest.raises(gr.Error) as raised:
+        segment_files(paths, "tiny", [], False, 3)
+    assert raised.value.message == "The files are of 2 patients: Phantom_001, Phantom_002. Upload those of one."
+
+
+def test_the_example_is_a_patient_that_no_example_trains_on():
+    files = app.phantom_files()
+    assert {Path(path).name for path in files} == {
+        f"Phantom_031_{name}.nii.gz" for name in ("t1", "t1ce", "t2", "flair", "seg")
+    }
+    drawn = make_phantom_case([0, 31])
+    for path in files:
+        name = Path(path).name.removeprefix("Phantom_031_").removesuffix(".nii.gz")
+        np.testing.assert_array_equal(np.asarray(nib.load(path).dataobj), drawn[name])
 
 
 # -------------------------------------------------------------------------------------------------------- as a server

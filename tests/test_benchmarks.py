@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import bench_loss_curves  # noqa: E402
 import bench_model  # noqa: E402
 import bench_recipes  # noqa: E402
 import bench_throughput  # noqa: E402
+import bench_window  # noqa: E402
 from arguments import parse_arguments  # noqa: E402
 from recipes import RECIPES  # noqa: E402
 from timing import markdown_table, mask_iou, time_in_turn  # noqa: E402
@@ -66,10 +68,16 @@ def test_model_benchmark_writes_ratios_and_agreement(tmp_path):
     assert "| tiny | forward | bfloat16 | 1 |" in (tmp_path / "out.md").read_text()
 
 
-def test_peak_memory_is_that_of_a_process_of_its_own(monkeypatch):
+# A process that is forked has what this one has imported, and begins at once.
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_peak_memory_is_that_of_a_process_of_its_own(method, monkeypatch):
+    asked = []
+    context = multiprocessing.get_context(method)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda name: asked.append(name) or context)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     args = bench_model.parse_args(["--presets", "tiny", *SMALL])
     peaks = bench_model.compare_memory(args, "tiny", "forward", "float32", 1)["peak_gb"]
+    assert asked == ["spawn", "spawn"]
     assert peaks.keys() == {"ours", "padded"}
     assert all(0.2 < peak < 3 for peak in peaks.values())
 
@@ -175,6 +183,18 @@ def test_data_benchmark_reads_copies_as_other_cases(tmp_path):
     once = bench_data.plain_loop(find_cases(tmp_path / "brats"))
     assert results["cases"] == 6
     assert results["slices"] == 3 * once
+
+
+def test_window_benchmark_compares_the_same_scan_in_both_inputs(tmp_path):
+    brats_dir = write_phantom_cohort(tmp_path / "brats", 1, (40, 40, 26))
+    (case,) = (path for path in brats_dir.iterdir() if path.is_dir())
+    arguments = ["--case", str(case), "--rounds", "1", "--image_size", "96", "--batch_size", "2"]
+    results = bench_window.main([*arguments, "--output", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text()) == results
+    assert [case["task"] for case in results["cases"]] == ["training step", "volume"]
+    for case in results["cases"]:
+        assert case["ratio"] == pytest.approx(case["seconds"]["window"] / case["seconds"]["resized"])
+        assert case["ratio"] < 1  # 64 x 64 against 96 x 96 pixels
 
 
 def parse_arm(name):

@@ -3,12 +3,14 @@ import io
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import datasets
+import forks
 import nibabel as nib
 import numpy as np
 import PIL.Image
@@ -19,6 +21,7 @@ from huggingface_hub import DatasetCard
 from dataset_scripts.brats_slices import BratsSlices, split_patients
 from dataset_scripts.brats_slices.__main__ import main
 from dataset_scripts.brats_slices.png import encode_png
+from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf.labels_sam2unet import NumberingError
 from sam2unet_hf.scans_sam2unet import MODALITIES, ScanError
 
@@ -281,25 +284,33 @@ def test_decathlon_gives_the_rows_of_the_same_patients_in_brats_layout(brats_dir
 # Cache
 
 
+def is_at_work(pid, started):
+    try:
+        process = psutil.Process(pid)
+        # Where nothing reaps orphans they stay as zombies.
+        return process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_readers_end_when_the_process_that_writes_is_killed():
     script = """
-import time
+import os, signal, time
+import psutil
 from dataset_scripts.brats_slices.brats_slices import start_readers
 pool = start_readers(2)
 reading = [pool.submit(time.sleep, 600) for _ in range(2)]
 while not all(future.running() for future in reading):
     time.sleep(0.01)
-print(*pool._processes, flush=True)
-time.sleep(600)
+print(*(f"{pid} {psutil.Process(pid).create_time()}" for pid in pool._processes), sep="\\n", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
 """
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=REPO) as writer:
-        readers = [psutil.Process(int(pid)) for pid in writer.stdout.readline().split()]
-        assert len(readers) == 2
-        assert all(reader.is_running() for reader in readers)
-        writer.kill()
+    done = forks.run(["-c", script], cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)})
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    readers = [line.split() for line in done.stdout.splitlines()]
+    assert len(readers) == 2
     deadline = time.monotonic() + 20
-    # Where nothing reaps orphans they stay as zombies.
-    while any(reader.is_running() and reader.status() != psutil.STATUS_ZOMBIE for reader in readers):
+    while any(is_at_work(int(pid), float(started)) for pid, started in readers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -590,7 +601,7 @@ print(list(row)[:4], row["flair"].mode, row["mask"].getextrema(), row["head_boxe
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     env["PYTHONPATH"] = ""
-    done = subprocess.run([sys.executable, "-c", script], cwd=elsewhere, env=env, capture_output=True, text=True)
+    done = forks.run(["-c", script], cwd=elsewhere, env=env)
     assert done.stdout.splitlines() == [
         "{'train': 6, 'validation': 2, 'test': 2}",
         "['t1ce', 't2', 'flair', 'mask'] L (0, 0) [1, 0, 7, 9] [1.5, 2.0, 3.0]",
@@ -641,6 +652,26 @@ def test_cli_card_of_the_decathlon_states_its_licence(brats_dir, tmp_path):
     copy_as_decathlon(brats_dir, brats_dir / "Task01_BrainTumour")  # beside scans of the challenge
     run(brats_dir, tmp_path / "mixed", "--slices", "2")
     assert DatasetCard.load(tmp_path / "mixed" / "README.md").data.license == "other"
+
+
+def test_cli_card_of_a_phantom_has_neither_terms_nor_citation_of_brats(tmp_path):
+    cohort = write_phantom_cohort(tmp_path / "cohort", 4, (32, 32, 21))
+    run(cohort, tmp_path / "out", "--slices", "8")
+    card = DatasetCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert "No scan is of a person: `dataset_scripts.phantom` drew them, and they may be passed on." in card.text
+    assert "cut from 4 scanning sessions of 4 patients made up in the layout" in card.text
+    for absent in ("experts", "do not pass them on", "Citation", "bibtex", "10.1109", "$"):
+        assert absent not in card.text, absent
+    builder = BratsSlices(data_dir=str(cohort))
+    assert (builder.info.citation, builder.info.homepage) == ("", "")
+    (cohort / "Phantom_001").rename(cohort / "BraTS20_Training_001")  # beside a scan of the challenge
+    for path in sorted((cohort / "BraTS20_Training_001").iterdir()):
+        path.rename(path.with_name(path.name.replace("Phantom_001", "BraTS20_Training_001")))
+    run(cohort, tmp_path / "mixed", "--slices", "8")
+    mixed = DatasetCard.load(tmp_path / "mixed" / "README.md")
+    assert mixed.data.license == "other"
+    assert "10.1109/TMI.2014.2377694" in mixed.text
 
 
 def test_cli_bad_case_is_one_line_and_leaves_nothing(brats_dir, tmp_path):

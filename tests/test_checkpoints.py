@@ -4,10 +4,9 @@ import json
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from common import BRATS_REGIONS, randomize, sam2_model, small_config, small_model
@@ -450,8 +449,7 @@ def run(hub, tmp_path, code, *arguments, package=False):
     environment = hub.environment(tmp_path / "hf_home", "hf_write")
     if package:
         environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    return forks.run(["-c", code, *arguments], cwd=tmp_path, env=environment)
 
 
 def test_a_small_checkpoint_on_the_hub_fetches_its_encoder_from_the_recorded_commit(model, sam2_folder, tmp_path):

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from common import small_model
+from forks import run_two_processes
 from PIL import Image
-from test_distributed import SCRIPT, TORCHRUN, launch
 from test_patients import make_heads
 
 from dataset_scripts.phantom import write_phantom_cohort
@@ -122,7 +122,8 @@ def test_a_second_cohort_is_scored_without_training(run, folder, tmp_path, caplo
 def test_two_processes_score_patients_as_one_does(run, folder, tmp_path):
     arguments = scoring(run[0], folder / "there")
     arguments += ["--per_device_eval_batch_size", "1"]  # convolutions differ in the last bit with the size of a batch
-    said = launch(tmp_path, *TORCHRUN, SCRIPT, *arguments, "--output_dir", tmp_path / "two")
+    script = run_segmentation.__file__
+    said = run_two_processes(tmp_path, script, *arguments, "--output_dir", tmp_path / "two")
     assert said.count("The results are in") == 1
     run_segmentation.main([*arguments, "--output_dir", str(tmp_path / "one")])
     for name in ("test_dir_patients.json", "all_results.json"):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from common import small_backbone_config
 from PIL import Image
 
 
@@ -93,7 +94,8 @@ def test_three_modalities_are_the_three_channels_of_all_systems(slices, capsys):
     assert next(data.training_batches(2))["pixel_values"].shape[1] == 3
     example = data.examples[0]
     shown = data.splits["test"][example.row]
-    assert np.array_equal(example.image, np.mean([shown[name] for name in modalities], axis=0))
+    assert np.array_equal(example.image, np.asarray(shown["flair"]))
+    assert data.image_title == "image (flair)"
     with pytest.raises(SystemExit):
         compare_models.parse_args(arguments(slices, "--modalities", "t1ce", "t2"))
     assert "--modalities takes one modality or three, got t1ce t2" in capsys.readouterr().err
@@ -105,9 +107,9 @@ def test_loss_falls_on_the_phantom(system, slices):
     data = compare_models.ComparisonData(args)
     transformers.set_seed(0)
     model = compare_models.build_model(args, system, data.regions).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4 if system == "maskrcnn" else 2e-3, fused=True)
     losses = []
-    for _, batch in zip(range(20), data.training_batches(args.batch_size), strict=False):
+    for _, batch in zip(range(12), data.training_batches(args.batch_size), strict=False):
         loss = model(**batch).loss
         loss.backward()
         optimizer.step()
@@ -169,6 +171,10 @@ def test_mask_rcnn_weights_its_masks_by_their_scores(monkeypatch):
 def test_minutes_become_steps_and_a_finished_system_is_not_run_again(slices, tmp_path, monkeypatch):
     """One comparison of two systems, from the data to the tables."""
     monkeypatch.setattr(compare_models, "time_step", lambda *args: 0.5)
+    monkeypatch.setattr(
+        "sam2unet_hf.configuration_sam2unet.preset_backbone_config",
+        lambda preset, num_channels: small_backbone_config(num_channels=num_channels),
+    )
     measured = []
 
     def measure_here(command, **kwargs):
@@ -213,6 +219,8 @@ def rebuilt(tmp_path, monkeypatch):
             image = np.zeros((16, 16), dtype=np.uint8)
             image[4:8] = value
             Image.fromarray(image).save(folder / split / kind / "0.png")
+            if split == "train":  # as many as a batch takes
+                Image.fromarray(image[:, :12]).save(folder / split / kind / "1.png")
     monkeypatch.setattr(compare_models, "measure_costs", lambda *args: {"steps": 1})
     monkeypatch.setattr(compare_models, "run", lambda *args: None)
     monkeypatch.setattr(compare_models, "write_report", lambda *args: None)
@@ -276,6 +284,10 @@ def test_arguments_are_checked_before_data_is_read_and_measuring_checks_none(reb
         (["--learning_rate", "1e-4", "net=1e-3"], "--learning_rate takes one number"),
         (["--learning_rate", "unet=1e-3"], "--learning_rate takes one number"),
         (["--batch_size", "1"], "--batch_size must be at least 2, got 1"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--evaluations", "0"], "--evaluations must be at least 1, got 0"),
+        (["--image_size", "32"], "--image_size must be at least 64, got 32"),
+        (["--num_workers", "-1"], "--num_workers must be at least 0, got -1"),
         (["--augmentation", "none", "flips"], "--augmentation takes none and strong alone, got none flips"),
     ],
 )
@@ -285,9 +297,50 @@ def test_bad_options(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_batch_larger_than_the_training_images_is_refused(rebuilt):
+    argv, _ = rebuilt
+    with pytest.raises(SystemExit, match="--batch_size 4 is more than there are training images, 2. Lower it."):
+        compare_models.main([*argv, "--batch_size", "4"])
+    assert not Path(argv[argv.index("--output_dir") + 1]).exists()
+
+
 def test_learning_rate_of_one_system():
     args = compare_models.parse_args(["--learning_rate", "1e-4", "unet=1e-3"])
     assert [compare_models.learning_rate(args, system) for system in ("unet", "resunet")] == [1e-3, 1e-4]
+
+
+def test_a_comparison_stopped_while_scoring_trains_no_step_again(slices, tmp_path, monkeypatch):
+    argv = arguments(slices, "--systems", "sam2unet", "--steps", "4", "--evaluations", "4")
+    args = compare_models.parse_args([*argv, "--output_dir", str(tmp_path)])
+    data = compare_models.ComparisonData(args)
+    trainer_class, folder = compare_models.Sam2UNetTrainer, tmp_path / "sam2unet" / "seed-0"
+    evaluate, training_step = trainer_class.evaluate, trainer_class.training_step
+    trained, stops = [], [True, False]
+
+    def evaluate_or_stop(self, *positional, metric_key_prefix="eval", **options):
+        if metric_key_prefix == "test" and stops.pop(0):
+            raise KeyboardInterrupt
+        # The first checkpoint is the best one.
+        found = evaluate(self, *positional, metric_key_prefix=metric_key_prefix, **options)
+        return {**found, "eval_dice": 1 / self.state.global_step} if metric_key_prefix == "eval" else found
+
+    def train_and_count(self, *positional):
+        trained.append(self.state.global_step)
+        return training_step(self, *positional)
+
+    monkeypatch.setattr(trainer_class, "evaluate", evaluate_or_stop)
+    monkeypatch.setattr(trainer_class, "training_step", train_and_count)
+    with pytest.raises(KeyboardInterrupt):
+        compare_models.run(args, data, "sam2unet", 0, 4)
+    assert trained == [0, 1, 2, 3]
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-4"]
+    stops.append(False)
+    compare_models.run(args, data, "sam2unet", 0, 4)
+    assert trained == [0, 1, 2, 3]
+    result = json.loads((folder / "result.json").read_text())
+    assert result["best_step"] == 1
+    assert [entry["step"] for entry in result["curve"] if "eval_dice" in entry] == [1, 2, 3, 4]
+    assert not list(folder.glob("checkpoint-*"))
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def test_unknown_preset_raises():
             "`boundary_weight` is no longer an option, .* always takes 5.0, got 2.0. Remove it",
         ),
         ({"auxiliary_loss_weights": [1.0]}, r"`auxiliary_loss_weights` must be two weights .* got \[1.0\]"),
-        ({"regions": {"WT": [1, 255]}}, "holds `ignore_index` 255"),
+        ({"regions": {"WT": [1, 255]}, "ignore_index": 255}, "holds `ignore_index` 255, .*Leave out `ignore_index`"),
         ({"regions": {"a": [1, 2], "b": [2, 3]}}, "must be nested or disjoint"),
         ({"regions": {}}, "must name at least one region"),
         ({"regions": {"a": [0, 1]}}, "must list label ids >= 1"),

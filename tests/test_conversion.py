@@ -11,6 +11,7 @@ import pytest
 import torch
 from common import (
     BRATS_REGIONS,
+    reference_config,
     reference_facts,
     reference_image,
     reference_state_dict,
@@ -85,28 +86,50 @@ def assert_equal_weights(model, other):
         assert torch.equal(weight, weights[name]), name
 
 
-@pytest.mark.parametrize("layout", ["bare", "module.", "model", "state_dict"])
+def with_prefix(prefix, weights):
+    return {prefix + name: value for name, value in weights.items()}
+
+
+def compiled_encoder(weights):
+    return {name.replace("encoder.", "encoder._orig_mod.", 1): value for name, value in weights.items()}
+
+
+# What training scripts save, from the weights.
+LAYOUTS = {
+    "bare": lambda weights: weights,
+    "distributed": lambda weights: with_prefix("module.", weights),
+    "compiled": lambda weights: with_prefix("_orig_mod.", weights),
+    "compiled, distributed": lambda weights: with_prefix("_orig_mod.module.", weights),
+    "distributed, compiled": lambda weights: with_prefix("module._orig_mod.", weights),
+    "compiled encoder": compiled_encoder,
+    "in an attribute": lambda weights: {"state_dict": with_prefix("net.", weights), "global_step": 3},
+    **{
+        name: lambda weights, name=name: {name: weights, "epoch": 30, "optimizer": {"state": {}, "param_groups": []}}
+        for name in ("model", "state_dict", "model_state_dict", "net", "student")
+    },
+    "nested": lambda weights: {"model": {"state_dict": with_prefix("_orig_mod.", weights), "ema": 0.9}},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_reference_file_gives_the_model_of_its_state_dict(tmp_path, layout):
-    state_dict = reference()
-    if layout == "module.":
-        state_dict = {f"module.{name}": value for name, value in state_dict.items()}
     path = tmp_path / "SAM2UNet-30.pth"
-    torch.save({layout: state_dict, "epoch": 30} if layout in ("model", "state_dict") else state_dict, path)
-    expected = convert_reference_checkpoint(reference(), small_config(**REFERENCE_CONFIG))
+    torch.save(layout(reference()), path)
+    expected = convert_reference_checkpoint(reference(), reference_config(**REFERENCE_CONFIG))
     for source in (path, str(path)):
-        model = convert_reference_checkpoint(source, small_config(**REFERENCE_CONFIG))
+        model = convert_reference_checkpoint(source, reference_config(**REFERENCE_CONFIG))
         assert not model.training
         assert_equal_weights(model, expected)
 
 
 def test_reference_state_dict_of_distributed_training_converts():
     wrapped = {f"module.{name}": value for name, value in reference().items()}
-    model = convert_reference_checkpoint(wrapped, small_config(**REFERENCE_CONFIG))
-    assert_equal_weights(model, convert_reference_checkpoint(reference(), small_config(**REFERENCE_CONFIG)))
+    model = convert_reference_checkpoint(wrapped, reference_config(**REFERENCE_CONFIG))
+    assert_equal_weights(model, convert_reference_checkpoint(reference(), reference_config(**REFERENCE_CONFIG)))
 
 
 def test_converted_model_survives_saving(tmp_path):
-    model = convert_reference_checkpoint(reference(), small_config(**REFERENCE_CONFIG))
+    model = convert_reference_checkpoint(reference(), reference_config(**REFERENCE_CONFIG))
     model.save_pretrained(tmp_path)
     loaded = Sam2UNetForSemanticSegmentation.from_pretrained(tmp_path)
     with torch.inference_mode():
@@ -131,10 +154,7 @@ def with_shape(name, *shape):
             "1 missing, such as 'encoder.blocks.3.adapter.down_proj.bias'",
         ),
         (with_shape("extra.weight", 1), "1 unknown, such as 'extra.weight'"),
-        (
-            with_shape("head.weight", 3, 64, 1, 1),
-            r"'decode_head.classifier.weight' has shape \(3, 64, 1, 1\) where the",
-        ),
+        (with_shape("head.weight", 1, 32, 1, 1), r"'decode_head.classifier.weight' has shape \(1, 32, 1, 1\) where"),
         (with_shape("side1.bias", 2), r"has shape \(2,\) where the configuration needs \(1,\)"),
     ],
     ids=["missing", "missing adapter", "unknown", "shape", "bias"],
@@ -143,7 +163,24 @@ def test_reference_that_does_not_fit_raises(change, match):
     weights = dict(reference())
     change(weights)
     with pytest.raises(ValueError, match=f"weights in the state dict do not fit SAM2-UNet .*{match}"):
-        convert_reference_checkpoint(weights, small_config(**REFERENCE_CONFIG))
+        convert_reference_checkpoint(weights, reference_config(**REFERENCE_CONFIG))
+
+
+def test_reference_of_three_channels_asks_for_three_regions():
+    weights = dict(reference())
+    for name in ("head", "side1", "side2"):
+        weights[f"{name}.weight"] = weights[f"{name}.weight"].repeat(3, 1, 1, 1)
+        weights[f"{name}.bias"] = weights[f"{name}.bias"].repeat(3)
+    with pytest.raises(ValueError, match="gives 3 channels, of which .* got foreground. .* `--regions` such as"):
+        convert_reference_checkpoint(weights, reference_config(**REFERENCE_CONFIG))
+    model = convert_reference_checkpoint(weights, reference_config(regions=BRATS_REGIONS))
+    assert model.decode_head.classifier.weight.shape[0] == 3
+
+
+def test_file_with_two_models_asks_for_one(tmp_path):
+    torch.save({"student": reference(), "teacher": reference()}, tmp_path / "both.pth")
+    with pytest.raises(ValueError, match="both.pth holds 2 state dicts: 'student', 'teacher'. Save one of them alone"):
+        convert_reference_checkpoint(tmp_path / "both.pth", reference_config(**REFERENCE_CONFIG))
 
 
 def test_reference_with_the_configuration_of_another_size_raises(tmp_path):
@@ -266,7 +303,7 @@ def preset_state_dict(preset):
 
 
 def test_reference_names_of_the_fixture_are_all_told_apart():
-    names = {reference_name(name) for name in Sam2UNetForSemanticSegmentation(small_config()).state_dict()}
+    names = {reference_name(name) for name in Sam2UNetForSemanticSegmentation(reference_config()).state_dict()}
     expected = {name for name in reference_facts()["state_dict"] if not name.startswith("up4.")}
     assert names == expected
 
@@ -393,11 +430,8 @@ def test_from_sam2_without_channels_raises(sam2_folder):
 
 
 def test_reference_is_inflated_for_more_channels(tmp_path):
-    three = convert_reference_checkpoint(reference(), small_config(**REFERENCE_CONFIG))
-    backbone_config = small_backbone_config(num_channels=6)
-    model = convert_reference_checkpoint(
-        reference(), small_config(backbone_config=backbone_config, **REFERENCE_CONFIG)
-    )
+    three = convert_reference_checkpoint(reference(), reference_config(**REFERENCE_CONFIG))
+    model = convert_reference_checkpoint(reference(), reference_config(num_channels=6, **REFERENCE_CONFIG))
     assert_equal_channels_give_the_same(model, three)
     torch.save(preset_state_dict("tiny"), tmp_path / "reference.pth")
     model = convert_reference_checkpoint(tmp_path / "reference.pth", num_channels=4)
@@ -417,7 +451,7 @@ def original_checkpoint(sam2):
 @pytest.mark.parametrize("prefix", ["", "module."], ids=["as distributed", "fine-tuned on several devices"])
 def test_from_original_sam2_file_has_its_encoder(sam2, tmp_path, prefix):
     checkpoint = original_checkpoint(sam2)
-    for name in ("patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.7.mlp.layers.1.bias", "pos_embed_window"):
+    for name in ("patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.5.mlp.layers.1.bias", "pos_embed_window"):
         assert f"image_encoder.trunk.{name}" in checkpoint["model"]
     checkpoint["model"] = {prefix + name: value for name, value in checkpoint["model"].items()}
     torch.save(checkpoint, tmp_path / "sam2_hiera.pt")
@@ -438,7 +472,7 @@ def test_from_original_sam2_file_infers_the_preset(tmp_path):
 
 def test_original_sam2_file_of_no_released_size_raises(sam2, tmp_path):
     torch.save(original_checkpoint(sam2), tmp_path / "small.pt")
-    with pytest.raises(ValueError, match="small.pt holds a Hiera encoder of width 16 with 8 blocks, which is none of"):
+    with pytest.raises(ValueError, match="small.pt holds a Hiera encoder of width 16 with 6 blocks, which is none of"):
         Sam2UNetForSemanticSegmentation.from_sam2(tmp_path / "small.pt")
 
 
@@ -573,9 +607,10 @@ def test_config_as_on_the_hub_is_read(sam2_folder):
     assert model.config.regions == {"WT": [1, 2, 3]}
 
 
-def test_command_line_converts_a_reference_file(tmp_path, capsys):
-    source = tmp_path / "SAM2UNet-30.pth"
-    torch.save(preset_state_dict("tiny"), source)
+@pytest.mark.parametrize("name", ["SAM2UNet-30.pth", "checkpoint.pth.tar", "last.ckpt"])
+def test_command_line_converts_a_reference_file(tmp_path, capsys, name):
+    source = tmp_path / name
+    torch.save({"model_state_dict": preset_state_dict("tiny"), "epoch": 30}, source)
     with pytest.raises(SystemExit) as exit_info:
         main([str(source), str(tmp_path / "new" / "model")])
     assert exit_info.value.code == 0
@@ -706,7 +741,10 @@ def test_conversion_is_undone_if_it_does_not_load_as_written(sam2_folder, tmp_pa
         (["absent.pth", "model"], "No checkpoint file at absent.pth"),
         (["sam2", "."], r"\. exists and is not an empty folder"),
         (["sam2", "model", "--regions", "WT"], "Regions are NAME=ID.*got 'WT'"),
-        (["reference.pth", "model", "--regions", "WT=1,2", "TC=1"], "has shape .* where the configuration needs"),
+        (
+            ["reference.pth", "model", "--regions", "WT=1,2", "TC=1"],
+            "reference.pth gives 1 channel, of which .* got WT, TC",
+        ),
         (["reference.pth", "model", "--revision", "main"], "`revision` is for the Hub, but reference.pth is a file"),
     ],
 )
@@ -723,4 +761,4 @@ def test_command_line_refuses(sam2_folder, tmp_path, monkeypatch, capsys, argume
 
 def test_configuration_and_fields_of_one_raise():
     with pytest.raises(TypeError, match="got both: regions"):
-        convert_reference_checkpoint(reference(), small_config(), regions={"lesion": [1]})
+        convert_reference_checkpoint(reference(), reference_config(), regions={"lesion": [1]})

@@ -132,6 +132,32 @@ def test_window_shows_the_pixels_as_they_are():
     assert torch.equal(found["pixel_mask"][0], torch.from_numpy(ellipse[28:92, 12:108]))
 
 
+def test_enlarged_window_goes_to_the_model_and_comes_back_on_the_slice():
+    image, ellipse = head_slice()
+    mask = (ellipse * 3).astype(np.uint8)
+    processor = cropping_processor(head_crop_scale=2)
+    found = processor(image, segmentation_maps=mask, return_tensors="pt", **RAW)
+    assert found["crop_boxes"].tolist() == [[12, 28, 108, 92]]
+    plain = cropping_processor()(image, segmentation_maps=mask, return_tensors="pt", **RAW)
+    enlarged = F.interpolate(plain["pixel_values"], size=(128, 192), mode="bilinear")
+    torch.testing.assert_close(found["pixel_values"], enlarged.round(), atol=1, rtol=0)
+    for name in ("labels", "pixel_mask"):  # each pixel is a block of two by two
+        assert torch.equal(found[name][0], plain[name][0].repeat_interleave(2, 0).repeat_interleave(2, 1)), name
+    logits = torch.where(found["pixel_mask"], 4.0, OUTSIDE_LOGIT)[:, None]
+    outputs = SimpleNamespace(logits=logits, crop_boxes=found["crop_boxes"])
+    (probabilities,) = processor.post_process_regions(outputs, target_sizes=[image.shape])
+    assert torch.equal(probabilities[0] > 0.5, torch.from_numpy(ellipse))
+    assert not probabilities[0][~torch.from_numpy(ellipse)].any()
+
+
+def test_scale_of_the_window_is_kept_and_checked(tmp_path):
+    cropping_processor(head_crop_scale=2).save_pretrained(tmp_path)
+    assert Sam2UNetImageProcessor.from_pretrained(tmp_path).head_crop_scale == 2
+    for options in ({"head_crop_scale": 0}, {"head_crop_scale": 1.5}, {"head_crop_scale": 2, "head_crop_size": None}):
+        with pytest.raises(ValueError, match=r"whole number from 1 up, and enlarges the window of `head_crop_size`"):
+            cropping_processor(**options)
+
+
 def test_window_is_normalised_as_whole_images_are():
     image, _ = head_slice(channels=3)
     window = cropping_processor()(image, return_tensors="pt")["pixel_values"]
@@ -237,6 +263,7 @@ def test_attributes_survive_saving(tmp_path):
         ({"head_crop_size": {"height": 160}}, r"`head_crop_size` must be .* got \{'height': 160\}"),
         ({"head_crop_size": {"height": 160, "width": 100}}, "multiples of 32 from 64 up, .* 'width': 100"),
         ({"head_crop_size": {"height": 32, "width": 96}}, "multiples of 32 from 64 up, .* got {'height': 32"),
+        ({"head_crop_size": {"height": 40, "width": 96}, "head_crop_scale": 2}, "2 times enlarged multiples of 32"),
         ({"neighbours": 2}, "got `num_channels` 3 and `neighbours` 2"),
         ({"neighbours": -1}, "got `num_channels` 3 and `neighbours` -1"),
         ({"num_channels": 0}, "got `num_channels` 0 and"),
@@ -373,20 +400,6 @@ def test_pixel_mask_changes_logits_alone(dtype):
 def test_masks_and_boxes_that_do_not_fit_raise(options, match):
     with pytest.raises(ValueError, match=match):
         small_model()(torch.zeros(2, 3, 64, 96), **options)
-
-
-def test_masked_model_is_one_graph():
-    model = small_model(
-        backbone_config=small_backbone_config(blocks_per_stage=[1, 1, 3, 1], global_attention_blocks=[3])
-    )
-    image, mask = torch.randn(1, 3, 64, 96), torch.rand(1, 64, 96) > 0.5
-    torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(
-            compiled(image, pixel_mask=mask).logits, model(image, pixel_mask=mask).logits, atol=1e-5, rtol=1e-4
-        )
-    torch.compiler.reset()
 
 
 def test_checkpoints_of_many_channels_load_bit_equal(tmp_path):

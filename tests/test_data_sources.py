@@ -30,9 +30,9 @@ from data_sources import (  # noqa: E402
     find_regions,
     load_data,
     make_images,
-    pair_images_and_masks,
     with_all_splits,
 )
+from image_folders import pair_images_and_masks  # noqa: E402
 from provenance import fingerprint  # noqa: E402
 
 

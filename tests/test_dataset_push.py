@@ -3,11 +3,11 @@
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import datasets
+import forks
 import numpy as np
 import pytest
 from loopback_hub import LoopbackHub
@@ -77,8 +77,13 @@ def hub():
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
-    """Five patients: three for training, one each for validation and testing."""
-    return write_phantom_cohort(tmp_path_factory.mktemp("scans") / "cohort", 5, (48, 48, 31))
+    """Five patients: three for training, one each for validation and testing. By their names they are of BraTS."""
+    folder = write_phantom_cohort(tmp_path_factory.mktemp("scans") / "cohort", 5, (48, 48, 31))
+    for path in sorted(folder.glob("Phantom_*/*")):
+        path.rename(path.with_name(path.name.replace("Phantom_", "BraTS20_Training_")))
+    for path in sorted(folder.glob("Phantom_*")):
+        path.rename(path.with_name(path.name.replace("Phantom_", "BraTS20_Training_")))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -91,16 +96,14 @@ def unreadable(cohort, tmp_path_factory):
     return folder
 
 
-def run(hub, folder, command, token=None, checkout=False, typed=None):
+def run(hub, folder, command, token=None, checkout=False, typed=""):
     """Run a command in an empty folder, with an empty cache and a Hub that is the only one known."""
     folder.mkdir(parents=True)
     environment = {**hub.environment(folder.with_name(f"{folder.name} home"), token), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     if checkout:
         environment["PYTHONPATH"] = str(CHECKOUT)
-    done = subprocess.run(
-        command, cwd=folder, env=environment, input=typed, capture_output=True, text=True, timeout=120
-    )
+    done = forks.run(command, cwd=folder, env=environment, stdin=typed, timeout=120)
     assert done.returncode == 0, done.stderr
     for secret in hub.tokens:
         assert secret not in done.stdout + done.stderr
@@ -114,7 +117,7 @@ def push_options(cohort, *options, repo=REPO, output_dir="out"):
 def run_pushes(hub, folder, *calls):
     """What each push ends with: `None`, or a message on one line or more that stands for a traceback."""
     calls = [{"token": "hf_write", "endpoint": hub.url, **call} for call in calls]
-    done = run(hub, folder, [sys.executable, "-c", PUSHES], checkout=True, typed=json.dumps(calls))
+    done = run(hub, folder, ["-c", PUSHES], checkout=True, typed=json.dumps(calls))
     return json.loads(done.stdout)
 
 
@@ -129,7 +132,7 @@ def columns(dataset):
 
 
 def test_a_push_is_private_and_loads_without_the_checkout(hub, cohort, tmp_path, monkeypatch):
-    command = [sys.executable, "-m", "dataset_scripts.brats_slices", *push_options(cohort)]
+    command = ["-m", "dataset_scripts.brats_slices", *push_options(cohort)]
     done = run(hub, tmp_path / "push", command, "hf_write", checkout=True)
     assert f"Pushed to {hub.url}/datasets/{REPO}" in done.stderr
     assert f'load_dataset("{REPO}")' in done.stderr
@@ -141,7 +144,7 @@ def test_a_push_is_private_and_loads_without_the_checkout(hub, cohort, tmp_path,
         assert content == (output_dir / name).read_bytes()
         assert b"hf_write" not in content
 
-    loaded = run(hub, tmp_path / "load", [sys.executable, "-c", LOAD, REPO, *PICTURES], "hf_read")
+    loaded = run(hub, tmp_path / "load", ["-c", LOAD, REPO, *PICTURES], "hf_read")
     facts = json.loads(loaded.stdout)
     found = np.load(tmp_path / "load" / "arrays.npz")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -190,7 +193,7 @@ def test_what_cannot_be_pushed_is_refused_before_a_scan_is_read(hub, unreadable,
 
 def test_a_bad_scan_ends_a_push_before_any_upload(hub, unreadable, tmp_path):
     (end,) = run_pushes(hub, tmp_path / "push", {"arguments": push_options(unreadable)})
-    assert re.match("error: case Phantom_.*is not a NIfTI file", end)
+    assert re.match("error: case BraTS20_.*is not a NIfTI file", end)
     assert hub.repos["datasets", REPO].private
     assert hub.files("datasets", REPO) == [".gitattributes"]
     assert hub.uploads() == []
@@ -252,7 +255,7 @@ def test_a_push_that_was_cut_off_names_the_command_that_repeats_it(hub, cohort, 
     assert program == "hf"
     assert "--private" in arguments  # should the repository be gone by then
     assert "--private" not in upload_command(folder / "out", REPO, public=True)
-    run(hub, tmp_path / "elsewhere", [str(Path(sys.executable).with_name(program)), *arguments], "hf_write")
+    run(hub, tmp_path / "elsewhere", [Path(sys.executable).with_name(program), *arguments], "hf_write")
     assert hub.files("datasets", REPO) == sorted(FILES)
     for name in FILES[1:]:
         assert hub.file("datasets", REPO, name) == (folder / "out" / name).read_bytes()

@@ -1,4 +1,7 @@
-"""Training and evaluation in several processes, as `torchrun` and `accelerate launch` start them."""
+"""Training and evaluation in several processes, as `torchrun` and `accelerate launch` start them.
+
+Where the launcher is not what is tested, the processes are forks with the variables that `torchrun` sets.
+"""
 
 import json
 import os
@@ -14,6 +17,7 @@ import pytest
 import torch
 from common import BRATS_REGIONS, small_model
 from distributed_worker import evaluate_each_alone
+from forks import run_two_processes
 from PIL import Image
 from test_averaging import average_of
 from test_training import make_rows, make_trainer
@@ -55,7 +59,7 @@ def environment(folder):
 
 
 def launch(folder, *command, returncode=0, timeout=300):
-    """Run a command of Python and return all that it said."""
+    """Run a command of Python, such as a launcher, and return all that it said."""
     process = subprocess.run(
         [sys.executable, *map(str, command)],
         stdout=subprocess.PIPE,
@@ -129,7 +133,7 @@ def torchrun(folder, arguments, start):
 @pytest.fixture(scope="module")
 def found(folder):
     """What each of two processes of the worker found."""
-    launch(folder, *ACCELERATE, TESTS / "distributed_worker.py", folder / "found.pt")
+    run_two_processes(folder, TESTS / "distributed_worker.py", folder / "found.pt")
     return torch.load(folder / "found.pt", weights_only=False)
 
 
@@ -189,10 +193,14 @@ def test_sigterm_to_one_process_or_to_the_launcher_stops_both_at_the_same_step(
     run = folder / f"terminated-by-{end['to']}"
     argv = [*arguments, *start, *PREDICT, "--dataloader_num_workers", "1", "--output_dir", str(run)]
     order = {"program": "train", "argv": argv, "watch": str(run), "signal": "SIGTERM", **end}
-    said = launch(folder, *TORCHRUN, TESTS / "interrupted_worker.py", json.dumps(order), returncode=1)
+    command = [TESTS / "interrupted_worker.py", json.dumps(order)]
+    if end["to"] == "launcher":
+        said = launch(folder, *TORCHRUN, *command, returncode=1)
+    else:
+        said = run_two_processes(folder, *command, returncode=128 + 15)
     assert said.count(f"Stopped by SIGTERM after step {step} of 6.") == 1, said
     assert why_incomplete(run / f"checkpoint-{step}") is None
-    launch(folder, *TORCHRUN, SCRIPT, *argv)
+    run_two_processes(folder, SCRIPT, *argv)
     assert scores_of(run) == scores_of(output_dir)
     assert (run / "model.safetensors").read_bytes() == (output_dir / "model.safetensors").read_bytes()
 

@@ -41,7 +41,8 @@ from error_metrics import (  # noqa: E402
     unmatched_lesions,
 )
 from error_plots import WIDTH, draw_case, evenly_spread, middle_slices  # noqa: E402
-from error_report import choose_examples  # noqa: E402
+from error_report import choose_examples, write_report  # noqa: E402
+from plots import image_to_show  # noqa: E402
 
 
 REGIONS = {"WT": [1, 2, 3], "TC": [1, 3]}
@@ -324,7 +325,7 @@ def test_report_of_a_data_set(slices, checkpoint, tmp_path):
             assert np.asarray(picture.convert("L")).std() > 10
 
 
-def test_images_of_channels_are_drawn_as_the_mean_of_their_own_slice():
+def test_images_of_channels_are_drawn_by_flair_of_their_own_slice():
     processor = Sam2UNetImageProcessor(
         num_channels=6, neighbours=1, head_crop_size={"height": 64, "width": 64}, regions=REGIONS
     )
@@ -332,10 +333,10 @@ def test_images_of_channels_are_drawn_as_the_mean_of_their_own_slice():
     data = make_slices({"a": [3, 4, 5]}, size=(80, 90), tumour={("a", 4)})
     rows = ImageRows(data, ["t1ce", "flair"], neighbours=1)
     analysis = Analysis(model, rows, SegmentationTransform(processor, resize_masks=False))
-    (about, grey, probabilities, references, _) = list(analysis.read([0, 1, 2], batch_size=2))[1]
+    (about, image, probabilities, references, _) = list(analysis.read([0, 1, 2], batch_size=2))[1]
     assert (about["image"], about["slice_index"]) == ("a_004", 4)
-    expected = np.mean([data[1]["t1ce"], data[1]["flair"]], axis=0)
-    np.testing.assert_array_equal(grey, expected)
+    np.testing.assert_array_equal(image, np.stack([data[1]["t1ce"], data[1]["flair"]]))
+    np.testing.assert_array_equal(image_to_show(image, rows.image_columns), np.asarray(data[1]["flair"]))
     np.testing.assert_array_equal(references[0], np.asarray(data[1]["mask"]) == 2)
     # Outside of the window nothing is predicted, and inside what the model says of it.
     batch = SegmentationTransform(processor, mask_column=None)(rows[[1]])
@@ -348,6 +349,18 @@ def test_images_of_channels_are_drawn_as_the_mean_of_their_own_slice():
     np.testing.assert_allclose(probabilities, found, atol=1e-5)
     assert (probabilities > 0).any()
     assert (probabilities == 0).any()
+
+
+@pytest.mark.parametrize("has_empty", [False, True])
+def test_the_report_says_where_it_cannot_know_of_false_lesions(tmp_path, has_empty):
+    data = make_slices({"a": [3, 4]}, size=(64, 64), tumour={("a", 3)} if has_empty else {("a", 3), ("a", 4)})
+    processor = Sam2UNetImageProcessor(regions=REGIONS, size={"height": 64, "width": 64})
+    rows = ImageRows(data, ["flair"])
+    analysis = Analysis(small_model(regions=REGIONS), rows, SegmentationTransform(processor, resize_masks=False))
+    analysis.run(2, None)
+    write_report(analysis, tmp_path, "Errors", 1, ["png"])
+    sentence = f"Every image has {next(iter(REGIONS))}"
+    assert (sentence in (tmp_path / "report.html").read_text()) == (not has_empty)
 
 
 def pictures_with_grades(folder, grades, mask_column="mask"):

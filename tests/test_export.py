@@ -19,11 +19,7 @@ PROCESSOR = {"size": {"height": 70, "width": 90}, "image_mean": [0.1, 0.2, 0.3],
 
 
 def exported_model(num_channels=3, **kwargs):
-    """Fewer blocks than `small_model` has, to save time, and still every kind of them."""
-    backbone_config = small_backbone_config(
-        blocks_per_stage=[1, 1, 3, 1], global_attention_blocks=[3], num_channels=num_channels
-    )
-    return small_model(backbone_config=backbone_config, **kwargs)
+    return small_model(backbone_config=small_backbone_config(num_channels=num_channels), **kwargs)
 
 
 def test_exported_program_gives_equal_logits_at_other_batch_sizes():
@@ -47,16 +43,33 @@ def onnxruntime():
 
 
 @pytest.fixture(scope="module")
-def model():
-    return exported_model(regions=BRATS_REGIONS)
+def models():
+    """What the files compute: the one for images of every size takes six channels."""
+    return {
+        "fixed": exported_model(regions=BRATS_REGIONS),
+        "dynamic": exported_model(num_channels=6, regions=BRATS_REGIONS),
+    }
 
 
 @pytest.fixture(scope="module")
-def checkpoint(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(folder)
-    Sam2UNetImageProcessor(regions=BRATS_REGIONS, **PROCESSOR).save_pretrained(folder)
+def model(models):
+    return models["fixed"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        options = {"num_channels": 6, "image_mean": 6 * [0.1], "image_std": 6 * [0.4]} if name == "dynamic" else {}
+        processor = Sam2UNetImageProcessor(regions=BRATS_REGIONS, **{**PROCESSOR, **options})
+        processor.save_pretrained(folder / name)
     return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(checkpoints):
+    return checkpoints / "fixed"
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +79,7 @@ def programs():
 
 
 @pytest.fixture(scope="module")
-def files(onnxruntime, checkpoint, programs, tmp_path_factory):
+def files(onnxruntime, checkpoints, programs, tmp_path_factory):
     """A file for images of 70x90 and one for images of every size."""
     convert = onnx.convert
 
@@ -77,8 +90,9 @@ def files(onnxruntime, checkpoint, programs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx") / "new"
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(onnx, "convert", keep_program)
-        __main__.main([str(checkpoint), str(folder / "fixed.onnx")])
-        __main__.main([str(checkpoint), str(folder / "dynamic.onnx"), "--dynamic_size", "--image_size", "96"])
+        __main__.main([str(checkpoints / "fixed"), str(folder / "fixed.onnx")])
+        arguments = [str(checkpoints / "dynamic"), str(folder / "dynamic.onnx")]
+        __main__.main([*arguments, "--dynamic_size", "--image_size", "96"])
     assert sorted(path.name for path in folder.iterdir()) == ["dynamic.onnx", "fixed.onnx"]
     return {"fixed": folder / "fixed.onnx", "dynamic": folder / "dynamic.onnx"}
 
@@ -100,17 +114,17 @@ def test_file_for_one_size_gives_the_models_logits(onnxruntime, files, model, ba
 
 # One window or several, with none, some or all of them padded, in the stages; sizes with and without padding.
 @pytest.mark.parametrize("size", [(64, 64), (70, 90), (96, 224), (225, 64), (448, 256), (289, 352)], ids=str)
-def test_file_for_every_size_gives_the_models_logits(onnxruntime, files, model, size):
+def test_file_for_every_size_gives_the_models_logits(onnxruntime, files, models, size):
     session = onnxruntime.InferenceSession(files["dynamic"])
-    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    assert session.get_inputs()[0].shape == ["batch", 6, "height", "width"]
     assert session.get_outputs()[0].shape == ["batch", 3, "height", "width"]
     for batch_size in (1, 2):
-        assert_file_gives_the_models_logits(session, model, (batch_size, 3, *size))
+        assert_file_gives_the_models_logits(session, models["dynamic"], (batch_size, 6, *size))
 
 
 def test_padded_attention_equals_the_models():
     model = exported_model()
-    padded = graph.AnySizeLogits(onnx.float32_copy(model))
+    padded = graph.AnySizeLogits(onnx.copy_on_cpu(model))
     for size in [(70, 90), (352, 352)]:
         images = torch.randn(1, 3, *size)
         with torch.inference_mode():
@@ -118,8 +132,54 @@ def test_padded_attention_equals_the_models():
     assert not any(isinstance(module, graph.PaddedWindowAttention) for module in model.modules())
 
 
-@pytest.mark.parametrize(("name", "size"), [("fixed", (70, 90)), ("dynamic", (96, 96))])
-def test_metadata_say_how_to_use_the_file(onnxruntime, files, name, size):
+@pytest.mark.parametrize("name", ["fixed", "dynamic"])
+def test_file_in_float16_is_half_the_size_and_gives_the_models_logits(
+    onnxruntime, checkpoints, files, models, tmp_path, name
+):
+    file = tmp_path / "half.onnx"
+    option = ["--dynamic_size"] if name == "dynamic" else []
+    __main__.main([str(checkpoints / name), str(file), "--dtype", "float16", *option])
+    session = onnxruntime.InferenceSession(file)
+    assert [value.type for value in (*session.get_inputs(), *session.get_outputs())] == ["tensor(float)"] * 2
+    pixel_values = torch.randn(2, 6 if name == "dynamic" else 3, 70, 90)
+    (logits,) = session.run(["logits"], {"pixel_values": pixel_values.numpy()})
+    with torch.inference_mode():
+        expected = models[name](pixel_values).logits
+    assert 0 < np.abs(logits - expected.numpy()).max() < 0.01 * expected.abs().max()
+    assert file.stat().st_size < 0.7 * files[name].stat().st_size
+
+
+def test_file_in_bfloat16_is_refused(onnxruntime, model, tmp_path):
+    with pytest.raises(ValueError, match="`dtype` must be torch.float32 or torch.float16, got torch.bfloat16. onnxru"):
+        export_onnx(model, tmp_path / "model.onnx", dtype=torch.bfloat16)
+    assert not any(tmp_path.iterdir())
+
+
+def test_file_for_one_size_names_no_float_type(onnxruntime, files):
+    """Converters to float16 change weights and inputs, not the types that nodes name."""
+    graph = pytest.importorskip("onnx").load(files["fixed"]).graph
+    assert len(graph.node) > 100
+    assert not [node.name for node in graph.node if node.op_type in ("Cast", "ConstantOfShape", "RandomNormal")]
+
+
+@pytest.mark.parametrize("converter", ["onnxruntime.transformers.float16", "onnxconverter_common.float16"])
+def test_file_for_one_size_is_converted_to_float16_by_the_usual_tools(onnxruntime, files, model, tmp_path, converter):
+    convert = pytest.importorskip(converter).convert_float_to_float16
+    half = convert(pytest.importorskip("onnx").load(files["fixed"]))
+    (tmp_path / "half.onnx").write_bytes(half.SerializeToString())
+    session = onnxruntime.InferenceSession(tmp_path / "half.onnx")
+    pixel_values = torch.randn(2, 3, 70, 90)
+    (logits,) = session.run(["logits"], {"pixel_values": pixel_values.numpy().astype(np.float16)})
+    with torch.inference_mode():
+        expected = model(pixel_values).logits
+    assert np.abs(logits - expected.numpy()).max() < 0.01 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "image_mean", "image_std"),
+    [("fixed", (70, 90), [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]), ("dynamic", (96, 96), 6 * [0.1], 6 * [0.4])],
+)
+def test_metadata_say_how_to_use_the_file(onnxruntime, files, name, size, image_mean, image_std):
     metadata = onnxruntime.InferenceSession(files[name]).get_modelmeta().custom_metadata_map
     values = {key: json.loads(value) for key, value in metadata.items()}
     assert values["regions"] == [["WT", [1, 2, 3]], ["TC", [1, 3]], ["ET", [3]]]
@@ -133,8 +193,8 @@ def test_metadata_say_how_to_use_the_file(onnxruntime, files, name, size):
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": [0.1, 0.2, 0.3],
-        "image_std": [0.4, 0.5, 0.6],
+        "image_mean": image_mean,
+        "image_std": image_std,
     }
 
 
@@ -149,18 +209,39 @@ def test_metadata_of_a_cropping_processor_say_how_slices_are_cut():
     assert "size" not in values
     assert (values["modalities"], values["neighbours"], values["plane"]) == (["flair", "t1ce"], 1, "axial")
     assert values["image_mean"] == pytest.approx([0.449] * 6)
+    # An enlarged window.
+    processor.head_crop_scale = 2
+    values = json.loads(onnx.onnx_metadata(model, processor, (192, 128))["image_processor"])
+    assert values["head_crop_size"] == window
+    assert values["do_resize"]
+    assert values["size"] == {"height": 192, "width": 128}
 
 
-@pytest.mark.parametrize("dynamic_size", [False, True], ids=["fixed", "dynamic"])
-def test_model_of_many_channels_and_a_window_is_exported(onnxruntime, dynamic_size, tmp_path):
+def test_window_of_the_processor_is_the_size_of_the_images(onnxruntime, monkeypatch, tmp_path):
     model = exported_model(num_channels=6)
     processor = Sam2UNetImageProcessor(num_channels=6, head_crop_size={"height": 96, "width": 64})
-    assert export_onnx(model, tmp_path / "model.onnx", processor=processor, dynamic_size=dynamic_size) < 1e-4
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    assert session.get_inputs()[0].shape == ["batch", 6, *(("height", "width") if dynamic_size else (96, 64))]
+    sizes = []
+
+    def convert(model, image_size, dynamic_size, dtype):
+        sizes.append(image_size)
+        raise OnnxExportError("not here")
+
+    monkeypatch.setattr(onnx, "convert", convert)
+    with pytest.raises(OnnxExportError, match="not here"):
+        export_onnx(model, tmp_path / "model.onnx", processor=processor)
+    assert sizes == [(96, 64)]
     # Without a processor the default one for as many channels.
     model.save_pretrained(tmp_path / "checkpoint")
     assert __main__.load_checkpoint(str(tmp_path / "checkpoint"))[1].num_channels == 6
+
+
+@pytest.mark.slow
+def test_model_of_many_channels_and_a_window_is_exported(onnxruntime, tmp_path):
+    model = exported_model(num_channels=6)
+    processor = Sam2UNetImageProcessor(num_channels=6, head_crop_size={"height": 96, "width": 64})
+    assert export_onnx(model, tmp_path / "model.onnx", processor=processor) < 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert session.get_inputs()[0].shape == ["batch", 6, 96, 64]
 
 
 def test_file_alone_is_enough_to_segment_an_image(onnxruntime, files, checkpoint, model):
@@ -195,7 +276,7 @@ def test_file_holds_no_path_of_this_machine(files):
 @pytest.fixture
 def converted(monkeypatch, files, programs):
     """Have `export_onnx` take what was converted for `files`, and save the time."""
-    monkeypatch.setattr(onnx, "convert", lambda model, image_size, dynamic_size: programs[dynamic_size])
+    monkeypatch.setattr(onnx, "convert", lambda model, image_size, dynamic_size, dtype: programs[dynamic_size])
 
 
 def test_file_that_fails_the_check_is_not_kept(converted, tmp_path):
@@ -225,17 +306,17 @@ def test_weights_in_a_second_file_are_found(converted, model, monkeypatch, progr
     assert check_onnx(output, model, [(2, 70, 90)]) < 1e-4
 
 
-def test_check_finds_one_changed_weight(files, model):
-    changed = onnx.float32_copy(model)
-    with torch.no_grad():
-        changed.encoder.blocks[5].mlp.proj_out.bias[0] += 0.1
-    for file in files.values():
+def test_check_finds_one_changed_weight(files, models):
+    for name, file in files.items():
+        changed = onnx.copy_on_cpu(models[name])
+        with torch.no_grad():
+            changed.encoder.blocks[5].mlp.proj_out.bias[0] += 0.3
         with pytest.raises(OnnxExportError, match=r"differ from the model's by up to 0\.0"):
             check_onnx(file, changed, [(1, 70, 90)])
 
 
 def test_check_finds_nan(files, model):
-    broken = onnx.float32_copy(model)
+    broken = onnx.copy_on_cpu(model)
     with torch.no_grad():
         broken.decode_head.classifier.bias.fill_(float("nan"))
     with pytest.raises(OnnxExportError, match="differ from the model's by up to nan"):

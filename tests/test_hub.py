@@ -1,12 +1,15 @@
-"""Pushed to a Hub, a model loads anywhere: over real HTTP, in processes of their own, without the package."""
+"""Pushed to a Hub, a model loads anywhere: over real HTTP, in processes of their own, without the package.
 
+The processes are forks of one without the package, which test_remote_code.py does without.
+"""
+
+import itertools
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import evaluate
+import forks
 import numpy as np
 import pandas
 import pytest
@@ -95,9 +98,8 @@ def run(hub, tmp_path, code, *arguments, token="hf_write"):
     # In an empty folder with an empty cache.
     environment = hub.environment(tmp_path / "hf_home", token)
     if "import sam2unet_hf" in code:
-        environment["PYTHONPATH"] = re.sub(r"/tests$", "", str(sys.modules["common"].FIXTURES.parent))
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        environment["PYTHONPATH"] = str(forks.ROOT)
+    return forks.run(["-c", code, *arguments], cwd=tmp_path, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +180,7 @@ def test_a_pushed_model_loads_without_the_package_and_can_be_pushed_again(hub, m
 
 
 LOAD_WITH_PACKAGE = """
-import sys
+import json, sys
 
 import numpy as np
 import sam2unet_hf
@@ -186,10 +188,9 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, pipeline
 
-repo, subfolder, output, *revisions = sys.argv[1:]
 image = Image.open("slice.png")
 tensors = {}
-for revision in revisions:
+for repo, subfolder, revision in json.loads(sys.argv[1]):
     options = {"subfolder": subfolder, "revision": revision}
     processor = AutoImageProcessor.from_pretrained(repo, **options)
     pixel_values = processor(image, return_tensors="pt")["pixel_values"]
@@ -198,32 +199,34 @@ for revision in revisions:
             model = auto_class.from_pretrained(repo, **options, **more)
             assert type(model) is sam2unet_hf.Sam2UNetForSemanticSegmentation
             with torch.inference_mode():
-                tensors[f"{revision} {auto_class.__name__} {more}"] = model(pixel_values).logits
+                tensors[f"{repo} {revision} {auto_class.__name__} {more}"] = model(pixel_values).logits
     if not subfolder:
         segments = pipeline("image-segmentation", model=repo, revision=revision)(image)
         assert {segment["label"] for segment in segments} <= set(AutoConfig.from_pretrained(repo).id2label.values())
-torch.save(tensors, output)
+torch.save(tensors, sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("subfolder", ["", "models/best"])
-@pytest.mark.parametrize("max_shard_size", ["5GB", "500KB"], ids=["whole", "sharded"])
-def test_with_the_package_it_loads_the_same_without_trust(hub, model, processor, tmp_path, subfolder, max_shard_size):
-    model.save_pretrained(tmp_path / "checkpoint", max_shard_size=max_shard_size)
-    processor.save_pretrained(tmp_path / "checkpoint")
-    files = {str(Path(subfolder, path.name)): path.read_bytes() for path in (tmp_path / "checkpoint").iterdir()}
-    assert any("-of-" in name for name in files) == (max_shard_size == "500KB")
-    repo = f"tester/placed-{max_shard_size}-{len(subfolder)}"
-    hub.create("models", repo, files)
-    commit = hub.commits("models", repo)[0].sha
+def test_with_the_package_it_loads_the_same_without_trust(hub, model, processor, tmp_path):
+    """Whole or sharded, at the top of the repository or in a folder, of a branch or of a commit."""
+    places = []
+    for max_shard_size, subfolder in itertools.product(("5GB", "500KB"), ("", "models/best")):
+        checkpoint = tmp_path / max_shard_size
+        model.save_pretrained(checkpoint, max_shard_size=max_shard_size)
+        processor.save_pretrained(checkpoint)
+        files = {str(Path(subfolder, path.name)): path.read_bytes() for path in checkpoint.iterdir()}
+        assert any("-of-" in name for name in files) == (max_shard_size == "500KB")
+        repo = f"tester/placed-{max_shard_size}-{len(subfolder)}"
+        hub.create("models", repo, files)
+        places += [(repo, subfolder, revision) for revision in ("main", hub.commits("models", repo)[0].sha)]
     image = Image.fromarray(torch.randint(0, 256, (80, 70), dtype=torch.uint8).numpy())
     image.save(tmp_path / "slice.png")
     with torch.inference_mode():
         expected = model(**processor(image, return_tensors="pt")).logits
-    result = run(hub, tmp_path, LOAD_WITH_PACKAGE, repo, subfolder, tmp_path / "out.pt", "main", commit, token=None)
+    result = run(hub, tmp_path, LOAD_WITH_PACKAGE, json.dumps(places), tmp_path / "out.pt", token=None)
     assert result.returncode == 0, result.stderr
     tensors = torch.load(tmp_path / "out.pt", weights_only=True)
-    assert len(tensors) == 16
+    assert len(tensors) == 4 * 16
     for name, logits in tensors.items():
         assert torch.equal(logits, expected), name
 

@@ -7,18 +7,22 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
+import forks
 import pytest
 from common import small_model
 from filelock import FileLock
+from interrupted_worker import read_counters
 
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.training.resume import why_incomplete
 
 
+WORKER = Path(__file__).with_name("interrupted_worker.py")
 # By epoch with a trained encoder, whose batch norm is estimated anew; by step, ending within an epoch; and with an
 # average of the weights, of which the last is kept instead of the best.
 RECIPES = {
@@ -35,7 +39,7 @@ RECIPES["steps"] += ["--slices", "12", "3", "--foreground_share", "0.75", "--nei
 
 
 class Runner:
-    """Starts runs with the same data and model, in forks of a process that has imported everything."""
+    """Starts runs with the same data and model."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -47,20 +51,6 @@ class Runner:
         self.arguments = ["--brats_dir", str(brats_dir), "--recipe", "paper", "--slices", "12", "--model_name_or_path"]
         self.arguments += [str(folder / "start"), "--use_cpu", "--disable_tqdm", "true", "--logging_steps", "3"]
         self.arguments += ["--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "4"]
-        environment = os.environ | {
-            "HF_HOME": str(folder / "hf"),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parent.parent),
-        }
-        self.worker = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("interrupted_worker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=folder,
-        )
         self.expected = {}
         self.whole = {}
         for recipe in RECIPES:
@@ -77,10 +67,13 @@ class Runner:
         return self.start("build", argv, str(self.folder / f"{name}.log"), str(self.folder / name), **end)
 
     def start(self, program: str, argv: list[str], log: str, watch: str, **end) -> dict:
-        order = {"program": program, "argv": argv, "log": log, "watch": watch, **end}
-        self.worker.stdin.write(json.dumps(order) + "\n")
-        self.worker.stdin.flush()
-        return json.loads(self.worker.stdout.readline())
+        """Return the exit code of a process, how long it took, and what `read_counters` tells of it."""
+        counters = str(self.folder / "counters")
+        order = {"program": program, "argv": argv, "log": log, "watch": watch, "counters": counters, **end}
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        start = time.monotonic()
+        done = forks.run([WORKER, json.dumps(order)], cwd=self.folder, env=environment, imported=forks.EVERYTHING)
+        return {"code": done.returncode, "seconds": time.monotonic() - start, **read_counters(counters)}
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
@@ -101,10 +94,7 @@ class Runner:
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory):
-    runner = Runner(tmp_path_factory.mktemp("interrupted"))
-    yield runner
-    runner.worker.stdin.close()
-    runner.worker.wait(60)
+    return Runner(tmp_path_factory.mktemp("interrupted"))
 
 
 def kill_point(seed: int, whole: dict) -> dict:
@@ -120,13 +110,14 @@ def kill_point(seed: int, whole: dict) -> dict:
     return {"phase": phase, "count": choose.randint(1, 3), "signal": "SIGKILL"}
 
 
-def kill_and_finish(runner: Runner, seeds: range) -> Counter:
+def kill_and_finish(runner: Runner, groups: list[list[int]]) -> Counter:
+    """Kill a run for each seed of a group, going on where the one before was killed, and finish it."""
     phases = Counter()
-    for seed in seeds:
-        recipe = list(RECIPES)[seed // 4 % 3]
-        name = f"killed-{seed}"
-        for kill in range(1 + (seed % 5 == 4)):  # some twice
-            point = kill_point(seed + 1000 * kill, runner.whole[recipe])
+    for seeds in groups:
+        recipe = list(RECIPES)[seeds[0] // 4 % 3]
+        name = f"killed-{seeds[0]}"
+        for seed in seeds:
+            point = kill_point(seed, runner.whole[recipe])
             answer = runner.run(recipe, name, **point)
             phases[answer["phase"] if answer["code"] == -9 else "ended before"] += 1
             sys.stdout.write(f"seed {seed}, {recipe}: {point} -> {answer['code']} while {answer['phase']}\n")
@@ -138,7 +129,8 @@ def kill_and_finish(runner: Runner, seeds: range) -> Counter:
 
 
 def test_killed_runs_end_as_uninterrupted_ones(runner):
-    phases = kill_and_finish(runner, range(12))
+    """Each recipe in each of the four ways of `kill_point`."""
+    phases = kill_and_finish(runner, [[seed + 1, seed] for seed in range(0, 12, 2)])
     assert min(phases[name] for name in ("stepping", "evaluating", "writing a checkpoint")) >= 1
     # At some times the run may have ended, on a machine that is faster than before.
     assert phases.total() - phases["ended before"] >= 9
@@ -146,40 +138,40 @@ def test_killed_runs_end_as_uninterrupted_ones(runner):
 
 @pytest.mark.slow
 def test_runs_killed_anywhere_end_as_uninterrupted_ones(runner):
-    phases = kill_and_finish(runner, range(12, 60))
+    phases = kill_and_finish(runner, [[seed, seed + 1000][: 1 + (seed % 5 == 4)] for seed in range(12, 60)])
     assert min(phases[name] for name in ("stepping", "evaluating", "writing a checkpoint")) >= 4
     assert phases.total() - phases["ended before"] >= 36
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_same_command_gives_the_same_results(runner, recipe):
-    runner.finish(recipe, f"again-{recipe}")
+def test_what_uninterrupted_runs_give_is_compared_whole(runner, recipe):
     results = json.loads(runner.expected[recipe][1])
     assert {"train_loss", "eval_loss", "eval_dice", "test_dice_WT"} <= set(results)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "phase", "count", "step"),
+    ("recipe", "ends"),
     [
-        ("epochs", "stepping", 7, 7),  # of 5 steps an epoch
-        ("epochs", "stepping", 10, 10),
-        ("epochs", "evaluating", 1, 5),
-        ("epochs", "writing a checkpoint", 1, 6),
-        ("steps", "stepping", 5, 3),  # within the third step
-        ("averages", "stepping", 3, 3),
-        ("averages", "evaluating", 1, 6),  # after which no checkpoint is due before the sixth step
+        ("epochs", [("writing a checkpoint", 1, 6), ("stepping", 4, 10)]),  # of 5 steps an epoch
+        ("epochs", [("evaluating", 1, 5), ("stepping", 2, 7)]),
+        ("steps", [("stepping", 5, 3)]),  # within the third step
+        ("averages", [("stepping", 3, 3), ("evaluating", 1, 6)]),  # no checkpoint is due between evaluation and step 6
     ],
 )
-def test_sigterm_saves_and_ends_the_run_which_goes_on(runner, recipe, phase, count, step):
-    name = f"terminated-{recipe}-{phase.replace(' ', '-')}-{count}"
-    answer = runner.run(recipe, name, phase=phase, count=count, signal="SIGTERM")
-    log = runner.log(name)
-    assert answer["code"] == 128 + 15, log
-    assert f"Stopped by SIGTERM after step {step} of " in log
-    assert why_incomplete(runner.folder / name / f"checkpoint-{step}") is None
-    assert not (runner.folder / name / "model.safetensors").exists()
+def test_sigterm_saves_and_ends_the_run_which_goes_on(runner, recipe, ends):
+    """And may be ended again."""
+    name = f"terminated-{recipe}-{ends[0][2]}"
+    for phase, count, step in ends:
+        answer = runner.run(recipe, name, phase=phase, count=count, signal="SIGTERM")
+        log = runner.log(name)
+        assert answer["code"] == 128 + 15, log
+        assert f"Stopped by SIGTERM after step {step} of " in log
+        assert why_incomplete(runner.folder / name / f"checkpoint-{step}") is None
+        assert not (runner.folder / name / "model.safetensors").exists()
     runner.finish(recipe, name)
-    assert f"Going on with the unfinished run in {runner.folder / name} from checkpoint-{step}." in runner.log(name)
+    for *_, step in ends:
+        going_on = f"Going on with the unfinished run in {runner.folder / name} from checkpoint-{step}."
+        assert runner.log(name).count(going_on) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,10 @@ import and run in another.
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 
+import forks
 import huggingface_hub
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, HfFileSystem, constants
@@ -89,13 +88,7 @@ def write(folder, files):
 def run(hub, code, home, *arguments, token="hf_write"):
     """Run code in another process, where the Hub is the only one known; what it prints last is JSON."""
     environment = {**hub.environment(home, token), "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    process = forks.run(["-c", code, *arguments], cwd=home, env=environment, timeout=100)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
 

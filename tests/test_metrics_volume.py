@@ -5,12 +5,12 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
 
 import evaluate
+import forks
 import numpy as np
 import pytest
 import torch
@@ -437,8 +437,7 @@ for name in {list(MODULES)}:
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHONPATH"))}
     environment |= {"HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-c", code]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    run = forks.run(["-c", code], cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == [f"{name} {sorted(keys_of(name))}" for name in MODULES]
 

@@ -2,10 +2,9 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -24,13 +23,14 @@ from sam2unet_hf.metrics.functional import METRICS
 from sam2unet_hf.model_card import (
     METRIC_TITLES,
     append_checksum,
+    counted,
     has_valid_checksum,
     parse_score,
     render_model_card,
     write_model_card,
 )
 from sam2unet_hf.patient_table import PatientTable, score_patient
-from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform
+from sam2unet_hf.training import ImageRows, Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform
 from sam2unet_hf.training.augmentation import augmentation
 
 
@@ -101,6 +101,10 @@ def test_the_card_says_what_the_model_sees_of_slices(tmp_path):
     Sam2UNetImageProcessor(head_crop_size={"height": 160, "width": 192}, **options).save_pretrained(tmp_path)
     text = " ".join(render_model_card(tmp_path).split())
     assert "cropped to a window of 160 x 192 pixels (height x width) about the head" in text
+    assert "enlarged" not in text
+    processor = Sam2UNetImageProcessor(head_crop_size={"height": 160, "width": 192}, head_crop_scale=2, **options)
+    processor.save_pretrained(tmp_path)
+    assert "the window is enlarged 2 times, and nothing is found" in " ".join(render_model_card(tmp_path).split())
     assert "takes 6 channels: flair, t1ce, each as 3 adjacent slices from the lowest to the highest; a grey" in text
     assert "does not use the slices around them but for 1 on each side, and" in text
     assert "resized to" not in text
@@ -158,7 +162,7 @@ def test_the_table_of_patients_names_none(folder):
     measured.add("Patient Poe", score_patient(*masks, {"WT": [3]}, (1, 1, 1)))
     measured.write(folder, "validation_patients")
     text = render_model_card(folder)
-    assert "1 patients, each scored as a whole. NSD, the normalised surface distance, is" in text
+    assert "1 patient, each scored as a whole. NSD, the normalised surface distance, is" in text
     assert re.search(r"\| WT \| lesion-wise Dice \| 0\.981 \|  \| 0\.981 \| 0\.981 \|\n", text)
     assert re.search(r"\| WT \| NSD at 0\.5 mm \| 0\.9\d\d \|", text)
     assert re.search(r"\| WT \| lesion-wise 95 % Hausdorff distance, pooled \(mm\) \| 0\.0 \|", text)
@@ -312,6 +316,55 @@ def test_the_results_of_a_trainer_are_those_of_what_was_trained(tmp_path):
     assert (tmp_path / "run" / "README.md").read_text() == "# Mine\n"
 
 
+def run_of(tmp_path, masks, wt_pixels=None, **options):
+    """The card of a run on images with these masks, and the facts that it was made from."""
+    size = (64, 64)
+    data = {"image": [Image.new("L", size, 9)] * len(masks), "mask": [Image.new("L", size, value) for value in masks]}
+    rows = Dataset.from_dict(data | ({} if wt_pixels is None else {"wt_pixels": wt_pixels}))
+    processor = Sam2UNetImageProcessor({"WT": [1]}, size={"height": 64, "width": 64})
+    transform = SegmentationTransform(processor, label_mapping={255: 1})
+    rows = ImageRows(rows).with_transform(transform)
+    args = TrainingArguments(tmp_path, remove_unused_columns=False, use_cpu=True, report_to="none", disable_tqdm=True)
+    trainer = Sam2UNetTrainer(small_model(regions={"WT": [1]}), args, train_dataset=rows, eval_dataset=rows, **options)
+    trainer.state.epoch, trainer.state.global_step = 1.0, 1
+    trainer.model.save_pretrained(tmp_path)
+    trainer.create_model_card()
+    info = json.loads((tmp_path / "training_info.json").read_text())
+    return " ".join((tmp_path / "README.md").read_text().split()), info
+
+
+@pytest.mark.parametrize(
+    ("masks", "wt_pixels", "expected"),
+    [
+        ([1, 1], [9, 1], True),
+        ([1, 1], [9, 0], False),
+        ([1, 255], None, True),  # read from the masks, in which 255 is the foreground
+        ([1, 2], None, False),
+        ([0, 1], None, False),
+    ],
+)
+def test_the_card_says_that_a_model_was_never_shown_an_empty_image(tmp_path, masks, wt_pixels, expected):
+    text, info = run_of(tmp_path, masks, wt_pixels)
+    assert info["all_show_foreground"] is expected
+    sentence = (
+        "Every image that it was trained on shows WT. So it draws one where there is none too, as in most slices"
+    )
+    assert (sentence in text) == expected
+
+
+def test_the_card_counts_what_there_was(tmp_path):
+    text, info = run_of(tmp_path, [1], batch_norm_images=128)
+    assert info["recipe"]["batch norm"] == "statistics estimated anew on 1 training image"
+    assert info["recipe"]["trained for"] == "1 epoch, 1 step"
+    table = PatientTable()
+    table.add("one", {"WT": {"volume_dice": 0.5}})
+    table.write(tmp_path, "test_patients")
+    assert "\n1 patient, each scored as a whole:" in render_model_card(tmp_path)
+    assert [counted(number, "step") for number in (0, 1, 1.0, 1.5, 1_234_567)] == [
+        *("0 steps", "1 step", "1 step", "1.5 steps", "1234567 steps")
+    ]
+
+
 # On the Hub
 
 
@@ -324,14 +377,7 @@ def hub():
 
 def run(hub, tmp_path, *command, token="hf_write"):
     environment = {**hub.environment(tmp_path / "hf_home", token), "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return forks.run(command, cwd=tmp_path, env=environment)
 
 
 PUSH = """
@@ -502,7 +548,7 @@ import sys, time
 from sam2unet_hf import Sam2UNetForSemanticSegmentation
 
 time.sleep = lambda seconds: None  # the client waits 23 s in all before it gives up
-Sam2UNetForSemanticSegmentation.from_pretrained(sys.argv[1]).push_to_hub("tester/cut", max_shard_size="1MB")
+Sam2UNetForSemanticSegmentation.from_pretrained(sys.argv[1]).push_to_hub("tester/cut", max_shard_size="400KB")
 """
 
 

@@ -65,6 +65,8 @@ def test_write_phantom_cohort_twice_gives_the_same_bytes(cohort_dir, tmp_path):
 
 def test_write_phantom_cohort_growing_keeps_earlier_patients(cohort_dir, tmp_path):
     larger = read_files(write_phantom_cohort(tmp_path / "larger", 3, SMALL_SHAPE))
+    last = read_files(write_phantom_cohort(tmp_path / "last", 1, SMALL_SHAPE, first=3))
+    assert last == {name: content for name, content in larger.items() if "Phantom_003" in str(name)}
     assert len(larger) == 15
     assert larger.items() > read_files(cohort_dir).items()
 
@@ -105,6 +107,7 @@ def test_write_phantom_cohort_interrupted_leaves_nothing(tmp_path, monkeypatch):
     [
         ({"num_patients": 0}, "`num_patients` must be >= 1, got 0"),
         ({"seed": -1}, "`seed` must be >= 0, got -1"),
+        ({"first": 0}, "`first` must be >= 1, got 0"),
         ({"shape": (96, 96, 40)}, r"`shape` must .* hold a head .*got \(96, 96, 40\)\. Pass the proportions"),
         ({"shape": (16, 16, 11)}, "`shape` must be at least 24 voxels wide"),
         ({"shape": (96, 96)}, r"`shape` must have three sizes, got \(96, 96\)"),

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from common import (
+    reference_config,
     reference_facts,
     reference_image,
     reference_mask,
     reference_outputs,
     reference_state_dict,
-    small_config,
 )
 
 from sam2unet_hf import convert_reference_checkpoint, structure_loss
@@ -20,7 +20,7 @@ CASES = ["2x352x352", "1x192x256", "1x96x96"]
 @pytest.fixture(scope="module")
 def converted():
     state_dict = reference_state_dict(reference_facts()["state_dict"])
-    return convert_reference_checkpoint(state_dict, small_config(regions={"foreground": [1]}))
+    return convert_reference_checkpoint(state_dict, reference_config(regions={"foreground": [1]}))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_gradients_equal_reference(outputs, monkeypatch, gradient_checkpointing,
 
     facts = reference_facts()
     model = convert_reference_checkpoint(
-        reference_state_dict(facts["state_dict"]), small_config(regions={"foreground": [1]})
+        reference_state_dict(facts["state_dict"]), reference_config(regions={"foreground": [1]})
     ).train()
     model.to(dtype)
     # One input of the last ReLU is 1.9e-6 (the next 1.9e-5). In float32 rounding decides its sign, and with it up to
@@ -100,7 +100,7 @@ def test_gradients_equal_reference(outputs, monkeypatch, gradient_checkpointing,
 
 def test_conversion_drops_and_logs_the_unused_block(caplog):
     facts = reference_facts()
-    model = convert_reference_checkpoint(reference_state_dict(facts["state_dict"]), small_config())
+    model = convert_reference_checkpoint(reference_state_dict(facts["state_dict"]), reference_config())
     unused = sum(torch.Size(shape).numel() for name, shape in facts["state_dict"].items() if name.startswith("up4."))
     buffers = sum(b.numel() for b in model.buffers())
     total = sum(torch.Size(shape).numel() for shape in facts["state_dict"].values())

@@ -392,3 +392,10 @@ def test_private_names_of_other_libraries_are_in_the_ledger():
             touched.setdefault(name, set()).add(str(path.relative_to(ROOT)))
     assert {name: files for name, files in touched.items() if name not in PRIVATE_NAMES} == {}
     assert [name for name in PRIVATE_NAMES if name not in touched] == [], "no longer touched"
+
+
+def test_the_tests_that_the_page_of_faults_names_exist():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "tests" / "README.md").read_text(encoding="utf-8"))
+    assert len(named) > 20
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{name}"

@@ -214,15 +214,20 @@ def test_rows_without_head_boxes_have_none(rows):
 
 
 @pytest.mark.parametrize(
-    ("boxes", "size"),
+    ("boxes", "scale", "size"),
     [
-        ([[0, 0, 65, 64]], (64, 96)),
-        ([[5, 5, 9, 133]], (128, 64)),  # the least that the model takes
-        ([[0, 0, 10, 129], [10, 10, 171, 12]], (160, 192)),  # the highest and the widest of all heads
+        ([[0, 0, 65, 64]], 1, (64, 96)),
+        ([[5, 5, 9, 133]], 1, (128, 64)),  # the least that the model takes
+        ([[0, 0, 10, 129], [10, 10, 171, 12]], 1, (160, 192)),  # the highest and the widest of all heads
+        ([[0, 0, 10, 65], [10, 10, 60, 12]], 2, (80, 64)),  # 160 x 128 for the model
+        ([[0, 0, 9, 17]], 2, (32, 32)),  # 64 x 64
+        ([[0, 0, 65, 20]], 3, (32, 96)),  # 96 x 288
     ],
 )
-def test_the_window_is_the_smallest_that_holds_each_head(boxes, size):
-    assert choose_head_crop_size(boxes) == {"height": size[0], "width": size[1]}
+def test_the_window_is_the_smallest_that_holds_each_head(boxes, scale, size):
+    window = {"height": size[0], "width": size[1]}
+    assert choose_head_crop_size(boxes, scale) == window
+    Sam2UNetImageProcessor(head_crop_size=window, head_crop_scale=scale)  # takes it
 
 
 def test_boxes_that_hold_nothing_are_refused():

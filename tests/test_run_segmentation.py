@@ -23,13 +23,15 @@ from sam2unet_hf.crop_sam2unet import head_mask
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import provenance  # noqa: E402 - the scripts are no package
 import run_segmentation  # noqa: E402
-from arguments import parse_arguments, resume_arguments  # noqa: E402
+from arguments import card_arguments, parse_arguments, resume_arguments  # noqa: E402
 from case_names import case_names  # noqa: E402
 from data_sources import (  # noqa: E402
     DataArguments,
+    describe_split,
     find_columns,
     find_regions,
     load_data,
+    make_images,
     with_all_splits,
 )
 from recipes import PHANTOM, RECIPES  # noqa: E402
@@ -138,7 +140,7 @@ def test_modalities_neighbours_and_window_from_scans_to_scores(cohort, checkpoin
     assert state["max_steps"] == 2 * -(-2 * num_foreground // 4)
     card = (tmp_path / "scans" / "README.md").read_text()
     assert "t1ce, flair" in card
-    assert "1 slices below and 1 above" in card
+    assert "1 slice below and 1 above" in card
     assert "50% of each epoch" in card
     # Nothing is predicted outside of the head, also where the pictures are written.
     split = load_data(DataArguments(brats_dir=str(cohort), slices=["head"], modalities=["t1ce", "flair"]))["test"]
@@ -349,6 +351,12 @@ def test_bad_options_cost_no_older_run(pictures, checkpoint, tmp_path):
         run_segmentation.main([*arguments, "--metric_for_best_model", "dicee"])
     with pytest.raises(SystemExit, match="`dataloader_persistent_workers` must be False"):
         run_segmentation.main([*arguments, "--dataloader_num_workers", "1", "--dataloader_persistent_workers", "true"])
+    with pytest.raises(SystemExit, match="You need to install `lomo_optim` in order to use LOMO optimizers"):
+        run_segmentation.main([*arguments, "--optim", "lomo"])
+    with pytest.raises(
+        SystemExit, match="`use_liger_kernel` must be False for SAM2-UNet: it has kernels for language"
+    ):
+        run_segmentation.main([*arguments, "--use_liger_kernel"])
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["all_results.json"]
 
 
@@ -489,7 +497,7 @@ def test_data_set_of_the_builder_keeps_its_splits(cohort, tmp_path):
     assert {split: len(rows) for split, rows in data.items()} == {"train": 9, "validation": 1, "test": 3}
     assert find_columns(data, DataArguments()) == (["flair"], "mask")
     assert "t1" not in data["train"].column_names  # only what is trained on is read
-    assert find_regions(data, ["flair"], "mask", None) == ({"WT": [1, 2, 3]}, {})
+    assert find_regions(data, ["flair"], "mask", None) == ({"WT": [1, 2, 3]}, {}, None)
 
 
 def test_evaluation_alone(cohort, checkpoint, tmp_path):
@@ -515,6 +523,52 @@ def test_splits_that_cannot_be_used(data, match):
     splits = {name: Dataset.from_dict({"image": list(range(count))}) for name, count in data.items()}
     with pytest.raises(SystemExit, match=match):
         with_all_splits(DatasetDict(splits), seed=0)
+
+
+def card_data(arguments):
+    """What the card says of the data of a run with these arguments, and its other facts."""
+    model_args, data_args, args = parse_arguments([*arguments, "--use_cpu"])
+    data = load_data(data_args)
+    columns, mask_column = find_columns(data, data_args)
+    images = make_images(data, columns, mask_column)
+    facts = card_arguments(images, model_args, data_args, args, describe_split(images, data_args))
+    return facts["data"], facts
+
+
+def test_the_card_says_how_ones_own_images_were_split(pictures, tmp_path):
+    arguments = ["--dataset_name", str(pictures), "--split_seed", "3"]
+    assert card_data(arguments)[0]["split"] == "by image, seed 3"
+    for kind in ("images", "masks"):
+        for path in sorted((pictures / kind).iterdir()):
+            patient = path.with_name(f"patient_{int(path.stem[-2:]) // 2}")
+            patient.mkdir(exist_ok=True)
+            path.rename(patient / path.name)
+    assert card_data(arguments)[0]["split"] == "by patient, seed 3"
+    for kind in ("images", "masks"):
+        (pictures / "train").mkdir(exist_ok=True)
+        (pictures / kind).rename(pictures / "train" / kind)
+        (pictures / "validation" / kind).mkdir(parents=True)
+        (pictures / "train" / kind / "patient_0").rename(pictures / "validation" / kind / "patient_0")
+    assert card_data(arguments)[0]["split"] == "as the data set has it"
+
+
+def test_the_card_of_a_phantom_cites_nobody_and_counts_as_people_do(cohort, tmp_path):
+    arguments = ["--brats_dir", str(cohort), "--slices", "tumor", "--neighbours", "1"]
+    rows, facts = card_data(arguments)
+    assert rows["slices"] == "axial, tumor (at least 1 pixel of it)"
+    assert rows["validation images"].endswith(" of 1 scan")
+    assert rows["split"] == "by patient, seed 0"
+    assert facts["data_citation"] is None
+    assert facts["dataset"] == "a phantom cohort in BraTS' layout"
+    assert facts["share_predictions"] is False  # names alone prove too little for that
+    scans = tmp_path / "scans"
+    for path in sorted(cohort.glob("Phantom_00*/*")):
+        name = path.name.replace("Phantom_", "BraTS20_Training_")
+        (scans / name[:20]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, scans / name[:20] / name)
+    _, facts = card_data(["--brats_dir", str(scans), "--slices", "tumor"])
+    assert "10.1109/TMI.2014.2377694" in facts["data_citation"]
+    assert (facts["dataset"], facts["share_predictions"]) == ("BraTS", False)
 
 
 def test_splits_are_by_case():
@@ -547,6 +601,14 @@ def test_nothing_to_resume_from(tmp_path):
         (["--preset", "huge"], "invalid choice: 'huge'"),
         (["--report_to", "tensorboard"], "--report_to tensorboard is not installed. Try `pip install tensorboard`"),
         (["--augmentation", "strong", "flips"], "--augmentation takes none and strong alone, got strong flips"),
+        (["--deepspeed", "absent.json"], "error: No package metadata was found for The 'deepspeed"),
+        (["--accelerator_config", "absent.json"], "error: [Errno 2] No such file or directory: 'absent.json'"),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be at least 1, got 0."),
+        (["--per_device_eval_batch_size", "-1"], "--per_device_eval_batch_size must be at least 1, got -1."),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be at least 1, got 0."),
+        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers must be at least 0, got -1."),
+        (["--learning_rate", "nan"], "--learning_rate must not be negative, such as 1e-4, got nan."),
+        (["--seed", "-1"], "--seed must be in 0..2**32 - 1, got -1."),
     ],
 )
 def test_arguments_that_exclude_each_other(arguments, match, capsys, monkeypatch):

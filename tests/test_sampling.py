@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import run_two_processes
 from sampling_worker import SHOWN, TUMOUR, train
 from slice_rows import make_slices
-from test_streaming import run, write_parquet
+from test_streaming import write_parquet
 
 from sam2unet_hf.training.sampling import ForegroundSampler, ForegroundShare
 from sam2unet_hf.training.streaming import ParquetRows, RowGroupSampler, open_parquet
@@ -109,7 +110,7 @@ def test_the_trainer_shows_the_share_and_goes_on_alike_within_an_epoch(rows, tmp
 
 
 def test_two_processes_share_the_slices_of_an_epoch_and_go_on_alike(tmp_path):
-    run(tmp_path, Path(__file__).with_name("sampling_worker.py"), tmp_path, processes=2)
+    run_two_processes(tmp_path, Path(__file__).with_name("sampling_worker.py"), tmp_path)
     found = torch.load(tmp_path / "found.pt", weights_only=False)
     _, expected = train(tmp_path / "one", 0.5, per_device_train_batch_size=1)
     for process in found:

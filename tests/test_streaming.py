@@ -13,6 +13,7 @@ import pytest
 import torch
 from common import BRATS_REGIONS, small_model
 from datasets import Dataset
+from forks import run_two_processes
 from loopback_hub import LoopbackHub
 from PIL import Image as PILImage
 from test_training import make_rows, make_trainer
@@ -225,15 +226,12 @@ def test_streamed_scores_and_predictions_are_those_of_the_data_set(slices, tmp_p
         assert other.read_bytes() == picture.read_bytes()
 
 
-def run(folder, *arguments, processes=1, **environment):
-    """Run Python, perhaps in several processes, in a folder that is its home."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+def run(folder, *arguments, **environment):
+    """Run Python in a folder that is its home."""
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "HF_HUB_OFFLINE": "1"}
     own |= {"HF_HOME": str(folder / "hf"), "TMPDIR": str(folder), **environment}
     done = subprocess.run(
-        [*command, *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         env=os.environ | own,
         cwd=folder,
         stdout=subprocess.PIPE,
@@ -344,7 +342,7 @@ def test_streaming_says_what_it_needs(folder, tmp_path, monkeypatch):
 def found_by_two_processes(parquet, folder, num_workers):
     """Train in two processes; return what each found."""
     folder.mkdir(parents=True, exist_ok=True)
-    run(folder, TESTS / "streaming_worker.py", parquet, folder, num_workers, processes=2)
+    run_two_processes(folder, TESTS / "streaming_worker.py", parquet, folder, num_workers)
     return torch.load(folder / "found.pt", weights_only=False)
 
 

@@ -427,7 +427,7 @@ def test_batch_norm_is_estimated_on_training_images_before_each_evaluation(rows,
 def test_training_learns(rows, tmp_path):
     model = small_model(regions=BRATS_REGIONS, freeze_encoder=False)
     trainer = make_trainer(
-        model, rows, tmp_path, max_steps=40, per_device_train_batch_size=5, learning_rate=3e-3, logging_steps=1
+        model, rows, tmp_path, max_steps=20, per_device_train_batch_size=5, learning_rate=2e-2, logging_steps=1
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

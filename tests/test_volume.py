@@ -4,11 +4,10 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import nibabel as nib
 import numpy as np
 import pytest
@@ -467,13 +466,10 @@ def test_a_checkpoint_with_the_code_beside_it_segments_without_the_package(cohor
         part.save_pretrained(tmp_path / "model")
     for name in TRAVELLING_FILES:
         shutil.copy(PACKAGE / name, tmp_path / "model")
-    done = subprocess.run(
-        [sys.executable, "-c", FROM_CHECKPOINT, str(tmp_path / "model"), str(case.folder), str(tmp_path)],
+    done = forks.run(
+        ["-c", FROM_CHECKPOINT, tmp_path / "model", case.folder, tmp_path],
         cwd=tmp_path,
         env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "The model segments flair, t1ce, t2 together, got the one file" in done.stdout
@@ -485,13 +481,10 @@ def test_a_checkpoint_with_the_code_beside_it_segments_without_the_package(cohor
 
 
 def test_the_module_runs_as_a_command_elsewhere(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "sam2unet_hf.volume", "nowhere", str(tmp_path / "none.nii"), "-o", "out"],
+    done = forks.run(
+        ["-m", "sam2unet_hf.volume", "nowhere", tmp_path / "none.nii", "-o", "out"],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(Path(__file__).parent.parent), "HF_HUB_OFFLINE": "1", "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=False,
+        env={"PYTHONPATH": str(forks.ROOT), "HF_HUB_OFFLINE": "1", "PATH": ""},
     )
     assert done.returncode == 1
     assert "nowhere" in done.stderr

@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -31,12 +32,14 @@ from sam2unet_hf.scans_sam2unet import (
     to_grey,
 )
 
+from ..phantom import is_phantom
 from .png import encode_png
 
 
 logger = logging.getLogger(__name__)
 
 CITATION = resources.files(__package__).joinpath("brats.bib").read_text(encoding="utf-8")
+DECATHLON_CITATION = resources.files(__package__).joinpath("decathlon.bib").read_text(encoding="utf-8")
 
 Rows: TypeAlias = list[dict[str, Any]] | ScanError  # of a case, or why it has none
 
@@ -46,6 +49,15 @@ OPTIONS = ("modalities", "slices", "min_tumor_pixels", "plane", "labels", "seed"
 # Cases that are read ahead: more than there are likely to be processes, few enough to hold in memory.
 READ_AHEAD = 32
 _SKIP_ADVICE = "Or leave such cases out: `skip_bad_cases=True` (`--skip_bad_cases`)."
+
+
+def citation_of(case_ids: Iterable[str]) -> str:
+    """Return what to cite, as BibTeX, where scans with these ids are used; nothing if all are of the phantom."""
+    case_ids = list(case_ids)
+    if all(map(is_phantom, case_ids)):
+        return ""
+    is_decathlon = all(re.fullmatch(r"BRATS_\d+", case_id) for case_id in case_ids)
+    return CITATION + DECATHLON_CITATION if is_decathlon else CITATION
 
 
 @dataclass
@@ -221,12 +233,14 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
         features |= {"wt_pixels": count, "tc_pixels": count, "et_pixels": count}
         features["head_boxes"] = {name: datasets.Sequence(count, length=4) for name in self.config.columns}
         features["spacing_mm"] = datasets.Sequence(datasets.Value("float64"), length=3)
-        return datasets.DatasetInfo(
-            description="2-D slices of BraTS scans with expert masks of the tumour.",
-            features=datasets.Features(features),
-            homepage="https://www.synapse.org/brats",
-            citation=CITATION,
-        )
+        info = datasets.DatasetInfo(features=datasets.Features(features))
+        case_ids = [case.case_id for case in self.config.cases]
+        if all(map(is_phantom, case_ids)):
+            info.description = "2-D slices of made-up scans with masks of the tumour."
+            return info
+        info.description = "2-D slices of BraTS scans with expert masks of the tumour."
+        info.homepage, info.citation = "https://www.synapse.org/brats", citation_of(case_ids)
+        return info
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
         config = self.config

@@ -18,8 +18,10 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub.errors import HTTPError  # of its HTTP library, which is not the same in all versions
 
 from sam2unet_hf.cases_sam2unet import patient_of
+from sam2unet_hf.model_card import counted
 
-from .brats_slices import CITATION, OPTIONS, BratsSlices
+from ..phantom import is_phantom
+from .brats_slices import OPTIONS, BratsSlices, citation_of
 
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,11 @@ DECATHLON_TERMS = {
     "source": "of task 1 of the [Medical Segmentation Decathlon](http://medicaldecathlon.com)",
     "terms": "The Decathlon gives its scans under CC BY-SA 4.0: name their authors, and pass on what you make of them "
     "under the\nsame licence.",
+}
+PHANTOM_TERMS = {
+    "license": "license: apache-2.0",
+    "source": "made up in the layout of the Brain Tumor Segmentation (BraTS) challenge",
+    "terms": "No scan is of a person: `dataset_scripts.phantom` drew them, and they may be passed on.",
 }
 LOCK = "building.lock"  # in the folder that becomes the data set
 SIZE_CATEGORIES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (float("inf"), "100K<n<1M"))  # the Hub's
@@ -99,7 +106,12 @@ def _remove_leftovers(folder: Path, prefix: str) -> None:
 def render_card(builder: BratsSlices, data_folder: Path, skipped: dict[str, str], load_path: str, public: bool) -> str:
     """Fill the template of the card with the options and with what the Parquet files hold."""
     config, info = builder.config, builder.info.copy()
-    decathlon = all(case.decathlon for case in config.cases)
+    terms = PUBLIC_TERMS if public else PRIVATE_TERMS
+    if all(case.decathlon for case in config.cases):
+        terms = DECATHLON_TERMS
+    elif all(is_phantom(case.case_id) for case in config.cases):
+        terms = PHANTOM_TERMS
+    citation = citation_of(case.case_id for case in config.cases)
     counts = {}
     for split in info.splits:
         table = pq.ParquetDataset(list(data_folder.glob(f"{split}-*"))).read(columns=["case_id", "wt_pixels"])
@@ -120,21 +132,21 @@ def render_card(builder: BratsSlices, data_folder: Path, skipped: dict[str, str]
     DatasetInfosDict(default=info).to_dataset_card_data(metadata)
     folder = resources.files(__package__)
     template = folder.joinpath("README.md").read_text(encoding="utf-8")
-    citation = CITATION + folder.joinpath("decathlon.bib").read_text(encoding="utf-8") if decathlon else CITATION
     return string.Template(template).substitute(
         size_category=next(name for limit, name in SIZE_CATEGORIES if n_slices < limit),
         dataset_info=metadata.to_yaml(),
         data_files="\n".join(f"  - split: {split}\n    path: data/{split}-*" for split in info.splits),
-        n_cases=n_cases,
-        n_patients=n_patients,
+        sessions=counted(n_cases, "scanning session"),
+        patients=counted(n_patients, "patient"),
         load_path=load_path,
         split_rows="\n".join(f"| {split} | {' | '.join(map(str, row))} |" for split, row in counts.items()),
         image_columns=", ".join(f"`{name}`" for name in config.columns),
         version=builder.VERSION,
         option_rows="\n".join(f"| `{name}` | {value} |" for name, value in options.items()),
         skipped=f"Cases without rows: {', '.join(skipped)}." if skipped else "All cases found have rows.",
-        citation=citation,
-        **(DECATHLON_TERMS if decathlon else PUBLIC_TERMS if public else PRIVATE_TERMS),
+        masks="tumours as they were drawn" if terms is PHANTOM_TERMS else "reference masks by experts",
+        citation=f"## Citation\n\n```bibtex\n{citation}```" if citation else "",
+        **terms,
     )
 
 

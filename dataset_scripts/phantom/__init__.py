@@ -1,6 +1,6 @@
 """Phantom cohort: brain tumour scans that look like BraTS and belong to nobody."""
 
-from .cohort import VERSION, make_phantom_case, write_phantom_cohort
+from .cohort import NUM_PATIENTS, VERSION, is_phantom, make_phantom_case, write_phantom_cohort
 
 
-__all__ = ["VERSION", "make_phantom_case", "write_phantom_cohort"]
+__all__ = ["NUM_PATIENTS", "VERSION", "is_phantom", "make_phantom_case", "write_phantom_cohort"]

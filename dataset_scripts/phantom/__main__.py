@@ -3,14 +3,14 @@
 import argparse
 from pathlib import Path
 
-from .cohort import DEFAULT_SHAPE, write_phantom_cohort
+from .cohort import DEFAULT_SHAPE, NUM_PATIENTS, write_phantom_cohort
 
 
 def main() -> None:
     """Parse the command line and write the cohort."""
     parser = argparse.ArgumentParser(prog="python -m dataset_scripts.phantom", description=main.__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="new or empty folder")
-    parser.add_argument("--num_patients", type=int, default=30)
+    parser.add_argument("--num_patients", type=int, default=NUM_PATIENTS)
     parser.add_argument(
         "--shape", type=int, nargs=3, default=DEFAULT_SHAPE, help="voxels left, back, up; 240 240 155 is BraTS' size"
     )

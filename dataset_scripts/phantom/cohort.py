@@ -1,5 +1,6 @@
 """A cohort of made-up brain tumour scans in the layout of BraTS 2020."""
 
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from .brain import brain_parts, column, draw_anatomy, draw_tumour, norm, random_
 
 
 VERSION = "1.0.0"  # for caches: raise it whenever the volumes change
+NUM_PATIENTS = 30  # of the cohort that the examples train on
 DEFAULT_SHAPE = (96, 96, 62)
 FIELD_OF_VIEW_MM = 240.0  # left to right, as in BraTS; the voxel size follows from it
 HEAD_SIZE_MM = (150.0, 190.0, 150.0)  # room for the largest phantom brain
@@ -28,6 +30,11 @@ INTENSITIES = {
 
 SUBARACHNOID_MM = 0.7  # fluid the skull stripping leaves around the brain
 TUMOUR_FRACTION = (0.012, 0.11)  # whole tumour per brain volume
+
+
+def is_phantom(case_id: str) -> bool:
+    """Whether a case is named as those that `write_phantom_cohort` draws, and so shows nobody."""
+    return re.fullmatch(r"Phantom_\d{3,}", case_id) is not None
 
 
 def _voxel_size_mm(shape: Sequence[int]) -> float:
@@ -114,7 +121,11 @@ def make_phantom_case(
 
 
 def write_phantom_cohort(
-    output_dir: str | Path, num_patients: int = 30, shape: Sequence[int] = DEFAULT_SHAPE, seed: int = 0
+    output_dir: str | Path,
+    num_patients: int = NUM_PATIENTS,
+    shape: Sequence[int] = DEFAULT_SHAPE,
+    seed: int = 0,
+    first: int = 1,
 ) -> Path:
     """Write patients `Phantom_001`, ... as BraTS 2020 does: `Phantom_001/Phantom_001_{t1,t1ce,t2,flair,seg}.nii.gz`.
 
@@ -126,6 +137,7 @@ def write_phantom_cohort(
         num_patients: At least 1.
         shape: See `make_phantom_case`; (240, 240, 155) is the size of BraTS.
         seed: At least 0.
+        first: Number of the first patient, at least 1.
 
     Returns:
         `output_dir` as a path.
@@ -137,6 +149,8 @@ def write_phantom_cohort(
     output_dir = Path(output_dir)
     if num_patients < 1:
         raise ValueError(f"`num_patients` must be >= 1, got {num_patients}.")
+    if first < 1:
+        raise ValueError(f"`first` must be >= 1, got {first}.")
     if seed < 0:
         raise ValueError(f"`seed` must be >= 0, got {seed}.")
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
@@ -150,7 +164,7 @@ def write_phantom_cohort(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as staging_dir:
         cohort = Path(staging_dir, "cohort")
-        for number in tqdm(range(1, num_patients + 1), desc="Drawing phantom patients", unit="patient"):
+        for number in tqdm(range(first, first + num_patients), desc="Drawing phantom patients", unit="patient"):
             name = f"Phantom_{number:03d}"
             for suffix, volume in make_phantom_case([seed, number], shape).items():
                 write_nifti(cohort / name / f"{name}_{suffix}.nii.gz", volume, affine, compression_level=4)

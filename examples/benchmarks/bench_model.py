@@ -14,7 +14,6 @@ import copy
 import importlib
 import itertools
 import multiprocessing
-import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -24,7 +23,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import DTYPES, make_parser, mask_iou, report, synchronize, time_in_turn
+from timing import (
+    DTYPES,
+    make_parser,
+    mask_iou,
+    peak_memory_gb,
+    report,
+    reset_peak_memory,
+    synchronize,
+    time_in_turn,
+)
 from torch import nn
 from transformers import Sam2HieraDetModel
 
@@ -220,15 +228,9 @@ def peak_memory(args: argparse.Namespace, name: str, preset: str, mode: str, dty
     pixel_values = torch.randn(batch_size, 3, args.image_size, args.image_size, device=args.device)
     run = prepare(args, name, model, mode, dtype, pixel_values)
     # Reset the peak, because building the model takes more than one copy of the weights.
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
+    reset_peak_memory(args.device)
     run(), run()
-    if args.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    (kibibytes,) = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    return int(kibibytes) * 1024 / 1e9
+    return peak_memory_gb(args.device)
 
 
 def compare_memory(args: argparse.Namespace, preset: str, mode: str, dtype: str, batch_size: int) -> dict[str, Any]:

@@ -5,9 +5,11 @@ python examples/benchmarks/bench_recipes.py --brats_dir BraTS2020_TrainingData -
 python examples/benchmarks/bench_recipes.py --brats_dir BraTS2020_TrainingData --minutes 20 --test --arms paper volume
 
 Each arm is a run of `run_segmentation.py` in its own process, which trains as many steps as fit the minutes by the
-time that it took for some steps beforehand, beside the same number of others. The arms `paper` and `volume` are the
-recipes of these names. Validation patients are taken from those who would be trained on, so that there are more of
-them; with `--test` each arm trains on the training patients of the split and is scored on its test patients, once.
+time that some steps take. That is measured first, for all arms, with as many side by side as train later, so that the
+machine must be quiet only then. Steps and finished arms are kept in `--work`: the same command goes on after a stop.
+The arms `paper` and `volume` are the recipes of these names. Validation patients are taken from those who would be
+trained on, so that there are more of them; with `--test` each arm trains on the training patients of the split and is
+scored on its test patients, once.
 """
 
 import argparse
@@ -15,7 +17,8 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +82,14 @@ def split_rows(args: argparse.Namespace) -> Path:
 
 def run(args: argparse.Namespace, name: str, data: Path, steps: int) -> Path:
     """Run an arm for some steps; return the folder of the run."""
-    output_dir = args.work / f"{data.parent.name}-{name}-{steps}"
-    words = [sys.executable, SCRIPT, "--dataset_name", data, "--output_dir", output_dir, "--overwrite_output_dir"]
-    words += ["--modalities", *args.modalities, "--preset", args.preset, "--max_steps", steps, *COMMON, *ARMS[name]]
-    words += ["--regions", *args.regions, "--dataloader_num_workers", args.num_workers, *args.options]
+    words = [sys.executable, SCRIPT, "--dataset_name", data, "--modalities", *args.modalities, "--preset", args.preset]
+    words += ["--max_steps", steps, *COMMON, *ARMS[name], "--regions", *args.regions]
+    words += ["--dataloader_num_workers", args.num_workers, *args.options]
+    options_hash = zlib.crc32(" ".join(map(str, words[2:])).encode())
+    output_dir = args.work / f"{data.parent.name}-{data.name}-{name}-{steps}-{options_hash:08x}"
+    if (output_dir / "all_results.json").exists():
+        return output_dir
+    words += ["--output_dir", output_dir, "--overwrite_output_dir"]
     with open(args.work / f"{data.parent.name}-{name}.log", "a") as log:
         options = {"stdout": log, "stderr": log, "check": True, "env": args.environment}
         subprocess.run(list(map(str, words)), **options)  # nosec B603 # no shell reads them
@@ -93,21 +100,39 @@ def read(output_dir: Path, name: str) -> dict[str, Any]:
     return json.loads((output_dir / name).read_text())
 
 
-def train_arm(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
-    """Train an arm for `args.minutes`."""
-    kind = "paper" if name == "paper" else "head"
+def kind_of(name: str) -> str:
+    return "paper" if name == "paper" else "head"
+
+
+def time_step(args: argparse.Namespace, name: str, folder: Path) -> float:
+    """Return how many seconds a training step of an arm takes."""
     lengths = (args.calibration_steps, 3 * args.calibration_steps)
     few, more = (
-        read(run(args, name, folder / f"{kind}-few", steps), "train_results.json")["train_runtime"]
+        read(run(args, name, folder / f"{kind_of(name)}-few", steps), "train_results.json")["train_runtime"]
         for steps in lengths
     )
     step = (more - few) / (lengths[1] - lengths[0])
+    print(f"{name}: {step:.3f} s a step", file=sys.stderr)
+    return step
+
+
+def train_arm(args: argparse.Namespace, name: str, folder: Path, step: float) -> dict[str, Any]:
+    """Train an arm for as many steps of so many seconds as fit `args.minutes`."""
     steps = max(1, round(args.minutes * 60 / step))
-    print(f"{name}: {step:.3f} s a step, {steps} steps", file=sys.stderr)
-    output_dir = run(args, name, folder / kind, steps)
-    minutes = read(output_dir, "train_results.json")["train_runtime"] / 60
+    output_dir = run(args, name, folder / kind_of(name), steps)
     summary, scores = read(output_dir, "validation_patients.json")["summary"], read(output_dir, "all_results.json")
-    return {"arm": name, "steps": steps, "minutes": minutes, "summary": summary, "scores": scores}
+    return {"arm": name, "step_s": step, "steps": steps, "summary": summary, "scores": scores}
+
+
+def results_of(begun: dict[str, Future], args: argparse.Namespace) -> dict[str, Any]:
+    """Wait for what was begun for each arm; name those that failed, and go on without them."""
+    results = {}
+    for name, future in begun.items():
+        try:
+            results[name] = future.result()
+        except (OSError, subprocess.CalledProcessError) as err:
+            print(f"{name} failed, see its log in {args.work}: {err}", file=sys.stderr)
+    return results
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -133,20 +158,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args.work.mkdir(parents=True, exist_ok=True)
     args.environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     folder = split_rows(args)
-    cases, rows = [], []
     with ThreadPoolExecutor(args.parallel) as pool:
-        begun = {name: pool.submit(train_arm, args, name, folder) for name in args.arms}
-        for name, arm in begun.items():
-            try:
-                cases.append(arm.result())
-            except (OSError, subprocess.CalledProcessError) as err:  # the others go on
-                print(f"{name} failed, see {args.work}/{folder.name}-{name}.log: {err}", file=sys.stderr)
+        step = results_of({name: pool.submit(time_step, args, name, folder) for name in args.arms}, args)
+        print("All steps are timed.", file=sys.stderr)
+        begun = {name: pool.submit(train_arm, args, name, folder, seconds) for name, seconds in step.items()}
+        cases = list(results_of(begun, args).values())
     if not cases:
         raise SystemExit("No arm came to its end.")
+    rows = []
     for case in cases:
         for region, columns in case["summary"].items():
             dice, distance = columns["volume_dice"], columns["hausdorff95_mm"]
-            row = {"arm": case["arm"], "region": region, "steps": case["steps"], "minutes": f"{case['minutes']:.1f}"}
+            row = {"arm": case["arm"], "region": region, "steps": case["steps"], "s/step": f"{case['step_s']:.3f}"}
             row |= {"patients' Dice": f"{dice['mean']:.3f}", "median": f"{dice['median']:.3f}"}
             row |= {"worst": f"{dice['worst']:.3f}", "HD95 (mm)": f"{distance['mean']:.1f}"}
             rows.append(row)

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -65,6 +66,22 @@ def time_in_turn(
             synchronize(device)
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def reset_peak_memory(device: str) -> None:
+    """Forget the peak memory of this process so far; on a CPU this needs Linux."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_gb(device: str) -> float:
+    """Return the peak memory in GB of this process since it was reset."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    (kibibytes,) = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(kibibytes) * 1024 / 1e9
 
 
 def count_flops(model: torch.nn.Module, pixel_values: torch.Tensor) -> int:

@@ -49,6 +49,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="side of the images, or height and width; default: that of the model's image processor",
     )
     parser.add_argument("--dynamic_size", action="store_true", help="take images of every size from 64x64 up")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "float16"),
+        help="type of weights and computation; images and logits are float32 (default: float32)",
+    )
     args = parser.parse_args(argv)
     if args.image_size is not None:
         if len(args.image_size) > 2:
@@ -66,7 +72,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_onnx()
         model, processor = load_checkpoint(args.model)
         difference = export_onnx(
-            model, args.output, processor=processor, image_size=args.image_size, dynamic_size=args.dynamic_size
+            model,
+            args.output,
+            processor=processor,
+            image_size=args.image_size,
+            dynamic_size=args.dynamic_size,
+            dtype=getattr(torch, args.dtype),
         )
     except (ImportError, OnnxExportError, OSError, ValueError) as err:
         sys.exit(f"error: {err}")

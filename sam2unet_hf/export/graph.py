@@ -21,6 +21,18 @@ def crop(tensor: torch.Tensor, dims: tuple[int, int], height: int, width: int) -
     return tensor
 
 
+class FixedSizeLogits(nn.Module):
+    """A model whose output is the logits alone, in float32 whatever type it computes in."""
+
+    def __init__(self, model: Sam2UNetForSemanticSegmentation):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the logits, of the size of the images."""
+        return self.model(pixel_values, return_dict=True).logits.float()
+
+
 class UnpackedLayout:
     """Layout of tokens that stay maps of shape `(batch_size, height, width, channels)`."""
 
@@ -80,7 +92,7 @@ class AnySizeLogits(nn.Module):
         height, width = pixel_values.shape[-2:]
         # Pad always, because the model pads only where it must, which the graph would decide once for all sizes.
         padding = (0, missing_to_multiple(width, STRIDE), 0, missing_to_multiple(height, STRIDE))
-        pixel_values = F.pad(pixel_values, padding)
+        pixel_values = F.pad(pixel_values, padding).to(self.encoder.patch_embed.projection.weight.dtype)
         maps = self.encoder.patch_embed(pixel_values)
         maps = maps + self.encoder.position_embedding(*maps.shape[1:3])
         feature_maps = []
@@ -91,4 +103,4 @@ class AnySizeLogits(nn.Module):
                 feature_maps.append(maps.permute(0, 3, 1, 2))
         (logits,) = self.decode_head(*feature_maps)
         logits = F.interpolate(logits, size=pixel_values.shape[-2:], mode="bilinear")
-        return crop(logits, (2, 3), height, width)
+        return crop(logits, (2, 3), height, width).float()

@@ -15,10 +15,14 @@ from PIL import Image
 from ..image_processing_sam2unet import Sam2UNetImageProcessor
 from ..modeling_sam2unet import MIN_IMAGE_SIZE, Sam2UNetForSemanticSegmentation
 from ..regions_sam2unet import region_levels
-from .graph import AnySizeLogits
+from .graph import AnySizeLogits, FixedSizeLogits
 
 
 MAX_SIZE = 2**31 - 1
+
+# How far logits may be from those in float32, as a part of the largest. In float32 a difference of 1e-4 is always all
+# right, because rounding alone makes 1e-3 of logits of 1e3.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 0.02}
 
 
 class OnnxExportError(RuntimeError):
@@ -34,9 +38,12 @@ def require_onnx() -> None:
         )
 
 
-def float32_copy(model: Sam2UNetForSemanticSegmentation) -> Sam2UNetForSemanticSegmentation:
-    """Return a copy in float32 on the CPU, in eval mode."""
-    return copy.deepcopy(model).float().cpu().eval()
+def copy_on_cpu(
+    model: Sam2UNetForSemanticSegmentation, dtype: torch.dtype = torch.float32
+) -> Sam2UNetForSemanticSegmentation:
+    """Return a copy on the CPU, in eval mode, none of whose weights is trained."""
+    copied: Any = copy.deepcopy(model)
+    return copied.to("cpu", dtype).eval().requires_grad_(False)
 
 
 def largest_window(model: Sam2UNetForSemanticSegmentation) -> int:
@@ -46,14 +53,16 @@ def largest_window(model: Sam2UNetForSemanticSegmentation) -> int:
 
 
 def convert(
-    model: Sam2UNetForSemanticSegmentation, image_size: tuple[int, int], dynamic_size: bool
+    model: Sam2UNetForSemanticSegmentation,
+    image_size: tuple[int, int],
+    dynamic_size: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.onnx.ONNXProgram:
     """Turn a model into an ONNX graph without metadata."""
     import onnxscript.optimizer
 
-    model = float32_copy(model)
-    model.config.return_dict = False
-    module: torch.nn.Module = AnySizeLogits(model) if dynamic_size else model
+    model = copy_on_cpu(model, dtype)
+    module: torch.nn.Module = AnySizeLogits(model) if dynamic_size else FixedSizeLogits(model)
     # Give a largest size, because torch 2.7 compares with infinity without one, and fails.
     shape: dict[int, Any] = {0: torch.export.Dim("batch", max=MAX_SIZE)}
     if dynamic_size:
@@ -94,7 +103,11 @@ def onnx_metadata(
     preparation["size"] = {"height": image_size[0], "width": image_size[1]}
     preparation["resample"] = Image.Resampling(processor.resample).name.lower()
     if processor.head_crop_size is not None:
-        preparation |= {"do_resize": False, "head_crop_size": preparation.pop("size")}
+        scale = processor.head_crop_scale
+        preparation["head_crop_size"] = {side: pixels // scale for side, pixels in preparation["size"].items()}
+        preparation["do_resize"] = scale > 1
+        if scale == 1:
+            del preparation["size"]
     scans = {name: getattr(processor, name) for name in ("modalities", "plane", "neighbours")}
     preparation |= {name: value for name, value in scans.items() if value}
     values = {
@@ -107,7 +120,10 @@ def onnx_metadata(
 
 
 def check_onnx(
-    path: str | os.PathLike, model: Sam2UNetForSemanticSegmentation, shapes: Sequence[tuple[int, int, int]]
+    path: str | os.PathLike,
+    model: Sam2UNetForSemanticSegmentation,
+    shapes: Sequence[tuple[int, int, int]],
+    dtype: torch.dtype = torch.float32,
 ) -> float:
     """Compare a file in onnxruntime with a model, on normally distributed noise.
 
@@ -115,9 +131,11 @@ def check_onnx(
         path: ONNX file, as [`export_onnx`] writes it.
         model: What it must compute. It is compared in float32 on the CPU, in eval mode.
         shapes: Batch size, height and width of each comparison.
+        dtype: What the file computes in.
 
     Returns:
-        The largest absolute difference of a logit: at most 1e-4, or 1e-5 of the largest logit if that is more.
+        The largest absolute difference of a logit: at most 1e-5 of the largest logit, for float16 0.02 of it, or 1e-4
+        if that is more.
 
     Raises:
         ImportError: If onnxruntime is not installed.
@@ -131,7 +149,9 @@ def check_onnx(
     # Log fatal errors only, because the others are raised.
     options.log_severity_level = 4
     remedy = "Export with another torch version, or with a fixed size."
-    model = float32_copy(model)
+    if dtype != torch.float32:
+        remedy = "Export in float32."
+    model = copy_on_cpu(model)
     generator = torch.Generator().manual_seed(0)
     num_channels = model.config.backbone_config.num_channels
     largest, session = 0.0, None
@@ -147,8 +167,7 @@ def check_onnx(
             raise OnnxExportError(f"onnxruntime cannot compute {what}: {str(err).strip()} {remedy}") from err
         same_shape = output.shape == expected.shape
         difference = (torch.from_numpy(output) - expected).abs().max().item() if same_shape else float("inf")
-        # Rounding alone makes 1e-3 of logits of 1e3.
-        allowed = max(1e-4, 1e-5 * expected.abs().max().item())
+        allowed = max(1e-4, TOLERANCES[dtype] * expected.abs().max().item())
         # Ask for what must hold, because a comparison with NaN is false.
         if not difference <= allowed:
             raise OnnxExportError(
@@ -166,6 +185,7 @@ def export_onnx(
     processor: Sam2UNetImageProcessor | None = None,
     image_size: tuple[int, int] | None = None,
     dynamic_size: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> float:
     """Write a model as an ONNX file and check the file in onnxruntime.
 
@@ -177,13 +197,15 @@ def export_onnx(
     map, from the outermost level inward: region -> label id) and `id2label`.
 
     Args:
-        model: Model in any type, on any device, in any mode; it stays as it is. Weights are written as float32.
+        model: Model in any type, on any device, in any mode; it stays as it is.
         output: File to write. Weights over 1.5 GB go into a second file beside it, `{output}.data`. An existing file
             is replaced once the new one has passed the check; one that has not passed is not kept.
         processor: How images are prepared, for the metadata. By default the default processor.
         image_size: Height and width of the images in pixels, from 64 up. By default those of `processor`.
         dynamic_size: Let the file take images of every size from 64x64 up, and only recommend `image_size`. It then
             computes attention on padded windows, as SAM 2 does, and so more than a file for one size.
+        dtype: Type of the weights and of what is computed, `torch.float32` or `torch.float16`. Images and logits are
+            float32 all the same.
 
     Returns:
         As [`check_onnx`], over batches of 1 and 3 images, and with `dynamic_size` four other sizes.
@@ -192,16 +214,22 @@ def export_onnx(
         ImportError: If onnx, onnxruntime or onnxscript is not installed.
         OnnxExportError: If torch cannot export the model, or the file does not compute what the model does.
         OSError: If the file cannot be written.
-        ValueError: If `image_size` is too small, or `processor` has none.
+        ValueError: If `image_size` is too small, or `processor` has none, or `dtype` is another.
     """
     require_onnx()
+    if dtype not in TOLERANCES:
+        raise ValueError(
+            f"`dtype` must be torch.float32 or torch.float16, got {dtype}. onnxruntime has no other convolutions."
+        )
     output = Path(os.path.abspath(output))
     if output.is_dir():
         raise IsADirectoryError(f"`output` must be a file, got the folder {output}. Pass {output / 'model.onnx'}.")
     num_channels = model.config.backbone_config.num_channels
     processor = processor or Sam2UNetImageProcessor(model.config.regions, num_channels=num_channels)
     if image_size is None:
-        size = processor.head_crop_size or dict(processor.size)
+        size = dict(processor.size)
+        if processor.head_crop_size is not None:
+            size = {side: pixels * processor.head_crop_scale for side, pixels in processor.head_crop_size.items()}
         if not {"height", "width"} <= size.keys():
             raise ValueError(
                 f"The image processor's `size` must have a height and a width, got {size}. Pass `image_size`."
@@ -217,7 +245,7 @@ def export_onnx(
         side = largest_window(model)
         # Smallest; no multiples of the stride; no window padded; windows padded on both sides.
         shapes += [(1, MIN_IMAGE_SIZE, MIN_IMAGE_SIZE), (2, 70, 90), (1, side, 2 * side), (1, side + 42, side + 10)]
-    program = convert(model, image_size, dynamic_size)
+    program = convert(model, image_size, dynamic_size, dtype)
     for node in program.model.graph.all_nodes():
         # Remove stack traces, because they hold local paths.
         node.metadata_props.clear()
@@ -227,7 +255,7 @@ def export_onnx(
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as staging:
         program.save(Path(staging, output.name))
         del program
-        difference = check_onnx(Path(staging, output.name), model, shapes)
+        difference = check_onnx(Path(staging, output.name), model, shapes, dtype)
         # Move the graph last, because it may name the file of the weights.
         for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == output.name):
             os.replace(path, output.parent / path.name)

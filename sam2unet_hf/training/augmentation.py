@@ -16,7 +16,7 @@ from .strong_augmentation import strong_transforms
 AUGMENTATIONS = ("flips", "rotation", "scaling", "gamma", "bias_field", "noise", "strong")
 
 
-def augmentation(*names: str, neighbours: int = 0) -> Callable:
+def augmentation(*names: str, neighbours: int = 0, white_level: int | None = None) -> Callable:
     """Return a function that changes an image and its mask at random, for [`SegmentationTransform`].
 
     Args:
@@ -31,6 +31,7 @@ def augmentation(*names: str, neighbours: int = 0) -> Callable:
             - `"strong"`, alone: [`~strong_augmentation.strong_transforms`], what nnU-Net does in 2-D.
 
         neighbours: Channels of `"strong"`, see there.
+        white_level: That of the image processor, for images of more than 8 bits.
 
     Returns:
         A transform of `(image, mask)`: a PIL image or a tensor `(channels, height, width)`, uint8 or of floats in
@@ -62,10 +63,10 @@ def augmentation(*names: str, neighbours: int = 0) -> Callable:
             raise ValueError(
                 f"The augmentation strong must stand alone, because it holds most others, got {', '.join(names)}."
             )
-        return v2.Compose([ToUnitRange(), *strong_transforms(neighbours)])
+        return v2.Compose([ToUnitRange(white_level), *strong_transforms(neighbours)])
     steps: list[Any] = []
     if set(names) - {"flips"}:
-        steps.append(ToUnitRange())
+        steps.append(ToUnitRange(white_level))
     if "flips" in names:
         steps += [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]
     if "rotation" in names or "scaling" in names:
@@ -88,9 +89,17 @@ def is_plain_tensor(item: Any) -> bool:
 
 
 class ToUnitRange(v2.Transform):
-    """Turn an image into float32 of shape `(channels, height, width)` in [0, 1], as the image processor scales."""
+    """Turn an image into float32 of shape `(channels, height, width)` in [0, 1], as the image processor scales.
+
+    Args:
+        white_level: That of the image processor.
+    """
 
     _transformed_types = (Image.Image, tv_tensors.Image, is_plain_tensor)
+
+    def __init__(self, white_level: int | None = None):
+        super().__init__()
+        self.white_level = white_level
 
     def transform(self, inpt: Image.Image | torch.Tensor, params: dict[str, Any]) -> tv_tensors.Image:
         """Convert an image."""
@@ -98,7 +107,7 @@ class ToUnitRange(v2.Transform):
             # 16-bit and float images lose their range in `convert("RGB")`.
             grey = inpt.mode == "L" or inpt.mode.startswith(("I", "F"))
             inpt = to_channels_first(np.array(inpt if grey else inpt.convert("RGB")), "channels_last")
-        return tv_tensors.Image(to_byte_range(inpt).float() / 255)
+        return tv_tensors.Image(to_byte_range(inpt, self.white_level).float() / 255)
 
 
 class RandomGamma(v2.Transform):

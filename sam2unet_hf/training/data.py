@@ -123,10 +123,9 @@ class SegmentationTransform:
         if not self.label_mapping:
             return label_map
         # Looked up in the original ids, so that {1: 2, 2: 1} swaps.
-        mapped = label_map.clone()
-        for label_id, new_id in self.label_mapping.items():
-            mapped[label_map == label_id] = new_id
-        return mapped
+        ids, new_ids = map(torch.tensor, zip(*sorted(self.label_mapping.items()), strict=True))
+        places = torch.searchsorted(ids, label_map).clamp(max=len(ids) - 1)
+        return torch.where(ids[places] == label_map, new_ids[places], label_map)
 
 
 def cut(image: Any, window: Sequence[int]) -> Any:

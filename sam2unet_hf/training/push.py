@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import json
 import logging
 import shutil
@@ -19,7 +20,7 @@ from ..model_card import TRAINING_INFO
 from ..weights_sam2unet import is_local_source
 from .data import transform_of
 from .metrics import SegmentationMetrics
-from .run_record import hyperparameters, scores_by_split
+from .run_record import all_show_foreground, hyperparameters, scores_by_split
 
 
 logger = logging.getLogger(__name__)
@@ -169,6 +170,7 @@ class HubTrainer(Trainer):
             "results": scores_by_split(self.args, self.state, self.final_scores, names),
             "zero_division": getattr(metrics, "zero_division", None),
             "share_predictions": card.get("share_predictions", False),
+            "all_show_foreground": self.all_show_foreground,
         }
         folder = Path(cast("str", self.args.output_dir))
         (folder / TRAINING_INFO).write_text(json.dumps(info, indent=2) + "\n")
@@ -176,6 +178,11 @@ class HubTrainer(Trainer):
             write_model_card(folder, getattr(self, "hub_model_id", None))
         except FileExistsError as err:
             logger.warning("The model card is left as it is: %s", err)
+
+    @functools.cached_property
+    def all_show_foreground(self) -> bool | None:
+        """Whether each of the training images shows a region; `None` if they do not tell."""
+        return all_show_foreground(self.train_dataset, self.accelerator.unwrap_model(self.model).config.regions)
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return what repeats this training: rows for the model card."""

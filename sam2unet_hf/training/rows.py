@@ -1,6 +1,7 @@
 """Images made of columns of a data set: modalities as channels, each with its neighbouring slices."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -289,12 +290,13 @@ def join_boxes(boxes: Iterable[Sequence[int]]) -> list[int]:
     return [min(x_min), min(y_min), max(x_max), max(y_max)]
 
 
-def choose_head_crop_size(head_boxes: Iterable[Sequence[int]]) -> dict[str, int]:
-    """Return the smallest window, in multiples of 32 pixels from 64 on, that holds each of some heads.
+def choose_head_crop_size(head_boxes: Iterable[Sequence[int]], head_crop_scale: int = 1) -> dict[str, int]:
+    """Return the smallest window that holds each of some heads, in multiples of 32 pixels from 64 on when enlarged.
 
     Args:
         head_boxes: Half-open boxes `[x_min, y_min, x_max, y_max]` in pixels, such as `rows.head_boxes()` of the
             training rows of [`ImageRows`].
+        head_crop_scale: How many times the image processor will enlarge the window.
 
     Returns:
         `{"height": ..., "width": ...}` for `head_crop_size` of the image processor.
@@ -308,6 +310,8 @@ def choose_head_crop_size(head_boxes: Iterable[Sequence[int]]) -> dict[str, int]
 
         >>> choose_head_crop_size([[40, 30, 180, 210], [50, 20, 186, 190]])
         {'height': 192, 'width': 160}
+        >>> choose_head_crop_size([[40, 30, 180, 210], [50, 20, 186, 190]], head_crop_scale=2)
+        {'height': 192, 'width': 144}
 
         ```
     """
@@ -316,8 +320,10 @@ def choose_head_crop_size(head_boxes: Iterable[Sequence[int]]) -> dict[str, int]
     if not len(boxes) or (sides <= 0).any():
         wrong = boxes[(sides <= 0).any(axis=1)].tolist()
         raise ValueError(f"`head_boxes` must hold boxes with pixels in them, got {wrong[0] if wrong else 'none'}.")
-    width, height = np.maximum(-(-sides.max(axis=0) // WINDOW_STEP), 2).tolist()
-    return {"height": height * WINDOW_STEP, "width": width * WINDOW_STEP}
+    step = WINDOW_STEP // math.gcd(WINDOW_STEP, head_crop_scale)
+    least = -(-2 * WINDOW_STEP // (head_crop_scale * step))
+    width, height = np.maximum(-(-sides.max(axis=0) // step), least).tolist()
+    return {"height": height * step, "width": width * step}
 
 
 def size_of(image: Any) -> tuple[int, int]:

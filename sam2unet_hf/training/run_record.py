@@ -1,7 +1,7 @@
 """What a model card tells of a run: its hyperparameters and scores."""
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,10 @@ from torchvision.transforms import v2
 from transformers import TrainerState, TrainingArguments
 
 from ..configuration_sam2unet import Sam2UNetConfig
+from ..model_card import counted
+from .data import SegmentationTransform, transform_of
+from .rows import ImageRows
+from .streaming import ParquetRows
 
 
 _FIELDS = TrainingArguments.__dataclass_fields__
@@ -71,7 +75,7 @@ def hyperparameters(
     bce = "boundary-weighted" if config.weight_bce else "plain"
     iou = "IoU over the batch" if config.iou_over_batch else "IoU"
     rows["loss"] = f"{iou} and {bce} BCE, outputs weighted {weights}"
-    rows["trained for"] = f"{state.epoch:g} epochs, {state.global_step} steps"
+    rows["trained for"] = f"{counted(state.epoch or 0, 'epoch')}, {counted(state.global_step, 'step')}"
     if runtimes := [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]:
         rows["training time"] = f"{runtimes[-1] / 60:.1f} min"
     if args.load_best_model_at_end and state.best_global_step:
@@ -82,6 +86,24 @@ def hyperparameters(
     rows["hardware"] = device if args.world_size == 1 else f"{args.world_size} x {device}"
     rows["software"] = f"torch {torch.__version__}, transformers {transformers.__version__}"
     return rows
+
+
+def all_show_foreground(rows: Any, regions: Mapping[str, Sequence[int]]) -> bool | None:
+    """Whether each of the training images shows a region, so that no model could learn where there is none.
+
+    The column `wt_pixels` tells it, or else the masks, which are read up to the first that is empty. `None` where
+    neither does: of streamed images, and of rows that are no [`~rows.ImageRows`].
+    """
+    if "wt_pixels" in (getattr(rows, "column_names", None) or ()):
+        rows = rows.with_format(None) if hasattr(rows, "with_format") else rows
+        return all(rows["wt_pixels"][:])
+    transform = transform_of(rows)
+    if not isinstance(rows, ImageRows) or isinstance(rows.rows, ParquetRows) or rows.mask_column is None:
+        return None
+    if not isinstance(transform, SegmentationTransform):
+        return None
+    ids = torch.tensor([label_id for label_ids in regions.values() for label_id in label_ids])
+    return all(torch.isin(transform.to_label_ids(rows.mask(index)), ids).any() for index in range(len(rows)))
 
 
 def scores_by_split(

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..model_card import counted
 from ..modeling_sam2unet import Sam2UNetForSemanticSegmentation
 from .averaging import AVERAGE, WeightAverage, check_averaging
 from .batch_norm import batch_norm_loader, estimate_batch_norm
@@ -37,6 +38,7 @@ from .sampling import ForegroundShare
 UNUSABLE_ARGUMENTS = {
     "remove_unused_columns": "it drops the images",
     "prediction_loss_only": "there would be no scores",
+    "use_liger_kernel": "it has kernels for language models alone",
     "dataloader_persistent_workers": "transformers would score one data set by the images of another, and workers "
     "that outlive an epoch do not hear of the next one",
 }
@@ -121,13 +123,14 @@ def leave_out_encoder(model: Sam2UNetForSemanticSegmentation, may_be_local: bool
     model.trainable_only = True
 
 
-def notes_for_card(ema_decay: float, batch_norm_images: int, sync_batch_norm: bool) -> dict[str, str]:
+def notes_for_card(ema_decay: float, batch_norm_images: int, sync_batch_norm: bool, rows: Any) -> dict[str, str]:
     """Return what the model card says of these options."""
     notes = {}
     if ema_decay:
         notes["weights"] = f"exponential moving average over the steps, decay {ema_decay:g}"
     if batch_norm_images:
-        notes["batch norm"] = f"statistics estimated anew on {batch_norm_images} training images"
+        count = min(batch_norm_images, len(rows)) if isinstance(rows, Sized) else batch_norm_images
+        notes["batch norm"] = f"statistics estimated anew on {counted(count, 'training image')}"
     if sync_batch_norm:
         notes["batch norm over"] = "all processes"
     return notes
@@ -202,7 +205,7 @@ class Sam2UNetTrainer(LoaderTrainer):
         self.add_callback(ResumeCallback(self.losses))
         if self.average:
             self.add_callback(self.average)
-        self.notes |= notes_for_card(ema_decay, batch_norm_images, self.sync_batch_norm)
+        self.notes |= notes_for_card(ema_decay, batch_norm_images, self.sync_batch_norm, self.train_dataset)
         if self.foreground is not None:
             self.notes["slices with foreground"] = f"{self.foreground.reached_share:.0%} of each epoch"
 
