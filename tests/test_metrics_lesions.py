@@ -10,7 +10,7 @@ from common import FIXTURES
 from lesion_volumes import NUM_VOLUMES, REGIONS, SMALLEST_MM3, checksum, make_volumes
 from scipy import ndimage
 
-from sam2unet_hf.metrics import score_lesions
+from sam2unet_hf.metrics import LesionDice, LesionReport, score_lesions
 from sam2unet_hf.metrics.lesion_functional import (
     LESION_METRICS,
     PAIR_METRICS,
@@ -54,9 +54,8 @@ def score_as_official(prediction, reference, spacing_mm):
     found |= {"f1": averages["lesion_f1"], "dsc": dice(count_voxels(prediction, reference))}
     found |= {"hd95": whole["hausdorff95_pooled_mm"], "nsd": whole["nsd_0.5mm"]}
     for ours, theirs in (("dice", "dsc"), ("hausdorff95_pooled_mm", "hd95"), ("nsd_1mm", "nsd")):
-        if (
-            theirs == "nsd" and turned_mm.min() != 1
-        ):  # the official code takes the shortest side of a voxel for tolerance
+        # The official code takes the shortest side of a voxel for tolerance.
+        if theirs == "nsd" and turned_mm.min() != 1:
             shares = [pair[f"nsd_{turned_mm.min():g}mm"] for pair in lesions.pairs]
             found["matched_nsd"] = sum(shares) / max(len(shares), 1)
             continue
@@ -172,12 +171,20 @@ def test_lesions_without_partner_count_for_one_mean_and_not_for_the_other():
 
 def test_small_lesions_of_the_reference_may_be_left_out():
     volumes = [1, 1, 0, 1, 0, 0], [1, 1, 0, 0, 0, 1]
-    assert score_row(*volumes, min_lesion_mm3=2)["lesion_dice"] == 1 / 2  # but not the spurious one
+    assert score_row(*volumes, min_lesion_mm3=np.int64(2))["lesion_dice"] == 1 / 2  # but not the spurious one
     assert score_row(*volumes, min_lesion_mm3=2)["lesion_f1"] == score_row(*volumes)["lesion_f1"] == 1 / 2
     assert score_row(*volumes)["lesion_dice"] == 1 / 3
     assert score_row(*volumes, min_lesion_mm3=2, spacing=(1, 1, 0.5))["lesion_dice"] == 0
     assert score_row([1, 0], [1, 0], min_lesion_mm3=2)["lesion_dice"] == 1
     assert score_row([0, 0], [1, 0], min_lesion_mm3=2)["lesion_hausdorff95_pooled_mm"] == 0
+
+
+def test_modules_take_the_smallest_lesion_as_an_option():
+    pair = {"predictions": [row(1, 1, 0, 1, 0, 0)], "references": [row(1, 1, 0, 0, 0, 1)]}
+    options = {"regions": {"lesion": [1]}, "min_lesion_mm3": 2}
+    for module in (LesionDice, LesionReport):
+        assert module(**options).compute(**pair)["lesion_dice"] == 1 / 2
+        assert module().compute(**pair, **options)["lesion_dice"] == 1 / 2
 
 
 def test_voxels_that_touch_at_a_corner_are_one_lesion():
@@ -260,6 +267,7 @@ def test_thousands_of_specks_take_little_time_and_memory():
         ({"metrics": ["volume_dice"]}, r"`metrics` must be among hausdorff95_pooled_mm, .*, got volume_dice"),
         ({"min_lesion_mm3": -1}, r"`min_lesion_mm3` must be a volume >= 0 in mm3, got -1\. Pass 27 for"),
         ({"min_lesion_mm3": math.nan}, r"`min_lesion_mm3` must be a volume >= 0 in mm3, got nan"),
+        ({"min_lesion_mm3": math.inf}, r"`min_lesion_mm3` must be a volume >= 0 in mm3, got inf"),
         ({"min_lesion_mm3": "27"}, r"`min_lesion_mm3` must be a volume >= 0 in mm3, got '27'"),
         ({"spacing": (1, 1)}, r"`spacing` must be three lengths above 0.*got \(1, 1\)"),
         ({"one_empty_mm": -1}, r"`one_empty_mm` must be a length >= 0 in mm, got -1"),

@@ -1,27 +1,11 @@
-"""Metrics by which BraTS judges since 2023: lesion by lesion, and by the share of the surface that was hit.
+"""Metrics of the lesions and surfaces of one patient's regions, equal to those of BraTS 2026.
 
 [`score_lesions`] computes any of them for all regions. Lesions are the connected components of a region, whose voxels
 touch at least at a corner. Those of prediction and reference that have voxels in common are paired one to one, so that
-the sum of their Dice coefficients is largest. So does BraTS 2026, whose code is `brats-evaluation` 0.0.10 on
-`panoptica` 2.1.7, and whose distances and shares of the surface these are. How the years differ:
-
-- 2023: the lesions of the reference were those of its dilation, by 3 voxels (meningioma and metastases: 1), each
-  compared with all lesions of the prediction that touch it. Those of up to 50 voxels (metastases: 2) did not count;
-  each other missed lesion, and each spurious one, counted as Dice 0 and 374 mm.
-  https://synapse.org/Synapse:syn51156910/discussion/threadId=10357
-  https://github.com/rachitsaluja/BraTS-2023-Metrics
-- 2024: the normalised surface distance at 0.5 and 1 mm was added. For gliomas the lesions of the prediction were those
-  of its dilation too, those of up to 20 voxels (enhancing tumour: 10) did not count, and 374 mm became 337 mm.
-  https://github.com/rachitsaluja/BraTS-2024-Metrics/blob/9e8879a9201b9b6f2e069eb07e2acb6d4dee34b6/metrics_GLI.py
-- 2023 and 2024: the 95 % Hausdorff distance was the larger of both directions, weighted by the area of surface
-  elements.
-- 2025: panoptica. For metastases Dice counted as 1 and the distance as 0 without any lesion, as 0 and 374 mm without
-  any pair.
-  https://github.com/Sage-Bionetworks-Challenges/brats-infra/blob/f244ff2a02f8841bb1c1274af5d2e571c8e4a976/evaluation/gandlf/score_panoptica.py
-- 2026: panoptica, whose 95 % Hausdorff distance pools both directions. Means are over pairs alone, which here is
-  `matched_lesion_...`; but for metastases each missed lesion of at least 27 mm3, and each spurious one, counts as Dice
-  0 and 373 mm, which here is `lesion_...` with `min_lesion_mm3=27`.
-  https://github.com/Sage-Bionetworks-Challenges/brats-infra/blob/0973e92b3cb38cfc238785f1aaa2934f59b05c9b/evaluation/segmentation/score.py
+the sum of their Dice coefficients is largest. So does the code of BraTS 2026, `brats-evaluation` 0.0.10 on `panoptica`
+2.1.7. Its means are over pairs alone, which here is `matched_lesion_...`; but for metastases lesions without partner
+count too, and those of the reference below 27 mm3 do not, which here is `lesion_...` with `min_lesion_mm3=27`:
+https://github.com/Sage-Bionetworks-Challenges/brats-infra/blob/0973e92b3cb38cfc238785f1aaa2934f59b05c9b/evaluation/segmentation/score.py
 """
 
 import math
@@ -177,7 +161,8 @@ def score_lesions(
         spacing: Size of a voxel in mm along the three axes of the volumes.
         one_empty_mm: Distance where there is no pair of lesions, and of a lesion without partner. The default is the
             diagonal of BraTS' volumes, 373.13 mm, as in `score_volume`; BraTS 2026 takes 373.
-        min_lesion_mm3: Lesions of the reference that are smaller do not count for `lesion_...`, but for `lesion_f1`.
+        min_lesion_mm3: Lesions of the reference below this volume are left out of the means `lesion_...`; they count
+            for `lesion_f1` and `matched_lesion_...`.
 
     Returns:
         Region name -> metric -> value. Where no lesion counts, shares are 1 and distances 0; where lesions count but
@@ -189,7 +174,8 @@ def score_lesions(
     if unknown := sorted(set(metrics) - set(LESION_METRICS)):
         raise ValueError(f"`metrics` must be among {', '.join(LESION_METRICS)}, got {', '.join(unknown)}.")
     spacing_mm, one_empty_mm = to_spacing(spacing), to_length(one_empty_mm)
-    if isinstance(min_lesion_mm3, bool) or not isinstance(min_lesion_mm3, (int, float)) or not min_lesion_mm3 >= 0:
+    is_number = isinstance(min_lesion_mm3, (int, float, np.number)) and not isinstance(min_lesion_mm3, bool)
+    if not is_number or not 0 <= min_lesion_mm3 < math.inf:
         raise ValueError(
             f"`min_lesion_mm3` must be a volume >= 0 in mm3, got {min_lesion_mm3!r}. Pass 27 for metastases in BraTS "
             "2026, and 0 to count all lesions."
@@ -214,7 +200,7 @@ def average_lesions(lesions: Lesions, one_empty_mm: float, min_lesion_mm3: float
     counted = [volume >= min_lesion_mm3 for volume in lesions.pairs_mm3]
     num_lone_counted = sum(volume >= min_lesion_mm3 for volume in lesions.missed_mm3) + lesions.spurious
     for metric in PAIR_METRICS:
-        best, worst = (0.0, one_empty_mm) if metric.endswith("95_pooled_mm") else (1.0, 0.0)
+        best, worst = (0.0, one_empty_mm) if metric.endswith("_mm") else (1.0, 0.0)
         values = [pair[metric] for pair in lesions.pairs]
         without = worst if num_lone else best
         averages[f"matched_lesion_{metric}"] = math.fsum(values) / len(values) if values else without

@@ -1,13 +1,13 @@
-"""Metrics of BraTS 2023 to 2026 of tumour regions in volumes: of lesions and of surfaces, as an `evaluate` module."""
+"""Metrics of BraTS 2026 of tumour regions in volumes: of lesions and of surfaces, as an `evaluate` module."""
 
 from .lesion_functional import LESION_METRICS, score_lesions
 from .streaming_metric import MetricFacts
 from .volume_functional import score_volume
-from .volume_metric import BRATS_CITATION, LESION_DETAILS, NSD_DETAILS, POOLED_DETAILS, VolumeMetric
+from .volume_metric import LESION_DETAILS, NSD_DETAILS, PANOPTICA_CITATION, POOLED_DETAILS, VolumeMetric
 
 
 class LesionReport(VolumeMetric):
-    """Metrics of BraTS 2023 to 2026 of tumour regions in volumes: of lesions and of surfaces."""
+    """Metrics of BraTS 2026 of tumour regions in volumes: of lesions and of surfaces."""
 
     score_function = staticmethod(score_lesions)
     metrics = LESION_METRICS
@@ -35,5 +35,5 @@ class LesionReport(VolumeMetric):
             >>> scores["lesion_nsd_1mm_per_patient"]["ET"], scores["lesion_f1_per_patient"]["ET"]
             ([0.5, 0.875], [0.6666666666666666, 1.0])
         """,
-        citation=BRATS_CITATION,
+        citation=PANOPTICA_CITATION,
     )

@@ -74,10 +74,10 @@ LESION_DETAILS = """
     reference that have voxels in common are paired one to one, so that the sum of their Dice coefficients is largest;
     `lesion_f1` is twice the number of pairs by that of all lesions of both. `lesion_...` are means over all lesions,
     of which a missed or spurious one counts as the worst value; `matched_lesion_...` are means over the pairs alone,
-    which say little without `lesion_f1`. They are equal to what `brats-evaluation` 0.0.10, the code of BraTS 2026,
-    calls `lesionwise_..._mean`: `matched_lesion_...`, or for metastases `lesion_...` with `min_lesion_mm3=27`. BraTS
-    2023 and 2024 counted missed and spurious lesions too, but joined lesions by dilation and left small ones out, so
-    their values differ.
+    which say little without `lesion_f1`. The latter are equal to what `brats-evaluation` 0.0.10, the code of BraTS
+    2026, calls `lesionwise_..._mean`; for metastases that is `lesion_...` with `min_lesion_mm3=27, one_empty_mm=373`.
+    BraTS 2023 and 2024 counted missed and spurious lesions too, but joined lesions by dilation and left small ones
+    out, so their values differ.
 """
 _VOLUME = ListFeature(ListFeature(ListFeature(Value("int64"))))
 _MISSING = object()
@@ -138,8 +138,8 @@ class VolumeMetric(StreamingMetric):
         "one_empty_mm": "Distance where just one of prediction and reference is empty. The default is the diagonal of "
         "BraTS' volumes, 373.13 mm, as in results on BraTS until 2021; pass 374 for BraTS 2023, 373 for BraTS 2026. "
         "Metrics of lesions take it for a lesion without partner.",
-        "min_lesion_mm3": "Lesions of the reference that are smaller do not count for `lesion_...` but for "
-        "`lesion_f1`. 0 by default.",
+        "min_lesion_mm3": "Lesions of the reference below this volume are left out of the means `lesion_...`; they "
+        "count for `lesion_f1` and `matched_lesion_...`. 0 by default.",
     }
     # `evaluate` reads the names from them; no volume goes through Arrow.
     input_features = Features(predictions=_VOLUME, references=_VOLUME)
