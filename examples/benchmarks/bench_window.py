@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from bench_model import training_step
-from timing import make_parser, peak_memory_gb, report, reset_peak_memory, time_in_turn
+from timing import DTYPES, make_parser, peak_memory_gb, report, reset_peak_memory, time_in_turn
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
 from sam2unet_hf.cases_sam2unet import find_cases
@@ -54,18 +54,20 @@ def build(
 
 
 def step(args: argparse.Namespace, name: str) -> Callable[[], None]:
-    """Return a function that trains one step."""
+    """Return a function that trains one step, under autocast if it is not in float32."""
     model, _, size = build(args, name)
-    return training_step(model, torch.randn(args.batch_size, 3, *size, device=args.device), None)
+    autocast = None if args.dtype == "float32" else DTYPES[args.dtype]
+    return training_step(model, torch.randn(args.batch_size, 3, *size, device=args.device), autocast)
 
 
 def volume(args: argparse.Namespace, name: str, folder: str) -> Callable[[], None]:
     """Return a function that segments the scan from file to file."""
     model, processor, _ = build(args, name)
-    segment = Sam2UNetVolumePipeline(model, processor, [args.modality])
+    segment = Sam2UNetVolumePipeline(model.to(DTYPES[args.dtype]), processor, [args.modality])
 
     def run() -> None:
-        segment(args.case, progress=False).save(Path(folder, f"{name}.nii.gz"))
+        found = segment(args.case, batch_size=args.volume_batch_size, progress=False)
+        found.save(Path(folder, f"{name}.nii.gz"))
 
     return run
 
@@ -85,6 +87,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--modality", default="flair")
     parser.add_argument("--preset", default="tiny", choices=list(PRESETS))
     parser.add_argument("--batch_size", type=int, default=8, help="of a training step")
+    parser.add_argument("--volume_batch_size", type=int, default=8, help="slices of a volume at once")
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of volumes; training is autocast")
     parser.add_argument("--image_size", type=int, default=352, help="that slices are resized to")
     parser.add_argument(
         "--memory", action="store_true", help="measure the peak memory too; on a CPU under Linux alone"

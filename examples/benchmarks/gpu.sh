@@ -1,48 +1,70 @@
 #!/usr/bin/env bash
-# The figures that need a GPU, the most important first, each part with a time limit of its own; ten minutes in all.
+# The figures that need a GPU, each part with a time limit of its own.
 #
-# bash examples/benchmarks/gpu.sh OUTPUT_DIR [BRATS_DIR]          on a machine with a CUDA device
-# bash examples/benchmarks/gpu.sh --quick OUTPUT_DIR [BRATS_DIR]  anywhere, at small size, to try the script
+# bash examples/benchmarks/gpu.sh OUTPUT_DIR BRATS_DIR            on a machine with a CUDA device: all parts, 19 minutes
+# bash examples/benchmarks/gpu.sh OUTPUT_DIR BRATS_DIR accuracy   one or some of tests, volumes, training, forward, accuracy
+# bash examples/benchmarks/gpu.sh --quick OUTPUT_DIR BRATS_DIR    anywhere, at small size, to try the script
 #
-# Each part writes JSON, and a table beside it, into the output folder. Without BRATS_DIR accuracy is left out.
+# Each part writes JSON, and a table beside it, into the output folder; models and logs stay in OUTPUT_DIR/runs, or in
+# $WORK_DIR. The runs of `accuracy` train side by side on one card.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 
 quick=false
 if [ "${1:-}" = --quick ]; then quick=true; shift; fi
-output_dir=${1:?"usage: gpu.sh [--quick] OUTPUT_DIR [BRATS_DIR]"}
-brats_dir=${2:-}
-mkdir -p "$output_dir"
+output_dir=${1:?"usage: gpu.sh [--quick] OUTPUT_DIR BRATS_DIR [PART ...]"}
+brats_dir=${2:?"usage: gpu.sh [--quick] OUTPUT_DIR BRATS_DIR [PART ...]"}
+shift 2
+parts=" ${*:-tests volumes training forward accuracy} "
+work_dir=${WORK_DIR:-$output_dir/runs}
+mkdir -p "$output_dir" "$work_dir"
 export HF_HUB_OFFLINE=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 part() {
-    # Run a command with a limit in seconds, show the end of its output, and go on whatever became of it.
-    local name=$1 limit=$2 start=$SECONDS
-    shift 2
+    # Run a command with a limit in seconds if its part was asked for, show the end of its output, and go on whatever
+    # became of it.
+    local part=$1 name=$2 limit=$3 start=$SECONDS
+    shift 3
+    [[ "$parts" == *" $part "* ]] || return 0
     timeout "$limit" "$@" > "$output_dir/$name.log" 2>&1
     local status=$?
     tail -n 25 "$output_dir/$name.log"
     echo "== $name: exit status $status after $((SECONDS - start)) s of $limit s"
 }
 
+first_case=$(find -L "$brats_dir" -mindepth 1 -maxdepth 1 -type d | sort | head -n 1)
 if $quick; then
     model=(--presets tiny --image_size 64 --batch_sizes 2 --rounds 1 --device cpu)
-    accuracy=(--minutes 0.1 --calibration_steps 2 --parallel 2 --arms crop batch_iou --num_workers 0)
-    options=() compile=()  # compiling takes minutes on a CPU
+    volumes=(--image_size 64 --batch_size 1 --rounds 1) presets=(tiny)
+    recipes=(--minutes 0.05 --calibration_steps 1 --parallel 2 --num_workers 0 --batch_size 4)
+    arms=(crop batch_iou) options=(--use_cpu true --batch_norm_images 2) compile=() large=tiny  # compiling takes minutes on a CPU
 else
     model=(--presets large --batch_sizes 64 --rounds 3 --profile)
-    accuracy=(--minutes 4 --calibration_steps 60 --parallel 8 --num_workers 2 --num_proc 16)
-    accuracy+=(--arms tumour crop empty neighbours average augmentation batch_iou large)
-    compile=(--compile)
-    options=(--options --bf16 true --per_device_train_batch_size 16 --learning_rate 1e-3)
+    volumes=(--batch_size 16 --volume_batch_size 32 --rounds 5 --dtype bfloat16) presets=(tiny large)
+    recipes=(--minutes 6 --calibration_steps 10 --parallel 8 --num_workers 2 --num_proc 8 --batch_size 16)
+    arms=(tumour crop empty neighbours average augmentation batch_iou)
+    options=(--bf16 true) compile=(--compile) large=large
 fi
 
-part tests 80 python3 -m pytest -q -n 0 -o addopts= -m gpu tests/test_gpu.py
-part training 60 python3 examples/benchmarks/bench_model.py "${model[@]}" --modes training --dtypes bfloat16 \
+part tests tests 80 python3 -m pytest -q -n 0 -o addopts= -m gpu tests/test_gpu.py
+for preset in "${presets[@]}"; do
+    part volumes "volumes-$preset" 60 python3 examples/benchmarks/bench_window.py "${volumes[@]}" --preset "$preset" \
+        --case "$first_case" --output "$output_dir/volumes-$preset.json"
+done
+part training training 60 python3 examples/benchmarks/bench_model.py "${model[@]}" --modes training --dtypes bfloat16 \
     --output "$output_dir/training.json"
-part forward 90 python3 examples/benchmarks/bench_model.py "${model[@]}" --modes forward --dtypes bfloat16 "${compile[@]}" \
-    --output "$output_dir/forward.json"
-if [ -n "$brats_dir" ]; then
-    part accuracy 450 python3 examples/benchmarks/bench_recipes.py --brats_dir "$brats_dir" "${accuracy[@]}" \
-        --work "$output_dir/runs" --output "$output_dir/accuracy.json" "${options[@]}"
-fi
+part forward forward 90 python3 examples/benchmarks/bench_model.py "${model[@]}" --modes forward --dtypes bfloat16 \
+    "${compile[@]}" --output "$output_dir/forward.json"
+
+recipe() {
+    # Train arms of a preset, with options behind them, and write what came out under a name.
+    local name=$1
+    shift
+    part accuracy "$name" 570 python3 examples/benchmarks/bench_recipes.py --brats_dir "$brats_dir" "${recipes[@]}" \
+        --work "$work_dir/$name" --output "$output_dir/$name.json" "$@" &
+}
+recipe ingredients --preset "$large" --arms "${arms[@]}" --options "${options[@]}"
+recipe large --test --preset "$large" --arms volume --options "${options[@]}"
+recipe tiny --test --preset tiny --arms volume --options "${options[@]}"
+recipe paper --test --preset "$large" --arms paper --options "${options[@]}"
+wait
