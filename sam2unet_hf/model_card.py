@@ -39,6 +39,16 @@ PATIENT_TABLES = {
 }
 # A card lists the patients of a larger table no more one by one.
 MAX_LISTED_PATIENTS = 100
+# Columns of the card's table of single patients. With all of them it would be wider than a page, so the others are
+# only in the summary above it.
+LISTED_COLUMNS = (
+    "volume_dice",
+    "hausdorff95_mm",
+    "reference_ml",
+    "predicted_ml",
+    "reference_pixels",
+    "predicted_pixels",
+)
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
@@ -138,7 +148,7 @@ def patient_section(path: Path, source: str) -> dict[str, Any]:
     table.rows = json.loads(path.read_text(encoding="utf-8"))["patients"]
 
     def cell(column: str, value: float | None) -> str:
-        digits = 3 if column == "volume_dice" else 0 if column.endswith("_pixels") else 1
+        digits = 0 if column.endswith("_pixels") else 1 if column.endswith(("_mm", "_ml")) else 3
         return "" if value is None else f"{value:.{digits}f}"
 
     summary = [
@@ -147,7 +157,7 @@ def patient_section(path: Path, source: str) -> dict[str, Any]:
         for column, values in columns.items()
     ]
     numbers = {patient: number for number, patient in enumerate(table.dice, start=1)}
-    columns = [name for name in COLUMN_TITLES if name in table.rows[0]]
+    columns = [name for name in LISTED_COLUMNS if name in table.rows[0]]
     rows = [
         [str(numbers[row["patient"]]), row["region"], *(cell(column, row[column]) for column in columns)]
         for row in sorted(table.rows, key=lambda row: numbers[row["patient"]])
@@ -156,6 +166,7 @@ def patient_section(path: Path, source: str) -> dict[str, Any]:
         "source": source,
         "count": counted(len(numbers), "patient"),
         "summary": summary,
+        "has_lesions": "lesion_dice" in table.rows[0],
         "titles": [COLUMN_TITLES[column] for column in columns],
         "rows": rows if len(numbers) <= MAX_LISTED_PATIENTS else [],
     }

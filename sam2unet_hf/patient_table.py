@@ -12,20 +12,31 @@ from typing import Any
 
 import numpy as np
 
-from .metrics.volume_functional import score_volume, to_regions
+from .metrics.lesion_functional import LESION_METRICS, score_lesions
+from .metrics.volume_functional import VOLUME_METRICS, score_volume, to_region_masks
 
 
+# What there is to know of how well the regions of a patient were found.
+PATIENT_METRICS = (*VOLUME_METRICS, *LESION_METRICS)
 # Columns of the table, of which a table has those that its scores have, and how a reader calls them.
 COLUMN_TITLES = {
     "volume_dice": "Dice",
     "hausdorff95_mm": "95 % Hausdorff distance (mm)",
+    "hausdorff95_pooled_mm": "95 % Hausdorff distance, pooled (mm)",
+    "nsd_0.5mm": "NSD at 0.5 mm",
+    "nsd_1mm": "NSD at 1 mm",
+    "lesion_f1": "F1 of lesions",
+    "lesion_dice": "lesion-wise Dice",
+    "lesion_hausdorff95_pooled_mm": "lesion-wise 95 % Hausdorff distance, pooled (mm)",
+    "lesion_nsd_0.5mm": "lesion-wise NSD at 0.5 mm",
+    "lesion_nsd_1mm": "lesion-wise NSD at 1 mm",
     "reference_ml": "reference (ml)",
     "predicted_ml": "predicted (ml)",
     "reference_pixels": "reference (pixels)",
     "predicted_pixels": "predicted (pixels)",
 }
-# Which value is the worst of those columns that are averaged.
-WORST = {"volume_dice": min, "hausdorff95_mm": max}
+# Which value is the worst of those columns that are averaged: the largest distance, the smallest of all others.
+WORST = {name: max if name.endswith("_mm") else min for name in COLUMN_TITLES if name in PATIENT_METRICS}
 
 
 def score_patient(
@@ -40,16 +51,20 @@ def score_patient(
         spacing_mm: Size of a voxel along the three axes.
 
     Returns:
-        Region name -> what [`~metrics.score_volume`] returns, and `reference_ml` and `predicted_ml`.
+        Region name -> what [`~metrics.score_volume`] and [`~metrics.score_lesions`] return, and `reference_ml` and
+        `predicted_ml`.
 
     Raises:
         ValueError: If a value or the shapes are wrong.
     """
     scores = score_volume(prediction, reference, regions=regions, spacing=spacing_mm)
+    lesions = score_lesions(prediction, reference, regions=regions, spacing=spacing_mm)
     voxel_ml = math.prod(spacing_mm) / 1000
-    for region, label_ids in to_regions(regions).items():
-        for name, volume in (("reference_ml", reference), ("predicted_ml", prediction)):
-            scores[region][name] = int(np.count_nonzero(np.isin(volume, label_ids))) * voxel_ml
+    masks, _ = to_region_masks(prediction, reference, regions)
+    for region, (predicted, expected) in masks.items():
+        scores[region] |= lesions[region]
+        for name, mask in (("reference_ml", expected), ("predicted_ml", predicted)):
+            scores[region][name] = int(np.count_nonzero(mask)) * voxel_ml
     return scores
 
 
@@ -122,4 +137,4 @@ class PatientTable:
         return [Path(folder, file) for file in files]
 
 
-__all__ = ["COLUMN_TITLES", "PatientTable", "score_patient"]
+__all__ = ["COLUMN_TITLES", "PATIENT_METRICS", "PatientTable", "score_patient"]

@@ -17,9 +17,8 @@ import torch
 
 from .cases_sam2unet import BratsCase, find_cases
 from .labels_sam2unet import NUMBERINGS
-from .metrics.volume_functional import VOLUME_METRICS
 from .patient_checks import describe_known_patients, describe_other_modalities, read_splits, why_implausible
-from .patient_table import PatientTable, score_patient
+from .patient_table import PATIENT_METRICS, PatientTable, score_patient
 from .scans_sam2unet import MODALITIES, PLANES, ScanError, Volume, check_same_grid, to_grey
 from .volume_sam2unet import Sam2UNetVolumePipeline, VolumeSegmentation, check_enhancing_label
 
@@ -189,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
                 scores = score_patient(label_map, reference.voxels, found.regions, found.scan.spacing_mm)
                 table.add(name, scores)
                 for region, own in scores.items():
-                    line[region] = {metric: own[metric] for metric in VOLUME_METRICS}
+                    line[region] = {metric: own[metric] for metric in PATIENT_METRICS}
         except ScanError as err:  # keep the segmentation
             logger.error("Not scored: %s", err)
             failed += 1

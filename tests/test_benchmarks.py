@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path[:0] = [str(EXAMPLES / "benchmarks"), str(EXAMPLES)]
 import bench_data  # noqa: E402 - the scripts are no package
 import bench_flops  # noqa: E402
+import bench_lesions  # noqa: E402
 import bench_loss_curves  # noqa: E402
 import bench_model  # noqa: E402
 import bench_recipes  # noqa: E402
@@ -221,3 +222,18 @@ def test_the_arm_of_a_recipe_trains_with_its_values(recipe):
     for name, value in RECIPES[recipe].items():
         if name != "per_device_eval_batch_size":
             assert getattr(arm[name], "value", arm[name]) == value, name
+
+
+def test_lesion_benchmark_scores_volumes_with_lesions_that_match_and_lesions_that_do_not(tmp_path, capsys):
+    output = tmp_path / "out.json"
+    results = bench_lesions.main(
+        ["--cases", "2", "--rounds", "1", "--shape", "90", "80", "70", "--output", str(output)]
+    )
+    assert json.loads(output.read_text()) == results == json.loads(capsys.readouterr().out)
+    for kind in ("clock", "processor"):
+        assert results[kind].keys() == {"mean", "largest"}
+        assert 0 < results[kind]["mean"] <= results[kind]["largest"] < 60
+    assert all(found["pairs"] >= 1 and found["spurious"] >= 1 for found in results["whole_tumour"])
+    with pytest.raises(SystemExit):
+        bench_lesions.main(["--cases", "1", "--official", "brats-evaluate"])
+    assert "--cases must be at least 2 for --official" in capsys.readouterr().err

@@ -42,7 +42,19 @@ KEYS = CURVE_KEYS | {
     "weighted_f_beta": {"weighted_f_beta"},
 }
 # Tested in test_metrics_volume.py.
-VOLUME_MODULES = {"hausdorff_95", "sensitivity", "specificity", "volume_dice", "volume_report"}
+VOLUME_MODULES = {
+    "hausdorff_95",
+    "hausdorff_95_pooled",
+    "lesion_dice",
+    "lesion_hausdorff_95",
+    "lesion_report",
+    "lesion_surface_distance",
+    "normalized_surface_distance",
+    "sensitivity",
+    "specificity",
+    "volume_dice",
+    "volume_report",
+}
 KEYS["segmentation_report"] = set().union(*KEYS.values())
 
 
@@ -61,6 +73,7 @@ def test_every_module_is_here():
         "__init__",
         "__main__",
         "functional",
+        "lesion_functional",
         "segmentation_metric",
         "space",
         "streaming_metric",

@@ -1,4 +1,4 @@
-"""The metrics of volumes against MONAI and by hand, and their `evaluate` modules."""
+"""The metrics of volumes against MONAI and by hand, and the `evaluate` modules of these and of lesions."""
 
 import doctest
 import math
@@ -22,6 +22,7 @@ from scipy import ndimage
 
 from sam2unet_hf import metrics
 from sam2unet_hf.cases_sam2unet import find_cases
+from sam2unet_hf.metrics.lesion_functional import LESION_METRICS
 from sam2unet_hf.metrics.space import render_metric_card
 from sam2unet_hf.metrics.volume_functional import (
     ONE_EMPTY_MM,
@@ -39,6 +40,12 @@ BRATS_DIR = Path(os.environ.get("BRATS_DIR", Path(__file__).parents[2] / "shared
 FOLDER = Path(metrics.__file__).parent
 MODULES = {
     "hausdorff_95": metrics.Hausdorff95,
+    "hausdorff_95_pooled": metrics.Hausdorff95Pooled,
+    "lesion_dice": metrics.LesionDice,
+    "lesion_hausdorff_95": metrics.LesionHausdorff95,
+    "lesion_report": metrics.LesionReport,
+    "lesion_surface_distance": metrics.LesionSurfaceDistance,
+    "normalized_surface_distance": metrics.NormalizedSurfaceDistance,
     "sensitivity": metrics.Sensitivity,
     "specificity": metrics.Specificity,
     "volume_dice": metrics.VolumeDice,
@@ -46,6 +53,17 @@ MODULES = {
 }
 METRICS = {
     "hausdorff_95": ("hausdorff95_mm",),
+    "hausdorff_95_pooled": ("hausdorff95_pooled_mm",),
+    "lesion_dice": ("lesion_dice", "matched_lesion_dice", "lesion_f1"),
+    "lesion_hausdorff_95": ("lesion_hausdorff95_pooled_mm", "matched_lesion_hausdorff95_pooled_mm"),
+    "lesion_report": LESION_METRICS,
+    "lesion_surface_distance": (
+        "lesion_nsd_1mm",
+        "lesion_nsd_0.5mm",
+        "matched_lesion_nsd_1mm",
+        "matched_lesion_nsd_0.5mm",
+    ),
+    "normalized_surface_distance": ("nsd_1mm", "nsd_0.5mm"),
     "sensitivity": ("sensitivity",),
     "specificity": ("specificity",),
     "volume_dice": ("volume_dice",),
@@ -401,8 +419,11 @@ def test_all_modules_load_outside_the_checkout_without_network(tmp_path):
     # A folder per module, as a Space has it.
     for name in MODULES:
         (tmp_path / name).mkdir()
-        for file in (f"{name}.py", "streaming_metric.py", "volume_functional.py", "volume_metric.py"):
-            shutil.copy(FOLDER / file, tmp_path / name)
+        shared = ("lesion_functional", "streaming_metric", "volume_functional", "volume_metric")
+        if "lesion_functional" not in (FOLDER / f"{name}.py").read_text():
+            shared = shared[1:]
+        for file in (name, *shared):
+            shutil.copy(FOLDER / f"{file}.py", tmp_path / name)
     code = f"""
 import socket, sys
 def refuse(*args, **kwargs):
@@ -467,11 +488,12 @@ def test_values_are_those_of_each_patient_and_their_means(patients):
     assert result["hausdorff95_mm_per_patient"]["WT"][1] == ONE_EMPTY_MM
 
 
-def test_modules_for_one_metric_agree_with_the_report(patients):
+def test_modules_for_one_metric_agree_with_the_reports(patients):
     predictions, references = patients
     report = metrics.VolumeReport().compute(predictions=predictions, references=references)
+    report |= metrics.LesionReport().compute(predictions=predictions, references=references)
     parts = {}
-    for name in MODULES.keys() - {"volume_report"}:
+    for name in MODULES.keys() - {"lesion_report", "volume_report"}:
         parts |= MODULES[name]().compute(predictions=predictions, references=references)
     assert parts == report
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import forks
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -28,7 +29,7 @@ from sam2unet_hf.model_card import (
     render_model_card,
     write_model_card,
 )
-from sam2unet_hf.patient_table import PatientTable
+from sam2unet_hf.patient_table import COLUMN_TITLES, WORST, PatientTable, score_patient
 from sam2unet_hf.training import ImageRows, Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform
 from sam2unet_hf.training.augmentation import augmentation
 
@@ -162,6 +163,28 @@ def test_the_table_of_patients_names_none(folder):
     text = render_model_card(folder)
     assert "### Patients of the second cohort\n\n101 patients" in text
     assert "reference (pixels)" not in text
+    assert not re.search(r"\n{3,}", text)
+
+
+def test_the_card_has_all_metrics_in_the_summary_and_few_of_each_patient(folder):
+    add_run(folder)
+    table = PatientTable()
+    masks = np.zeros((2, 5, 5, 5), np.uint8)
+    masks[:, 1:4, 1:4, 1:4], masks[1, 1, 1, 1] = 3, 0
+    table.add("Patient Poe", score_patient(*masks, {"ET": [3]}, (1, 1, 1)))
+    table.write(folder, "validation_patients")
+    text = render_model_card(folder)
+    section = text[text.index("### Patients of the validation split") : text.index("</details>")]
+    summary, note, listed = re.split(r"(?=\nNSD, the normalised surface distance, is)|(?=<details>)", section)
+    assert summary.startswith("### Patients of the validation split\n\n1 patient, each scored as a whole:\n")
+    assert "counts as 0, or as a distance of 373.1 mm." in note
+    titles = [title for name, title in COLUMN_TITLES.items() if name in WORST]
+    assert re.findall(r"^\| ET \| (.+?) \|", summary, re.MULTILINE) == titles
+    assert "| ET | Dice | 0.981 |  | 0.981 | 0.981 |\n" in summary
+    assert "| ET | NSD at 1 mm | 1.000 |  | 1.000 | 1.000 |\n" in summary
+    assert "| ET | lesion-wise 95 % Hausdorff distance, pooled (mm) | 0.0 |" in summary
+    assert "| patient | region | Dice | 95 % Hausdorff distance (mm) | reference (ml) | predicted (ml) |\n" in listed
+    assert "\n| 1 | ET | 0.981 | 0.0 | 0.0 | 0.0 |\n" in listed
     assert not re.search(r"\n{3,}", text)
 
 

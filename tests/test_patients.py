@@ -12,14 +12,14 @@ from PIL import Image as PILImage
 from test_training import make_trainer
 from transformers import EvalPrediction
 
-from sam2unet_hf.metrics import score_volume
+from sam2unet_hf.metrics import score_lesions, score_volume
 from sam2unet_hf.patient_checks import (
     describe_known_patients,
     describe_other_modalities,
     read_splits,
     why_implausible,
 )
-from sam2unet_hf.patient_table import PatientTable, score_patient
+from sam2unet_hf.patient_table import COLUMN_TITLES, PATIENT_METRICS, PatientTable, score_patient
 from sam2unet_hf.training import SegmentationMetrics
 from sam2unet_hf.training.evaluation import losses_of_images
 from sam2unet_hf.training.patients import PatientRows, add_up, find_patients, score_sums
@@ -225,6 +225,27 @@ def test_volumes_of_a_patient_are_measured_in_millilitres():
     assert scores["WT"]["volume_dice"] == 12 / 18
     assert scores["WT"]["hausdorff95_mm"] == 2
     assert scores["ET"]["volume_dice"] == 0
+
+
+def test_the_table_has_the_lesions_of_a_patient(tmp_path):
+    prediction, reference = np.zeros((2, 9, 9, 9), np.uint8)
+    reference[1:5, 1:4, 1:4] = reference[8, 8, 8] = 3
+    prediction[1:5, 1:4, 1:3] = prediction[8, 0, 0] = 3
+    scores = score_patient(prediction, reference, BRATS_REGIONS, (1, 1, 1))
+    assert scores["ET"] | score_lesions(prediction, reference)["ET"] == scores["ET"]
+    assert scores["ET"] | score_volume(prediction, reference)["ET"] == scores["ET"]
+    table = PatientTable()
+    table.add("a", scores)
+    table.add("b", score_patient(reference, reference, BRATS_REGIONS, (1, 1, 1)))
+    (row, *_), summary = table.rows, table.summary()["WT"]
+    assert row.keys() == {"patient", "region", *COLUMN_TITLES} - {"reference_pixels", "predicted_pixels"}
+    assert (row["lesion_f1"], row["lesion_dice"]) == pytest.approx((0.5, 0.8 / 3))
+    assert 0 < row["nsd_0.5mm"] < row["nsd_1mm"] < 1
+    assert summary.keys() == row.keys() & set(PATIENT_METRICS)
+    assert summary["lesion_dice"]["worst"] == row["lesion_dice"]
+    assert summary["lesion_hausdorff95_pooled_mm"]["worst"] == row["lesion_hausdorff95_pooled_mm"] > 200
+    table.write(tmp_path)
+    assert json.loads((tmp_path / "patients.json").read_text())["patients"] == table.rows
 
 
 # What is suspicious

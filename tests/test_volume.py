@@ -20,7 +20,7 @@ from dataset_scripts.brats_slices import BratsSlices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.cases_sam2unet import find_cases
-from sam2unet_hf.metrics import VolumeReport
+from sam2unet_hf.metrics import LesionReport, VolumeReport
 from sam2unet_hf.scans_sam2unet import ScanError, take_slice, to_grey, write_nifti
 from sam2unet_hf.training import SegmentationTransform
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, main
@@ -260,13 +260,14 @@ def test_command_scores_against_the_reference(cohort, segment, tmp_path, capsys)
     options = ["-o", str(tmp_path / "out"), "--device", "cpu", "--score", "--modalities", *THREE]
     main([str(tmp_path / "model"), str(case.folder), *options])
     line = json.loads(capsys.readouterr().out)
-    metric = VolumeReport()
     mask = case.read_mask()
     predicted = nib.load(line["segmentation"]).get_fdata().astype(np.uint8)
     predicted[predicted == 4] = 3  # ET in BraTS until 2021, whose name the case has
-    metric.add(prediction=mask.from_file_grid(predicted), reference=mask.voxels, spacing=mask.spacing_mm)
-    expected = metric.compute()
+    pair = {"predictions": [mask.from_file_grid(predicted)], "references": [mask.voxels]}
+    expected = VolumeReport(spacing=mask.spacing_mm).compute(**pair)
+    expected |= LesionReport(spacing=mask.spacing_mm).compute(**pair)
     assert 0 < expected["volume_dice_WT"] < 1
+    assert {"volume_dice", "nsd_1mm", "lesion_dice", "matched_lesion_dice"} <= line["WT"].keys()
     for region in ("WT", "TC", "ET"):
         for measure, value in line[region].items():
             assert value == pytest.approx(expected[f"{measure}_{region}"])
@@ -274,7 +275,8 @@ def test_command_scores_against_the_reference(cohort, segment, tmp_path, capsys)
     assert [(row["patient"], row["region"]) for row in table["patients"]] == [(case.case_id, name) for name in REGIONS]
     for row in table["patients"]:
         assert row["volume_dice"] == pytest.approx(expected[f"volume_dice_{row['region']}"], abs=1e-12)
-        assert row["hausdorff95_mm"] == pytest.approx(expected[f"hausdorff95_mm_{row['region']}"])
+        for column in ("hausdorff95_mm", "lesion_dice", "lesion_hausdorff95_pooled_mm", "nsd_0.5mm", "lesion_nsd_1mm"):
+            assert row[column] == pytest.approx(expected[f"{column}_{row['region']}"])
         assert row["predicted_ml"] == pytest.approx(line["volumes_ml"][row["region"]], abs=1e-3)
     assert (tmp_path / "out" / "patients.csv").read_text().count("\n") == 4
     for file in (tmp_path / "out").glob("patients.*"):

@@ -1,7 +1,7 @@
 """The seven metrics of the SAM2-UNet papers, and those of BraTS for volumes, as `evaluate` modules over NumPy.
 
-`evaluate.load("<folder>/dice.py")` loads a module by path, `Dice()` does the same without copying it; `score` and
-`score_volume` compute them for one image and one volume, and `space` writes a module as a Space.
+`evaluate.load("<folder>/dice.py")` loads a module by path, `Dice()` does the same without copying it; `score` computes
+them for one image, `score_volume` and `score_lesions` for one volume, and `space` writes a module as a Space.
 """
 
 from .dice import Dice
@@ -9,8 +9,15 @@ from .e_measure import EMeasure
 from .f_beta import FBeta
 from .functional import score
 from .hausdorff_95 import Hausdorff95
+from .hausdorff_95_pooled import Hausdorff95Pooled
 from .iou import Iou
+from .lesion_dice import LesionDice
+from .lesion_functional import score_lesions
+from .lesion_hausdorff_95 import LesionHausdorff95
+from .lesion_report import LesionReport
+from .lesion_surface_distance import LesionSurfaceDistance
 from .mae import Mae
+from .normalized_surface_distance import NormalizedSurfaceDistance
 from .s_measure import SMeasure
 from .segmentation_metric import Accumulator
 from .segmentation_report import SegmentationReport
@@ -28,8 +35,14 @@ __all__ = [
     "EMeasure",
     "FBeta",
     "Hausdorff95",
+    "Hausdorff95Pooled",
     "Iou",
+    "LesionDice",
+    "LesionHausdorff95",
+    "LesionReport",
+    "LesionSurfaceDistance",
     "Mae",
+    "NormalizedSurfaceDistance",
     "SMeasure",
     "SegmentationReport",
     "Sensitivity",
@@ -38,5 +51,6 @@ __all__ = [
     "VolumeReport",
     "WeightedFBeta",
     "score",
+    "score_lesions",
     "score_volume",
 ]

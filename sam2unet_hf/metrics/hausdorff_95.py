@@ -22,7 +22,7 @@ class Hausdorff95(VolumeMetric):
         details=DISTANCE_DETAILS,
         special_cases={
             "Reference and prediction both empty": "0.",
-            "One of them empty": "`one_empty_mm`, 373.13 by default. BraTS takes 374 from 2023 on.",
+            "One of them empty": "`one_empty_mm`, 373.13 by default. BraTS 2023 takes 374, BraTS 2026 373.",
             "Region at the border of the volume": "its voxels there are surface.",
             "One voxel": "it is its own surface.",
             "Flat volumes of one slice": "each voxel is surface, since erosion leaves none.",

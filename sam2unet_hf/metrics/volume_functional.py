@@ -4,12 +4,12 @@
 those of BraTS: right if the prediction is empty too, as wrong as can be if it is not.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import ndimage
 from scipy.spatial import cKDTree
 
 
@@ -18,6 +18,8 @@ VOLUME_METRICS = ("volume_dice", "sensitivity", "specificity", "hausdorff95_mm")
 BRATS_REGIONS: Mapping[str, Sequence[int]] = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
 # The diagonal of BraTS' volumes of 240x240x155 voxels of 1 mm, 373.13 mm.
 ONE_EMPTY_MM = math.hypot(240, 240, 155)
+# How many voxels around a surface voxel are searched first for the nearest of the other surface.
+NEAR = 2
 
 
 class VoxelCounts(NamedTuple):
@@ -64,7 +66,7 @@ def to_mask(volume: Any, name: str) -> np.ndarray:
 
 def count_voxels(prediction: Any, reference: Any) -> VoxelCounts:
     """Count the voxels of two masks of shape `(x, y, z)`, boolean, or of 0 and 1."""
-    masks = _pair(prediction, reference)
+    masks = to_masks(prediction, reference)
     true_positive, predicted, expected = map(np.count_nonzero, (masks[0] & masks[1], *masks))
     return VoxelCounts(int(true_positive), int(predicted), int(expected), masks[0].size)
 
@@ -102,15 +104,11 @@ def hausdorff_distance_95(
 
     Source: Huttenlocher et al., IEEE TPAMI 15(9), 1993, doi 10.1109/34.232073, section 2 (percentiles: section 3).
     """
-    masks, spacing_mm, one_empty_mm = _pair(prediction, reference), to_spacing(spacing), to_length(one_empty_mm)
-    points = [_surface_points(mask, spacing_mm) for mask in masks]
-    if not all(map(len, points)):
-        return one_empty_mm if any(map(len, points)) else 0.0
-    # A tree of the surface voxels is several times faster than a distance transform of the box around both masks. It
-    # is built and queried faster if neither balanced nor compact, since the points of a grid are full of ties.
-    trees = [cKDTree(own, balanced_tree=False, compact_nodes=False) for own in points]
-    distances = [tree.query(own)[0] for tree, own in zip(reversed(trees), points, strict=True)]
-    return max(float(np.percentile(own, 95)) for own in distances)
+    masks, spacing_mm, one_empty_mm = to_masks(prediction, reference), to_spacing(spacing), to_length(one_empty_mm)
+    filled = [mask.any() for mask in masks]
+    if not all(filled):
+        return one_empty_mm if any(filled) else 0.0
+    return max(float(np.percentile(own, 95)) for own in surface_distances(*masks, spacing_mm))
 
 
 def score_volume(
@@ -133,7 +131,7 @@ def score_volume(
             which any other id than 0 to 3 is an error.
         spacing: Size of a voxel in mm along the three axes of the volumes.
         one_empty_mm: Distance where just one of prediction and reference is empty. The default is the diagonal of
-            BraTS' volumes, 373.13 mm, as in results on BraTS until 2021; its code takes 374 from 2023 on.
+            BraTS' volumes, 373.13 mm, as in results on BraTS until 2021; its code takes 374 in 2023, and 373 in 2026.
 
     Returns:
         Region name -> metric -> value.
@@ -143,8 +141,26 @@ def score_volume(
     """
     if unknown := sorted(set(metrics) - set(VOLUME_METRICS)):
         raise ValueError(f"`metrics` must be among {', '.join(VOLUME_METRICS)}, got {', '.join(unknown)}.")
-    label_ids = to_regions(regions)
     lengths = to_spacing(spacing), to_length(one_empty_mm)
+    pairs, total = to_region_masks(prediction, reference, regions)
+    scores = {}
+    for name, pair in pairs.items():
+        counts = count_voxels(*pair)._replace(total=total)
+        values = {"volume_dice": dice(counts), "sensitivity": sensitivity(counts), "specificity": specificity(counts)}
+        if "hausdorff95_mm" in metrics:
+            values["hausdorff95_mm"] = hausdorff_distance_95(*pair, *lengths)
+        scores[name] = {metric: values[metric] for metric in metrics}
+    return scores
+
+
+def to_region_masks(
+    prediction: Any, reference: Any, regions: Mapping[str, Sequence[int]] | None
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], int]:
+    """Return region name -> masks of prediction and reference in the box around the tumour, and all voxels' number.
+
+    The box holds all regions, and what lies outside it is background.
+    """
+    label_ids = to_regions(regions)
     volumes = {"prediction": to_label_map(prediction, "prediction"), "reference": to_label_map(reference, "reference")}
     for name, volume in volumes.items():
         if volume.dtype == bool and any(ids != [1] for ids in label_ids.values()):
@@ -159,19 +175,14 @@ def score_volume(
             )
     predicted, expected = volumes.values()
     _check_shapes(predicted, expected)
-    # Compute in the box around the tumour, which holds all regions; voxels outside it enter as a number.
-    total, box = predicted.size, _bounding_box((predicted != 0) | (expected != 0))
-    predicted, expected = (volume[box].astype(np.int64) for volume in (predicted, expected))
-
-    scores = {}
-    for name, ids in label_ids.items():
-        pair = np.isin(predicted, ids), np.isin(expected, ids)
-        counts = count_voxels(*pair)._replace(total=total)
-        values = {"volume_dice": dice(counts), "sensitivity": sensitivity(counts), "specificity": specificity(counts)}
-        if "hausdorff95_mm" in metrics:
-            values["hausdorff95_mm"] = hausdorff_distance_95(*pair, *lengths)
-        scores[name] = {metric: values[metric] for metric in metrics}
-    return scores
+    box = bounding_box(predicted != 0, expected != 0)
+    crops = [np.ascontiguousarray(volume[box]) for volume in (predicted, expected)]
+    # To compare with each of a few ids is ten times faster than `np.isin`.
+    masks = {
+        name: tuple(functools.reduce(np.logical_or, [crop == label_id for label_id in ids]) for crop in crops)
+        for name, ids in label_ids.items()
+    }
+    return masks, predicted.size
 
 
 def to_regions(regions: Any) -> dict[str, list[int]]:
@@ -201,15 +212,68 @@ def to_length(value: Any) -> float:
     """Check the distance where one mask is empty."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value < math.inf:
         raise ValueError(
-            f"`one_empty_mm` must be a length >= 0 in mm, got {value!r}. Pass 374 for BraTS from 2023 on."
+            f"`one_empty_mm` must be a length >= 0 in mm, got {value!r}. Pass 374 for BraTS 2023, 373 for BraTS 2026."
         )
     return float(value)
 
 
-def _pair(prediction: Any, reference: Any) -> tuple[np.ndarray, np.ndarray]:
+def to_masks(prediction: Any, reference: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Turn two volumes of booleans, or of 0 and 1, into boolean masks of one shape."""
     masks = to_mask(prediction, "prediction"), to_mask(reference, "reference")
     _check_shapes(*masks)
     return masks
+
+
+def surface_distances(
+    prediction: np.ndarray, reference: np.ndarray, spacing_mm: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return how far each surface voxel of a mask is from the nearest surface voxel of the other, in mm.
+
+    Args:
+        prediction: Boolean mask that is not empty.
+        reference: Another of the same shape.
+        spacing_mm: Size of a voxel, an array of shape `(3,)`.
+
+    Returns:
+        The distances of the prediction's surface voxels, and those of the reference's.
+    """
+    box = bounding_box(prediction, reference)
+    surfaces = [np.pad(_surface(mask[box]), NEAR) for mask in (prediction, reference)]
+    places = [np.flatnonzero(surface) for surface in surfaces]
+    return _nearest(places[0], surfaces[1], spacing_mm), _nearest(places[1], surfaces[0], spacing_mm)
+
+
+def _nearest(places: np.ndarray, surface: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
+    """Return the distances in mm of voxels at flat places of the volume to the nearest voxel of a surface."""
+    # Most have one near by, which is found several times faster by looking around them than in a tree: at each step
+    # from the shortest on, up to those that a voxel outside the window may undercut.
+    steps = np.stack(np.meshgrid(*[np.arange(-NEAR, NEAR + 1)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+    lengths_mm = np.sqrt(((steps * spacing_mm) ** 2).sum(axis=1))
+    order = np.argsort(lengths_mm)
+    order = order[lengths_mm[order] < (NEAR + 1) * spacing_mm.min()]
+    flat_steps = steps @ (np.array(surface.strides) // surface.itemsize)
+    flat, distances, left = surface.ravel(), np.empty(len(places)), np.arange(len(places))
+    for index in order:
+        found = flat[places + flat_steps[index]]
+        distances[left[found]] = lengths_mm[index]
+        left, places = left[~found], places[~found]
+        if not left.size:
+            break
+    else:
+        # A tree is built and queried faster if neither balanced nor compact, since points on a grid are full of ties.
+        tree = cKDTree(np.argwhere(surface) * spacing_mm, balanced_tree=False, compact_nodes=False)
+        distances[left] = tree.query(np.stack(np.unravel_index(places, surface.shape), axis=1) * spacing_mm)[0]
+    return distances
+
+
+def _surface(mask: np.ndarray) -> np.ndarray:
+    """Return the mask's voxels that have a face in common with a voxel outside it, or with the border of the array."""
+    inner = np.pad(mask, 1)
+    core = inner[1:-1, 1:-1, 1:-1].copy()
+    for axis in range(3):
+        for shifted in (slice(None, -2), slice(2, None)):
+            core &= inner[tuple(shifted if other == axis else slice(1, -1) for other in range(3))]
+    return mask & ~core
 
 
 def _check_shapes(prediction: np.ndarray, reference: np.ndarray) -> None:
@@ -224,19 +288,20 @@ def _ratio(numerator: int, denominator: int) -> float:
     return numerator / denominator if denominator else 1.0
 
 
-def _surface_points(mask: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
-    """Return the centres of the surface voxels in mm, of shape `(voxels, 3)`."""
-    box = _bounding_box(mask)
-    inner = mask[box]
-    # Erosion takes what lies outside the box for empty: it is, or it is outside the volume.
-    surface = inner & ~ndimage.binary_erosion(inner)
-    return (np.argwhere(surface) + [side.start for side in box]) * spacing_mm
-
-
-def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """Return the smallest box that holds the mask; of an empty mask, its first voxel."""
-    places = [np.flatnonzero(np.any(mask, axis=across)) for across in ((1, 2), (0, 2), (0, 1))]
-    return tuple(slice(int(at[0]), int(at[-1]) + 1) if at.size else slice(0, 1) for at in places)
+def bounding_box(*masks: np.ndarray) -> tuple[slice, ...]:
+    """Return the smallest box that holds the masks; of empty masks, their first voxel."""
+    boxes = []
+    for mask in masks:
+        box = [slice(None)] * mask.ndim
+        # Search last along the axis along which memory is contiguous, and each time only in what the others left.
+        for axis in np.argsort(mask.strides)[::-1]:
+            at = np.flatnonzero(mask[tuple(box)].any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+            box[axis] = slice(int(at[0]), int(at[-1]) + 1) if at.size else slice(0, 0)
+        if box[0].stop:
+            boxes.append(box)
+    if not boxes:
+        return (slice(0, 1),) * masks[0].ndim
+    return tuple(slice(min(s.start for s in sides), max(s.stop for s in sides)) for sides in zip(*boxes, strict=True))
 
 
 __all__ = ["BRATS_REGIONS", "VOLUME_METRICS", "score_volume"]

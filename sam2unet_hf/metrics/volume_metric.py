@@ -30,9 +30,54 @@ DISTANCE_DETAILS = """
     take the distance in mm between its centre and that of the nearest surface voxel of the other mask; of these the
     95th percentile, interpolated linearly; and of both directions the larger. That is
     `compute_hausdorff_distance(percentile=95)` of [MONAI](https://github.com/Project-MONAI/MONAI). BraTS' own code
-    from 2023 on weights distances by the area of surface elements, as
+    of 2023 and 2024 weights distances by the area of surface elements, as
     [`surface-distance`](https://github.com/google-deepmind/surface-distance) does; here each voxel counts the same,
-    so values are near those of the challenge, not equal to them.
+    so values are near those of the challenge, not equal to them. That of BraTS 2026 pools both directions, which is
+    `hausdorff95_pooled_mm`.
+"""
+PANOPTICA_CITATION = """
+    @article{kofler2023panoptica,
+        author = {Kofler, Florian and M{\\"o}ller, Hendrik and Buchner, Josef A. and others},
+        title = {Panoptica -- instance-wise evaluation of {3D} semantic and instance segmentation maps},
+        journal = {arXiv preprint arXiv:2312.02608},
+        year = {2023},
+        doi = {10.48550/arXiv.2312.02608}
+    }
+"""
+NSD_CITATION = """
+    @article{nikolov2021clinically,
+        author = {Nikolov, Stanislav and Blackwell, Sam and Zverovitch, Alexei and others},
+        title = {Clinically Applicable Segmentation of Head and Neck Anatomy for Radiotherapy: Deep Learning Algorithm
+            Development and Validation Study},
+        journal = {Journal of Medical Internet Research},
+        volume = {23},
+        number = {7},
+        pages = {e26151},
+        year = {2021},
+        doi = {10.2196/26151}
+    }
+"""
+POOLED_DETAILS = """
+    The distances of the surface voxels of either mask to the nearest one of the other are pooled, and their 95th
+    percentile is taken, as in BraTS 2026; `hausdorff95_mm` takes the percentile of each direction and the larger of
+    the two. BraTS took the larger in 2023 and 2024, weighted by area.
+"""
+NSD_DETAILS = """
+    The share of the surface voxels of a mask whose centre lies within 0.5 or 1 mm of that of one of the other mask's,
+    as the mean of both masks. At 0.5 mm, with voxels of 1 mm, it is the share of voxels that both surfaces have in
+    common. Each voxel counts the same, as in BraTS from 2024 on;
+    [`surface-distance`](https://github.com/google-deepmind/surface-distance) weights them by area. BraTS 2026 scores
+    whole regions at half a voxel and lesions at the shortest side of a voxel: 0.5 and 1 mm for its volumes.
+"""
+LESION_DETAILS = """
+    Lesions are the connected components of a region, whose voxels touch at least at a corner. Those of prediction and
+    reference that have voxels in common are paired one to one, so that the sum of their Dice coefficients is largest;
+    `lesion_f1` is twice the number of pairs by that of all lesions of both. `lesion_...` are means over all lesions,
+    of which a missed or spurious one counts as the worst value; `matched_lesion_...` are means over the pairs alone,
+    which say little without `lesion_f1`. The latter are equal to what `brats-evaluation` 0.0.10, the code of BraTS
+    2026, calls `lesionwise_..._mean`; for metastases that is `lesion_...` with `min_lesion_mm3=27, one_empty_mm=373`.
+    BraTS 2023 and 2024 counted missed and spurious lesions too, but joined lesions by dilation and left small ones
+    out, so their values differ.
 """
 _VOLUME = ListFeature(ListFeature(ListFeature(Value("int64"))))
 _MISSING = object()
@@ -91,7 +136,10 @@ class VolumeMetric(StreamingMetric):
         "spacing": "Size of a voxel in mm along the three axes of the volumes: three numbers for all patients, or "
         "three per patient. 1 mm by default, as in BraTS.",
         "one_empty_mm": "Distance where just one of prediction and reference is empty. The default is the diagonal of "
-        "BraTS' volumes, 373.13 mm, as in results on BraTS until 2021; pass 374 for BraTS from 2023 on.",
+        "BraTS' volumes, 373.13 mm, as in results on BraTS until 2021; pass 374 for BraTS 2023, 373 for BraTS 2026. "
+        "Metrics of lesions take it for a lesion without partner.",
+        "min_lesion_mm3": "Lesions of the reference below this volume are left out of the means `lesion_...`; they "
+        "count for `lesion_f1` and `matched_lesion_...`. 0 by default.",
     }
     # `evaluate` reads the names from them; no volume goes through Arrow.
     input_features = Features(predictions=_VOLUME, references=_VOLUME)
