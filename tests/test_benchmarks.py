@@ -205,7 +205,7 @@ def parse_arm(name):
 def test_each_arm_adds_its_ingredient_to_the_one_before():
     arms = list(map(parse_arm, bench_recipes.ALL))
     added = [
-        {"head_crop_size", "per_device_train_batch_size"},
+        {"head_crop_size"},
         {"foreground_share"},
         {"neighbours"},
         {"ema_decay"},

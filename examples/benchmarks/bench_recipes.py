@@ -6,7 +6,8 @@ python examples/benchmarks/bench_recipes.py --brats_dir BraTS2020_TrainingData -
 
 Each arm is a run of `run_segmentation.py` in its own process, which trains as many steps as fit the minutes by the
 time that some steps take. That is measured first, for all arms, with as many side by side as train later, so that the
-machine must be quiet only then. Steps and finished arms are kept in `--work`: the same command goes on after a stop.
+machine must be quiet only then; arms that share a GPU wait for each other, and take a given number of `--steps`
+better. Steps and finished arms are kept in `--work`: the same command goes on after a stop.
 The arms `paper` and `volume` are the recipes of these names. Validation patients are taken from those who would be
 trained on, so that there are more of them; with `--test` each arm trains on the training patients of the split and is
 scored on its test patients, once.
@@ -116,10 +117,10 @@ def time_step(args: argparse.Namespace, name: str, folder: Path) -> float:
     return step
 
 
-def train_arm(args: argparse.Namespace, name: str, folder: Path, step: float) -> dict[str, Any]:
-    """Train an arm for as many steps of so many seconds as fit `args.minutes`."""
-    steps = max(1, round(args.minutes * 60 / step))
+def train_arm(args: argparse.Namespace, name: str, folder: Path, steps: int) -> dict[str, Any]:
+    """Train an arm, and score its patients."""
     output_dir = run(args, name, folder / kind_of(name), steps)
+    step = read(output_dir, "train_results.json")["train_runtime"] / steps
     summary, scores = read(output_dir, "validation_patients.json")["summary"], read(output_dir, "all_results.json")
     print(f"{name}, {steps} steps: {scores}", file=sys.stderr)  # in case that time ends before other arms do
     return {"arm": name, "step_s": step, "steps": steps, "summary": summary, "scores": scores}
@@ -141,6 +142,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--brats_dir", type=Path, required=True)
     parser.add_argument("--arms", nargs="+", default=ALL)
     parser.add_argument("--minutes", type=float, default=20, help="of training, without what comes before and after")
+    parser.add_argument("--steps", type=int, help="of training, in the place of minutes")
     parser.add_argument("--parallel", type=int, default=2, help="arms at a time, with one thread each on a CPU")
     parser.add_argument("--validation_patients", type=int, default=4)
     parser.add_argument("--test", action="store_true", help="train on all but the test patients, and score these")
@@ -160,10 +162,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args.work.mkdir(parents=True, exist_ok=True)
     args.environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     folder = split_rows(args)
+    steps = dict.fromkeys(args.arms, args.steps)
     with ThreadPoolExecutor(args.parallel) as pool:
-        step = results_of({name: pool.submit(time_step, args, name, folder) for name in args.arms}, args)
-        print("All steps are timed.", file=sys.stderr)
-        begun = {name: pool.submit(train_arm, args, name, folder, seconds) for name, seconds in step.items()}
+        if args.steps is None:
+            timed = results_of({name: pool.submit(time_step, args, name, folder) for name in args.arms}, args)
+            print("All steps are timed.", file=sys.stderr)
+            steps = {name: max(1, round(args.minutes * 60 / seconds)) for name, seconds in timed.items()}
+        begun = {name: pool.submit(train_arm, args, name, folder, number) for name, number in steps.items()}
         cases = list(results_of(begun, args).values())
     if not cases:
         raise SystemExit("No arm came to its end.")
