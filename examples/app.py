@@ -24,6 +24,7 @@ from case_view import PLANE_ORDER, CaseView, draw_slice, largest_slice, region_c
 
 from dataset_scripts.phantom import NUM_PATIENTS, write_phantom_cohort
 from sam2unet_hf.cases_sam2unet import BratsCase, find_cases
+from sam2unet_hf.devices import device_name
 from sam2unet_hf.metrics.volume_functional import count_voxels, dice
 from sam2unet_hf.nifti_sam2unet import open_nifti, read_header
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
@@ -254,7 +255,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--planes", nargs="+", default=[], choices=PLANE_ORDER, help="averaged over; default: that of the training"
     )
-    parser.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
+    parser.add_argument("--device", type=device_name, help="such as cpu or cuda:1; default: a GPU if there is one")
     parser.add_argument(
         "--server_name",
         # Do not take it from GRADIO_SERVER_NAME, as Gradio does unasked. A Space is reached from outside only.

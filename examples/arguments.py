@@ -1,6 +1,7 @@
 """Command line of `run_segmentation.py`, and what it says of regions, resuming and the model card."""
 
 import dataclasses
+import difflib
 import importlib.util
 import math
 import sys
@@ -250,10 +251,13 @@ class SegmentationTrainingArguments(TrainingArguments):
         if missing := [name for name in self.report_to if name not in installed]:
             raise ValueError(
                 f"--report_to {' '.join(missing)} is not installed. Try `pip install {' '.join(missing)}`, or pass "
-                f"one of {', '.join([*installed[:-1], 'none'])}."
+                f"{' or '.join([*installed[:-1], 'none'])}."
             )
         # Pinned memory speeds up copies to a GPU; without one PyTorch warns in every epoch.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+
+
+ARGUMENTS = (ModelArguments, DataArguments, SegmentationTrainingArguments)
 
 
 def name_of_source(source: str) -> str:
@@ -263,10 +267,13 @@ def name_of_source(source: str) -> str:
 
 def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, SegmentationTrainingArguments]:
     """Read the command line, with the defaults of the recipe."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, SegmentationTrainingArguments))
+    # Usage that lists every option would hide what is wrong.
+    parser = HfArgumentParser(ARGUMENTS, usage="%(prog)s [--OPTION VALUE ...], options are listed by --help")
     if not is_main_process():
         parser.error = sys.exit  # the main process prints the usage, once
-    given, _ = parser.parse_known_args(argv)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(describe_unknown(unknown))
     for one, other in (("dataset_name", "brats_dir"), ("model_name_or_path", "sam2_checkpoint")):
         if getattr(given, one) is not None and getattr(given, other) is not None:
             parser.error(f"pass one of --{one} and --{other}")
@@ -285,9 +292,27 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
     name = to_file_name("phantom" if source is None else name_of_source(source), separator="-")
     parser.set_defaults(output_dir=f"runs/{name}{'' if given.do_train else '-evaluation'}")
     try:
-        return parser.parse_args_into_dataclasses(argv)
+        parsed = parser.parse_args_into_dataclasses(argv)
     except (ImportError, OSError, ValueError) as err:  # such as --deepspeed without the package, or its file
         parser.error(str(err))
+    if not (parsed[2].do_train or has_model):
+        parser.error("--do_train false scores a model that was trained before: name it by --model_name_or_path")
+    for option in ("dataset_name", "brats_dir", "test_dir"):
+        folder = getattr(given, option)
+        if folder is not None and Path(folder).resolve() == Path(parsed[2].output_dir).resolve():
+            parser.error(f"--output_dir {parsed[2].output_dir} is the folder of --{option}: name another")
+    return parsed
+
+
+def describe_unknown(words: list[str]) -> str:
+    """Say which words of the command line are no options, and which options were perhaps meant."""
+    if not words[0].startswith("-"):
+        return f"{words[0]} belongs to no option. Name data by --dataset_name or --brats_dir"
+    word = words[0].split("=")[0]
+    name = word.strip("-").replace("-", "_")
+    names = [field.name for arguments in ARGUMENTS for field in dataclasses.fields(arguments)]
+    near = difflib.get_close_matches(name, names, n=3) or [other for other in names if name in other][:3]
+    return f"there is no option {word}" + (f", perhaps --{' or --'.join(near)} was meant" if near else "")
 
 
 def scores_cohort_alone(data_args: Any, args: Any) -> bool:
@@ -297,13 +322,14 @@ def scores_cohort_alone(data_args: Any, args: Any) -> bool:
 
 def requested_regions(model_args: ModelArguments, data_args: DataArguments) -> dict[str, list[int]] | None:
     """Return the regions that `--regions` names, else those of the model to start from, if there is one."""
+    regions = None
+    if model_args.model_name_or_path is not None:  # read in any case, since data may take minutes to read
+        with exit_on(OSError, ValueError, prefix="--model_name_or_path: "):
+            regions = Sam2UNetConfig.from_pretrained(model_args.model_name_or_path).regions
     if data_args.regions is not None:
         with exit_on(ValueError, prefix="--regions: "):
-            return parse_regions(data_args.regions)
-    if model_args.model_name_or_path is None:
-        return None
-    with exit_on(OSError, prefix="--model_name_or_path: "):
-        return Sam2UNetConfig.from_pretrained(model_args.model_name_or_path).regions
+            regions = parse_regions(data_args.regions)
+    return regions
 
 
 def take_channels_of_model(

@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import datasets
 from arguments import DataArguments
-from data_checks import check_paths
 from data_sources import find_columns, find_regions, make_images, slice_scans
 from image_depth import Brightest
-from image_folders import image_mask_folders, pair_images_and_masks
+from image_folders import image_mask_folders, pair_images_and_masks, read_data_set
 from processes import exit_on
 
 from sam2unet_hf.cases_sam2unet import find_cases
@@ -55,9 +54,8 @@ def load_cohort(path: str, args: DataArguments, regions: dict[str, list[int]] | 
         args = replace(args, dataset_name=None, brats_dir=path, slices=["head"])
         rows = join(slice_scans(args))
     else:
-        with exit_on(OSError, RuntimeError, ValueError, prefix=f"--test_dir {path}: "):
-            data = datasets.load_dataset(path)  # nosec B615 # rows, no code
-            check_paths(data, path)
+        data = read_data_set("--test_dir", path)
+        with exit_on(ValueError, prefix=f"--test_dir {path}: "):
             rows = join(data)
     try:
         columns, mask_column = find_columns({COHORT: rows}, args)

@@ -13,18 +13,19 @@ from data_checks import (
     check_first_rows,
     check_images_and_masks,
     check_leaks,
-    check_paths,
     find_shared_patient,
     image_columns,
 )
 from image_depth import Brightest
-from image_folders import SPLITS, describe_layout, image_mask_folders, pair_images_and_masks
+from image_folders import SPLITS, describe_layout, image_mask_folders, pair_images_and_masks, read_data_set
 from mask_values import LabelIds, MaskValues, read_black_and_white, read_label_ids, warn_of_untrained
 from processes import exit_on
 
 from dataset_scripts.brats_slices import BratsSlices, split_patients
 from dataset_scripts.phantom import VERSION, write_phantom_cohort
 from sam2unet_hf.labels_sam2unet import NUMBERINGS, numberings_of, region_ids
+from sam2unet_hf.model_card import counted
+from sam2unet_hf.pictures import SCAN_SUFFIXES, first_file
 from sam2unet_hf.scans_sam2unet import MODALITIES
 from sam2unet_hf.training import ImageRows, ParquetRows, open_parquet
 
@@ -71,16 +72,13 @@ def load_data(args: DataArguments) -> DataSplits:
     elif args.dataset_name is None:
         data = slice_scans(args)
     else:
-        # Such as no such folder or repository, no data in it, or a script.
-        with exit_on(OSError, RuntimeError, ValueError, prefix=f"--dataset_name {args.dataset_name}: "):
-            data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)  # nosec B615 # rows, no code
-            check_paths(data, args.dataset_name)
+        data = read_data_set("--dataset_name", args.dataset_name, args.dataset_config_name)
+    columns, mask_column = find_columns(data, args)
     group_by = args.group_by or (BY_FOLDER if folders else None)
     if group_by == BY_FOLDER:
         warn_of_folders(data)
     if not args.streaming:
         data = with_all_splits(data, args.split_seed, group_by)
-    columns, mask_column = find_columns(data, args)
     if args.dataset_name is not None and args.modalities and not {*columns} & {*MODALITIES}:
         logger.warning("--modalities is not used: the images are in the column %s.", columns[0])
     unused = {*image_columns(data["train"])} - {*columns, mask_column}
@@ -102,6 +100,11 @@ def slice_scans(args: DataArguments) -> datasets.DatasetDict:
     brats_dir = args.brats_dir or Path(datasets.config.HF_DATASETS_CACHE) / f"sam2unet-phantom-{VERSION}"
     if not args.brats_dir and not brats_dir.exists():
         write_phantom_cohort(brats_dir)
+    if not first_file(brats_dir, SCAN_SUFFIXES) and (picture := first_file(brats_dir)):
+        raise SystemExit(
+            f"--brats_dir {brats_dir}: {picture} is a picture, and there is no scan. Name images and masks by "
+            "--dataset_name."
+        )
     words = " ".join(args.slices).split()
     with exit_on(FileNotFoundError, ValueError):
         builder = BratsSlices(
@@ -178,9 +181,11 @@ def with_all_splits(data: DataSplits, seed: int, group_by: str | None = None) ->
             if rows := [index for index, group in enumerate(groups) if split_of[group] == split]:
                 named[split] = train.select(rows)
         if "validation" not in named:
+            is_of_scans = "wt_pixels" in train.column_names
             advice = "" if len(split_of) == len(train) else " If they are no patients, pass --group_by none."
             raise SystemExit(
-                f"{len(train)} images of {len(split_of)} cases are too few to train and to validate.{advice}"
+                f"{counted(len(train), 'image')} of {counted(len(split_of), 'case')} are too few to train and to "
+                f"validate.{' Name a folder of several cases.' if is_of_scans else advice}"
             )
         counts = ", ".join(f"{len(named[split])} {split}" for split in SPLITS if split in named)
         logger.warning("The data set has no validation split; cut it into %s.", counts)
@@ -270,7 +275,10 @@ def find_regions(
         regions = {"foreground": ids} if ids == [1] else {f"class_{label_id}": [label_id] for label_id in ids}
     for name, label_ids in regions.items():
         if not set(label_ids) & set(ids):
-            raise SystemExit(f"Region {name} has the label ids {label_ids}, the masks hold {ids}{masks.note}.")
+            raise SystemExit(
+                f"Region {name} has the label ids {label_ids}, the masks hold {ids}{masks.note}. Name some of these "
+                "by --regions, or leave the region out."
+            )
         if missing := sorted(set(label_ids) - set(ids)):
             logger.warning("No mask holds the label ids %s of region %s, only %s%s.", missing, name, ids, masks.note)
     warn_of_untrained(ids_of_split, regions)

@@ -32,6 +32,7 @@ from transformers.hf_argparser import HfArg
 
 from sam2unet_hf import Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
 from sam2unet_hf.cases_sam2unet import find_cases
+from sam2unet_hf.devices import default_device, device_name
 from sam2unet_hf.regions_sam2unet import parse_regions
 from sam2unet_hf.training import SegmentationTransform
 from sam2unet_hf.volume import Sam2UNetVolumePipeline
@@ -157,6 +158,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[AnalysisArguments, DataArgu
     for name in ("max_images", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
+    if args.device is not None:
+        try:
+            device_name(args.device)
+        except argparse.ArgumentTypeError as err:
+            parser.error(f"argument --device: {err}")
     if args.worst < 0:
         parser.error(f"--worst must not be negative, got {args.worst}")
     if args.spacing_mm is not None:
@@ -180,7 +186,7 @@ def load_model(args: AnalysisArguments) -> tuple[Sam2UNetForSemanticSegmentation
             "Hub id of another."
         ) from err
     processor.regions = model.config.regions
-    return model.eval().to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
+    return model.eval().to(args.device or default_device()), processor
 
 
 def analyse_case(args: AnalysisArguments, segment: Sam2UNetVolumePipeline) -> None:

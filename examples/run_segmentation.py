@@ -243,7 +243,8 @@ def load_model(
     with exit_on(ValueError, prefix="--head_crop_size: "):
         processor = Sam2UNetImageProcessor(regions=regions, **image_options)
     if args.model_name_or_path is not None:
-        model = Sam2UNetForSemanticSegmentation.from_pretrained(args.model_name_or_path)
+        with exit_on(OSError, ValueError, prefix="--model_name_or_path: "):
+            model = Sam2UNetForSemanticSegmentation.from_pretrained(args.model_name_or_path)
         if model.config.regions != regions:
             raise SystemExit(
                 f"{args.model_name_or_path} segments {model.config.regions}, not {regions}. Leave out --regions, or "

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 from .cases_sam2unet import BratsCase, find_cases
+from .devices import device_name
 from .labels_sam2unet import NUMBERINGS
 from .patient_checks import describe_known_patients, describe_other_modalities, read_splits, why_implausible
 from .patient_table import PATIENT_METRICS, PatientTable, score_patient
+from .pictures import SCAN_SUFFIXES, first_file
 from .scans_sam2unet import MODALITIES, PLANES, ScanError, Volume, check_same_grid, to_grey
 from .volume_sam2unet import Sam2UNetVolumePipeline, VolumeSegmentation, check_enhancing_label
 
@@ -65,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch_size", type=int, default=8, help="slices at once")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
+    parser.add_argument("--device", type=device_name, help="such as cpu or cuda:1; default: a GPU if there is one")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"--batch_size must be at least 1, got {args.batch_size}")
@@ -78,6 +80,11 @@ def _name_cases(paths: list[str], labels: str | None) -> dict[str, str | BratsCa
     """Return the cases in folders and the scans among these paths, by what their results will be called."""
     cases: dict[str, str | BratsCase] = {}
     for path in paths:
+        if not Path(path).exists():
+            raise SystemExit(f"{path} does not exist. Pass the folder of one case or of many, or a scan.")
+        if not first_file(path, SCAN_SUFFIXES) and (picture := first_file(path)):
+            found = f"{picture} is a picture" + (f", and {path} holds no scans" if Path(path).is_dir() else "")
+            raise SystemExit(f"{found}. Segment pictures by `python -m sam2unet_hf.pictures`.")
         stem = re.sub(r"\.nii(\.gz)?\Z", "", Path(path).name, flags=re.IGNORECASE)
         named: dict[str, str | BratsCase] = {stem: path}
         if Path(path).is_dir():
@@ -111,7 +118,7 @@ def _load(args: argparse.Namespace) -> Sam2UNetVolumePipeline:
         if args.et_label is not None:
             check_enhancing_label(args.et_label, segment.model.config.regions)
     except (OSError, ValueError) as err:
-        raise SystemExit(f"{args.model}: {err}") from err
+        raise SystemExit(str(err) if args.model in str(err) else f"{args.model}: {err}") from err
     if others := describe_other_modalities(segment.processor.modalities, segment.modalities):
         if not args.allow_other_modalities:
             raise SystemExit(f"{others} Leave out --modalities, or go on all the same with --allow_other_modalities.")

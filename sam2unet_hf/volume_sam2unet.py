@@ -137,8 +137,9 @@ class Sam2UNetVolumePipeline:
         named = modalities or processor.modalities
         if not named:
             raise ValueError(
-                "The checkpoint does not say which modalities it segments. Pass `modalities`, such as ['flair'] or "
-                "['t1ce', 't2', 'flair'], in the order of its training."
+                "The checkpoint does not say which modalities it segments. If it was trained on scans, pass "
+                "`modalities` (`--modalities`), such as ['flair'] or ['t1ce', 't2', 'flair'], in the order of its "
+                "training. If on pictures, segment such by `python -m sam2unet_hf.pictures`."
             )
         check_modalities(named)
         num_channels, expected = count_channels(named, processor.neighbours), model.config.backbone_config.num_channels

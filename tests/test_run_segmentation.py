@@ -450,7 +450,7 @@ def test_an_unfinished_run_goes_on_with_the_same_arguments_alone(tmp_path):
         (["--metric_for_best_model", "patient_missed_ml_WT"], "greater_is_better", False),
         (["--metric_for_best_model", "patient_dice"], "greater_is_better", True),
         (["--metric_for_best_model", "loss"], "greater_is_better", False),
-        (["--do_train", "false"], "output_dir", "runs/phantom-evaluation"),
+        (["--do_train", "false", "--model_name_or_path", "x"], "output_dir", "runs/phantom-evaluation"),
     ],
 )
 def test_training_arguments_fit_each_other(arguments, name, value, monkeypatch, tmp_path):
