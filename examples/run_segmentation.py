@@ -27,7 +27,6 @@ from arguments import (
 )
 from cohort import COHORT, load_cohort
 from data_sources import DataFacts, describe_split, find_columns, find_regions, load_data, make_images
-from hp_search import search
 from image_depth import fit_white_level
 from patients import KnownPatients, rows_to_show, score_split, write_splits
 from plots import name_of_image, plot_predictions, plot_training_curve
@@ -108,21 +107,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     batch_norm_images = training_args.batch_norm_images
     if batch_norm_images is None:
         batch_norm_images = 0 if model.config.freeze_encoder and not training_args.ema_decay else 128
-    make_trainer = functools.partial(
-        Sam2UNetTrainer,
-        compute_metrics=compute_metrics,
-        batch_norm_images=batch_norm_images,
-        sync_batch_norm=training_args.sync_batch_norm,
-        trainable_only=training_args.trainable_only,
-        foreground_share=data_args.foreground_share,
-        ema_decay=training_args.ema_decay,
-        train_dataset=train_dataset,
-        eval_dataset=evaluation.get("validation", evaluation.get(COHORT)),
-        processing_class=processor,
-    )
     # Such as no right to push, no such metric, or an optimizer of a package that is not installed.
     with exit_on(ImportError, OSError, ValueError):
-        trainer = make_trainer(model, training_args)
+        trainer = Sam2UNetTrainer(
+            model,
+            training_args,
+            compute_metrics=compute_metrics,
+            batch_norm_images=batch_norm_images,
+            sync_batch_norm=training_args.sync_batch_norm,
+            trainable_only=training_args.trainable_only,
+            foreground_share=data_args.foreground_share,
+            ema_decay=training_args.ema_decay,
+            train_dataset=train_dataset,
+            eval_dataset=evaluation.get("validation", evaluation.get(COHORT)),
+            processing_class=processor,
+        )
         if training_args.do_train:
             trainer.get_optimizer_cls_and_kwargs(training_args, model)
     if checkpoint is not None and training_args.do_train:
@@ -136,13 +135,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             write_splits(output_dir, known.of_run)
         known.warn(evaluation, has_patients=cohort is not None and cohort.has_patients)
 
-    if training_args.hp_search:
-        make_trial = functools.partial(make_trainer, model)
-        best = search(make_trial, lambda: load_model(model_args, regions, **image_options)[0], training_args)
-        for name, value in best.items():
-            setattr(training_args, name, type(getattr(training_args, name))(value))
-        model, _ = load_model(model_args, regions, **image_options)
-        trainer = make_trainer(model, training_args)
     counts = ", ".join(f"{len(rows)} {split}" for split, rows in {**images, **evaluation}.items())
     parameters = [model.num_parameters(only_trainable=only) / 1e6 for only in (False, True)]
     logger.info("Images: %s. Parameters: %.2f M, %.2f M of them trained.", counts, *parameters)
