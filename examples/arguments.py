@@ -320,8 +320,8 @@ def check_folds(data_args: DataArguments, args: SegmentationTrainingArguments) -
         )
     if args.push_to_hub:
         raise ValueError(
-            "--push_to_hub would push the models of all --folds to one repository. Leave it out, and push the folder of "
-            "a fold by `push_to_hub` of its model."
+            "--push_to_hub would push the models of all --folds to one repository. Leave it out, and push the model "
+            "of a fold from its folder."
         )
     if (args.resume_from_checkpoint or "true").lower() not in RESUME_WORDS:
         raise ValueError(

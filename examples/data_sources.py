@@ -88,27 +88,31 @@ def load_data(args: DataArguments) -> DataSplits:
 
 
 def load_folds(args: DataArguments) -> list[Fold]:
-    """Load or build the data set, and deal its patients into folds: all but those of a test split that it came with."""
+    """Load or build the data set, and deal its patients into folds, but for a test split that it came with."""
     data, group_by = read_data(args)
-    is_sliced_here = args.dataset_name is None  # then its splits are ours
-    data = data if is_sliced_here else named_splits(data)
-    if not is_sliced_here and "test" in data:
-        logger.info("The %d test images take no part in the folds: they are the data set's own.", len(data["test"]))
-        data = {split: rows for split, rows in data.items() if split != "test"}
+    has_folders = False
+    if args.dataset_name is not None:  # its splits are not ours
+        has_folders = bool(image_mask_folders(Path(args.dataset_name)))
+        data = named_splits(data)
+        if (test := data.pop("test", None)) is not None:
+            logger.info("The %d images of the data set's own test split take no part in the folds.", len(test))
     check_has_train(data)
-    groups = [patient for split, rows in data.items() for patient in patients_of_rows(split, rows, group_by)]
-    with exit_on(ValueError, prefix=f"--folds: the splits {' and '.join(data)} do not fit together: "):
-        rows = join(data, name_by_split=group_by is not None and "case_id" in data["train"].column_names)
-    what = "patients" if groups else "images"
-    groups = groups or case_ids("train", rows) or [f"{index:05d}" for index in range(len(rows))]
-    if args.folds > (count := len(set(groups))):
+    with exit_on(ValueError, prefix=f"--folds: the splits {' and '.join(data)} cannot be joined: "):
+        rows = join(data, name_by_split=has_folders)
+    names = [patient for split, own in data.items() for patient in patients_of_rows(split, own, group_by)]
+    what = "patients" if names else "images"
+    names = names or case_ids("train", rows) or [f"{index:05d}" for index in range(len(rows))]
+    if args.folds > (count := len(set(names))):
         raise SystemExit(f"--folds must be from 2 to the number of {what}, {count}, got {args.folds}.")
-    patients = fold_patients(groups, args.folds, args.split_seed)
-    fold_of = {patient: fold for fold, own in enumerate(patients) for patient in own}
-    numbers = [[row for row, group in enumerate(groups) if fold_of[group] == fold] for fold in range(args.folds)]
-    parts = {f"fold {fold}": rows.select(own) for fold, own in enumerate(numbers)}
-    parts = keep_used_columns(parts, args, group_by)
-    return [Fold(own, part) for own, part in zip(patients, parts.values(), strict=True)]
+    folds = fold_patients(names, args.folds, args.split_seed)
+    fold_of = {name: fold for fold, own in enumerate(folds) for name in own}
+    parts = {
+        f"fold {fold}": rows.select([row for row, name in enumerate(names) if fold_of[name] == fold])
+        for fold in range(args.folds)
+    }
+    # No patient is in two folds, but an image may be there twice.
+    parts = keep_used_columns(parts, args, NO_GROUPS)
+    return [Fold(own, part) for own, part in zip(folds, parts.values(), strict=True)]
 
 
 def read_data(args: DataArguments) -> tuple[DataSplits, str | None]:
@@ -134,7 +138,7 @@ def read_data(args: DataArguments) -> tuple[DataSplits, str | None]:
             data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)  # nosec B615 # rows, no code
             check_paths(data, args.dataset_name)
     group_by = args.group_by or (BY_FOLDER if folders else None)
-    if group_by == BY_FOLDER:
+    if group_by == BY_FOLDER and (args.folds is None or len(data) == 1):  # else folders may be in two splits
         warn_of_folders(data)
     return data, group_by
 

@@ -67,15 +67,15 @@ def check_same_arguments(folder: Path, arguments: dict[str, Any]) -> None:
     record = read_record(folder)
     if record is None:
         return
-    kind = "a finished" if (folder / RESULTS_FILE).exists() else "an unfinished"
+    article, state = ("a", "finished") if (folder / RESULTS_FILE).exists() else ("an", "unfinished")
     if unknown := sorted(record["arguments"].keys() ^ arguments.keys()):
         raise SystemExit(
-            f"Another version of this package or of transformers began the {kind.split()[1]} run in {folder}: only one "
-            f"of the two has the arguments {', '.join(unknown)}. Pass --overwrite_output_dir or another --output_dir."
+            f"Another version of this package or of transformers began the {state} run in {folder}: only one of the "
+            f"two has the arguments {', '.join(unknown)}. Pass --overwrite_output_dir or another --output_dir."
         )
     if changed := changed_values(record["arguments"], arguments):
         raise SystemExit(
-            f"{folder} holds {kind} run with other values of {', '.join(changed)}. Start again with "
+            f"{folder} holds {article} {state} run with other values of {', '.join(changed)}. Start again with "
             f"{', '.join(f'{name}={value}' for name, value in changed.items())} to go on with it, or pass "
             "--overwrite_output_dir or another --output_dir."
         )

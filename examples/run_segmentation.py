@@ -4,11 +4,13 @@
 python examples/run_segmentation.py
 python examples/run_segmentation.py --brats_dir BraTS2020_TrainingData --sam2_checkpoint facebook/sam2-hiera-large
 python examples/run_segmentation.py --dataset_name my_folder --sam2_checkpoint facebook/sam2-hiera-tiny
+python examples/run_segmentation.py --brats_dir BraTS2020_TrainingData --folds 5
 """
 
 import functools
 import logging
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from arguments import (
 )
 from cohort import COHORT, load_cohort
 from data_sources import DataFacts, describe_split, find_columns, find_regions, load_data, make_images
+from folds import run_folds
 from image_depth import fit_white_level
 from patients import KnownPatients, rows_to_show, score_split, write_splits
 from plots import name_of_image, plot_predictions, plot_training_curve
@@ -60,6 +63,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the script; return the content of `all_results.json`, in the main process."""
     model_args, data_args, training_args = parse_arguments(argv)
     set_up_logging(is_muted=not training_args.should_log)
+    if data_args.folds is not None:
+        return run_folds(run_training, model_args, data_args, training_args)
+    return run_training(model_args, data_args, training_args)
+
+
+def run_training(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: SegmentationTrainingArguments,
+    before_start: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """Train and score a model, or score it alone; return the content of `all_results.json`, in the main process.
+
+    `before_start` is called in the main process before anything is written, once data, model and Trainer exist.
+    """
     output_dir = Path(training_args.output_dir)
     requested = requested_regions(model_args, data_args)
     take_channels_of_model(model_args, data_args, training_args)
@@ -130,6 +148,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # An older run is removed only once data, model and Trainer exist, so that a mistyped option does not cost it.
     if training_args.process_index == 0:
         recorded = data if cohort is None else {**data, COHORT: cohort.rows}
+        if before_start is not None:
+            before_start()
         start_run(run_record(arguments, training_args, recorded), training_args)
         if training_args.do_train:
             write_splits(output_dir, known.of_run)
