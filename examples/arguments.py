@@ -218,7 +218,7 @@ class SegmentationTrainingArguments(TrainingArguments):
     save_strategy: str = option("epoch", "When to save a checkpoint.")
     save_total_limit: int | None = option(2, "Checkpoints kept, the best one among them.")
     load_best_model_at_end: bool = option(
-        True, "End with the best checkpoint. Default: yes, but with --folds no, because the patients choose it."
+        True, "End with the best checkpoint. Default: no with --folds, whose scores it would make too good, else yes."
     )
     metric_for_best_model: str | None = option("dice", "Metric that chooses the best checkpoint.")
     logging_steps: float = option(10, "Steps between two logged losses.")

@@ -80,11 +80,12 @@ def load_data(args: DataArguments) -> DataSplits:
     data, group_by = read_data(args)
     if not args.streaming:
         data = with_all_splits(data, args.split_seed, group_by)
+    data = keep_used_columns(data, args, group_by)
     if args.streaming:
         train = data["train"]
         held = train.num_bytes / len(train) * min(args.shuffle_buffer, len(train))
         logger.info("Streaming %d training rows; each reader holds about %.0f MB of them.", len(train), held / 1e6)
-    return keep_used_columns(data, args, group_by)
+    return data
 
 
 def load_folds(args: DataArguments) -> list[Fold]:
@@ -96,7 +97,7 @@ def load_folds(args: DataArguments) -> list[Fold]:
         data = named_splits(data)
         if (test := data.pop("test", None)) is not None:
             logger.info("The %d images of the data set's own test split take no part in the folds.", len(test))
-    check_has_train(data)
+        check_has_train(data)
     with exit_on(ValueError, prefix=f"--folds: the splits {' and '.join(data)} cannot be joined: "):
         rows = join(data, name_by_split=has_folders)
     names = [patient for split, own in data.items() for patient in patients_of_rows(split, own, group_by)]

@@ -78,7 +78,9 @@ def plot_folds(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         )
     axes.set(xlabel="fold", ylabel="Dice of a patient", title="Patients out of fold", ylim=(-0.02, 1.02), xticks=folds)
     axes.grid(axis="y", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, title="mean ± SD of the folds' means (lines)")
+    figure.legend(
+        loc="outside lower center", ncols=3, frameon=False, title="mean ± SD over the means of folds (lines)"
+    )
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
