@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import importlib.util
 import math
 import sys
 from collections.abc import Mapping
@@ -37,6 +36,8 @@ LEAST_VALUES = {
     "gradient_accumulation_steps": 1,
     "dataloader_num_workers": 0,
 }
+# Values of --resume_from_checkpoint for the last checkpoint of the output folder.
+RESUME_WORDS = ("true", "last")
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -144,7 +145,13 @@ class DataArguments:
     )
     num_proc: int | None = option(None, "Processes that read the scans.")
     skip_bad_cases: bool = option(False, "Leave out scans that cannot be used, and list them.")
-    split_seed: int = option(0, "Seed of the split by patient, for data without splits.")
+    split_seed: int = option(0, "Seed of the split by patient, for data without splits and for --folds.")
+    folds: int | None = option(
+        None,
+        "Cross-validate: cut the patients into this many folds, and for each train on all others and score its own. "
+        "A test split of the data set takes no part.",
+    )
+    fold: int | None = option(None, "Train and score this one of the --folds alone, counted from 0, as on a cluster.")
     group_by: str | None = option(
         None,
         "What tells the patients of --dataset_name, who are kept whole in splits: a column; a regular expression "
@@ -152,6 +159,14 @@ class DataArguments:
         "column patient_id, patient, subject_id or subject, else case_id.",
     )
     allow_leaks: bool = option(False, "Accept a patient or an image in two splits, which makes the scores too good.")
+
+    def __post_init__(self):
+        if self.folds is not None and self.folds < 2:
+            raise ValueError(f"--folds must be from 2 to the number of patients, got {self.folds}.")
+        if self.fold is not None and self.folds is None:
+            raise ValueError("--fold is one of several folds. Pass --folds too, such as --folds 5.")
+        if self.fold is not None and not 0 <= self.fold < self.folds:
+            raise ValueError(f"--fold must be from 0 to {self.folds - 1} with --folds {self.folds}, got {self.fold}.")
 
 
 @dataclass
@@ -184,11 +199,6 @@ class SegmentationTrainingArguments(TrainingArguments):
     augmentation: list[str] = option(
         ["flips"], "Random changes of training images, or none.", choices=("none", *AUGMENTATIONS)
     )
-    hp_search: int = option(
-        0,
-        "Try this many combinations of learning rate, batch size and optimiser first, and train with the "
-        "one that scores best on the validation images. Needs optuna.",
-    )
     trainable_only: bool = option(
         False, "Save checkpoints without the encoder, which is fetched from --sam2_checkpoint when loaded again."
     )
@@ -208,7 +218,9 @@ class SegmentationTrainingArguments(TrainingArguments):
     eval_strategy: str = option("epoch", "When to evaluate.")
     save_strategy: str = option("epoch", "When to save a checkpoint.")
     save_total_limit: int | None = option(2, "Checkpoints kept, the best one among them.")
-    load_best_model_at_end: bool = option(True, "End with the best checkpoint.")
+    load_best_model_at_end: bool = option(
+        True, "End with the best checkpoint. Default: no with --folds, whose scores it would make too good, else yes."
+    )
     metric_for_best_model: str | None = option("dice", "Metric that chooses the best checkpoint.")
     logging_steps: float = option(10, "Steps between two logged losses.")
     hub_strategy: str = option("end", "When to upload with --push_to_hub, such as every_save.")
@@ -218,7 +230,6 @@ class SegmentationTrainingArguments(TrainingArguments):
     def __post_init__(self):
         for name, reason in (
             ("push_to_hub", "pushes what was trained"),
-            ("hp_search", "searches for the best training"),
             ("fsdp", "shards the training"),
         ):
             if getattr(self, name) and not self.do_train:
@@ -232,8 +243,6 @@ class SegmentationTrainingArguments(TrainingArguments):
             raise ValueError(f"--seed must be in 0..2**32 - 1, got {self.seed}.")
         if {"none", "strong"} & set(self.augmentation) and len(self.augmentation) > 1:
             raise ValueError(f"--augmentation takes none and strong alone, got {' '.join(self.augmentation)}.")
-        if self.hp_search and importlib.util.find_spec("optuna") is None:
-            raise ValueError('--hp_search needs optuna. Install it with `pip install "sam2unet-hf[search]"`.')
         if self.save_only_model:
             raise ValueError(
                 "--save_only_model leaves nothing that a run could go on from. To keep less, pass --save_total_limit "
@@ -290,18 +299,22 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
         defaults.pop("head_crop_scale", None)
     parser.set_defaults(recipe=recipe, **defaults)
     name = to_file_name("phantom" if source is None else name_of_source(source), separator="-")
-    parser.set_defaults(output_dir=f"runs/{name}{'' if given.do_train else '-evaluation'}")
+    kind = "-folds" if given.folds is not None else "" if given.do_train else "-evaluation"
+    parser.set_defaults(output_dir=f"runs/{name}{kind}")
+    if given.folds is not None:  # the patients that a fold is scored on must not choose its epoch
+        parser.set_defaults(load_best_model_at_end=False)
     try:
-        parsed = parser.parse_args_into_dataclasses(argv)
+        model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
+        check_folds(data_args, args)
     except (ImportError, OSError, ValueError) as err:  # such as --deepspeed without the package, or its file
         parser.error(str(err))
-    if not (parsed[2].do_train or has_model):
+    if not (args.do_train or has_model):
         parser.error("--do_train false scores a model that was trained before: name it by --model_name_or_path")
     for option in ("dataset_name", "brats_dir", "test_dir"):
         folder = getattr(given, option)
-        if folder is not None and Path(folder).resolve() == Path(parsed[2].output_dir).resolve():
-            parser.error(f"--output_dir {parsed[2].output_dir} is the folder of --{option}: name another")
-    return parsed
+        if folder is not None and Path(folder).resolve() == Path(args.output_dir).resolve():
+            parser.error(f"--output_dir {args.output_dir} is the folder of --{option}: name another")
+    return model_args, data_args, args
 
 
 def describe_unknown(words: list[str]) -> str:
@@ -313,6 +326,32 @@ def describe_unknown(words: list[str]) -> str:
     names = [field.name for arguments in ARGUMENTS for field in dataclasses.fields(arguments)]
     near = difflib.get_close_matches(name, names, n=3) or [other for other in names if name in other][:3]
     return f"there is no option {word}" + (f", perhaps --{' or --'.join(near)} was meant" if near else "")
+
+
+def check_folds(data_args: DataArguments, args: SegmentationTrainingArguments) -> None:
+    """Raise a `ValueError` for options that a cross-validation cannot go with."""
+    if data_args.folds is None:
+        return
+    if data_args.streaming:
+        raise ValueError(
+            "--folds chooses rows by their patients, but --streaming reads whole files as they are. Leave out "
+            "--streaming, or write a data set for each fold."
+        )
+    if not args.do_train:
+        raise ValueError(
+            "--folds trains a model for each fold; it cannot go with --do_train false. Leave out --folds to score the "
+            "model of one."
+        )
+    if args.push_to_hub:
+        raise ValueError(
+            "--push_to_hub would push the models of all --folds to one repository. Leave it out, and push the model "
+            "of a fold from its folder."
+        )
+    if (args.resume_from_checkpoint or "true").lower() not in RESUME_WORDS:
+        raise ValueError(
+            f"--resume_from_checkpoint must be true with --folds, since each fold has checkpoints of its own, got "
+            f"{args.resume_from_checkpoint}."
+        )
 
 
 def scores_cohort_alone(data_args: Any, args: Any) -> bool:
