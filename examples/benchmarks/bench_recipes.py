@@ -46,8 +46,8 @@ ARMS = {"tumour": START}
 for name, options in INGREDIENTS.items():
     ARMS[name] = [*list(ARMS.values())[-1], *options]
 ALL = list(ARMS)
-# Beside "augmentation", what of it costs least, without the average of weights.
-ARMS |= {"milder": [*ARMS["neighbours"], "--augmentation", "flips", "rotation", "scaling", "gamma"]}
+# The last arm without the two ingredients that gained nothing by themselves.
+ARMS |= {"shorter": [*ARMS["neighbours"], *INGREDIENTS["batch_iou"]]}
 ARMS |= {"paper": ["--recipe", "paper"], "volume": ["--recipe", "volume"]}
 
 # Of every arm: nothing here is part of a recipe, whose values it would replace.
