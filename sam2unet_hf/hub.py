@@ -20,8 +20,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from transformers import PreTrainedModel
 
 from .configuration_sam2unet import Sam2UNetConfig
-from .ensemble_sam2unet import ENSEMBLE_FILE, check_alike, find_ensemble, read_members
 from .image_processing_sam2unet import Sam2UNetImageProcessor
+from .members_sam2unet import ENSEMBLE_FILE, check_alike, find_ensemble, read_members
 from .metrics.space import write_metric_space
 from .model_card import PICTURES, has_valid_checksum, pictures_in_card, render_model_card, write_model_card
 from .weights_sam2unet import is_local_source, is_pretrained_weight, read_safetensors

@@ -18,8 +18,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoModelForSemanticSegmentation
 
 from .configuration_sam2unet import PRESETS, Sam2UNetConfig
-from .ensemble_sam2unet import find_ensemble, read_members
 from .image_processing_sam2unet import Sam2UNetImageProcessor
+from .members_sam2unet import find_ensemble, read_members
 from .patient_table import COLUMN_TITLES, PatientTable
 from .weights_sam2unet import is_local_source
 

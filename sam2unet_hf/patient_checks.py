@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .cases_sam2unet import patient_of
-from .ensemble_sam2unet import ENSEMBLE_FILE, read_members
+from .members_sam2unet import ENSEMBLE_FILE, read_members
 
 
 # Beside the weights of a run: the patients of each of its splits. It names patients, so it never goes to the Hub.
