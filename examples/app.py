@@ -250,7 +250,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a Space names its models in SAM2UNET_MODEL."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     models = os.environ.get("SAM2UNET_MODEL", "runs/phantom").split()
-    parser.add_argument("--model", nargs="+", default=models, help="Hub ids or folders of SAM2-UNet to choose from")
+    parser.add_argument("--model", nargs="+", default=models, help="Hub ids or folders of models or ensembles")
     parser.add_argument("--modalities", nargs="+", choices=MODALITIES, help="default: those the checkpoint names")
     parser.add_argument(
         "--planes", nargs="+", default=[], choices=PLANE_ORDER, help="averaged over; default: that of the training"

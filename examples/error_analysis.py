@@ -5,6 +5,7 @@ python examples/error_analysis.py --model runs/phantom
 python examples/error_analysis.py --model runs/slices --spacing_mm 1
 python examples/error_analysis.py --model runs/slices --dataset_name others
 python examples/error_analysis.py --model runs/slices --case BraTS20_Training_001 --output_dir figures
+python examples/error_analysis.py --model runs/cv --brats_dir hospital_b
 
 Data options that are left out are those of the run that trained the model, if `run.json` is in its folder.
 """
@@ -17,7 +18,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from case_view import segment_case
 from data_sources import DEFAULT_MODALITIES, DataArguments, find_columns, find_regions, load_data, make_images
 from error_metrics import Analysis
@@ -30,11 +30,13 @@ from recipes import RECIPES
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from sam2unet_hf import Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
 from sam2unet_hf.cases_sam2unet import find_cases
-from sam2unet_hf.devices import default_device, device_name
+from sam2unet_hf.devices import device_name
+from sam2unet_hf.ensemble_sam2unet import Sam2UNetEnsemble
+from sam2unet_hf.patient_checks import describe_known_patients, read_splits
 from sam2unet_hf.regions_sam2unet import parse_regions
 from sam2unet_hf.training import SegmentationTransform
+from sam2unet_hf.training.patients import read_column
 from sam2unet_hf.volume import Sam2UNetVolumePipeline
 
 
@@ -60,8 +62,8 @@ class AnalysisArguments:
 
     model: str = HfArg(
         default="runs/phantom",
-        help="SAM2-UNet: Hub id or folder. Data options that are left out are those in the run.json of its folder; "
-        "without one it is the phantom.",
+        help="SAM2-UNet or ensemble: Hub id or folder. Data options that are left out are those in the run.json of "
+        "its folder; without one it is the phantom.",
     )
     split: str = HfArg(default="test", help="Split to analyse: train, validation or test.")
     case: str | None = HfArg(
@@ -175,18 +177,15 @@ def parse_arguments(argv: list[str] | None) -> tuple[AnalysisArguments, DataArgu
     return args, data_args
 
 
-def load_model(args: AnalysisArguments) -> tuple[Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor]:
-    """Load the model and its image processor."""
+def load_model(args: AnalysisArguments) -> Sam2UNetEnsemble:
+    """Load the model, or all of an ensemble, with image processors."""
     try:
-        model = Sam2UNetForSemanticSegmentation.from_pretrained(args.model, dtype=torch.float32)
-        processor = Sam2UNetImageProcessor.from_pretrained(args.model)
+        return Sam2UNetEnsemble.from_pretrained(args.model, args.device)
     except (OSError, ValueError) as err:
         raise SystemExit(
             f"--model {args.model}: {err} Train one with `python examples/run_segmentation.py`, or pass the folder or "
             "Hub id of another."
         ) from err
-    processor.regions = model.config.regions
-    return model.eval().to(args.device or default_device()), processor
 
 
 def analyse_case(args: AnalysisArguments, segment: Sam2UNetVolumePipeline) -> None:
@@ -206,28 +205,31 @@ def analyse_case(args: AnalysisArguments, segment: Sam2UNetVolumePipeline) -> No
     draw_case(view, folder, args.format)
 
 
-def analyse_split(
-    args: AnalysisArguments,
-    data_args: DataArguments,
-    model: Sam2UNetForSemanticSegmentation,
-    processor: Sam2UNetImageProcessor,
-) -> None:
+def analyse_split(args: AnalysisArguments, data_args: DataArguments, ensemble: Sam2UNetEnsemble) -> None:
     """Write the report on a split of a data set."""
+    processor, regions = ensemble.processors[0], ensemble.regions
     data_args.modalities = data_args.modalities or processor.modalities or DEFAULT_MODALITIES
     data = load_data(data_args)
     if args.split not in data:
         raise SystemExit(f"--split {args.split}: the data set has {', '.join(data)}. Pass one of them.")
-    columns, regions = find_columns(data, data_args), model.config.regions
+    columns = find_columns(data, data_args)
     try:
         _, mapping, brightest = find_regions(data, *columns, regions, binarize=data_args.binarize)
     except SystemExit as err:
         raise SystemExit(f"{err} {args.model} segments {regions}: pass data with masks of these ids.") from err
-    fit_white_level(processor, brightest, data_args.white_level)
+    for own in ensemble.processors:
+        fit_white_level(own, brightest, data_args.white_level)
     folder = prepare_folder(args.output_dir)
     transform = SegmentationTransform(processor, label_mapping=mapping)
     neighbours = processor.neighbours if data_args.neighbours is None else data_args.neighbours
     rows = make_images({args.split: data[args.split]}, *columns, neighbours)[args.split]
-    analysis = Analysis(model, rows, transform, args.spacing_mm)
+    try:
+        known = describe_known_patients(read_splits(args.model), map(str, read_column(rows, "case_id") or ()))
+    except ValueError as err:
+        raise SystemExit(f"--model {args.model}: {err}") from err
+    if known:
+        logger.warning(known)
+    analysis = Analysis(ensemble, rows, transform, args.spacing_mm)
     analysis.run(args.batch_size, args.max_images)
     images = f"{len(analysis.records) // len(regions)} of {len(rows)} {args.split} images"
     source = data_args.dataset_name or data_args.brats_dir or "the phantom"
@@ -238,8 +240,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     set_up_logging()
     args, data_args = parse_arguments(argv)
-    model, processor = load_model(args)
-    regions = model.config.regions
+    ensemble = load_model(args)
+    regions = ensemble.regions
     try:
         given = regions if data_args.regions is None else parse_regions(data_args.regions)
         if given != regions:
@@ -247,10 +249,10 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as err:
         raise SystemExit(f"--regions: {err}") from err
     if args.case is None:
-        analyse_split(args, data_args, model, processor)
+        analyse_split(args, data_args, ensemble)
     else:
         try:
-            segment = Sam2UNetVolumePipeline(model, processor, data_args.modalities)
+            segment = Sam2UNetVolumePipeline(ensemble.models, ensemble.processors, data_args.modalities)
         except ValueError as err:
             raise SystemExit(f"--modalities: {err}") from err
         analyse_case(args, segment)

@@ -2,6 +2,7 @@
 
 python -m sam2unet_hf.volume runs/phantom BraTS20_Training_001 -o segmentations
 python -m sam2unet_hf.volume runs/phantom BraTS2020_TrainingData -o segmentations --planes axial coronal --flips
+python -m sam2unet_hf.volume runs/cv BraTS20_Training_001 -o segmentations --disagreement
 """
 
 import argparse
@@ -34,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m sam2unet_hf.volume",
         description="Segment the BraTS cases of a folder, and print the volume of each region in ml.",
     )
-    parser.add_argument("model", help="Hub id or folder of a SAM2-UNet")
+    parser.add_argument("model", help="Hub id or folder of a SAM2-UNet, or of an ensemble of them")
     parser.add_argument("case", nargs="+", help="folder of one BraTS case or of many, or scan of a single modality")
     parser.add_argument("-o", "--output_dir", type=Path, required=True, help="folder for CASE_seg.nii.gz")
     parser.add_argument("--modalities", nargs="+", choices=MODALITIES, help="default: those the checkpoint names")
@@ -50,6 +51,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="label of enhancing tumour: 3 as in BraTS from 2023 on, 4 as before; default: that of the case's name",
     )
     parser.add_argument("--probabilities", action="store_true", help="write CASE_REGION_probability.nii.gz too")
+    parser.add_argument(
+        "--disagreement",
+        action="store_true",
+        help="write CASE_REGION_disagreement.nii.gz too, the standard deviation over members of an ensemble, mirror "
+        "images and planes",
+    )
     parser.add_argument(
         "--score",
         action="store_true",
@@ -117,6 +124,8 @@ def _load(args: argparse.Namespace) -> Sam2UNetVolumePipeline:
         )
         if args.et_label is not None:
             check_enhancing_label(args.et_label, segment.model.config.regions)
+        if args.disagreement:
+            segment.check_disagreement(args.planes, args.flips)
     except (OSError, ValueError) as err:
         raise SystemExit(str(err) if args.model in str(err) else f"{args.model}: {err}") from err
     if others := describe_other_modalities(segment.processor.modalities, segment.modalities):
@@ -143,13 +152,16 @@ def _read_reference(case: str | BratsCase) -> Volume:
 
 
 def _save(found: VolumeSegmentation, name: str, args: argparse.Namespace) -> Path:
-    """Write the segmentation of a case, and its probabilities if asked to."""
+    """Write the segmentation of a case, and its probabilities and the disagreement on them if asked to."""
     path = args.output_dir / f"{name}_seg.nii.gz"
     try:
         found.save(path, args.et_label)
-        for region in found.regions if args.probabilities else ():
+        for region in found.regions:
             region_name = re.sub(r"[^\w.-]+", "_", region)  # a checkpoint may hold any name
-            found.save_probabilities(args.output_dir / f"{name}_{region_name}_probability.nii.gz", region)
+            if args.probabilities:
+                found.save_probabilities(args.output_dir / f"{name}_{region_name}_probability.nii.gz", region)
+            if args.disagreement:
+                found.save_disagreement(args.output_dir / f"{name}_{region_name}_disagreement.nii.gz", region)
     except OSError as err:  # a full disk
         raise SystemExit(f"{path} could not be written: {err}") from err
     return path
@@ -176,7 +188,9 @@ def main(argv: list[str] | None = None) -> None:
         try:
             reference = _read_reference(case) if args.score else None
             found = segment(
-                case, args.planes, args.flips, args.batch_size, args.threshold, return_probabilities=args.probabilities
+                *(case, args.planes, args.flips, args.batch_size, args.threshold),
+                return_probabilities=args.probabilities,
+                return_disagreement=args.disagreement,
             )
         except ScanError as err:  # go on with the other cases
             logger.error("Left out: %s", err)

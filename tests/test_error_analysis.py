@@ -23,6 +23,7 @@ from slice_rows import make_slices
 from dataset_scripts.brats_slices.__main__ import main as write_brats_slices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.ensemble_sam2unet import Sam2UNetEnsemble
 from sam2unet_hf.scans_sam2unet import Volume
 from sam2unet_hf.training import ImageRows, SegmentationMetrics, SegmentationTransform
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, VolumeSegmentation
@@ -85,9 +86,10 @@ def checkpoint(tmp_path, monkeypatch):
     load = error_analysis.load_model
 
     def load_bright(args):
-        model, processor = load(args)
-        model.forward = bright_pixels
-        return model, processor
+        ensemble = load(args)
+        for model in ensemble.models:
+            model.forward = bright_pixels
+        return ensemble
 
     monkeypatch.setattr(error_analysis, "load_model", load_bright)
     return tmp_path / "model"
@@ -332,7 +334,7 @@ def test_images_of_channels_are_drawn_by_flair_of_their_own_slice():
     model = small_model(regions=REGIONS, backbone_config=small_backbone_config(num_channels=6))
     data = make_slices({"a": [3, 4, 5]}, size=(80, 90), tumour={("a", 4)})
     rows = ImageRows(data, ["t1ce", "flair"], neighbours=1)
-    analysis = Analysis(model, rows, SegmentationTransform(processor, resize_masks=False))
+    analysis = Analysis(Sam2UNetEnsemble(model, processor), rows, SegmentationTransform(processor, resize_masks=False))
     (about, image, probabilities, references, _) = list(analysis.read([0, 1, 2], batch_size=2))[1]
     assert (about["image"], about["slice_index"]) == ("a_004", 4)
     np.testing.assert_array_equal(image, np.stack([data[1]["t1ce"], data[1]["flair"]]))
@@ -356,7 +358,8 @@ def test_the_report_says_where_it_cannot_know_of_false_lesions(tmp_path, has_emp
     data = make_slices({"a": [3, 4]}, size=(64, 64), tumour={("a", 3)} if has_empty else {("a", 3), ("a", 4)})
     processor = Sam2UNetImageProcessor(regions=REGIONS, size={"height": 64, "width": 64})
     rows = ImageRows(data, ["flair"])
-    analysis = Analysis(small_model(regions=REGIONS), rows, SegmentationTransform(processor, resize_masks=False))
+    ensemble = Sam2UNetEnsemble(small_model(regions=REGIONS), processor)
+    analysis = Analysis(ensemble, rows, SegmentationTransform(processor, resize_masks=False))
     analysis.run(2, None)
     write_report(analysis, tmp_path, "Errors", 1, ["png"])
     sentence = f"Every image has {next(iter(REGIONS))}"
@@ -639,8 +642,8 @@ def test_figures_of_a_case(cohort, checkpoint, tmp_path):
 
 def test_a_case_is_seen_upright_and_as_the_mask_says(cohort, checkpoint):
     case = error_analysis.find_cases(cohort)[0]
-    model, processor = error_analysis.load_model(error_analysis.parse_arguments(["--model", str(checkpoint)])[0])
-    view = segment_case(Sam2UNetVolumePipeline(model, processor), case, return_probabilities=True)
+    ensemble = error_analysis.load_model(error_analysis.parse_arguments(["--model", str(checkpoint)])[0])
+    view = segment_case(Sam2UNetVolumePipeline(ensemble.models, ensemble.processors), case, return_probabilities=True)
     labels = case.read_mask().voxels
     whole, prediction = view.masks("WT")
     np.testing.assert_array_equal(view.masks("TC")[0], np.isin(labels, [1, 3]))
