@@ -95,10 +95,11 @@ def load_folds(args: DataArguments) -> list[Fold]:
     has_folders = False
     if args.dataset_name is not None:  # its splits are not ours
         has_folders = bool(image_mask_folders(Path(args.dataset_name)))
-        data = named_splits(data)
-        if (test := data.pop("test", None)) is not None:
+        named = named_splits(data)
+        check_has_train(named, data)
+        if (test := named.pop("test", None)) is not None:
             logger.info("The %d images of the data set's own test split take no part in the folds.", len(test))
-        check_has_train(data)
+        data = named
     with exit_on(ValueError, prefix=f"--folds: the splits {' and '.join(data)} cannot be joined: "):
         rows = join(data, name_by_split=has_folders)
     names = [patient for split, own in data.items() for patient in patients_of_rows(split, own, group_by)]
@@ -238,7 +239,7 @@ def warn_of_folders(data: DataSplits) -> None:
 def with_all_splits(data: DataSplits, seed: int, group_by: str | None = None) -> datasets.DatasetDict:
     """Name the splits train, validation and test; split the training rows, by patient, if there is no validation."""
     named = named_splits(data)
-    check_has_train(named)
+    check_has_train(named, data)
     if "validation" not in named:
         train = named["train"]
         groups = patients_of_rows("train", train, group_by) or list(map(str, range(len(train))))
@@ -262,10 +263,10 @@ def with_all_splits(data: DataSplits, seed: int, group_by: str | None = None) ->
     return datasets.DatasetDict(named)
 
 
-def check_has_train(named: DataSplits) -> None:
-    """Refuse a data set without a split to train on."""
+def check_has_train(named: DataSplits, data: DataSplits) -> None:
+    """Refuse a data set whose splits, by their usual names, are none to train on."""
     if "train" not in named:
-        raise SystemExit(f"The data set has no split named train, only {', '.join(named)}.")
+        raise SystemExit(f"The data set has no split named train, only {', '.join(data)}.")
 
 
 def join(data: Mapping[str, datasets.Dataset], name_by_split: bool = False) -> datasets.Dataset:

@@ -511,7 +511,7 @@ def test_evaluation_alone(cohort, checkpoint, tmp_path):
     ("data", "match"),
     [
         ({"rest": 5}, "has no split named train, only rest"),
-        ({"train": 1}, "1 images of 1 cases are too few"),
+        ({"train": 1}, "1 image of 1 case are too few"),
         ({"train": 5, "validation": 0}, "The split validation of the data set is empty"),
     ],
 )

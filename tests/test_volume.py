@@ -487,5 +487,5 @@ def test_the_module_runs_as_a_command_elsewhere(tmp_path):
         env={"PYTHONPATH": str(forks.ROOT), "HF_HUB_OFFLINE": "1", "PATH": ""},
     )
     assert done.returncode == 1
-    assert "nowhere" in done.stderr
+    assert "none.nii does not exist" in done.stderr
     assert "Traceback" not in done.stderr
