@@ -8,7 +8,7 @@ from .cohort import DEFAULT_SHAPE, NUM_PATIENTS, write_phantom_cohort
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and write the cohort."""
+    """Write phantom patients as BraTS has patients: a folder each, with four contrasts and a mask in NIfTI."""
     parser = argparse.ArgumentParser(prog="python -m dataset_scripts.phantom", description=main.__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="new or empty folder")
     parser.add_argument("--num_patients", type=int, default=NUM_PATIENTS)
