@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from sam2unet_hf.cases_sam2unet import find_cases
 from sam2unet_hf.labels_sam2unet import enhancing_label_of
+from sam2unet_hf.members_sam2unet import ENSEMBLE_FILE
 from sam2unet_hf.patient_table import PatientTable
 from sam2unet_hf.training.resume import last_complete_checkpoint
 from sam2unet_hf.volume_sam2unet import Sam2UNetVolumePipeline
@@ -40,7 +41,6 @@ logger = logging.getLogger(__name__)
 SEGMENTATIONS = "segmentations"
 TABLE = "patients"
 PICTURE = "folds.png"
-ENSEMBLE_FILE = "ensemble.json"
 
 Arguments = tuple[ModelArguments, DataArguments, SegmentationTrainingArguments]
 
