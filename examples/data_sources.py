@@ -170,24 +170,27 @@ def scans_folder(args: DataArguments) -> Path:
 def slice_scans(args: DataArguments) -> datasets.DatasetDict:
     """Build the slices of BraTS scans, or of a phantom cohort."""
     brats_dir = scans_folder(args)
-    if not first_file(brats_dir, SCAN_SUFFIXES) and (picture := first_file(brats_dir)):
-        raise SystemExit(
-            f"--brats_dir {brats_dir}: {picture} is a picture, and there is no scan. Name images and masks by "
-            "--dataset_name."
-        )
     words = " ".join(args.slices).split()
     with exit_on(FileNotFoundError, ValueError):
-        builder = BratsSlices(
-            data_dir=str(brats_dir),
-            modalities=args.modalities or DEFAULT_MODALITIES,
-            slices=[int(word) for word in words] if all(map(str.isdecimal, words)) else " ".join(words),
-            min_tumor_pixels=args.min_tumor_pixels,
-            plane=args.plane,
-            labels=args.labels,
-            seed=args.split_seed,
-            skip_bad_cases=args.skip_bad_cases,
-        )
-        builder.download_and_prepare(num_proc=args.num_proc)
+        try:
+            builder = BratsSlices(
+                data_dir=str(brats_dir),
+                modalities=args.modalities or DEFAULT_MODALITIES,
+                slices=[int(word) for word in words] if all(map(str.isdecimal, words)) else " ".join(words),
+                min_tumor_pixels=args.min_tumor_pixels,
+                plane=args.plane,
+                labels=args.labels,
+                seed=args.split_seed,
+                skip_bad_cases=args.skip_bad_cases,
+            )
+            builder.download_and_prepare(num_proc=args.num_proc)
+        except FileNotFoundError as err:
+            if not first_file(brats_dir, SCAN_SUFFIXES) and (picture := first_file(brats_dir)):
+                raise SystemExit(
+                    f"--brats_dir {brats_dir}: {picture} is a picture, and there is no scan. Name images and masks by "
+                    "--dataset_name."
+                ) from err
+            raise
     return builder.as_dataset()
 
 

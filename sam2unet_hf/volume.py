@@ -83,19 +83,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def _refuse_pictures(path: str) -> None:
+    """Name the command for pictures if there are some and no scan."""
+    if not first_file(path, SCAN_SUFFIXES) and (picture := first_file(path)):
+        raise SystemExit(f"{picture} is a picture, no scan. Segment pictures by `python -m sam2unet_hf.pictures`.")
+
+
 def _name_cases(paths: list[str], labels: str | None) -> dict[str, str | BratsCase]:
     """Return the cases in folders and the scans among these paths, by what their results will be called."""
     cases: dict[str, str | BratsCase] = {}
     for path in paths:
         if not Path(path).exists():
             raise SystemExit(f"{path} does not exist. Pass the folder of one case or of many, or a scan.")
-        if not first_file(path, SCAN_SUFFIXES) and (picture := first_file(path)):
-            found = f"{picture} is a picture" + (f", and {path} holds no scans" if Path(path).is_dir() else "")
-            raise SystemExit(f"{found}. Segment pictures by `python -m sam2unet_hf.pictures`.")
         stem = re.sub(r"\.nii(\.gz)?\Z", "", Path(path).name, flags=re.IGNORECASE)
         named: dict[str, str | BratsCase] = {stem: path}
-        if Path(path).is_dir():
-            named = {case.case_id: case for case in find_cases(path, labels)}
+        try:
+            if Path(path).is_dir():
+                named = {case.case_id: case for case in find_cases(path, labels)}
+            else:
+                _refuse_pictures(path)
+        except FileNotFoundError:  # there is no case
+            _refuse_pictures(path)
+            raise
         if twice := sorted(named.keys() & cases.keys()):
             raise SystemExit(f"{path}: {twice[0]} was named before, and would be written to the same file.")
         cases |= named

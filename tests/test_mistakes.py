@@ -157,18 +157,26 @@ def test_a_model_of_another_type_is_none(tmp_path):
 # Other commands
 
 
+def test_a_picture_beside_links_to_scans_is_no_mistake(there, tmp_path):
+    (tmp_path / "cases").mkdir()
+    (tmp_path / "cases" / "Phantom_001").symlink_to(there / "scans" / "Phantom_001")
+    Image.new("L", (8, 8)).save(tmp_path / "cases" / "view.png")
+    with pytest.raises(SystemExit, match="pass `modalities`"):  # the model is one of pictures
+        volume.main([str(there / "runs" / "data"), str(tmp_path / "cases"), "-o", str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize(
     ("main", "line", "message"),
     [
         (
             volume.main,
             "runs/data data -o runs",
-            "data/images/0.png is a picture, and data holds no scans. Segment pict",
+            "data/images/0.png is a picture, no scan. Segment pictures by `python -m",
         ),
         (
             volume.main,
             "runs/data pictures/0.png -o runs",
-            "0.png is a picture. Segment pictures by `python -m sam2unet",
+            "0.png is a picture, no scan. Segment pictures by",
         ),
         (
             volume.main,
