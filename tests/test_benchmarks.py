@@ -194,7 +194,6 @@ def test_window_benchmark_compares_the_same_scan_in_both_inputs(tmp_path):
     assert [case["task"] for case in results["cases"]] == ["training step", "volume"]
     for case in results["cases"]:
         assert case["ratio"] == pytest.approx(case["seconds"]["window"] / case["seconds"]["resized"])
-        assert case["ratio"] < 1  # 64 x 64 against 96 x 96 pixels
 
 
 def parse_arm(name):
