@@ -126,9 +126,8 @@ class PlaneAverage:
         if not self.planes:
             self.total, self.variances = mean, variance
         else:
-            if (
-                self.variances is not None and variance is not None
-            ):  # https://doi.org/10.2307/2683386, which merges two samples
+            if self.variances is not None and variance is not None:
+                # How two samples are merged: https://doi.org/10.2307/2683386
                 difference = mean - self.total / self.planes
                 self.variances += variance + difference**2 * (self.planes / (self.planes + 1))
             self.total += mean

@@ -413,6 +413,9 @@ def test_grades_millimetres_and_formats_with_text_escaped(checkpoint, tmp_path):
         (["--mask_column", "truth"], "--mask_column: 'truth' is no column of images. The data set's columns"),
         (["--regions", "WT=1"], r"--regions: .* segments .*'TC'.*, not .* Leave out --regions"),
         (["--case", "nowhere"], "pass one of --case, --dataset_name and --brats_dir"),
+        (["--test_dir", "nowhere"], "--test_dir is analysed alone: pass it without --case, --dataset_name and"),
+        (["--folds", "3"], "--folds cuts the data into several splits: name one by --fold"),
+        (["--folds", "3", "--fold", "1"], "--split test: the data set has train, validation. Pass one of them"),
         (["--spacing_mm", "0"], r"--spacing_mm takes one or two positive numbers, got \[0.0\]"),
         (["--max_images", "0"], "--max_images must be at least 1, got 0"),
     ],
@@ -496,10 +499,41 @@ def test_without_data_options_it_scores_the_test_split_of_the_run(cohort, checkp
     assert "The model was trained on" in caplog.text
 
 
+def test_a_second_cohort_is_analysed_whole(cohort, checkpoint, tmp_path):
+    write_run(checkpoint, brats_dir="gone", slices=["3"], split_seed=3)
+    error_analysis.main(
+        ["--model", str(checkpoint), "--test_dir", str(cohort), "--output_dir", str(tmp_path), "--device", "cpu"]
+    )
+    rows = read_csv(tmp_path / "images.csv")
+    every = error_analysis.load_data(error_analysis.DataArguments(brats_dir=str(cohort), slices=["head"]))
+    places = [split.select_columns(["case_id", "slice_index"]) for split in every.values()]
+    expected = {(row["case_id"], row["slice_index"]) for rows_of_split in places for row in rows_of_split}
+    assert {(row["case_id"], int(row["slice_index"])) for row in rows} == expected
+    assert len({case for case, _ in expected}) == 13
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"on {len(expected)} of {len(expected)} images of {cohort}" in report
+
+
+def test_the_part_of_the_data_that_is_analysed_is_said(slices, checkpoint, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    data = error_analysis.load_data(error_analysis.DataArguments(dataset_name=str(slices)))
+    options = ["--model", str(checkpoint), "--dataset_name", str(slices), "--output_dir", str(tmp_path / "out")]
+    error_analysis.main([*options, "--device", "cpu", "--max_images", "1"])
+    count, total = len(data["test"]), sum(map(len, data.values()))
+    assert f"The test split has {count} of {total} images; --test_dir takes all of a second cohort." in caplog.text
+
+
 @pytest.mark.parametrize(
     ("run", "argv", "expected"),
     [
         (SCANS, [], SCANS),
+        (SCANS | {"folds": 3, "fold": 1}, [], SCANS | {"folds": 3, "fold": 1}),
+        # Other data are cut as they are, not into the folds of the run.
+        (
+            SCANS | {"folds": 3, "fold": 1},
+            ["--brats_dir", "other"],
+            {"brats_dir": "other", "folds": None, "fold": None},
+        ),
         (SCANS, ["--split_seed", "0"], SCANS | {"split_seed": 0}),
         (SCANS, ["--slices=95"], SCANS | {"slices": ["95"]}),
         (SCANS, ["--brats_dir", "other", "--plane", "axial"], SCANS | {"brats_dir": "other", "plane": "axial"}),
