@@ -21,6 +21,7 @@ from dataset_scripts.brats_slices import citation_of
 from dataset_scripts.phantom import is_phantom
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetImageProcessor
 from sam2unet_hf.configuration_sam2unet import PRESETS
+from sam2unet_hf.devices import default_device, has_bfloat16
 from sam2unet_hf.labels_sam2unet import NUMBERINGS
 from sam2unet_hf.model_card import counted
 from sam2unet_hf.regions_sam2unet import parse_regions
@@ -254,6 +255,8 @@ class SegmentationTrainingArguments(TrainingArguments):
         best_metric = (self.metric_for_best_model or "").removeprefix("eval_")
         if self.greater_is_better is None and lower_is_better(best_metric):
             self.greater_is_better = False
+        # transformers takes bfloat16 on a CPU only if this is given.
+        self.use_cpu = self.use_cpu or (self.bf16 and not torch.accelerator.is_available())
         super().__post_init__()
         # transformers does not look for flyte.
         installed = [*get_available_reporting_integrations(), "flyte"]
@@ -293,7 +296,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
             parser.error("--test_dir with --do_train false scores a model: name it by --model_name_or_path")
     recipe = given.recipe or ("volume" if source is None or given.brats_dir is not None else None)
     has_model = given.model_name_or_path is not None
-    defaults = recipe_defaults(recipe, is_phantom=source is None, has_model=has_model)
+    can_use_bfloat16 = not given.fp16 and has_bfloat16("cpu" if given.use_cpu else default_device())
+    defaults = recipe_defaults(recipe, source is None, has_model, can_use_bfloat16)
     if given.image_size is not None:  # a size to resize to takes the place of a window
         defaults.pop("head_crop_size", None)
         defaults.pop("head_crop_scale", None)

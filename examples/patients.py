@@ -108,8 +108,7 @@ def score_split(
         cases = list(rows_of_patients(rows))
         own = cases[args.process_index :: args.world_size]
         options = {"batch_size": args.eval_batch_size, "num_workers": args.dataloader_num_workers}
-        with trainer.compute_loss_context_manager():  # in the precision of the evaluation
-            found = list(score_patients(model.eval(), processor, rows, own, **options))
+        found = list(score_patients(model.eval(), processor, rows, own, **options))
         found = {scores.case_id: scores for scores in (gather_object(found) if args.world_size > 1 else found)}
         for case in cases:
             scores = PatientScores(*found[case])
