@@ -32,9 +32,9 @@ from console import describe_files, describe_images, describe_split_scores, desc
 from data_sources import DataFacts, describe_split, find_columns, find_regions, load_data, make_images
 from folds import run_folds
 from image_depth import fit_white_level
-from patients import KnownPatients, rows_to_show, score_split, write_splits
+from patients import KnownPatients, patients_to_show, score_split, write_splits
 from plots import name_of_image, plot_predictions, plot_training_curve
-from predictions import choose_cases, write_predictions
+from predictions import rows_to_show, show_cases, write_predictions
 from processes import exit_on, from_main_process, report_error_once, set_up_logging
 from provenance import RESULTS_FILE, check_steps_left, find_checkpoint, run_record, start_run, write_json
 from safetensors import SafetensorError
@@ -195,10 +195,10 @@ def run_training(
             continue
         prefix = "eval" if split == "validation" else split
         said += describe_split_scores(results, prefix, len(rows), table, list(regions))
-        chosen, dice = rows_to_show(rows, table) if table.rows else (None, dice)
         transform, rows = rows.transform, rows.with_transform(None)
+        titles = patients_to_show(rows, table) if table.rows else rows_to_show(rows, dice, transform)
         prefix = f"{COHORT}_" if split == COHORT else ""
-        cases = choose_cases(rows, dice, transform, model, chosen)
+        cases = show_cases(rows, titles, transform, model)
         image_title = name_of_image(rows.image_columns)
         plot_predictions(cases, regions, output_dir / f"{prefix}predictions.png", image_title)
         if training_args.do_predict:

@@ -48,3 +48,8 @@ def has_bfloat16(device: str) -> bool:
     # Older PyTorch does not tell what the processor can do.
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.device(device).type == "cpu" and bool(capabilities.get("amx_bf16", False))
+
+
+def fast_dtype(device: str) -> torch.dtype:
+    """Return bfloat16 for a device that has it, else float32."""
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32

@@ -230,7 +230,7 @@ def test_what_is_no_ensemble_is_told_from_one_with_the_remedy(folder, tmp_path):
 
 
 def test_command_writes_the_disagreement_of_an_ensemble(folder, found, case, tmp_path, capsys):
-    options = ["-o", str(tmp_path), "--device", "cpu", "--probabilities", "--disagreement"]
+    options = ["-o", str(tmp_path), "--device", "cpu", "--dtype", "float32", "--probabilities", "--disagreement"]
     with pytest.raises(SystemExit, match="nothing to disagree with"):
         main([str(folder / "fold_0"), str(case.folder), *options])
     main([str(folder), str(case.folder), *options])
@@ -259,6 +259,7 @@ def test_the_page_of_the_app_takes_an_ensemble(folder, found, case, monkeypatch)
         return SimpleNamespace(launch=lambda **kwargs: None)
 
     monkeypatch.setattr(app, "build_page", build_page)
+    monkeypatch.setattr(app, "fast_dtype", lambda device: torch.float32)
     app.main(["--model", str(folder), "--device", "cpu"])
     view = app.segment_case(loaders[0](str(folder)), case, return_probabilities=True)
     assert np.array_equal(view.segmentation.probabilities, found[1][0].probabilities)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from dataset_scripts.brats_slices import BratsSlices
 from dataset_scripts.phantom import write_phantom_cohort
-from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf import Sam2UNetImageProcessor, devices
 from sam2unet_hf.cases_sam2unet import find_cases
 from sam2unet_hf.metrics import LesionReport, VolumeReport
 from sam2unet_hf.scans_sam2unet import ScanError, take_slice, to_grey, write_nifti
@@ -219,7 +219,8 @@ def test_command_writes_segmentations_and_leaves_out_bad_cases(cohort, segment, 
         (tmp_path / "scans" / case.case_id).symlink_to(case.folder)
     for name in THREE:
         (bad / f"Bad_1_{name}.nii.gz").write_bytes(b"no scan")
-    options = ["-o", str(tmp_path / "out"), "--probabilities", "--et_label", "4", "--device", "cpu"]
+    options = ["-o", str(tmp_path / "out"), "--probabilities", "--et_label", "4"]
+    options += ["--dtype", "float32", "--device", "cpu"]
     with pytest.raises(SystemExit, match="1 of 3 cases could not be segmented"):
         main([str(tmp_path / "model"), str(tmp_path / "scans"), *options])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -356,6 +357,24 @@ def test_model_and_processor_come_from_the_same_place(segment, tmp_path):
     assert found.processor.size == segment.processor.size
     assert found.model.dtype == torch.bfloat16
     assert Sam2UNetVolumePipeline.from_pretrained(tmp_path, **options).model.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("options", "expected"), [([], "bfloat16"), (["--dtype", "float16"], "float16")])
+def test_command_takes_bfloat16_where_the_device_has_it(monkeypatch, cohort, tmp_path, options, expected):
+    class Loaded(Exception):  # noqa: N818 - ends the command once the model would be there
+        pass
+
+    def load(*args, dtype):
+        raise Loaded(str(dtype))
+
+    monkeypatch.setattr(Sam2UNetVolumePipeline, "from_pretrained", load)
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: device == "cpu")
+    command = ["model", str(cohort), "-o", str(tmp_path / "out"), *options, "--device"]
+    with pytest.raises(Loaded, match=f"torch.{expected}"):
+        main([*command, "cpu"])
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
+    with pytest.raises(Loaded, match="torch.float32" if not options else expected):
+        main([*command, "cpu"])
 
 
 def test_command_spares_the_masks_of_the_case(cohort, segment, tmp_path, capsys):
