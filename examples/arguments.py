@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from case_names import to_file_name
+from option_help import HELP, HELP_ALL, describe_options, wants_help
 from processes import exit_on, is_main_process
 from recipes import RECIPES, recipe_defaults
 from transformers import HfArgumentParser, TrainingArguments
@@ -210,6 +211,9 @@ class SegmentationTrainingArguments(TrainingArguments):
     )
     license: str | None = option(None, "Licence of the weights for the model card, as the Hub names it.")
     overwrite_output_dir: bool = option(False, "Replace the run in the output folder.")
+    resume_from_checkpoint: str | None = option(
+        None, "Go on from the last checkpoint in the output folder, true, or from the one named."
+    )
     num_train_epochs: float = option(30.0, "Passes over the training images.")
     learning_rate: float = option(1e-4, "Initial learning rate of AdamW.")
     weight_decay: float = option(1e-4, "Weight decay of AdamW.")
@@ -279,8 +283,12 @@ def name_of_source(source: str) -> str:
 
 def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, SegmentationTrainingArguments]:
     """Read the command line, with the defaults of the recipe."""
-    # Usage that lists every option would hide what is wrong.
-    parser = HfArgumentParser(ARGUMENTS, usage="%(prog)s [--OPTION VALUE ...], options are listed by --help")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    # Usage that lists every option would hide what is wrong, and the help shows the defaults of the recipe.
+    usage = "%(prog)s [--OPTION VALUE ...], options are listed by --help"
+    parser = HfArgumentParser(ARGUMENTS, usage=usage, add_help=False, allow_abbrev=False)
+    has_all = wants_help(argv)
+    argv = [word for word in argv if word not in (*HELP, *HELP_ALL)]
     if not is_main_process():
         parser.error = sys.exit  # the main process prints the usage, once
     given, unknown = parser.parse_known_args(argv)
@@ -307,6 +315,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
     parser.set_defaults(output_dir=f"runs/{name}{kind}")
     if given.folds is not None:  # the patients that a fold is scored on must not choose its epoch
         parser.set_defaults(load_best_model_at_end=False)
+    if has_all is not None:
+        print(describe_options(parser, ARGUMENTS, has_all))
+        raise SystemExit(0)
     try:
         model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
         check_folds(data_args, args)
