@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from arguments import (
     DataArguments,
@@ -35,7 +36,7 @@ from image_depth import fit_white_level
 from patients import KnownPatients, patients_to_show, score_split, write_splits
 from plots import name_of_image, plot_predictions, plot_training_curve
 from predictions import rows_to_show, show_cases, write_predictions
-from processes import exit_on, from_main_process, report_error_once, set_up_logging
+from processes import describe_busy_machine, exit_on, from_main_process, report_error_once, set_up_logging
 from provenance import RESULTS_FILE, check_steps_left, find_checkpoint, run_record, start_run, write_json
 from safetensors import SafetensorError
 from transformers import set_seed
@@ -160,6 +161,8 @@ def run_training(
     counts = describe_images({**images, **evaluation})
     parameters = [model.num_parameters(only_trainable=only) / 1e6 for only in (False, True)]
     logger.info("Images: %s. Parameters: %.2f M, %.2f M of them trained.", counts, *parameters)
+    if training_args.device.type == "cpu" and (busy := describe_busy_machine(torch.get_num_threads())):
+        logger.warning(busy)
 
     results: dict[str, float] = {}
 

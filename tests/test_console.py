@@ -10,6 +10,7 @@ import pytest
 
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import processes  # noqa: E402
 import run_segmentation  # noqa: E402
 from common import small_config  # noqa: E402
 
@@ -18,6 +19,27 @@ from sam2unet_hf import Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor 
 
 
 REGIONS = {"WT": [1, 2, 3], "TC": [1, 3]}
+
+
+@pytest.mark.parametrize(
+    ("load", "threads", "policy", "is_said"),
+    [
+        (0.3, 4, None, False),
+        (1.0, 4, None, True),
+        (1.0, 3, None, False),
+        (4.0, 1, None, False),
+        (4.0, 4, "PASSIVE", False),
+    ],
+)
+def test_a_busy_machine_is_named(monkeypatch, load, threads, policy, is_said):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0, 0))
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    text = processes.describe_busy_machine(threads)
+    assert (text is not None) is is_said
+    assert not is_said or "keep 1.0 of 4 cores busy, and PyTorch has 4 threads" in text
 
 
 @pytest.fixture(scope="module")
