@@ -148,6 +148,11 @@ class DataArguments:
     num_proc: int | None = option(None, "Processes that read the scans.")
     skip_bad_cases: bool = option(False, "Leave out scans that cannot be used, and list them.")
     split_seed: int = option(0, "Seed of the split by patient, for data without splits and for --folds.")
+    test_split: bool = option(
+        True,
+        "Keep a fifth of the patients for testing, of data without a test split. False trains on them, too, where "
+        "--test_dir is the test.",
+    )
     folds: int | None = option(
         None,
         "Cross-validate: cut the patients into this many folds, and for each train on all others and score its own. "

@@ -46,9 +46,19 @@ logger = logging.getLogger("error_analysis")
 # Options that are taken from the run unless they are given; those of scans only from a run on scans.
 SCAN_OPTIONS = ("slices", "plane", "min_tumor_pixels", "modalities", "skip_bad_cases")
 DATA_OPTIONS = ("dataset_name", "dataset_config_name", "brats_dir", "image_column", "mask_column", "split_seed")
-DATA_OPTIONS += ("group_by", "folds", "fold")
+DATA_OPTIONS += ("group_by", "test_split", "folds", "fold")
 # They make the test split.
-SPLIT_OPTIONS = ("split_seed", "group_by", "folds", "fold", "slices", "plane", "min_tumor_pixels", "modalities")
+SPLIT_OPTIONS = (
+    "split_seed",
+    "group_by",
+    "test_split",
+    "folds",
+    "fold",
+    "slices",
+    "plane",
+    "min_tumor_pixels",
+    "modalities",
+)
 
 
 @dataclass

@@ -15,8 +15,8 @@ HELP_ALL = ("--help-all", "--help_all")
 
 # What `--help` lists; `--help-all` adds the others.
 GROUPS = {
-    "Data": "brats_dir dataset_name test_dir modalities regions labels group_by folds fold num_proc skip_bad_cases "
-    "streaming",
+    "Data": "brats_dir dataset_name test_dir test_split modalities regions labels group_by folds fold num_proc "
+    "skip_bad_cases streaming",
     "Model": "sam2_checkpoint model_name_or_path preset freeze_encoder",
     "Recipe, and what it sets unless given": "recipe slices neighbours head_crop_size foreground_share image_size "
     "augmentation iou_over_batch ema_decay num_train_epochs per_device_train_batch_size per_device_eval_batch_size "
