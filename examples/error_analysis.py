@@ -144,7 +144,7 @@ def fill_from_run(model: str, given: dict[str, Any]) -> dict[str, Any]:
                 f"{ours} is given, but {path} has {theirs}: this is not the split of that run, and may hold what the "
                 "model was trained on."
             )
-    left = {*given, *(("dataset_name", "brats_dir", "folds", "fold") if names_data else ())}
+    left = {*given, *(("dataset_name", "brats_dir", "test_split", "folds", "fold") if names_data else ())}
     if names_data and given.get("dataset_name") != run.get("dataset_name"):
         left.add("dataset_config_name")
     taken = {name: value for name, value in run.items() if name not in left}
