@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from case_names import to_file_name
 from option_help import HELP, HELP_ALL, describe_options, wants_help
-from processes import exit_on, is_main_process
+from processes import choose_num_workers, exit_on, is_main_process
 from recipes import RECIPES, recipe_defaults
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
@@ -309,12 +309,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
             parser.error("--test_dir with --do_train false scores a model: name it by --model_name_or_path")
     recipe = given.recipe or ("volume" if source is None or given.brats_dir is not None else None)
     has_model = given.model_name_or_path is not None
-    can_use_bfloat16 = not given.fp16 and has_bfloat16("cpu" if given.use_cpu else default_device())
-    defaults = recipe_defaults(recipe, source is None, has_model, can_use_bfloat16)
+    device = "cpu" if given.use_cpu else default_device()
+    defaults = recipe_defaults(recipe, source is None, has_model, not given.fp16 and has_bfloat16(device))
     if given.image_size is not None:  # a size to resize to takes the place of a window
         defaults.pop("head_crop_size", None)
         defaults.pop("head_crop_scale", None)
-    parser.set_defaults(recipe=recipe, **defaults)
+    parser.set_defaults(recipe=recipe, dataloader_num_workers=choose_num_workers(device), **defaults)
     name = to_file_name("phantom" if source is None else name_of_source(source), separator="-")
     kind = "-folds" if given.folds is not None else "" if given.do_train else "-evaluation"
     parser.set_defaults(output_dir=f"runs/{name}{kind}")

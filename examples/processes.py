@@ -72,6 +72,17 @@ def set_up_logging(is_muted: bool = False) -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
+def choose_num_workers(device: str) -> int:
+    """Return how many processes read and augment images, so that a GPU need not wait for them.
+
+    The processes of a launcher share the cores of their machine. On a CPU the model needs all cores itself.
+    """
+    if not device.startswith("cuda"):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+
+
 def describe_busy_machine(num_threads: int) -> str | None:
     """Return what would help if other processes need the cores that the threads of PyTorch run on, else `None`.
 

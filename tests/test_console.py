@@ -42,6 +42,16 @@ def test_a_busy_machine_is_named(monkeypatch, load, threads, policy, is_said):
     assert not is_said or "keep 1.0 of 4 cores busy, and PyTorch has 4 threads" in text
 
 
+@pytest.mark.parametrize(
+    ("device", "cores", "local_processes", "expected"),
+    [("cpu", 16, "1", 0), ("cuda", 16, "1", 8), ("cuda:1", 6, "1", 5), ("cuda", 16, "4", 3), ("cuda", 1, "1", 0)],
+)
+def test_loaders_of_the_processes_share_the_cores(monkeypatch, device, cores, local_processes, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local_processes)
+    assert processes.choose_num_workers(device) == expected
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")

@@ -310,8 +310,10 @@ def test_volumes_are_trained_in_bfloat16_on_devices_that_have_it(monkeypatch, tm
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("arguments.default_device", lambda: "cuda")
     monkeypatch.setattr("arguments.has_bfloat16", devices.__contains__)
+    monkeypatch.setattr("arguments.choose_num_workers", lambda device: 3 if device == "cuda" else 0)
     *_, args = parse_arguments(options)
     assert args.bf16 is expected
+    assert args.dataloader_num_workers == (0 if "--use_cpu" in options else 3)
 
 
 def test_bfloat16_that_is_asked_for_needs_no_further_option_on_a_cpu(monkeypatch, tmp_path):
