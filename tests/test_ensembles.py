@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from common import BRATS_REGIONS, CODE, TRAVELLING_FILES, small_backbone_config, small_model
+from common import BRATS_REGIONS, CODE, small_backbone_config, small_model
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
 from slice_rows import make_slices
@@ -344,7 +344,7 @@ def test_a_pushed_ensemble_loads_elsewhere_and_gives_equal_volumes(folder, found
         run(PUSH, copy, REPO, PYTHONPATH=str(forks.ROOT))
         third, second, first = [commit.sha for commit in hub.commits("models", REPO)][:3]
         of_member = ["config.json", "model.safetensors", "preprocessor_config.json", *CODE]
-        at_top = ["README.md", "ensemble.json", *TRAVELLING_FILES]
+        at_top = ["README.md", "ensemble.json", *CODE]
         expected = {*at_top, *(f"{member}/{name}" for member in MEMBERS for name in of_member)}
         files = set(hub.files("models", REPO, first)) - {".gitattributes"}
         assert files == expected
