@@ -44,7 +44,7 @@ ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 # One image at a time in evaluation: convolutions differ in the last bit with the size of the batch.
 SIZES = ["--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "1", "--num_train_epochs", "2"]
 PREDICT = ["--do_predict", "--save_total_limit", "3"]
-ONLY_HERE = ("runtime", "per_second", "model_preparation_time", "epoch")
+ONLY_HERE = ("runtime", "per_second", "model_preparation_time", "epoch", "total_flos")
 
 
 def environment(folder):
