@@ -24,6 +24,7 @@ from case_view import PLANE_ORDER, CaseView, draw_slice, largest_slice, region_c
 
 from dataset_scripts.phantom import NUM_PATIENTS, write_phantom_cohort
 from sam2unet_hf.cases_sam2unet import BratsCase, find_cases
+from sam2unet_hf.devices import device_name
 from sam2unet_hf.metrics.volume_functional import count_voxels, dice
 from sam2unet_hf.nifti_sam2unet import open_nifti, read_header
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
@@ -249,12 +250,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a Space names its models in SAM2UNET_MODEL."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     models = os.environ.get("SAM2UNET_MODEL", "runs/phantom").split()
-    parser.add_argument("--model", nargs="+", default=models, help="Hub ids or folders of SAM2-UNet to choose from")
+    parser.add_argument("--model", nargs="+", default=models, help="Hub ids or folders of models or ensembles")
     parser.add_argument("--modalities", nargs="+", choices=MODALITIES, help="default: those the checkpoint names")
     parser.add_argument(
         "--planes", nargs="+", default=[], choices=PLANE_ORDER, help="averaged over; default: that of the training"
     )
-    parser.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
+    parser.add_argument("--device", type=device_name, help="such as cpu or cuda:1; default: a GPU if there is one")
     parser.add_argument(
         "--server_name",
         # Do not take it from GRADIO_SERVER_NAME, as Gradio does unasked. A Space is reached from outside only.

@@ -1,7 +1,7 @@
 """Command line of `run_segmentation.py`, and what it says of regions, resuming and the model card."""
 
 import dataclasses
-import importlib.util
+import difflib
 import math
 import sys
 from collections.abc import Mapping
@@ -36,6 +36,8 @@ LEAST_VALUES = {
     "gradient_accumulation_steps": 1,
     "dataloader_num_workers": 0,
 }
+# Values of --resume_from_checkpoint for the last checkpoint of the output folder.
+RESUME_WORDS = ("true", "last")
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -143,7 +145,13 @@ class DataArguments:
     )
     num_proc: int | None = option(None, "Processes that read the scans.")
     skip_bad_cases: bool = option(False, "Leave out scans that cannot be used, and list them.")
-    split_seed: int = option(0, "Seed of the split by patient, for data without splits.")
+    split_seed: int = option(0, "Seed of the split by patient, for data without splits and for --folds.")
+    folds: int | None = option(
+        None,
+        "Cross-validate: cut the patients into this many folds, and for each train on all others and score its own. "
+        "A test split of the data set takes no part.",
+    )
+    fold: int | None = option(None, "Train and score this one of the --folds alone, counted from 0, as on a cluster.")
     group_by: str | None = option(
         None,
         "What tells the patients of --dataset_name, who are kept whole in splits: a column; a regular expression "
@@ -151,6 +159,14 @@ class DataArguments:
         "column patient_id, patient, subject_id or subject, else case_id.",
     )
     allow_leaks: bool = option(False, "Accept a patient or an image in two splits, which makes the scores too good.")
+
+    def __post_init__(self):
+        if self.folds is not None and self.folds < 2:
+            raise ValueError(f"--folds must be from 2 to the number of patients, got {self.folds}.")
+        if self.fold is not None and self.folds is None:
+            raise ValueError("--fold is one of several folds. Pass --folds too, such as --folds 5.")
+        if self.fold is not None and not 0 <= self.fold < self.folds:
+            raise ValueError(f"--fold must be from 0 to {self.folds - 1} with --folds {self.folds}, got {self.fold}.")
 
 
 @dataclass
@@ -183,11 +199,6 @@ class SegmentationTrainingArguments(TrainingArguments):
     augmentation: list[str] = option(
         ["flips"], "Random changes of training images, or none.", choices=("none", *AUGMENTATIONS)
     )
-    hp_search: int = option(
-        0,
-        "Try this many combinations of learning rate, batch size and optimiser first, and train with the "
-        "one that scores best on the validation images. Needs optuna.",
-    )
     trainable_only: bool = option(
         False, "Save checkpoints without the encoder, which is fetched from --sam2_checkpoint when loaded again."
     )
@@ -207,7 +218,9 @@ class SegmentationTrainingArguments(TrainingArguments):
     eval_strategy: str = option("epoch", "When to evaluate.")
     save_strategy: str = option("epoch", "When to save a checkpoint.")
     save_total_limit: int | None = option(2, "Checkpoints kept, the best one among them.")
-    load_best_model_at_end: bool = option(True, "End with the best checkpoint.")
+    load_best_model_at_end: bool = option(
+        True, "End with the best checkpoint. Default: no with --folds, whose scores it would make too good, else yes."
+    )
     metric_for_best_model: str | None = option("dice", "Metric that chooses the best checkpoint.")
     logging_steps: float = option(10, "Steps between two logged losses.")
     hub_strategy: str = option("end", "When to upload with --push_to_hub, such as every_save.")
@@ -217,7 +230,6 @@ class SegmentationTrainingArguments(TrainingArguments):
     def __post_init__(self):
         for name, reason in (
             ("push_to_hub", "pushes what was trained"),
-            ("hp_search", "searches for the best training"),
             ("fsdp", "shards the training"),
         ):
             if getattr(self, name) and not self.do_train:
@@ -231,8 +243,6 @@ class SegmentationTrainingArguments(TrainingArguments):
             raise ValueError(f"--seed must be in 0..2**32 - 1, got {self.seed}.")
         if {"none", "strong"} & set(self.augmentation) and len(self.augmentation) > 1:
             raise ValueError(f"--augmentation takes none and strong alone, got {' '.join(self.augmentation)}.")
-        if self.hp_search and importlib.util.find_spec("optuna") is None:
-            raise ValueError('--hp_search needs optuna. Install it with `pip install "sam2unet-hf[search]"`.')
         if self.save_only_model:
             raise ValueError(
                 "--save_only_model leaves nothing that a run could go on from. To keep less, pass --save_total_limit "
@@ -250,10 +260,13 @@ class SegmentationTrainingArguments(TrainingArguments):
         if missing := [name for name in self.report_to if name not in installed]:
             raise ValueError(
                 f"--report_to {' '.join(missing)} is not installed. Try `pip install {' '.join(missing)}`, or pass "
-                f"one of {', '.join([*installed[:-1], 'none'])}."
+                f"{' or '.join([*installed[:-1], 'none'])}."
             )
         # Pinned memory speeds up copies to a GPU; without one PyTorch warns in every epoch.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+
+
+ARGUMENTS = (ModelArguments, DataArguments, SegmentationTrainingArguments)
 
 
 def name_of_source(source: str) -> str:
@@ -263,10 +276,13 @@ def name_of_source(source: str) -> str:
 
 def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, SegmentationTrainingArguments]:
     """Read the command line, with the defaults of the recipe."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, SegmentationTrainingArguments))
+    # Usage that lists every option would hide what is wrong.
+    parser = HfArgumentParser(ARGUMENTS, usage="%(prog)s [--OPTION VALUE ...], options are listed by --help")
     if not is_main_process():
         parser.error = sys.exit  # the main process prints the usage, once
-    given, _ = parser.parse_known_args(argv)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(describe_unknown(unknown))
     for one, other in (("dataset_name", "brats_dir"), ("model_name_or_path", "sam2_checkpoint")):
         if getattr(given, one) is not None and getattr(given, other) is not None:
             parser.error(f"pass one of --{one} and --{other}")
@@ -283,11 +299,59 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
         defaults.pop("head_crop_scale", None)
     parser.set_defaults(recipe=recipe, **defaults)
     name = to_file_name("phantom" if source is None else name_of_source(source), separator="-")
-    parser.set_defaults(output_dir=f"runs/{name}{'' if given.do_train else '-evaluation'}")
+    kind = "-folds" if given.folds is not None else "" if given.do_train else "-evaluation"
+    parser.set_defaults(output_dir=f"runs/{name}{kind}")
+    if given.folds is not None:  # the patients that a fold is scored on must not choose its epoch
+        parser.set_defaults(load_best_model_at_end=False)
     try:
-        return parser.parse_args_into_dataclasses(argv)
+        model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
+        check_folds(data_args, args)
     except (ImportError, OSError, ValueError) as err:  # such as --deepspeed without the package, or its file
         parser.error(str(err))
+    if not (args.do_train or has_model):
+        parser.error("--do_train false scores a model that was trained before: name it by --model_name_or_path")
+    for option in ("dataset_name", "brats_dir", "test_dir"):
+        folder = getattr(given, option)
+        if folder is not None and Path(folder).resolve() == Path(args.output_dir).resolve():
+            parser.error(f"--output_dir {args.output_dir} is the folder of --{option}: name another")
+    return model_args, data_args, args
+
+
+def describe_unknown(words: list[str]) -> str:
+    """Say which words of the command line are no options, and which options were perhaps meant."""
+    if not words[0].startswith("-"):
+        return f"{words[0]} belongs to no option. Name data by --dataset_name or --brats_dir"
+    word = words[0].split("=")[0]
+    name = word.strip("-").replace("-", "_")
+    names = [field.name for arguments in ARGUMENTS for field in dataclasses.fields(arguments)]
+    near = difflib.get_close_matches(name, names, n=3) or [other for other in names if name in other][:3]
+    return f"there is no option {word}" + (f", perhaps --{' or --'.join(near)} was meant" if near else "")
+
+
+def check_folds(data_args: DataArguments, args: SegmentationTrainingArguments) -> None:
+    """Raise a `ValueError` for options that a cross-validation cannot go with."""
+    if data_args.folds is None:
+        return
+    if data_args.streaming:
+        raise ValueError(
+            "--folds chooses rows by their patients, but --streaming reads whole files as they are. Leave out "
+            "--streaming, or write a data set for each fold."
+        )
+    if not args.do_train:
+        raise ValueError(
+            "--folds trains a model for each fold; it cannot go with --do_train false. Leave out --folds to score the "
+            "model of one."
+        )
+    if args.push_to_hub:
+        raise ValueError(
+            "--push_to_hub would push the models of all --folds to one repository. Leave it out, and push the model "
+            "of a fold from its folder."
+        )
+    if (args.resume_from_checkpoint or "true").lower() not in RESUME_WORDS:
+        raise ValueError(
+            f"--resume_from_checkpoint must be true with --folds, since each fold has checkpoints of its own, got "
+            f"{args.resume_from_checkpoint}."
+        )
 
 
 def scores_cohort_alone(data_args: Any, args: Any) -> bool:
@@ -297,13 +361,14 @@ def scores_cohort_alone(data_args: Any, args: Any) -> bool:
 
 def requested_regions(model_args: ModelArguments, data_args: DataArguments) -> dict[str, list[int]] | None:
     """Return the regions that `--regions` names, else those of the model to start from, if there is one."""
+    regions = None
+    if model_args.model_name_or_path is not None:  # read in any case, since data may take minutes to read
+        with exit_on(OSError, ValueError, prefix="--model_name_or_path: "):
+            regions = Sam2UNetConfig.from_pretrained(model_args.model_name_or_path).regions
     if data_args.regions is not None:
         with exit_on(ValueError, prefix="--regions: "):
-            return parse_regions(data_args.regions)
-    if model_args.model_name_or_path is None:
-        return None
-    with exit_on(OSError, prefix="--model_name_or_path: "):
-        return Sam2UNetConfig.from_pretrained(model_args.model_name_or_path).regions
+            regions = parse_regions(data_args.regions)
+    return regions
 
 
 def take_channels_of_model(

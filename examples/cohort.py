@@ -1,16 +1,14 @@
 """A second cohort to score, such as the patients of another hospital: all of it, whatever splits it has."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 from arguments import DataArguments
-from data_checks import check_paths
-from data_sources import find_columns, find_regions, make_images, slice_scans
+from data_sources import find_columns, find_regions, join, make_images, slice_scans
 from image_depth import Brightest
-from image_folders import image_mask_folders, pair_images_and_masks
+from image_folders import image_mask_folders, pair_images_and_masks, read_data_set
 from processes import exit_on
 
 from sam2unet_hf.cases_sam2unet import find_cases
@@ -55,9 +53,8 @@ def load_cohort(path: str, args: DataArguments, regions: dict[str, list[int]] | 
         args = replace(args, dataset_name=None, brats_dir=path, slices=["head"])
         rows = join(slice_scans(args))
     else:
-        with exit_on(OSError, RuntimeError, ValueError, prefix=f"--test_dir {path}: "):
-            data = datasets.load_dataset(path)  # nosec B615 # rows, no code
-            check_paths(data, path)
+        data = read_data_set("--test_dir", path)
+        with exit_on(ValueError, prefix=f"--test_dir {path}: "):
             rows = join(data)
     try:
         columns, mask_column = find_columns({COHORT: rows}, args)
@@ -79,15 +76,3 @@ def has_scans(path: str) -> bool:
         return False
     except ValueError:  # a case that cannot be used, which is named when it is read
         return True
-
-
-def join(data: Mapping[str, datasets.Dataset], name_by_split: bool = False) -> datasets.Dataset:
-    """Join the splits of a data set; `name_by_split` tells files of the same name in two of them apart."""
-    if name_by_split and len(data) > 1:
-        data = {
-            split: rows.remove_columns("case_id").add_column(
-                "case_id", [f"{split}/{name}" for name in rows["case_id"]]
-            )
-            for split, rows in data.items()
-        }
-    return datasets.concatenate_datasets(list(data.values()))

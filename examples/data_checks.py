@@ -43,7 +43,8 @@ DataSplits = Mapping[str, datasets.Dataset | ParquetRows]
 def check_leaks(data: DataSplits, columns: Sequence[str], group_by: str | None, allow_leaks: bool) -> None:
     """Refuse data in which two splits share an image, or a patient, see [`patients_of_rows`]."""
     leak, remedy = find_shared_patient(data, group_by), "Keep it in one split"
-    if leak is None and not isinstance(data["train"], ParquetRows):  # comparing streamed images would read all of them
+    is_streamed = isinstance(next(iter(data.values())), ParquetRows)  # comparing their images would read all of them
+    if leak is None and not is_streamed:
         shared = (find_shared_image(data, column) for column in columns)
         leak, remedy = next((leak for leak in shared if leak), None), "Remove one of the two"
     if leak is None:

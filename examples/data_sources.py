@@ -7,24 +7,25 @@ from typing import Any, NamedTuple
 
 import datasets
 from arguments import DataArguments
-from case_names import BY_FOLDER, NO_GROUPS, patients_of_rows
+from case_names import BY_FOLDER, NO_GROUPS, case_ids, patients_of_rows
 from data_checks import (
     DataSplits,
     check_first_rows,
     check_images_and_masks,
     check_leaks,
-    check_paths,
     find_shared_patient,
     image_columns,
 )
 from image_depth import Brightest
-from image_folders import SPLITS, describe_layout, image_mask_folders, pair_images_and_masks
+from image_folders import SPLITS, describe_layout, image_mask_folders, pair_images_and_masks, read_data_set
 from mask_values import LabelIds, MaskValues, read_black_and_white, read_label_ids, warn_of_untrained
 from processes import exit_on
 
-from dataset_scripts.brats_slices import BratsSlices, split_patients
+from dataset_scripts.brats_slices import BratsSlices, fold_patients, split_patients
 from dataset_scripts.phantom import VERSION, write_phantom_cohort
 from sam2unet_hf.labels_sam2unet import NUMBERINGS, numberings_of, region_ids
+from sam2unet_hf.model_card import counted
+from sam2unet_hf.pictures import SCAN_SUFFIXES, first_file
 from sam2unet_hf.scans_sam2unet import MODALITIES
 from sam2unet_hf.training import ImageRows, ParquetRows, open_parquet
 
@@ -50,11 +51,75 @@ DEFAULT_MODALITIES = ["flair"]
 MASK_COLUMNS = ("mask", "label", "labels", "annotation", "segmentation", "segmentation_mask", "masks")
 
 
+class Fold(NamedTuple):
+    """A fold of a cross-validation.
+
+    Args:
+        patients: Their names, or those of images where nothing tells patients.
+        rows: All their rows.
+    """
+
+    patients: list[str]
+    rows: datasets.Dataset
+
+    @property
+    def cases(self) -> list[str]:
+        """The cases of the rows, each once."""
+        return sorted(set(self.rows["case_id"]))
+
+
 def load_data(args: DataArguments) -> DataSplits:
     """Load or build the data set, with the splits train, validation and, if there is enough, test.
 
-    Of its columns of images it has those of the chosen images and masks alone.
+    With folds the rows of one are those of validation, and the rows of all others those of train. Of its columns of
+    images the data set has those of the chosen images and masks alone.
     """
+    if args.folds is not None:
+        rows = [fold.rows for fold in load_folds(args)]
+        validation = rows.pop(args.fold)
+        return datasets.DatasetDict({"train": datasets.concatenate_datasets(rows), "validation": validation})
+    data, group_by = read_data(args)
+    if not args.streaming:
+        data = with_all_splits(data, args.split_seed, group_by)
+    data = keep_used_columns(data, args, group_by)
+    if args.streaming:
+        train = data["train"]
+        held = train.num_bytes / len(train) * min(args.shuffle_buffer, len(train))
+        logger.info("Streaming %d training rows; each reader holds about %.0f MB of them.", len(train), held / 1e6)
+    return data
+
+
+def load_folds(args: DataArguments) -> list[Fold]:
+    """Load or build the data set, and deal its patients into folds, but for a test split that it came with."""
+    data, group_by = read_data(args)
+    has_folders = False
+    if args.dataset_name is not None:  # its splits are not ours
+        has_folders = bool(image_mask_folders(Path(args.dataset_name)))
+        named = named_splits(data)
+        check_has_train(named, data)
+        if (test := named.pop("test", None)) is not None:
+            logger.info("The %d images of the data set's own test split take no part in the folds.", len(test))
+        data = named
+    with exit_on(ValueError, prefix=f"--folds: the splits {' and '.join(data)} cannot be joined: "):
+        rows = join(data, name_by_split=has_folders)
+    names = [patient for split, own in data.items() for patient in patients_of_rows(split, own, group_by)]
+    what = "patients" if names else "images"
+    names = names or case_ids("train", rows) or [f"{index:05d}" for index in range(len(rows))]
+    if args.folds > (count := len(set(names))):
+        raise SystemExit(f"--folds must be from 2 to the number of {what}, {count}, got {args.folds}.")
+    folds = fold_patients(names, args.folds, args.split_seed)
+    fold_of = {name: fold for fold, own in enumerate(folds) for name in own}
+    parts = {
+        f"fold {fold}": rows.select([row for row, name in enumerate(names) if fold_of[name] == fold])
+        for fold in range(args.folds)
+    }
+    # No patient is in two folds, but an image may be there twice.
+    parts = keep_used_columns(parts, args, NO_GROUPS)
+    return [Fold(own, part) for own, part in zip(folds, parts.values(), strict=True)]
+
+
+def read_data(args: DataArguments) -> tuple[DataSplits, str | None]:
+    """Load or build the data set with the splits that it comes with; return it and what tells its patients."""
     if args.group_by is not None and args.dataset_name is None:
         raise SystemExit("--group_by goes with --dataset_name: the names of scans tell their patients. Leave it out.")
     folders = {} if args.dataset_name is None else image_mask_folders(Path(args.dataset_name))
@@ -71,50 +136,61 @@ def load_data(args: DataArguments) -> DataSplits:
     elif args.dataset_name is None:
         data = slice_scans(args)
     else:
-        # Such as no such folder or repository, no data in it, or a script.
-        with exit_on(OSError, RuntimeError, ValueError, prefix=f"--dataset_name {args.dataset_name}: "):
-            data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)  # nosec B615 # rows, no code
-            check_paths(data, args.dataset_name)
+        data = read_data_set("--dataset_name", args.dataset_name, args.dataset_config_name)
+    find_columns(data, args)  # name a wrong layout before anything else is said of the data
     group_by = args.group_by or (BY_FOLDER if folders else None)
-    if group_by == BY_FOLDER:
+    if group_by == BY_FOLDER and (args.folds is None or len(data) == 1):  # else folders may be in two splits
         warn_of_folders(data)
-    if not args.streaming:
-        data = with_all_splits(data, args.split_seed, group_by)
+    return data, group_by
+
+
+def keep_used_columns(data: DataSplits, args: DataArguments, group_by: str | None) -> DataSplits:
+    """Return the splits with those columns of images alone that are used; refuse splits that share any."""
     columns, mask_column = find_columns(data, args)
     if args.dataset_name is not None and args.modalities and not {*columns} & {*MODALITIES}:
         logger.warning("--modalities is not used: the images are in the column %s.", columns[0])
-    unused = {*image_columns(data["train"])} - {*columns, mask_column}
+    unused = {*image_columns(next(iter(data.values())))} - {*columns, mask_column}
     data = {
         split: rows.select_columns([name for name in rows.column_names if name not in unused])
         for split, rows in data.items()
     }
-    if args.streaming:
-        train = data["train"]
-        held = train.num_bytes / len(train) * min(args.shuffle_buffer, len(train))
-        logger.info("Streaming %d training rows; each reader holds about %.0f MB of them.", len(train), held / 1e6)
     # Images of two patients may have the same name, in two folders, and folders of two splits may be no patients.
     check_leaks(data, columns, NO_GROUPS if group_by == BY_FOLDER else group_by, args.allow_leaks)
     return data
 
 
+def scans_folder(args: DataArguments) -> Path:
+    """Return the folder of the scans, or that of the phantom cohort, which is written at the first run."""
+    if args.brats_dir is not None:
+        return Path(args.brats_dir)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / f"sam2unet-phantom-{VERSION}"
+    return folder if folder.exists() else write_phantom_cohort(folder)
+
+
 def slice_scans(args: DataArguments) -> datasets.DatasetDict:
-    """Build the slices of BraTS scans, or of a phantom cohort, which is written at the first run."""
-    brats_dir = args.brats_dir or Path(datasets.config.HF_DATASETS_CACHE) / f"sam2unet-phantom-{VERSION}"
-    if not args.brats_dir and not brats_dir.exists():
-        write_phantom_cohort(brats_dir)
+    """Build the slices of BraTS scans, or of a phantom cohort."""
+    brats_dir = scans_folder(args)
     words = " ".join(args.slices).split()
     with exit_on(FileNotFoundError, ValueError):
-        builder = BratsSlices(
-            data_dir=str(brats_dir),
-            modalities=args.modalities or DEFAULT_MODALITIES,
-            slices=[int(word) for word in words] if all(map(str.isdecimal, words)) else " ".join(words),
-            min_tumor_pixels=args.min_tumor_pixels,
-            plane=args.plane,
-            labels=args.labels,
-            seed=args.split_seed,
-            skip_bad_cases=args.skip_bad_cases,
-        )
-        builder.download_and_prepare(num_proc=args.num_proc)
+        try:
+            builder = BratsSlices(
+                data_dir=str(brats_dir),
+                modalities=args.modalities or DEFAULT_MODALITIES,
+                slices=[int(word) for word in words] if all(map(str.isdecimal, words)) else " ".join(words),
+                min_tumor_pixels=args.min_tumor_pixels,
+                plane=args.plane,
+                labels=args.labels,
+                seed=args.split_seed,
+                skip_bad_cases=args.skip_bad_cases,
+            )
+            builder.download_and_prepare(num_proc=args.num_proc)
+        except FileNotFoundError as err:
+            if not first_file(brats_dir, SCAN_SUFFIXES) and (picture := first_file(brats_dir)):
+                raise SystemExit(
+                    f"--brats_dir {brats_dir}: {picture} is a picture, and there is no scan. Name images and masks by "
+                    "--dataset_name."
+                ) from err
+            raise
     return builder.as_dataset()
 
 
@@ -166,8 +242,7 @@ def warn_of_folders(data: DataSplits) -> None:
 def with_all_splits(data: DataSplits, seed: int, group_by: str | None = None) -> datasets.DatasetDict:
     """Name the splits train, validation and test; split the training rows, by patient, if there is no validation."""
     named = named_splits(data)
-    if "train" not in named:
-        raise SystemExit(f"The data set has no split named train, only {', '.join(data)}.")
+    check_has_train(named, data)
     if "validation" not in named:
         train = named["train"]
         groups = patients_of_rows("train", train, group_by) or list(map(str, range(len(train))))
@@ -178,9 +253,11 @@ def with_all_splits(data: DataSplits, seed: int, group_by: str | None = None) ->
             if rows := [index for index, group in enumerate(groups) if split_of[group] == split]:
                 named[split] = train.select(rows)
         if "validation" not in named:
+            is_of_scans = "wt_pixels" in train.column_names
             advice = "" if len(split_of) == len(train) else " If they are no patients, pass --group_by none."
             raise SystemExit(
-                f"{len(train)} images of {len(split_of)} cases are too few to train and to validate.{advice}"
+                f"{counted(len(train), 'image')} of {counted(len(split_of), 'case')} are too few to train and to "
+                f"validate.{' Name a folder of several cases.' if is_of_scans else advice}"
             )
         counts = ", ".join(f"{len(named[split])} {split}" for split in SPLITS if split in named)
         logger.warning("The data set has no validation split; cut it into %s.", counts)
@@ -189,9 +266,29 @@ def with_all_splits(data: DataSplits, seed: int, group_by: str | None = None) ->
     return datasets.DatasetDict(named)
 
 
+def check_has_train(named: DataSplits, data: DataSplits) -> None:
+    """Refuse a data set whose splits, by their usual names, are none to train on."""
+    if "train" not in named:
+        raise SystemExit(f"The data set has no split named train, only {', '.join(data)}.")
+
+
+def join(data: Mapping[str, datasets.Dataset], name_by_split: bool = False) -> datasets.Dataset:
+    """Join the splits of a data set; `name_by_split` tells files of the same name in two of them apart."""
+    if name_by_split and len(data) > 1:
+        data = {
+            split: rows.remove_columns("case_id").add_column(
+                "case_id", [f"{split}/{name}" for name in rows["case_id"]]
+            )
+            for split, rows in data.items()
+        }
+    return datasets.concatenate_datasets(list(data.values()))
+
+
 def describe_split(data: Mapping[str, ImageRows], args: DataArguments) -> str:
     """Say for the model card how the images of a run came into their splits."""
     rows = {split: images.rows for split, images in data.items()}
+    if args.folds is not None:
+        return f"fold {args.fold} of {args.folds} (from 0), seed {args.split_seed}"
     by_patient = args.dataset_name is None
     if not by_patient:
         # Rows that were cut off keep the name of the split that they are of.
@@ -270,7 +367,10 @@ def find_regions(
         regions = {"foreground": ids} if ids == [1] else {f"class_{label_id}": [label_id] for label_id in ids}
     for name, label_ids in regions.items():
         if not set(label_ids) & set(ids):
-            raise SystemExit(f"Region {name} has the label ids {label_ids}, the masks hold {ids}{masks.note}.")
+            raise SystemExit(
+                f"Region {name} has the label ids {label_ids}, the masks hold {ids}{masks.note}. Name some of these "
+                "by --regions, or leave the region out."
+            )
         if missing := sorted(set(label_ids) - set(ids)):
             logger.warning("No mask holds the label ids %s of region %s, only %s%s.", missing, name, ids, masks.note)
     warn_of_untrained(ids_of_split, regions)

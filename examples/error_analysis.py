@@ -5,6 +5,7 @@ python examples/error_analysis.py --model runs/phantom
 python examples/error_analysis.py --model runs/slices --spacing_mm 1
 python examples/error_analysis.py --model runs/slices --dataset_name others
 python examples/error_analysis.py --model runs/slices --case BraTS20_Training_001 --output_dir figures
+python examples/error_analysis.py --model runs/cv --test_dir hospital_b
 
 Data options that are left out are those of the run that trained the model, if `run.json` is in its folder.
 """
@@ -17,23 +18,26 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from case_view import segment_case
+from cohort import load_cohort
 from data_sources import DEFAULT_MODALITIES, DataArguments, find_columns, find_regions, load_data, make_images
 from error_metrics import Analysis
 from error_plots import draw_case
 from error_report import write_report
-from image_depth import fit_white_level
+from image_depth import Brightest, fit_white_level
 from processes import set_up_logging
 from provenance import RECORD, read_record
 from recipes import RECIPES
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from sam2unet_hf import Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
 from sam2unet_hf.cases_sam2unet import find_cases
+from sam2unet_hf.devices import device_name
+from sam2unet_hf.ensemble_sam2unet import Sam2UNetEnsemble
+from sam2unet_hf.patient_checks import describe_known_patients, read_splits
 from sam2unet_hf.regions_sam2unet import parse_regions
-from sam2unet_hf.training import SegmentationTransform
+from sam2unet_hf.training import ImageRows, SegmentationTransform
+from sam2unet_hf.training.patients import read_column
 from sam2unet_hf.volume import Sam2UNetVolumePipeline
 
 
@@ -42,15 +46,9 @@ logger = logging.getLogger("error_analysis")
 # Options that are taken from the run unless they are given; those of scans only from a run on scans.
 SCAN_OPTIONS = ("slices", "plane", "min_tumor_pixels", "modalities", "skip_bad_cases")
 DATA_OPTIONS = ("dataset_name", "dataset_config_name", "brats_dir", "image_column", "mask_column", "split_seed")
-DATA_OPTIONS += ("group_by",)
-SPLIT_OPTIONS = (
-    "split_seed",
-    "group_by",
-    "slices",
-    "plane",
-    "min_tumor_pixels",
-    "modalities",
-)  # they make the test split
+DATA_OPTIONS += ("group_by", "folds", "fold")
+# They make the test split.
+SPLIT_OPTIONS = ("split_seed", "group_by", "folds", "fold", "slices", "plane", "min_tumor_pixels", "modalities")
 
 
 @dataclass
@@ -59,10 +57,13 @@ class AnalysisArguments:
 
     model: str = HfArg(
         default="runs/phantom",
-        help="SAM2-UNet: Hub id or folder. Data options that are left out are those in the run.json of its folder; "
-        "without one it is the phantom.",
+        help="SAM2-UNet or ensemble: Hub id or folder. Data options that are left out are those in the run.json of "
+        "its folder; without one it is the phantom.",
     )
     split: str = HfArg(default="test", help="Split to analyse: train, validation or test.")
+    test_dir: str | None = HfArg(
+        default=None, help="Second cohort to analyse all of: folder of BraTS scans, data set or image folder."
+    )
     case: str | None = HfArg(
         default=None, help="Folder of one patient's scans: draw the figures of this case instead."
     )
@@ -133,7 +134,7 @@ def fill_from_run(model: str, given: dict[str, Any]) -> dict[str, Any]:
                 f"{ours} is given, but {path} has {theirs}: this is not the split of that run, and may hold what the "
                 "model was trained on."
             )
-    left = {*given, *(("dataset_name", "brats_dir") if names_data else ())}
+    left = {*given, *(("dataset_name", "brats_dir", "folds", "fold") if names_data else ())}
     if names_data and given.get("dataset_name") != run.get("dataset_name"):
         left.add("dataset_config_name")
     taken = {name: value for name, value in run.items() if name not in left}
@@ -151,12 +152,21 @@ def parse_arguments(argv: list[str] | None) -> tuple[AnalysisArguments, DataArgu
     given = {name: getattr(found, name) for name in names if getattr(found, name) is not is_open}
     if (found.case is not None) + ("dataset_name" in given) + ("brats_dir" in given) > 1:
         parser.error("pass one of --case, --dataset_name and --brats_dir")
-    if found.case is None:
+    if found.test_dir is not None and (found.case is not None or "dataset_name" in given or "brats_dir" in given):
+        parser.error("--test_dir is analysed alone: pass it without --case, --dataset_name and --brats_dir")
+    if found.case is None and found.test_dir is None:
         parser.set_defaults(**fill_from_run(found.model, given))
     args, data_args = parser.parse_args_into_dataclasses(argv)
+    if data_args.folds is not None and data_args.fold is None:
+        parser.error("--folds cuts the data into several splits: name one by --fold")
     for name in ("max_images", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
+    if args.device is not None:
+        try:
+            device_name(args.device)
+        except argparse.ArgumentTypeError as err:
+            parser.error(f"argument --device: {err}")
     if args.worst < 0:
         parser.error(f"--worst must not be negative, got {args.worst}")
     if args.spacing_mm is not None:
@@ -169,18 +179,15 @@ def parse_arguments(argv: list[str] | None) -> tuple[AnalysisArguments, DataArgu
     return args, data_args
 
 
-def load_model(args: AnalysisArguments) -> tuple[Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor]:
-    """Load the model and its image processor."""
+def load_model(args: AnalysisArguments) -> Sam2UNetEnsemble:
+    """Load the model, or all of an ensemble, with image processors."""
     try:
-        model = Sam2UNetForSemanticSegmentation.from_pretrained(args.model, dtype=torch.float32)
-        processor = Sam2UNetImageProcessor.from_pretrained(args.model)
+        return Sam2UNetEnsemble.from_pretrained(args.model, args.device)
     except (OSError, ValueError) as err:
         raise SystemExit(
             f"--model {args.model}: {err} Train one with `python examples/run_segmentation.py`, or pass the folder or "
             "Hub id of another."
         ) from err
-    processor.regions = model.config.regions
-    return model.eval().to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
 
 
 def analyse_case(args: AnalysisArguments, segment: Sam2UNetVolumePipeline) -> None:
@@ -200,31 +207,51 @@ def analyse_case(args: AnalysisArguments, segment: Sam2UNetVolumePipeline) -> No
     draw_case(view, folder, args.format)
 
 
-def analyse_split(
-    args: AnalysisArguments,
-    data_args: DataArguments,
-    model: Sam2UNetForSemanticSegmentation,
-    processor: Sam2UNetImageProcessor,
-) -> None:
-    """Write the report on a split of a data set."""
-    data_args.modalities = data_args.modalities or processor.modalities or DEFAULT_MODALITIES
+def read_split(
+    args: AnalysisArguments, data_args: DataArguments, regions: dict[str, list[int]]
+) -> tuple[ImageRows, dict[int, int], Brightest | None]:
+    """Return the images of a split, the ids to replace in their masks, and the brightest image of many bits."""
     data = load_data(data_args)
     if args.split not in data:
         raise SystemExit(f"--split {args.split}: the data set has {', '.join(data)}. Pass one of them.")
-    columns, regions = find_columns(data, data_args), model.config.regions
+    columns = find_columns(data, data_args)
     try:
         _, mapping, brightest = find_regions(data, *columns, regions, binarize=data_args.binarize)
     except SystemExit as err:
         raise SystemExit(f"{err} {args.model} segments {regions}: pass data with masks of these ids.") from err
-    fit_white_level(processor, brightest, data_args.white_level)
+    count, total = len(data[args.split]), sum(map(len, data.values()))
+    logger.info("The %s split has %d of %d images; --test_dir takes all of a second cohort.", args.split, count, total)
+    images = make_images({args.split: data[args.split]}, *columns, data_args.neighbours)
+    return images[args.split], mapping, brightest
+
+
+def analyse_images(args: AnalysisArguments, data_args: DataArguments, ensemble: Sam2UNetEnsemble) -> None:
+    """Write the report on a split of a data set, or on all of a second cohort."""
+    processor, regions = ensemble.processors[0], ensemble.regions
+    data_args.modalities = data_args.modalities or processor.modalities or DEFAULT_MODALITIES
+    if data_args.neighbours is None:
+        data_args.neighbours = processor.neighbours
+    if args.test_dir is None:
+        rows, mapping, brightest = read_split(args, data_args, regions)
+    else:
+        data_args.plane = processor.plane or data_args.plane
+        cohort = load_cohort(args.test_dir, data_args, regions)
+        rows, mapping, brightest = cohort.images, cohort.label_mapping, cohort.brightest
+    for own in ensemble.processors:
+        fit_white_level(own, brightest, data_args.white_level)
     folder = prepare_folder(args.output_dir)
     transform = SegmentationTransform(processor, label_mapping=mapping)
-    neighbours = processor.neighbours if data_args.neighbours is None else data_args.neighbours
-    rows = make_images({args.split: data[args.split]}, *columns, neighbours)[args.split]
-    analysis = Analysis(model, rows, transform, args.spacing_mm)
+    try:
+        known = describe_known_patients(read_splits(args.model), map(str, read_column(rows, "case_id") or ()))
+    except ValueError as err:
+        raise SystemExit(f"--model {args.model}: {err}") from err
+    if known:
+        logger.warning(known)
+    analysis = Analysis(ensemble, rows, transform, args.spacing_mm)
     analysis.run(args.batch_size, args.max_images)
-    images = f"{len(analysis.records) // len(regions)} of {len(rows)} {args.split} images"
-    source = data_args.dataset_name or data_args.brats_dir or "the phantom"
+    split = "" if args.test_dir else f"{args.split} "
+    images = f"{len(analysis.records) // len(regions)} of {len(rows)} {split}images"
+    source = args.test_dir or data_args.dataset_name or data_args.brats_dir or "the phantom"
     write_report(analysis, folder, f"Errors of {args.model} on {images} of {source}", args.worst, args.format)
 
 
@@ -232,8 +259,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     set_up_logging()
     args, data_args = parse_arguments(argv)
-    model, processor = load_model(args)
-    regions = model.config.regions
+    ensemble = load_model(args)
+    regions = ensemble.regions
     try:
         given = regions if data_args.regions is None else parse_regions(data_args.regions)
         if given != regions:
@@ -241,10 +268,10 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as err:
         raise SystemExit(f"--regions: {err}") from err
     if args.case is None:
-        analyse_split(args, data_args, model, processor)
+        analyse_images(args, data_args, ensemble)
     else:
         try:
-            segment = Sam2UNetVolumePipeline(model, processor, data_args.modalities)
+            segment = Sam2UNetVolumePipeline(ensemble.models, ensemble.processors, data_args.modalities)
         except ValueError as err:
             raise SystemExit(f"--modalities: {err}") from err
         analyse_case(args, segment)

@@ -1,20 +1,22 @@
 """Where a model errs on the images of a data set: overlap, boundaries, calibration, lesions."""
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from case_names import case_names
 from case_view import bounding_box
 from error_plots import evenly_spread
 from plots import grey_values, image_to_show
 from scipy import ndimage
 from tqdm import tqdm
+from transformers import BatchFeature
 
-from sam2unet_hf import Sam2UNetForSemanticSegmentation
+from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.ensemble_sam2unet import Sam2UNetEnsemble
 from sam2unet_hf.metrics.volume_functional import count_voxels, dice
 from sam2unet_hf.training import ImageRows, SegmentationTransform
 from sam2unet_hf.training.rows import size_of
@@ -142,9 +144,13 @@ def score_region(
 
 @dataclass(eq=False)
 class Analysis:
-    """Scores of a model on a data set; [`run`] adds a record per image and region, and missed and false lesions."""
+    """Scores of a model on a data set; [`run`] adds a record per image and region, and missed and false lesions.
 
-    model: Sam2UNetForSemanticSegmentation
+    `transform` tells which column holds the images, and reads the masks; images go through the processors of the
+    ensemble.
+    """
+
+    ensemble: Sam2UNetEnsemble
     rows: ImageRows
     transform: SegmentationTransform
     spacing_mm: Sequence[float] | None = None
@@ -153,7 +159,7 @@ class Analysis:
         self.records: list[dict[str, Any]] = []
         self.lesions: list[dict[str, Any]] = []
         self.unit = "mm" if self.spacing_mm else "px"
-        self.regions = list(self.model.config.regions)
+        self.regions = list(self.ensemble.regions)
         self.names = case_names(self.rows)
         self.calibration = {region: Calibration() for region in self.regions}
 
@@ -172,21 +178,21 @@ class Analysis:
 
     def read(self, indices: Sequence[int], batch_size: int = 1) -> Iterator[tuple[Any, ...]]:
         """Segment images, and yield what is known of each, its own slice, probabilities, masks and valid pixels."""
-        processor = self.transform.processor
         for start in range(0, len(indices), batch_size):
             batch = self.rows[indices[start : start + batch_size]]
             images = batch["image"]
-            inputs = self.transform.prepare_images(batch).to(self.model.device, self.model.dtype)
-            sizes = [size_of(image) for image in images]
-            with torch.inference_mode():
-                probabilities = processor.post_process_regions(self.model(**inputs), target_sizes=sizes)
+            found = self.ensemble.predict(functools.partial(self.prepare, batch), list(map(size_of, images)))
             known = [name for name in ("case_id", "slice_index", "grade") if name in batch]
             for number, (index, image) in enumerate(zip(indices[start:], images, strict=False)):
                 about = {"index": index, "image": self.names[index]} | {name: batch[name][number] for name in known}
                 label_ids = self.transform.to_label_ids(batch["mask"][number])
-                masks, valid = self.model.region_masks(label_ids[None])
-                values = probabilities[number].cpu().numpy()
+                masks, valid = self.ensemble.models[0].region_masks(label_ids[None])
+                values = found[number].mean(dim=0).cpu().numpy()
                 yield about, self.rows.own_slice(image), values, masks[0].bool().numpy(), valid[0, 0].numpy()
+
+    def prepare(self, batch: Mapping[str, Any], processor: Sam2UNetImageProcessor) -> BatchFeature:
+        """Prepare the images of a batch of rows for the member that has this processor."""
+        return SegmentationTransform(processor, self.transform.image_column).prepare_images(batch)
 
     def of_region(self, region: str) -> list[dict[str, Any]]:
         """Return the records of one region."""

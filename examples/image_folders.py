@@ -1,12 +1,14 @@
 """Folders of images and masks: which layouts are read, and which files make a pair."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
+from data_checks import check_paths
 from processes import exit_on
 
-from sam2unet_hf.pictures import IMAGE_SUFFIXES, find_pictures
+from sam2unet_hf.pictures import IMAGE_SUFFIXES, SCAN_SUFFIXES, find_pictures, first_file
 
 
 SPLITS = {
@@ -67,13 +69,26 @@ def describe_layout(source: str | None) -> str:
     if source is None or not Path(source).is_dir():
         return ""
     folder = Path(source)
+    if scan := first_file(folder, SCAN_SUFFIXES):
+        return f" {scan} is a scan: name a folder of scans by --brats_dir."
     inside = sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir())
     more = f" and {len(inside) - 8} more" if len(inside) > 8 else ""
+    has_folders = any(name.endswith("/") for name in inside)
     return (
         f" Images and masks in files are read from {folder / 'images'} and {folder / 'masks'}, or from such a pair of "
         f"folders in {folder / 'train'}, validation and test; the files of a pair have the same name. There are "
-        f"{', '.join(inside[:8])}{more}: rename the folders."
+        f"{', '.join(inside[:8])}{more}: {'rename the folders' if has_folders else 'move them into such folders'}. "
+        "Without masks, images are segmented by a trained model: `python -m sam2unet_hf.pictures`."
     )
+
+
+def read_data_set(option: str, source: str, config_name: str | None = None) -> Mapping[str, Any]:
+    """Read the data set that `option` names, a folder or a Hub id; end the script if there is none."""
+    where = "" if Path(source).is_dir() else "there is no such folder, and no such data set could be read: "
+    with exit_on(OSError, RuntimeError, ValueError, prefix=f"{option} {source}: {where}"):  # such as a script
+        data = datasets.load_dataset(source, config_name)  # nosec B615 # rows, no code
+        check_paths(data, source)
+    return data
 
 
 def pair_images_and_masks(image_dir: Path, mask_dir: Path, split: str | None = None) -> datasets.Dataset:

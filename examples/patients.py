@@ -26,6 +26,8 @@ from sam2unet_hf.training.volumes import PatientScores, rows_of_patients, score_
 
 logger = logging.getLogger(__name__)
 
+OUT_OF_FOLD = "out_of_fold"
+
 
 class KnownPatients:
     """Patients that a model has seen in training, in this run and in those before.
@@ -37,7 +39,8 @@ class KnownPatients:
         start: Model that the run starts from, or that it scores.
 
     Attributes:
-        of_run: Patients by split, for the file beside the weights; `earlier` are those of the training before the run.
+        of_run: Patients by split, for the file beside the weights; `earlier` are those of the training before the run,
+            `out_of_fold` those of a fold's validation where they did not choose the checkpoint.
         of_start: Patients that the model has seen before the run, by split.
     """
 
@@ -54,6 +57,8 @@ class KnownPatients:
         # Pictures of two patients may have the same name, in two folders.
         has_patients = data_args.dataset_name is None or not image_mask_folders(Path(data_args.dataset_name))
         named = {split: case_ids(split, rows) if has_patients else [] for split, rows in data.items()}
+        if data_args.folds is not None and not args.load_best_model_at_end:
+            named[OUT_OF_FOLD] = named.pop("validation")  # they chose nothing
         self.of_run = {split: sorted(set(map(patient_of, cases))) for split, cases in named.items() if cases}
         if earlier:
             self.of_run[EARLIER] = earlier

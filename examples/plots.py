@@ -1,6 +1,6 @@
 """Pictures that the examples write."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +48,39 @@ def plot_training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.has_data():
             axes.legend(loc=corner)  # improving curves leave this corner free
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_folds(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the Dice of each patient by fold and region, with the mean of each fold.
+
+    Args:
+        rows: Of a `PatientTable`, with `fold`.
+        path: The picture.
+    """
+    folds = sorted({row["fold"] for row in rows})
+    regions = list(dict.fromkeys(row["region"] for row in rows))
+    figure, axes = plt.subplots(figsize=(max(6, 1 + 0.5 * len(folds) * (1 + len(regions))), 4), layout="constrained")
+    width = 0.8 / len(regions)
+    for place, region in enumerate(regions):
+        colour, means = COLOURS[place % len(COLOURS)], []
+        for fold in folds:
+            values = [row["volume_dice"] for row in rows if (row["fold"], row["region"]) == (fold, region)]
+            means.append(float(np.mean(values)))
+            left = fold - 0.4 + place * width
+            across = left + width * (np.arange(len(values)) + 1) / (len(values) + 1)
+            axes.scatter(across, sorted(values), color=colour, edgecolors="black", linewidths=0.4, s=24, zorder=3)
+            axes.hlines(means[-1], left + 0.1 * width, left + 0.9 * width, color="black", linewidth=1.5, zorder=2)
+        spread = f" ± {np.std(means, ddof=1):.3f}" if len(means) > 1 else ""
+        axes.scatter(
+            [], [], color=colour, edgecolors="black", linewidths=0.4, label=f"{region}: {np.mean(means):.3f}{spread}"
+        )
+    axes.set(xlabel="fold", ylabel="Dice of a patient", title="Patients out of fold", ylim=(-0.02, 1.02), xticks=folds)
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(
+        loc="outside lower center", ncols=3, frameon=False, title="mean ± SD over the means of folds (lines)"
+    )
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

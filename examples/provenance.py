@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
-from arguments import SegmentationTrainingArguments
+from arguments import RESUME_WORDS, SegmentationTrainingArguments
 from data_checks import DataSplits, file_bytes, image_columns
 
 from sam2unet_hf.patient_checks import SPLITS_FILE
@@ -24,11 +24,11 @@ from sam2unet_hf.training.resume import last_complete_checkpoint, why_incomplete
 logger = logging.getLogger(__name__)
 
 RECORD = "run.json"
-STUDY = "hp_search.db"
 RESULTS_FILE = "all_results.json"  # written last, so it tells that the run has finished
+FOLDS_FILE = "folds.json"  # in the folder of a cross-validation, which holds a run for each fold
 # What a run writes besides the final checkpoint.
 RUN_FILES = ("checkpoint-*", "*_results.json", "trainer_state.json", RECORD, "predictions*", "training_*.png")
-RUN_FILES += ("training_info.json", "README.md", STUDY, "hp_search.json")
+RUN_FILES += ("training_info.json", "README.md")
 RUN_FILES += (SPLITS_FILE, "*_patients.csv", "*_patients.json", "test_dir_predictions.png")
 
 
@@ -38,9 +38,11 @@ def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArgumen
     A run is resumed with the `arguments` that it began with alone.
     """
     output_dir = Path(args.output_dir)
+    if (output_dir / FOLDS_FILE).exists():
+        raise SystemExit(f"{output_dir} holds a cross-validation. Pass its --folds, or another --output_dir.")
     last_checkpoint = last_complete_checkpoint(output_dir)
     if named := args.resume_from_checkpoint:
-        if named.lower() not in ("true", "last"):
+        if named.lower() not in RESUME_WORDS:
             if fault := why_incomplete(named):
                 raise SystemExit(f"--resume_from_checkpoint: {named} is incomplete ({fault}). Name another.")
             return named
@@ -54,23 +56,29 @@ def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArgumen
             f"{output_dir} holds a finished run. Pass --overwrite_output_dir to replace it, another --output_dir to "
             "keep it, or --resume_from_checkpoint true to train it further."
         )
-    record = read_record(output_dir)
-    if record and (last_checkpoint is not None or (output_dir / STUDY).exists()):
-        if unknown := sorted(record["arguments"].keys() ^ arguments.keys()):
-            raise SystemExit(
-                f"Another version of this package or of transformers began the unfinished run in {output_dir}: only "
-                f"one of the two has the arguments {', '.join(unknown)}. Pass --overwrite_output_dir or another "
-                "--output_dir."
-            )
-        if changed := changed_values(record["arguments"], arguments):
-            raise SystemExit(
-                f"{output_dir} holds an unfinished run with other values of {', '.join(changed)}. Start again with "
-                f"{', '.join(f'{name}={value}' for name, value in changed.items())} to go on with it, or pass "
-                "--overwrite_output_dir or another --output_dir."
-            )
     if last_checkpoint is not None:
+        check_same_arguments(output_dir, arguments)
         logger.warning("Going on with the unfinished run in %s from %s.", output_dir, Path(last_checkpoint).name)
     return last_checkpoint
+
+
+def check_same_arguments(folder: Path, arguments: dict[str, Any]) -> None:
+    """Exit if the run in a folder was begun with other arguments than these."""
+    record = read_record(folder)
+    if record is None:
+        return
+    article, state = ("a", "finished") if (folder / RESULTS_FILE).exists() else ("an", "unfinished")
+    if unknown := sorted(record["arguments"].keys() ^ arguments.keys()):
+        raise SystemExit(
+            f"Another version of this package or of transformers began the {state} run in {folder}: only one of the "
+            f"two has the arguments {', '.join(unknown)}. Pass --overwrite_output_dir or another --output_dir."
+        )
+    if changed := changed_values(record["arguments"], arguments):
+        raise SystemExit(
+            f"{folder} holds {article} {state} run with other values of {', '.join(changed)}. Start again with "
+            f"{', '.join(f'{name}={value}' for name, value in changed.items())} to go on with it, or pass "
+            "--overwrite_output_dir or another --output_dir."
+        )
 
 
 def check_steps_left(trainer: Sam2UNetTrainer, checkpoint: str, arguments: dict[str, Any]) -> None:
@@ -100,8 +108,7 @@ def start_run(record: dict[str, Any], args: SegmentationTrainingArguments) -> No
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     if args.overwrite_output_dir and not args.resume_from_checkpoint:
-        for path in [path for pattern in RUN_FILES for path in output_dir.glob(pattern)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove_run(output_dir)
     (output_dir / RESULTS_FILE).unlink(missing_ok=True)  # a finished run that is trained further is unfinished
     before = read_record(output_dir)
     for part in ("data", "versions", "git") if before else ():
@@ -109,6 +116,12 @@ def start_run(record: dict[str, Any], args: SegmentationTrainingArguments) -> No
             values = ", ".join(f"{name} {record[part].get(name)} (was {value})" for name, value in changed.items())
             logger.warning("Other %s than when this run began, so it may end otherwise: %s.", part, values)
     write_json(output_dir / RECORD, record)
+
+
+def remove_run(folder: Path) -> None:
+    """Remove what a run has written into a folder, but for its final checkpoint and what is not of the run."""
+    for path in [path for pattern in RUN_FILES for path in folder.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def run_record(arguments: dict[str, Any], args: SegmentationTrainingArguments, data: DataSplits) -> dict[str, Any]:

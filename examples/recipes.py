@@ -26,6 +26,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "neighbours": 1,
         "head_crop_size": ["auto"],
         "foreground_share": 0.67,
+        "iou_over_batch": True,
         "num_train_epochs": 30.0,
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 16,
@@ -47,7 +48,6 @@ PHANTOM: dict[str, Any] = {
     "per_device_train_batch_size": 4,
     "learning_rate": 1e-3,
     "warmup_steps": 20,
-    "iou_over_batch": True,
     "batch_norm_images": 64,
     "augmentation": ["flips"],
 }

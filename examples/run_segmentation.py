@@ -4,11 +4,13 @@
 python examples/run_segmentation.py
 python examples/run_segmentation.py --brats_dir BraTS2020_TrainingData --sam2_checkpoint facebook/sam2-hiera-large
 python examples/run_segmentation.py --dataset_name my_folder --sam2_checkpoint facebook/sam2-hiera-tiny
+python examples/run_segmentation.py --brats_dir BraTS2020_TrainingData --folds 5
 """
 
 import functools
 import logging
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from arguments import (
 )
 from cohort import COHORT, load_cohort
 from data_sources import DataFacts, describe_split, find_columns, find_regions, load_data, make_images
-from hp_search import search
+from folds import run_folds
 from image_depth import fit_white_level
 from patients import KnownPatients, rows_to_show, score_split, write_splits
 from plots import name_of_image, plot_predictions, plot_training_curve
@@ -61,6 +63,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the script; return the content of `all_results.json`, in the main process."""
     model_args, data_args, training_args = parse_arguments(argv)
     set_up_logging(is_muted=not training_args.should_log)
+    if data_args.folds is not None:
+        return run_folds(run_training, model_args, data_args, training_args)
+    return run_training(model_args, data_args, training_args)
+
+
+def run_training(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: SegmentationTrainingArguments,
+    before_start: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """Train and score a model, or score it alone; return the content of `all_results.json`, in the main process.
+
+    `before_start` is called in the main process before anything is written, once data, model and Trainer exist.
+    """
     output_dir = Path(training_args.output_dir)
     requested = requested_regions(model_args, data_args)
     take_channels_of_model(model_args, data_args, training_args)
@@ -108,21 +125,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     batch_norm_images = training_args.batch_norm_images
     if batch_norm_images is None:
         batch_norm_images = 0 if model.config.freeze_encoder and not training_args.ema_decay else 128
-    make_trainer = functools.partial(
-        Sam2UNetTrainer,
-        compute_metrics=compute_metrics,
-        batch_norm_images=batch_norm_images,
-        sync_batch_norm=training_args.sync_batch_norm,
-        trainable_only=training_args.trainable_only,
-        foreground_share=data_args.foreground_share,
-        ema_decay=training_args.ema_decay,
-        train_dataset=train_dataset,
-        eval_dataset=evaluation.get("validation", evaluation.get(COHORT)),
-        processing_class=processor,
-    )
     # Such as no right to push, no such metric, or an optimizer of a package that is not installed.
     with exit_on(ImportError, OSError, ValueError):
-        trainer = make_trainer(model, training_args)
+        trainer = Sam2UNetTrainer(
+            model,
+            training_args,
+            compute_metrics=compute_metrics,
+            batch_norm_images=batch_norm_images,
+            sync_batch_norm=training_args.sync_batch_norm,
+            trainable_only=training_args.trainable_only,
+            foreground_share=data_args.foreground_share,
+            ema_decay=training_args.ema_decay,
+            train_dataset=train_dataset,
+            eval_dataset=evaluation.get("validation", evaluation.get(COHORT)),
+            processing_class=processor,
+        )
         if training_args.do_train:
             trainer.get_optimizer_cls_and_kwargs(training_args, model)
     if checkpoint is not None and training_args.do_train:
@@ -131,18 +148,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # An older run is removed only once data, model and Trainer exist, so that a mistyped option does not cost it.
     if training_args.process_index == 0:
         recorded = data if cohort is None else {**data, COHORT: cohort.rows}
+        if before_start is not None:
+            before_start()
         start_run(run_record(arguments, training_args, recorded), training_args)
         if training_args.do_train:
             write_splits(output_dir, known.of_run)
         known.warn(evaluation, has_patients=cohort is not None and cohort.has_patients)
 
-    if training_args.hp_search:
-        make_trial = functools.partial(make_trainer, model)
-        best = search(make_trial, lambda: load_model(model_args, regions, **image_options)[0], training_args)
-        for name, value in best.items():
-            setattr(training_args, name, type(getattr(training_args, name))(value))
-        model, _ = load_model(model_args, regions, **image_options)
-        trainer = make_trainer(model, training_args)
     counts = ", ".join(f"{len(rows)} {split}" for split, rows in {**images, **evaluation}.items())
     parameters = [model.num_parameters(only_trainable=only) / 1e6 for only in (False, True)]
     logger.info("Images: %s. Parameters: %.2f M, %.2f M of them trained.", counts, *parameters)
@@ -243,7 +255,8 @@ def load_model(
     with exit_on(ValueError, prefix="--head_crop_size: "):
         processor = Sam2UNetImageProcessor(regions=regions, **image_options)
     if args.model_name_or_path is not None:
-        model = Sam2UNetForSemanticSegmentation.from_pretrained(args.model_name_or_path)
+        with exit_on(OSError, ValueError, prefix="--model_name_or_path: "):
+            model = Sam2UNetForSemanticSegmentation.from_pretrained(args.model_name_or_path)
         if model.config.regions != regions:
             raise SystemExit(
                 f"{args.model_name_or_path} segments {model.config.regions}, not {regions}. Leave out --regions, or "

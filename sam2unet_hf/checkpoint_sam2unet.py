@@ -66,6 +66,8 @@ class Sam2UNetCheckpointMixin(PreTrainedModel):
                 f"Weights are loaded from safetensors files only, not from pickles, got {name}. Convert checkpoints "
                 "of the reference SAM2-UNet with `python -m sam2unet_hf.conversion`."
             )
+        if name is not None and os.path.isfile(name):
+            raise OSError(f"{name} is a file. Name the folder that holds it.")
         kwargs["use_safetensors"] = True
         loaded_from: dict[str, Any] = {
             argument: kwargs[argument] for argument in ("revision", "subfolder") if argument in kwargs

@@ -1,6 +1,8 @@
 """SAM2-UNet configuration: encoder preset, decoder sizes, regions and loss options."""
 
 import copy
+import os
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -154,6 +156,38 @@ class Sam2UNetConfig(PreTrainedConfig):
             ValueError: If `preset` is none of these.
         """
         return cls(backbone_config=preset_backbone_config(preset, num_channels), **kwargs)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read the fields of a checkpoint's configuration.
+
+        transformers takes the defaults for a folder without one, and for the fields of another model.
+
+        Raises:
+            OSError: If there is no such folder or repository, or no config.json in it.
+            ValueError: If it is the configuration of another model.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        if os.path.isfile(name) and not name.endswith(".json"):
+            raise OSError(f"{name} is a file. Name the folder that holds it.")
+        try:
+            fields, unused = super().get_config_dict(name, **kwargs)
+        except OSError as err:
+            if name in str(err):
+                raise
+            raise OSError(f"There is no folder {name}, and none could be fetched from the Hub: {err}") from err
+        if not fields:
+            inside = sorted(str(path.parent) for path in Path(name).glob("*/config.json"))
+            raise OSError(
+                f"{name} holds no config.json, so that it is no SAM2-UNet. Name the folder of a run or of a checkpoint"
+                f"{f', such as {inside[0]}' if inside else ''}, or a Hub id."
+            )
+        if (found := fields.get("model_type", cls.model_type)) != cls.model_type:
+            remedy = " Take its encoder by `from_sam2` (`--sam2_checkpoint`)." if found.startswith("sam2") else ""
+            raise ValueError(f"{name} holds a model of type {found!r}, not a SAM2-UNet.{remedy}")
+        return fields, unused
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

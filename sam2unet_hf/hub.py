@@ -1,6 +1,7 @@
-"""Sharing on the Hugging Face Hub: what is pushed of a model or a run, and metrics as Spaces.
+"""Sharing on the Hugging Face Hub: what is pushed of a model, a run or an ensemble, and metrics as Spaces.
 
 python -m sam2unet_hf.hub card runs/phantom
+python -m sam2unet_hf.hub ensemble runs/cv your_name/brain-tumors --private
 python -m sam2unet_hf.hub metric dice my_dice_space
 """
 
@@ -10,22 +11,30 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers import PreTrainedModel
 
+from .configuration_sam2unet import Sam2UNetConfig
 from .image_processing_sam2unet import Sam2UNetImageProcessor
+from .members_sam2unet import ENSEMBLE_FILE, check_alike, find_ensemble, read_members
 from .metrics.space import write_metric_space
 from .model_card import PICTURES, has_valid_checksum, pictures_in_card, render_model_card, write_model_card
-from .weights_sam2unet import is_pretrained_weight, read_safetensors
+from .weights_sam2unet import is_local_source, is_pretrained_weight, read_safetensors
 
 
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 # What a model repository holds, of all that a run leaves in its folder. Nothing in it is a pickle.
 CHECKPOINT_FILES = ("config.json", "preprocessor_config.json", *WEIGHT_FILES, "*_sam2unet.py")
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that belong to its checkpoint."""
+    return [path for pattern in CHECKPOINT_FILES for path in sorted(folder.glob(pattern))]
 
 
 def files_to_push(folder: str | os.PathLike) -> list[str]:
@@ -41,7 +50,7 @@ def push_folder(
 
     These are the checkpoint, and the card with its pictures if there is a card in the folder. Weights on the Hub that
     are not among the files go, since weights in one file would be loaded instead of new ones in shards. So do
-    pictures that the card does not show.
+    pictures that the card does not show, and the list of an ensemble that the checkpoint takes the place of.
 
     Args:
         folder: Checkpoint folder or output folder of a run.
@@ -56,7 +65,7 @@ def push_folder(
     Raises:
         OSError: If the Hub cannot be reached or refuses.
     """
-    files, outdated = list(CHECKPOINT_FILES), list(WEIGHT_FILES)
+    files, outdated = list(CHECKPOINT_FILES), [*WEIGHT_FILES, ENSEMBLE_FILE]
     if with_card and (folder / "README.md").is_file():
         files = files_to_push(folder)
         outdated += [name for name in PICTURES if name not in files]
@@ -86,9 +95,7 @@ def push_model(
     `loaded_from` is `revision` and `subfolder` of the checkpoint in the repository or folder `model.name_or_path`.
     """
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    repo_id = make_repo(api, repo_id, private, revision)
     with tempfile.TemporaryDirectory() as name:
         folder, source = Path(name), str(model.name_or_path)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -112,6 +119,107 @@ def push_model(
         )
 
 
+def make_repo(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
+    """Make a repository and a branch of it where there is none yet, and return the name of the repository."""
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return repo_id
+
+
+def push_ensemble(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Upload an ensemble, which [`~volume_sam2unet.Sam2UNetVolumePipeline`] loads from there.
+
+    These are `ensemble.json`, of each member weights, configuration, image processor and code, one card with the table
+    of `patients.json`, where patients have numbers in place of names, and at the top the code that segments volumes.
+    A card that somebody edited is kept. Of an older model or ensemble in the repository the checkpoints are removed.
+
+    Args:
+        folder: Holds `ensemble.json` and the folders of the members.
+        repo_id: Repository `user/name`, made if need be.
+        private: Make the repository private, if it is new.
+        token: Token with the right to write.
+        commit_message: Title of the commit.
+        revision: Branch, made if need be.
+        create_pr: Open a pull request instead of a commit.
+
+    Raises:
+        FileNotFoundError: If the list of members or a file of a member is missing.
+        OSError: If the Hub cannot be reached or refuses.
+        ValueError: If the list is wrong, members differ in what they segment, or the encoder of a member lies on this
+            machine alone.
+    """
+    folder = Path(folder)
+    if (listed := find_ensemble(folder)) is None:
+        raise FileNotFoundError(
+            f"{folder} holds no ensemble: there is no {ENSEMBLE_FILE} in it that lists the folders of its members."
+        )
+    members = read_members(listed)
+    files: dict[str, Path | bytes] = {
+        f"{member}/{path.name}": path for member in members for path in checkpoint_files(folder / member)
+    }
+    check_members_to_push(folder, members, files)
+    files |= {path.name: path for path in Path(__file__).parent.glob("*_sam2unet.py")}
+    files[ENSEMBLE_FILE] = (json.dumps({"members": members}, indent=2) + "\n").encode()
+    api = HfApi(token=token)
+    repo_id = make_repo(api, repo_id, private, revision)
+    if (card := card_to_push(folder, folder, api, repo_id, revision)) is not None:
+        files["README.md"] = card.encode()
+    there = api.list_repo_files(repo_id, revision=revision)
+    folders = {"", *members}
+    if ENSEMBLE_FILE in there:
+        folders |= set(read_members(api.hf_hub_download(repo_id, ENSEMBLE_FILE, revision=revision)))
+    return api.create_commit(
+        repo_id,
+        [
+            *(CommitOperationAdd(name, content) for name, content in files.items()),
+            *(
+                CommitOperationDelete(name)
+                for name in there
+                if name not in files and is_outdated(PurePosixPath(name), folders)
+            ),
+        ],
+        commit_message=commit_message or "Upload ensemble",
+        revision=revision,
+        create_pr=create_pr,
+    )
+
+
+def is_outdated(path: PurePosixPath, folders: set[str]) -> bool:
+    """Whether a file of a repository is of a checkpoint in one of these folders, or a picture of its card."""
+    patterns = (*CHECKPOINT_FILES, *PICTURES)
+    return str(path.parent).strip(".") in folders and any(fnmatch(path.name, pattern) for pattern in patterns)
+
+
+def check_members_to_push(folder: Path, members: Sequence[str], files: Mapping[str, Any]) -> None:
+    """Check that members are whole, segment the same, and can be loaded elsewhere."""
+    configs, processors = [], []
+    for member in members:
+        for patterns in (("config.json",), ("preprocessor_config.json",), WEIGHT_FILES):
+            if not any(fnmatch(name, f"{member}/{pattern}") for name in files for pattern in patterns):
+                raise FileNotFoundError(
+                    f"{folder / member} lacks {patterns[0]}. Finish its training, or leave it out of {ENSEMBLE_FILE}."
+                )
+        config = Sam2UNetConfig.from_pretrained(folder / member)
+        if config.encoder_sha256 is not None and is_local_source(config.encoder_source):
+            raise ValueError(
+                f"{folder / member} leaves out its encoder, which comes from {config.encoder_source} on this machine. "
+                "Save the model whole, with `trainable_only=False`."
+            )
+        configs.append(config)
+        processors.append(Sam2UNetImageProcessor.from_pretrained(folder / member))
+    check_alike(members, configs, processors)
+
+
 def add_model_card(
     folder: Path,
     run: Path | None,
@@ -120,9 +228,27 @@ def add_model_card(
     revision: str | None = None,
     tags: Sequence[str] | None = None,
 ) -> None:
-    """Put a card of the model and of its run, with its pictures, into a folder that is about to be uploaded.
+    """Put a card of the model and of its run, with its pictures, into a folder that is about to be uploaded."""
+    text = card_to_push(folder, run, api, repo_id, revision, tags)
+    if text is None:
+        return
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    for name in pictures_in_card(text):
+        if run is not None and (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
 
-    A card that somebody edited is kept: that of the run as it is, and that on the Hub by writing none.
+
+def card_to_push(
+    folder: Path,
+    run: Path | None,
+    api: HfApi,
+    repo_id: str,
+    revision: str | None = None,
+    tags: Sequence[str] | None = None,
+) -> str | None:
+    """Return the card of a folder and its run.
+
+    A card that somebody edited is kept: that of the run as it is, and that on the Hub by returning none.
     """
     text = None
     if run is not None and (run / "README.md").is_file():
@@ -131,12 +257,9 @@ def add_model_card(
         if api.file_exists(repo_id, "README.md", revision=revision):
             current = Path(api.hf_hub_download(repo_id, "README.md", revision=revision))
             if not has_valid_checksum(current.read_text(encoding="utf-8")):
-                return
+                return None
         text = render_model_card(folder, repo_id, tags, run)
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    for name in pictures_in_card(text):
-        if run is not None and (run / name).is_file():
-            shutil.copyfile(run / name, folder / name)
+    return text
 
 
 def have_equal_weights(folder: Path, other: Path) -> bool:
@@ -167,13 +290,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     metric = commands.add_parser("metric", help="write one metric as a Space, ready to upload")
     metric.add_argument("name", help="such as dice or segmentation_report")
     metric.add_argument("folder", type=Path, help="empty or new folder")
-    card = commands.add_parser("card", help="write the model card of a run anew")
-    card.add_argument("folder", type=Path, help="output folder of the run")
+    card = commands.add_parser("card", help="write the model card of a run or an ensemble anew")
+    card.add_argument("folder", type=Path, help="output folder of the run, or folder of the ensemble")
     card.add_argument("--repo_id", help="where on the Hub it will be")
+    ensemble = commands.add_parser("ensemble", help="upload an ensemble with one card")
+    ensemble.add_argument("folder", type=Path, help=f"folder with {ENSEMBLE_FILE} and the folders of the members")
+    ensemble.add_argument("repo_id", help="repository, such as your_name/brain-tumors")
+    ensemble.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     args = parser.parse_args(argv)
     try:
         if args.command == "card":
             message = f"Wrote {write_model_card(args.folder, args.repo_id)}.\n"
+        elif args.command == "ensemble":
+            message = f"Uploaded {push_ensemble(args.folder, args.repo_id, private=args.private).commit_url}\n"
         else:
             names = ", ".join(file.name for file in write_metric_space(args.name, args.folder))
             message = (
@@ -185,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.exit(message=message)
 
 
-__all__ = ["push_folder", "render_model_card", "write_metric_space", "write_model_card"]
+__all__ = ["push_ensemble", "push_folder", "render_model_card", "write_metric_space", "write_model_card"]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from transformers import AutoModelForSemanticSegmentation
 
 from .configuration_sam2unet import PRESETS, Sam2UNetConfig
 from .image_processing_sam2unet import Sam2UNetImageProcessor
+from .members_sam2unet import find_ensemble, read_members
 from .patient_table import COLUMN_TITLES, PatientTable
 from .weights_sam2unet import is_local_source
 
@@ -37,6 +38,8 @@ PATIENT_TABLES = {
     "test_patients.json": "test split",
     "test_dir_patients.json": "second cohort",
 }
+# The table of an ensemble of folds: each patient as the fold without it sees the patient.
+FOLD_TABLES = {"patients.json": "cross-validation"}
 # A card lists the patients of a larger table no more one by one.
 MAX_LISTED_PATIENTS = 100
 # Columns of the card's table of single patients. With all of them it would be wider than a page, so the others are
@@ -172,6 +175,24 @@ def patient_section(path: Path, source: str) -> dict[str, Any]:
     }
 
 
+def read_info(folder: Path, members: Sequence[str] = ()) -> dict[str, Any]:
+    """Read what is known of a run for its card; of an ensemble what all of its members have in common.
+
+    The scores of the members' own splits are left out, because they are not those of the ensemble.
+    """
+    paths = [folder / member / TRAINING_INFO for member in members or [""]]
+    infos = [json.loads(path.read_text()) if path.is_file() else {} for path in paths]
+    if not members:
+        return infos[0]
+
+    def shared(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        first, *others = contents
+        return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
+
+    tables = {name: shared([info.get(name, {}) for info in infos]) for name in ("data", "recipe")}
+    return {**shared(infos), **tables, "results": {}, "model_name": None, "share_predictions": False}
+
+
 def append_checksum(text: str) -> str:
     """Return a card with its own hash in a comment at its end, which shows whether somebody has edited it since."""
     text = text.rstrip("\n") + "\n"
@@ -190,28 +211,33 @@ def render_model_card(
     tags: Sequence[str] | None = None,
     run: str | os.PathLike | None = None,
 ) -> str:
-    """Write the card of a checkpoint from the files in its folder; what they do not tell stays out.
+    """Write the card of a checkpoint or an ensemble from the files in its folder; what they do not tell stays out.
 
     Args:
         folder: Checkpoint folder, such as the output folder of a run: `config.json`, and if there are any
             `preprocessor_config.json`, `training_info.json`, `training_curve.png` and `predictions.png`. The last is
-            shown only if the run says that its images may be shared.
+            shown only if the run says that its images may be shared. Or the folder of an ensemble: `ensemble.json`,
+            the folders of its members, and if there is one the table of patients `patients.json`.
         repo_id: Where on the Hub it will be.
         tags: Further tags.
         run: Folder of the run that made the checkpoint, if that is another one.
 
     Raises:
-        FileNotFoundError: If there is no `config.json`.
+        FileNotFoundError: If there is neither `config.json` nor `ensemble.json`, or not in the folder of a member.
+        ValueError: If `ensemble.json` is wrong, or there are both.
     """
     folder = Path(folder)
     run = folder if run is None else Path(run)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no checkpoint: there is no config.json in it.")
-    config = Sam2UNetConfig.from_pretrained(folder)
-    info = json.loads((run / TRAINING_INFO).read_text()) if (run / TRAINING_INFO).is_file() else {}
+    ensemble = find_ensemble(folder)
+    members = [] if ensemble is None else read_members(ensemble)
+    checkpoint = folder / members[0] if members else folder
+    if not (checkpoint / "config.json").is_file():
+        raise FileNotFoundError(f"{checkpoint} holds no checkpoint: there is no config.json in it.")
+    config = Sam2UNetConfig.from_pretrained(checkpoint)
+    info = read_info(run, members)
     processor = None
-    if (folder / "preprocessor_config.json").is_file():
-        processor = Sam2UNetImageProcessor.from_pretrained(folder)
+    if (checkpoint / "preprocessor_config.json").is_file():
+        processor = Sam2UNetImageProcessor.from_pretrained(checkpoint)
     with torch.device("meta"):
         model = AutoModelForSemanticSegmentation.from_config(config)
     backbone = config.backbone_config.to_dict()
@@ -225,7 +251,8 @@ def render_model_card(
     pictures = [(name, text) for name, text in PICTURES.items() if (run / name).is_file()]
     if not info.get("share_predictions"):
         pictures = [(name, text) for name, text in pictures if name != "predictions.png"]
-    patients = [patient_section(run / name, text) for name, text in PATIENT_TABLES.items() if (run / name).is_file()]
+    tables = FOLD_TABLES if members else PATIENT_TABLES
+    patients = [patient_section(run / name, text) for name, text in tables.items() if (run / name).is_file()]
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-segmentation",
@@ -238,6 +265,8 @@ def render_model_card(
         tags=list(dict.fromkeys(["sam2-unet", "sam2", "hiera", "unet", *info.get("tags", []), *(tags or [])])),
         model_name=title if results else None,
         eval_results=results or None,
+        # The page of a repository would offer to run a checkpoint at its top, where an ensemble has none.
+        inference=False if members else None,
     )
     card = ModelCard.from_template(
         card_data,
@@ -255,6 +284,8 @@ def render_model_card(
         finetuned_from=finetuned_from,
         transformers_version=metadata.version("transformers"),
         checkpoint=repo_id or "path/to/this/folder",
+        members=members,
+        modalities=processor.modalities if processor is not None else None,
         **input_facts(backbone["num_channels"], processor),
         regions=config.regions,
         id2label=config.id2label,
@@ -289,7 +320,8 @@ def write_model_card(folder: str | os.PathLike, repo_id: str | None = None, tags
 
     Raises:
         FileExistsError: If there is a card that was edited.
-        FileNotFoundError: If there is no `config.json`.
+        FileNotFoundError: As [`render_model_card`].
+        ValueError: As [`render_model_card`].
     """
     path = Path(folder) / "README.md"
     text = render_model_card(folder, repo_id, tags)

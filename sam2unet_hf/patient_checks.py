@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .cases_sam2unet import patient_of
+from .members_sam2unet import ENSEMBLE_FILE, read_members
 
 
 # Beside the weights of a run: the patients of each of its splits. It names patients, so it never goes to the Hub.
@@ -21,10 +22,11 @@ def read_splits(model: str | os.PathLike | None) -> dict[str, list[str]]:
     """Return the patients of each split of the run that trained a model; nothing where they are not known.
 
     Args:
-        model: Folder of a run, or of a checkpoint in it; anything else knows none.
+        model: Folder of a run, of a checkpoint in it, or of an ensemble, which knows the patients of all members;
+            anything else knows none.
 
     Raises:
-        ValueError: If the file is damaged.
+        ValueError: If a file is damaged.
     """
     if model is None or not Path(model).is_dir():
         return {}
@@ -33,6 +35,12 @@ def read_splits(model: str | os.PathLike | None) -> dict[str, list[str]]:
     if folder.name.startswith("checkpoint-") and not (folder / SPLITS_FILE).is_file():
         folder = folder.parent
     path = folder / SPLITS_FILE
+    if not path.is_file() and (folder / ENSEMBLE_FILE).is_file():
+        known: dict[str, list[str]] = {}
+        for member in read_members(folder / ENSEMBLE_FILE):
+            for split, patients in read_splits(folder / member).items():
+                known[split] = sorted({*known.get(split, ()), *patients})
+        return known
     if not path.is_file():
         return {}
     try:

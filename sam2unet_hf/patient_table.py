@@ -8,7 +8,7 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -72,17 +72,22 @@ class PatientTable:
     """Scores of patients by region.
 
     Attributes:
-        rows: A row per patient and region: `patient`, `region`, and those of `COLUMN_TITLES` that are known.
+        rows: A row per patient and region: `patient`, `region`, `fold` in a cross-validation, and those of
+            `COLUMN_TITLES` that are known.
     """
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, patient: str, scores: Mapping[str, Mapping[str, float]]) -> None:
-        """Add the scores of a patient, region name -> column -> value; what is no column of the table is left out."""
+    def add(self, patient: str, scores: Mapping[str, Mapping[str, float]], fold: int | None = None) -> None:
+        """Add the scores of a patient, region name -> column -> value; what is no column of the table is left out.
+
+        `fold` is that of a cross-validation whose model was not trained on the patient.
+        """
         for region, values in scores.items():
             known = {name: float(values[name]) for name in COLUMN_TITLES if name in values}
-            self.rows.append({"patient": patient, "region": region, **known})
+            of_fold = {} if fold is None else {"fold": fold}
+            self.rows.append({"patient": patient, "region": region, **of_fold, **known})
 
     @property
     def dice(self) -> dict[str, float]:
@@ -113,8 +118,33 @@ class PatientTable:
                 }
         return found
 
+    def fold_summary(self) -> dict[str, dict[str, dict[str, float | None]]]:
+        """Return mean and standard deviation over folds of their means over patients, by region and column.
+
+        The standard deviation is that of a sample, and `None` of a single fold.
+        """
+        found: dict[str, dict[str, list[float]]] = {}
+        for fold in sorted({row["fold"] for row in self.rows}):
+            own = PatientTable()
+            own.rows = [row for row in self.rows if row["fold"] == fold]
+            for region, columns in own.summary().items():
+                for name, values in columns.items():
+                    found.setdefault(region, {}).setdefault(name, []).append(cast("float", values["mean"]))
+        return {
+            region: {
+                name: {
+                    "mean": math.fsum(means) / len(means),
+                    "std": statistics.stdev(means) if len(means) > 1 else None,
+                }
+                for name, means in columns.items()
+            }
+            for region, columns in found.items()
+        }
+
     def write(self, folder: str | os.PathLike, name: str = "patients") -> list[Path]:
         """Write `<name>.csv`, a line per patient and region, and `<name>.json`, which has the summary too.
+
+        Of a cross-validation it also has `fold_summary`.
 
         Returns:
             Their paths; nothing is written, and none returned, of a table without patients.
@@ -129,6 +159,8 @@ class PatientTable:
         writer.writeheader()
         writer.writerows(self.rows)
         content = {"patients": self.rows, "summary": self.summary()}
+        if "fold" in self.rows[0]:
+            content["fold_summary"] = self.fold_summary()
         files = {f"{name}.csv": text.getvalue(), f"{name}.json": json.dumps(content, indent=2) + "\n"}
         for file, content_of_file in files.items():
             partial = Path(folder, f".{file}.partial")

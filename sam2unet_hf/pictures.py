@@ -7,6 +7,7 @@ import argparse
 import io
 import json
 import logging
+import os
 import sys
 import tempfile
 import warnings
@@ -19,6 +20,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
+from .devices import default_device, device_name
 from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
 
@@ -26,6 +28,8 @@ from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+SCAN_SUFFIXES = (".nii", ".nii.gz")
+FOR_SCANS = "Segment scans by `python -m sam2unet_hf.volume`."
 
 
 class PictureFacts(NamedTuple):
@@ -34,6 +38,17 @@ class PictureFacts(NamedTuple):
     format: str | None
     orientation: int  # of EXIF; 1 is upright
     pages: int
+
+
+def first_file(path: str | os.PathLike, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Path | None:
+    """Return the first file that ends in one of the suffixes, in lower or upper case, or `None`.
+
+    Args:
+        path: A folder, which is looked for with its subfolders, or a file, which is taken itself.
+        suffixes: In lower case; by default those of pictures.
+    """
+    files = [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("*"))
+    return next((file for file in files if file.name.lower().endswith(suffixes) and file.is_file()), None)
 
 
 def find_pictures(folder: Path) -> dict[str, Path]:
@@ -170,6 +185,9 @@ def _name_pictures(paths: Sequence[Path], output_dir: Path) -> dict[str, Path]:
                 f"--output_dir {output_dir} lies in {path}, so that the results would be taken for pictures the next "
                 "time. Name a folder outside of it."
             )
+        if not first_file(path) and (scan := first_file(path, SCAN_SUFFIXES)):
+            inside = f", and {path} holds no pictures" if path.is_dir() else ""
+            raise ValueError(f"{scan} is a scan{inside}. {FOR_SCANS}")
         found = find_pictures(path) if path.is_dir() else {path.stem: path}
         if not found:
             raise ValueError(f"{path} holds no pictures ({', '.join(IMAGE_SUFFIXES)}).")
@@ -194,9 +212,9 @@ def _load(name: str, device: str | None) -> tuple[Sam2UNetForSemanticSegmentatio
         made_of = ", ".join(processor.modalities or ["unknown modalities"])
         raise ValueError(
             f"The model takes images of {processor.num_channels} channels ({made_of}, {processor.neighbours} "
-            "neighbouring slices on each side), and no pictures. Segment scans by `python -m sam2unet_hf.volume`."
+            f"neighbouring slices on each side), and no pictures. {FOR_SCANS}"
         )
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
+    return model.to(device or default_device()), processor
 
 
 def count_pixels(label_map: np.ndarray, regions: Mapping[str, Sequence[int]]) -> dict[str, int]:
@@ -214,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("picture", nargs="+", type=Path, help="folder of pictures, with its subfolders, or a picture")
     parser.add_argument("-o", "--output_dir", type=Path, required=True, help="folder for NAME.png")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures at once")
-    parser.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
+    parser.add_argument("--device", type=device_name, help="such as cpu or cuda:1; default: a GPU if there is one")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"--batch_size must be at least 1, got {args.batch_size}")
@@ -229,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         model, processor = _load(args.model, args.device)
     except (OSError, ValueError) as err:
-        raise SystemExit(f"{args.model}: {err}") from err
+        raise SystemExit(str(err) if args.model in str(err) else f"{args.model}: {err}") from err
     names = ", ".join(f"{label_id} {name}" for label_id, name in sorted((model.config.id2label or {}).items()))
     logger.info("%d pictures. Label ids: %s.", len(pictures), names)
     failed = 0

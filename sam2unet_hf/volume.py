@@ -2,6 +2,7 @@
 
 python -m sam2unet_hf.volume runs/phantom BraTS20_Training_001 -o segmentations
 python -m sam2unet_hf.volume runs/phantom BraTS2020_TrainingData -o segmentations --planes axial coronal --flips
+python -m sam2unet_hf.volume runs/cv BraTS20_Training_001 -o segmentations --disagreement
 """
 
 import argparse
@@ -16,9 +17,11 @@ import numpy as np
 import torch
 
 from .cases_sam2unet import BratsCase, find_cases
+from .devices import device_name
 from .labels_sam2unet import NUMBERINGS
 from .patient_checks import describe_known_patients, describe_other_modalities, read_splits, why_implausible
 from .patient_table import PATIENT_METRICS, PatientTable, score_patient
+from .pictures import SCAN_SUFFIXES, first_file
 from .scans_sam2unet import MODALITIES, PLANES, ScanError, Volume, check_same_grid, to_grey
 from .volume_sam2unet import Sam2UNetVolumePipeline, VolumeSegmentation, check_enhancing_label
 
@@ -32,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m sam2unet_hf.volume",
         description="Segment the BraTS cases of a folder, and print the volume of each region in ml.",
     )
-    parser.add_argument("model", help="Hub id or folder of a SAM2-UNet")
+    parser.add_argument("model", help="Hub id or folder of a SAM2-UNet, or of an ensemble of them")
     parser.add_argument("case", nargs="+", help="folder of one BraTS case or of many, or scan of a single modality")
     parser.add_argument("-o", "--output_dir", type=Path, required=True, help="folder for CASE_seg.nii.gz")
     parser.add_argument("--modalities", nargs="+", choices=MODALITIES, help="default: those the checkpoint names")
@@ -48,6 +51,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="label of enhancing tumour: 3 as in BraTS from 2023 on, 4 as before; default: that of the case's name",
     )
     parser.add_argument("--probabilities", action="store_true", help="write CASE_REGION_probability.nii.gz too")
+    parser.add_argument(
+        "--disagreement",
+        action="store_true",
+        help="write CASE_REGION_disagreement.nii.gz too, the standard deviation over members of an ensemble, mirror "
+        "images and planes",
+    )
     parser.add_argument(
         "--score",
         action="store_true",
@@ -65,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch_size", type=int, default=8, help="slices at once")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
+    parser.add_argument("--device", type=device_name, help="such as cpu or cuda:1; default: a GPU if there is one")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"--batch_size must be at least 1, got {args.batch_size}")
@@ -74,14 +83,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def _refuse_pictures(path: str) -> None:
+    """Name the command for pictures if there are some and no scan."""
+    if not first_file(path, SCAN_SUFFIXES) and (picture := first_file(path)):
+        raise SystemExit(f"{picture} is a picture, no scan. Segment pictures by `python -m sam2unet_hf.pictures`.")
+
+
 def _name_cases(paths: list[str], labels: str | None) -> dict[str, str | BratsCase]:
     """Return the cases in folders and the scans among these paths, by what their results will be called."""
     cases: dict[str, str | BratsCase] = {}
     for path in paths:
+        if not Path(path).exists():
+            raise SystemExit(f"{path} does not exist. Pass the folder of one case or of many, or a scan.")
         stem = re.sub(r"\.nii(\.gz)?\Z", "", Path(path).name, flags=re.IGNORECASE)
         named: dict[str, str | BratsCase] = {stem: path}
-        if Path(path).is_dir():
-            named = {case.case_id: case for case in find_cases(path, labels)}
+        try:
+            if Path(path).is_dir():
+                named = {case.case_id: case for case in find_cases(path, labels)}
+            else:
+                _refuse_pictures(path)
+        except FileNotFoundError:  # there is no case
+            _refuse_pictures(path)
+            raise
         if twice := sorted(named.keys() & cases.keys()):
             raise SystemExit(f"{path}: {twice[0]} was named before, and would be written to the same file.")
         cases |= named
@@ -110,8 +133,10 @@ def _load(args: argparse.Namespace) -> Sam2UNetVolumePipeline:
         )
         if args.et_label is not None:
             check_enhancing_label(args.et_label, segment.model.config.regions)
+        if args.disagreement:
+            segment.check_disagreement(args.planes, args.flips)
     except (OSError, ValueError) as err:
-        raise SystemExit(f"{args.model}: {err}") from err
+        raise SystemExit(str(err) if args.model in str(err) else f"{args.model}: {err}") from err
     if others := describe_other_modalities(segment.processor.modalities, segment.modalities):
         if not args.allow_other_modalities:
             raise SystemExit(f"{others} Leave out --modalities, or go on all the same with --allow_other_modalities.")
@@ -136,13 +161,16 @@ def _read_reference(case: str | BratsCase) -> Volume:
 
 
 def _save(found: VolumeSegmentation, name: str, args: argparse.Namespace) -> Path:
-    """Write the segmentation of a case, and its probabilities if asked to."""
+    """Write the segmentation of a case, and its probabilities and the disagreement on them if asked to."""
     path = args.output_dir / f"{name}_seg.nii.gz"
     try:
         found.save(path, args.et_label)
-        for region in found.regions if args.probabilities else ():
+        for region in found.regions:
             region_name = re.sub(r"[^\w.-]+", "_", region)  # a checkpoint may hold any name
-            found.save_probabilities(args.output_dir / f"{name}_{region_name}_probability.nii.gz", region)
+            if args.probabilities:
+                found.save_probabilities(args.output_dir / f"{name}_{region_name}_probability.nii.gz", region)
+            if args.disagreement:
+                found.save_disagreement(args.output_dir / f"{name}_{region_name}_disagreement.nii.gz", region)
     except OSError as err:  # a full disk
         raise SystemExit(f"{path} could not be written: {err}") from err
     return path
@@ -169,7 +197,9 @@ def main(argv: list[str] | None = None) -> None:
         try:
             reference = _read_reference(case) if args.score else None
             found = segment(
-                case, args.planes, args.flips, args.batch_size, args.threshold, return_probabilities=args.probabilities
+                *(case, args.planes, args.flips, args.batch_size, args.threshold),
+                return_probabilities=args.probabilities,
+                return_disagreement=args.disagreement,
             )
         except ScanError as err:  # go on with the other cases
             logger.error("Left out: %s", err)

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from .cases_sam2unet import BratsCase, find_cases
-from .checkpoint_sam2unet import DOWNLOAD_ARGUMENTS
+from .ensemble_sam2unet import Sam2UNetEnsemble
 from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .images_sam2unet import count_channels
 from .labels_sam2unet import enhancing_label_of
@@ -40,12 +40,15 @@ class VolumeSegmentation:
         regions: Region name -> the label ids it joins.
         scan: The first scan that was segmented, with `voxels`, `affine` and `lps_affine`.
         probabilities: Of shape `(regions, *label_map.shape)`, float32 in [0, 1], if they were asked for.
+        disagreement: Standard deviation of the probabilities over members, mirror images and planes, of the same
+            shape, float32 in [0, 0.5], if it was asked for.
     """
 
     label_map: np.ndarray
     regions: dict[str, list[int]]
     scan: Volume
     probabilities: np.ndarray | None = None
+    disagreement: np.ndarray | None = None
 
     def region(self, name: str) -> np.ndarray:
         """Return the voxels of a region as booleans, on the grid of the input file."""
@@ -92,8 +95,51 @@ class VolumeSegmentation:
         """
         if self.probabilities is None:
             raise ValueError("There are no probabilities. Segment with `return_probabilities=True`.")
+        self._save_region(path, self.probabilities, region)
+
+    def save_disagreement(self, path: str | os.PathLike, region: str) -> None:
+        """Write the disagreement on a region as NIfTI, as [`save_probabilities`] does.
+
+        Raises:
+            ValueError: If it was not asked for, or the path has another ending than `.nii` and `.nii.gz`.
+        """
+        if self.disagreement is None:
+            raise ValueError("There is no disagreement. Segment with `return_disagreement=True`.")
+        self._save_region(path, self.disagreement, region)
+
+    def _save_region(self, path: str | os.PathLike, values: np.ndarray, region: str) -> None:
         index = list(self.regions).index(region)
-        write_nifti(path, self.probabilities[index], self.scan.affine, self.scan.header)
+        write_nifti(path, values[index], self.scan.affine, self.scan.header)
+
+
+class PlaneAverage:
+    """Mean and standard deviation of probabilities over planes, which are added one by one."""
+
+    def __init__(self) -> None:
+        self.planes = 0
+
+    def add(self, mean: np.ndarray, variance: np.ndarray | None) -> None:
+        """Add the mean and, if it is asked for, the variance of the maps of a plane, as many as of any other.
+
+        The arrays are kept and changed, because a second copy of them could fill the memory.
+        """
+        if not self.planes:
+            self.total, self.variances = mean, variance
+        else:
+            if self.variances is not None and variance is not None:
+                # How two samples are merged: https://doi.org/10.2307/2683386
+                difference = mean - self.total / self.planes
+                self.variances += variance + difference**2 * (self.planes / (self.planes + 1))
+            self.total += mean
+        self.planes += 1
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the mean, and the standard deviation over the maps of all planes if it is asked for."""
+        self.total /= self.planes
+        if self.variances is not None:
+            self.variances /= self.planes
+            np.sqrt(self.variances, out=self.variances)
+        return self.total, self.variances
 
 
 class Sam2UNetVolumePipeline:
@@ -103,14 +149,20 @@ class Sam2UNetVolumePipeline:
     processor with `head_crop_size` crops every slice to one window about the head of the whole scans, and nothing is
     found outside the head.
 
+    Of several models, the members of an ensemble, the probabilities are averaged.
+
     Args:
-        model: The model.
-        processor: Its image processor, which says of how many `neighbours` a slice comes with.
+        model: The model, or the models of an ensemble.
+        processor: Its image processor, which says of how many `neighbours` a slice comes with; one per model.
         modalities: Those that the model was trained on, in the order of the channels. Default: those that the
             processor names, which it does after training with `run_segmentation.py` on scans.
 
+    Attributes:
+        ensemble: The models with their processors.
+
     Raises:
-        ValueError: If neither `modalities` nor the processor names them, or if they are not known or not distinct.
+        ValueError: If neither `modalities` nor the processor names them, if they are not known or not distinct, or if
+            models differ in regions, modalities, neighbours or plane.
 
     Example:
         ```python
@@ -127,26 +179,29 @@ class Sam2UNetVolumePipeline:
 
     def __init__(
         self,
-        model: Sam2UNetForSemanticSegmentation,
-        processor: Sam2UNetImageProcessor,
+        model: Sam2UNetForSemanticSegmentation | Sequence[Sam2UNetForSemanticSegmentation],
+        processor: Sam2UNetImageProcessor | Sequence[Sam2UNetImageProcessor],
         modalities: Sequence[str] | None = None,
     ):
-        self.model = model.eval()
-        self.processor = processor
-        processor.regions = model.config.regions
-        named = modalities or processor.modalities
+        self.ensemble = Sam2UNetEnsemble(model, processor)
+        named = modalities or self.processor.modalities
         if not named:
             raise ValueError(
-                "The checkpoint does not say which modalities it segments. Pass `modalities`, such as ['flair'] or "
-                "['t1ce', 't2', 'flair'], in the order of its training."
+                "The checkpoint does not say which modalities it segments. If it was trained on scans, pass "
+                "`modalities` (`--modalities`), such as ['flair'] or ['t1ce', 't2', 'flair'], in the order of its "
+                "training. If on pictures, segment such by `python -m sam2unet_hf.pictures`."
             )
         check_modalities(named)
-        num_channels, expected = count_channels(named, processor.neighbours), model.config.backbone_config.num_channels
-        if num_channels != expected or processor.num_channels != expected:
+        num_channels, expected = (
+            count_channels(named, self.processor.neighbours),
+            self.model.config.backbone_config.num_channels,
+        )
+        given = {processor.num_channels for processor in self.ensemble.processors}
+        if {num_channels, *given} != {expected}:
             raise ValueError(
-                f"`modalities` {list(named)} with {processor.neighbours} neighbours on each side make {num_channels} "
-                f"channels, the image processor gives {processor.num_channels}, and the model takes {expected}. Pass "
-                "the modalities and the image processor of its training."
+                f"`modalities` {list(named)} with {self.processor.neighbours} neighbours on each side make "
+                f"{num_channels} channels, the image processor gives {', '.join(map(str, sorted(given)))}, and the "
+                f"model takes {expected}. Pass the modalities and the image processor of its training."
             )
         self.modalities = list(named)
 
@@ -158,7 +213,10 @@ class Sam2UNetVolumePipeline:
         device: str | torch.device | None = None,
         **kwargs: Any,
     ) -> "Sam2UNetVolumePipeline":
-        """Load a model and its processor.
+        """Load a model and its processor, or all of an ensemble.
+
+        An ensemble is a folder or repository whose `ensemble.json` lists the folders of its members, such as
+        `{"members": ["fold_0", "fold_1"]}`, each of which holds a model and its processor.
 
         Args:
             model: Hub id or folder.
@@ -168,19 +226,38 @@ class Sam2UNetVolumePipeline:
                 of downloads are the processor's too. With `device_map` the model stays where that puts it.
 
         Raises:
-            OSError: As the `from_pretrained` of model and processor.
-            ValueError: As these and the constructor, or if there are both `device` and `device_map`.
+            OSError: As the `from_pretrained` of model and processor, or if there are folds without `ensemble.json`.
+            ValueError: As these and the constructor, if `ensemble.json` is wrong, or if there are both `device` and
+                `device_map`.
         """
-        if device is not None and kwargs.get("device_map") is not None:
-            raise ValueError(f"Pass `device` or `device_map`, got both: {device} and {kwargs['device_map']}.")
-        if "torch_dtype" not in kwargs:
-            kwargs.setdefault("dtype", torch.float32)
-        loaded = Sam2UNetForSemanticSegmentation.from_pretrained(model, **kwargs)
-        shared = {name: kwargs[name] for name in (*DOWNLOAD_ARGUMENTS, "revision", "subfolder") if name in kwargs}
-        processor = Sam2UNetImageProcessor.from_pretrained(model, **shared)
-        if kwargs.get("device_map") is None:
-            loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(loaded, processor, modalities)
+        ensemble = Sam2UNetEnsemble.from_pretrained(model, device, **kwargs)
+        return cls(ensemble.models, ensemble.processors, modalities)
+
+    @property
+    def model(self) -> Sam2UNetForSemanticSegmentation:
+        """The model, the first one of an ensemble."""
+        return self.ensemble.models[0]
+
+    @property
+    def processor(self) -> Sam2UNetImageProcessor:
+        """The image processor of `model`."""
+        return self.ensemble.processors[0]
+
+    def check_disagreement(self, planes: Sequence[str] | None, flips: bool) -> None:
+        """Check that there are probabilities to disagree.
+
+        Args:
+            planes: As in [`__call__`].
+            flips: As there.
+
+        Raises:
+            ValueError: If one model sees every slice once.
+        """
+        if len(self.ensemble.models) == 1 and len(planes or [""]) == 1 and not flips:
+            raise ValueError(
+                "One model that sees every slice once has nothing to disagree with. Average over mirror images "
+                "(`flips`) or several `planes`, or take an ensemble."
+            )
 
     @torch.inference_mode()
     def __call__(
@@ -192,24 +269,26 @@ class Sam2UNetVolumePipeline:
         threshold: float = 0.5,
         return_probabilities: bool = False,
         progress: bool = True,
+        return_disagreement: bool = False,
     ) -> VolumeSegmentation:
-        """Segment one patient.
+        """Segment one patient by the mean of the probabilities over members of an ensemble, mirror images and planes.
 
         Args:
             case: Folder of a BraTS case, a case of [`~cases_sam2unet.find_cases`], the path of a scan if the model
                 takes one modality, or a path for each modality.
-            planes: Planes to cut, of axial, coronal and sagittal; probabilities are averaged over them. Default: the
-                one that the processor names, or axial.
-            flips: Average over the slices and their mirror images (horizontal, vertical, both) too.
+            planes: Planes to cut, of axial, coronal and sagittal. Default: the one that the processor names, or axial.
+            flips: Show the models the mirror images of slices (horizontal, vertical, both) too.
             batch_size: Slices at once, mirror images not counted.
             threshold: A voxel belongs to a region if its probability is above this.
             return_probabilities: Keep the probabilities.
             progress: Show a progress bar.
+            return_disagreement: Keep the standard deviation of all that is averaged.
 
         Raises:
             ScanError: If a scan is missing, damaged or on another grid than the first.
             FileNotFoundError: If there is no case in a folder.
-            ValueError: If an argument is off, or there is more than one case in a folder.
+            ValueError: If an argument is off, there is more than one case in a folder, or a disagreement is asked for
+                where nothing is averaged.
         """
         planes = [self.processor.plane or "axial"] if planes is None else planes
         if not planes or not set(planes) <= set(PLANES) or len(set(planes)) < len(planes):
@@ -218,31 +297,39 @@ class Sam2UNetVolumePipeline:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         if not 0 <= threshold <= 1:
             raise ValueError(f"`threshold` must be a probability in [0, 1], got {threshold}.")
+        if return_disagreement:
+            self.check_disagreement(planes, flips)
         scans = self._read(case)
         greys = [to_grey(scan) for scan in scans]
-        regions = self.model.config.regions
-        total = np.zeros((len(regions), *greys[0].shape), np.float32)
+        regions = self.ensemble.regions
         indices = {plane: foreground_slices(greys, plane) for plane in planes}
-        n_slices = sum(map(len, indices.values()))
+        average, n_slices = PlaneAverage(), sum(map(len, indices.values()))
         with tqdm(total=n_slices, desc=scans[0].name.split(": ")[0], unit="slice", disable=not progress) as bar:
             for plane in planes:
                 box = head_box(greys, plane)
+                mean = np.zeros((len(regions), *greys[0].shape), np.float32)
+                variance = np.zeros_like(mean) if return_disagreement else None
                 for start in range(0, len(indices[plane]), batch_size):
                     batch = indices[plane][start : start + batch_size]
                     images = self._take_images(greys, plane, batch, indices[plane])
-                    for index, probabilities in zip(batch, self._probabilities(images, box, flips), strict=True):
-                        for region, values in zip(total, probabilities, strict=True):
-                            take_slice(region, plane, index)[...] += values
+                    for index, maps in zip(batch, self._predict(images, box, flips), strict=True):
+                        put_slice(mean, plane, index, maps.mean(dim=0))
+                        if variance is not None:
+                            put_slice(variance, plane, index, maps.var(dim=0, correction=0))
                     bar.update(len(batch))
-        total /= len(planes)
+                average.add(mean, variance)
+        total, deviation = average.finish()
         highest_id = max(label_id for label_ids in regions.values() for label_id in label_ids)
         label_map = np.empty(total.shape[1:], np.min_scalar_type(highest_id))
         for index in range(total.shape[-1]):
             ids = self.processor.regions_to_label_map(torch.from_numpy(total[..., index]), threshold)
             label_map[..., index] = ids.numpy()
-        kept = np.stack([scans[0].to_file_grid(region) for region in total]) if return_probabilities else None
         on_grid = np.ascontiguousarray(scans[0].to_file_grid(label_map))
-        return VolumeSegmentation(on_grid, regions, scans[0], kept)
+        kept = [
+            None if volumes is None else np.stack([scans[0].to_file_grid(region) for region in volumes])
+            for volumes in (total if return_probabilities else None, deviation)
+        ]
+        return VolumeSegmentation(on_grid, regions, scans[0], *kept)
 
     def _read(self, case: str | os.PathLike | BratsCase | Mapping[str, str | os.PathLike]) -> list[Volume]:
         """Read the scans of the model's modalities."""
@@ -282,28 +369,21 @@ class Sam2UNetVolumePipeline:
         ]
         return torch.from_numpy(np.stack([np.stack(channels) for channels in images]))
 
-    def _probabilities(self, images: torch.Tensor, head: Sequence[int], flips: bool) -> np.ndarray:
-        """Return the probabilities of slices with one box of the head, `(slices, regions, height, width)`."""
-        boxes = [head] * len(images)
-        inputs = self.processor.preprocess(
-            images, head_boxes=boxes, input_data_format="channels_first", return_tensors="pt"
-        )
-        # Offloaded weights lie on no device; the model takes its inputs from any then.
-        device = self.model.device if self.model.device.type != "meta" else torch.device("cpu")
-        inputs = inputs.to(device, self.model.dtype)
+    def _predict(self, images: torch.Tensor, head: Sequence[int], flips: bool) -> list[torch.Tensor]:
+        """Return the probabilities to average of each slice, with one box of the head: see `predict` of ensembles."""
+        options: dict[str, Any] = {"head_boxes": [head] * len(images), "input_data_format": "channels_first"}
         height, width = images.shape[-2:]
-        sizes = [(height, width)] * len(images)
-        mirrored: list[tuple[int, ...]] = [(), (-1,), (-2,), (-2, -1)] if flips else [()]
-        found = []
-        for axes in mirrored:
-            turned = {
-                name: inputs[name].flip(axes) for name in ("pixel_values", "pixel_mask") if axes and name in inputs
-            }
-            outputs = self.model(**{**inputs, **turned})
-            if axes:  # back before they are put on the slice, where the window need not lie in the middle
-                outputs.logits = outputs.logits.flip(axes)
-            found.append(torch.stack(self.processor.post_process_regions(outputs, target_sizes=sizes)))
-        return torch.stack(found).mean(dim=0).cpu().numpy()
+        return self.ensemble.predict(
+            lambda processor: processor.preprocess(images, **options, return_tensors="pt"),
+            [(height, width)] * len(images),
+            flips,
+        )
+
+
+def put_slice(volumes: np.ndarray, plane: str, index: int, values: torch.Tensor) -> None:
+    """Put values of shape `(regions, height, width)` on a slice of volumes, one per region."""
+    for volume, own in zip(volumes, values.cpu().numpy(), strict=True):
+        take_slice(volume, plane, index)[...] = own
 
 
 def check_enhancing_label(enhancing_label: int, regions: Mapping[str, Sequence[int]]) -> None:

@@ -1,5 +1,6 @@
 """The benchmarks of the model run, at small size, and compare equals with equals."""
 
+import argparse
 import dataclasses
 import json
 import multiprocessing
@@ -187,14 +188,18 @@ def test_data_benchmark_reads_copies_as_other_cases(tmp_path):
 
 def test_window_benchmark_compares_the_same_scan_in_both_inputs(tmp_path):
     brats_dir = write_phantom_cohort(tmp_path / "brats", 1, (40, 40, 26))
-    (case,) = (path for path in brats_dir.iterdir() if path.is_dir())
-    arguments = ["--case", str(case), "--rounds", "1", "--image_size", "96", "--batch_size", "2"]
+    (folder,) = (path for path in brats_dir.iterdir() if path.is_dir())
+    arguments = ["--case", str(folder), "--rounds", "1", "--image_size", "96", "--batch_size", "2"]
     results = bench_window.main([*arguments, "--output", str(tmp_path / "out.json")])
     assert json.loads((tmp_path / "out.json").read_text()) == results
     assert [case["task"] for case in results["cases"]] == ["training step", "volume"]
     for case in results["cases"]:
         assert case["ratio"] == pytest.approx(case["seconds"]["window"] / case["seconds"]["resized"])
-        assert case["ratio"] < 1  # 64 x 64 against 96 x 96 pixels
+    options = argparse.Namespace(case=folder, modality="flair", image_size=96, preset="tiny", device="cpu")
+    assert {name: bench_window.build(options, name)[2] for name in bench_window.INPUTS} == {
+        "resized": (96, 96),
+        "window": (64, 64),
+    }
 
 
 def parse_arm(name):

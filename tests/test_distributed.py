@@ -456,18 +456,6 @@ def test_two_machines_under_slurm(torchrun, folder, arguments, start):
 
 
 @pytest.mark.slow
-def test_search_in_two_processes(folder, arguments, start):
-    pytest.importorskip("optuna")
-    output_dir = folder / "search"
-    said = launch(folder, *TORCHRUN, SCRIPT, *arguments, *start, "--hp_search", "2", "--output_dir", output_dir)
-    assert said.count("Best of 2 trials") == 1
-    found = json.loads((output_dir / "hp_search.json").read_text())
-    assert len(found["trials"]) == 2
-    recipe = json.loads((output_dir / "training_info.json").read_text())["recipe"]
-    assert recipe["`learning_rate`"] == found["best"]["learning_rate"]
-
-
-@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(folder):
     peaks_mb = []
     for images in (20, 2000):

@@ -23,6 +23,7 @@ from slice_rows import make_slices
 from dataset_scripts.brats_slices.__main__ import main as write_brats_slices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.ensemble_sam2unet import Sam2UNetEnsemble
 from sam2unet_hf.scans_sam2unet import Volume
 from sam2unet_hf.training import ImageRows, SegmentationMetrics, SegmentationTransform
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, VolumeSegmentation
@@ -85,9 +86,10 @@ def checkpoint(tmp_path, monkeypatch):
     load = error_analysis.load_model
 
     def load_bright(args):
-        model, processor = load(args)
-        model.forward = bright_pixels
-        return model, processor
+        ensemble = load(args)
+        for model in ensemble.models:
+            model.forward = bright_pixels
+        return ensemble
 
     monkeypatch.setattr(error_analysis, "load_model", load_bright)
     return tmp_path / "model"
@@ -332,7 +334,7 @@ def test_images_of_channels_are_drawn_by_flair_of_their_own_slice():
     model = small_model(regions=REGIONS, backbone_config=small_backbone_config(num_channels=6))
     data = make_slices({"a": [3, 4, 5]}, size=(80, 90), tumour={("a", 4)})
     rows = ImageRows(data, ["t1ce", "flair"], neighbours=1)
-    analysis = Analysis(model, rows, SegmentationTransform(processor, resize_masks=False))
+    analysis = Analysis(Sam2UNetEnsemble(model, processor), rows, SegmentationTransform(processor, resize_masks=False))
     (about, image, probabilities, references, _) = list(analysis.read([0, 1, 2], batch_size=2))[1]
     assert (about["image"], about["slice_index"]) == ("a_004", 4)
     np.testing.assert_array_equal(image, np.stack([data[1]["t1ce"], data[1]["flair"]]))
@@ -356,7 +358,8 @@ def test_the_report_says_where_it_cannot_know_of_false_lesions(tmp_path, has_emp
     data = make_slices({"a": [3, 4]}, size=(64, 64), tumour={("a", 3)} if has_empty else {("a", 3), ("a", 4)})
     processor = Sam2UNetImageProcessor(regions=REGIONS, size={"height": 64, "width": 64})
     rows = ImageRows(data, ["flair"])
-    analysis = Analysis(small_model(regions=REGIONS), rows, SegmentationTransform(processor, resize_masks=False))
+    ensemble = Sam2UNetEnsemble(small_model(regions=REGIONS), processor)
+    analysis = Analysis(ensemble, rows, SegmentationTransform(processor, resize_masks=False))
     analysis.run(2, None)
     write_report(analysis, tmp_path, "Errors", 1, ["png"])
     sentence = f"Every image has {next(iter(REGIONS))}"
@@ -410,6 +413,9 @@ def test_grades_millimetres_and_formats_with_text_escaped(checkpoint, tmp_path):
         (["--mask_column", "truth"], "--mask_column: 'truth' is no column of images. The data set's columns"),
         (["--regions", "WT=1"], r"--regions: .* segments .*'TC'.*, not .* Leave out --regions"),
         (["--case", "nowhere"], "pass one of --case, --dataset_name and --brats_dir"),
+        (["--test_dir", "nowhere"], "--test_dir is analysed alone: pass it without --case, --dataset_name and"),
+        (["--folds", "3"], "--folds cuts the data into several splits: name one by --fold"),
+        (["--folds", "3", "--fold", "1"], "--split test: the data set has train, validation. Pass one of them"),
         (["--spacing_mm", "0"], r"--spacing_mm takes one or two positive numbers, got \[0.0\]"),
         (["--max_images", "0"], "--max_images must be at least 1, got 0"),
     ],
@@ -487,12 +493,47 @@ def test_without_data_options_it_scores_the_test_split_of_the_run(cohort, checkp
     assert f"images of {cohort}" in (run / "errors" / "report.html").read_text(encoding="utf-8")
     (line,) = [record.getMessage() for record in caplog.records if "run.json" in record.getMessage()]
     assert line.startswith(f"As in {run / 'run.json'}: --brats_dir {cohort} --split_seed 3 --slices 12 14 --plane ")
+    # Patients that it was trained on are warned of, as the run knows them.
+    assert "The model was trained on" not in caplog.text
+    error_analysis.main(["--model", str(run), "--device", "cpu", "--split", "train", "--max_images", "2"])
+    assert "The model was trained on" in caplog.text
+
+
+def test_a_second_cohort_is_analysed_whole(cohort, checkpoint, tmp_path):
+    write_run(checkpoint, brats_dir="gone", slices=["3"], split_seed=3)
+    error_analysis.main(
+        ["--model", str(checkpoint), "--test_dir", str(cohort), "--output_dir", str(tmp_path), "--device", "cpu"]
+    )
+    rows = read_csv(tmp_path / "images.csv")
+    every = error_analysis.load_data(error_analysis.DataArguments(brats_dir=str(cohort), slices=["head"]))
+    places = [split.select_columns(["case_id", "slice_index"]) for split in every.values()]
+    expected = {(row["case_id"], row["slice_index"]) for rows_of_split in places for row in rows_of_split}
+    assert {(row["case_id"], int(row["slice_index"])) for row in rows} == expected
+    assert len({case for case, _ in expected}) == 13
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"on {len(expected)} of {len(expected)} images of {cohort}" in report
+
+
+def test_the_part_of_the_data_that_is_analysed_is_said(slices, checkpoint, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    data = error_analysis.load_data(error_analysis.DataArguments(dataset_name=str(slices)))
+    options = ["--model", str(checkpoint), "--dataset_name", str(slices), "--output_dir", str(tmp_path / "out")]
+    error_analysis.main([*options, "--device", "cpu", "--max_images", "1"])
+    count, total = len(data["test"]), sum(map(len, data.values()))
+    assert f"The test split has {count} of {total} images; --test_dir takes all of a second cohort." in caplog.text
 
 
 @pytest.mark.parametrize(
     ("run", "argv", "expected"),
     [
         (SCANS, [], SCANS),
+        (SCANS | {"folds": 3, "fold": 1}, [], SCANS | {"folds": 3, "fold": 1}),
+        # Other data are cut as they are, not into the folds of the run.
+        (
+            SCANS | {"folds": 3, "fold": 1},
+            ["--brats_dir", "other"],
+            {"brats_dir": "other", "folds": None, "fold": None},
+        ),
         (SCANS, ["--split_seed", "0"], SCANS | {"split_seed": 0}),
         (SCANS, ["--slices=95"], SCANS | {"slices": ["95"]}),
         (SCANS, ["--brats_dir", "other", "--plane", "axial"], SCANS | {"brats_dir": "other", "plane": "axial"}),
@@ -639,8 +680,8 @@ def test_figures_of_a_case(cohort, checkpoint, tmp_path):
 
 def test_a_case_is_seen_upright_and_as_the_mask_says(cohort, checkpoint):
     case = error_analysis.find_cases(cohort)[0]
-    model, processor = error_analysis.load_model(error_analysis.parse_arguments(["--model", str(checkpoint)])[0])
-    view = segment_case(Sam2UNetVolumePipeline(model, processor), case, return_probabilities=True)
+    ensemble = error_analysis.load_model(error_analysis.parse_arguments(["--model", str(checkpoint)])[0])
+    view = segment_case(Sam2UNetVolumePipeline(ensemble.models, ensemble.processors), case, return_probabilities=True)
     labels = case.read_mask().voxels
     whole, prediction = view.masks("WT")
     np.testing.assert_array_equal(view.masks("TC")[0], np.isin(labels, [1, 3]))

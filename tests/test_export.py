@@ -395,7 +395,7 @@ def test_checkpoint_without_processor_gets_the_default_one(model, tmp_path, capl
 
 def test_other_models_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "segformer"}')
-    with pytest.raises(ValueError, match="must be a SAM2-UNet, got a model of type 'segformer'"):
+    with pytest.raises(ValueError, match="holds a model of type 'segformer', not a SAM2-UNet"):
         __main__.load_checkpoint(str(tmp_path))
 
 

@@ -136,7 +136,7 @@ def test_folders_that_are_no_patients_can_be_split(tmp_path, caplog):
     assert {split: len(rows) for split, rows in data.items()} == {"train": 15, "validation": 1, "test": 4}
     assert "are taken for patients" not in caplog.text
     write_pairs(tmp_path / "one" / "images", tmp_path / "one" / "masks", ["all/a", "all/b", "all/c"])
-    with pytest.raises(SystemExit, match="3 images of 1 cases are too few .* no patients, pass --group_by none"):
+    with pytest.raises(SystemExit, match="3 images of 1 case are too few .* no patients, pass --group_by none"):
         load_data(DataArguments(dataset_name=str(tmp_path / "one")))
 
 

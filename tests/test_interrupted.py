@@ -53,9 +53,8 @@ class Runner:
         self.arguments += ["--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "4"]
         self.expected = {}
         self.whole = {}
-        forks.run(
-            ["-c", ""], cwd=folder, env=os.environ, imported=forks.EVERYTHING
-        )  # so that no run waits for imports
+        # So that no run waits for imports.
+        forks.run(["-c", ""], cwd=folder, env=os.environ, imported=forks.EVERYTHING)
         for recipe in RECIPES:
             self.whole[recipe] = self.run(recipe, f"whole-{recipe}")
             assert self.whole[recipe]["code"] == 0, self.log(f"whole-{recipe}")

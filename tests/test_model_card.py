@@ -164,6 +164,11 @@ def test_the_table_of_patients_names_none(folder):
     assert "### Patients of the second cohort\n\n101 patients" in text
     assert "reference (pixels)" not in text
     assert not re.search(r"\n{3,}", text)
+    # Who reads what was not tested must not be told less than there is above.
+    assert "and for one second cohort. They tell of no further" in text
+    assert "were not tested" not in text.split("## Limits")[1]
+    (folder / "test_dir_patients.json").unlink()
+    assert "preprocessings were not tested" in render_model_card(folder).replace("\n  ", " ")
 
 
 def test_the_card_has_all_metrics_in_the_summary_and_few_of_each_patient(folder):

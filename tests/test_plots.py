@@ -11,6 +11,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.ensemble_sam2unet import Sam2UNetEnsemble
 from sam2unet_hf.training import ImageRows, SegmentationTransform
 
 
@@ -71,7 +72,9 @@ def test_photographs_are_in_colours_in_the_picture_of_predictions(transform, tmp
 
 
 def test_photographs_are_in_colours_in_the_error_report(transform, tmp_path):
-    analysis = Analysis(small_model(regions={"mask": [1]}), rows_of(image=GREEN), transform)
+    analysis = Analysis(
+        Sam2UNetEnsemble(small_model(regions={"mask": [1]}), transform.processor), rows_of(image=GREEN), transform
+    )
     analysis.run(2, None)
     write_report(analysis, tmp_path, "Errors", 3, ["png"])
     drawn = np.asarray(Image.open(tmp_path / "overlays_mask.png").convert("RGB"))
@@ -87,7 +90,7 @@ def test_of_several_modalities_one_is_shown_by_name(transform, tmp_path, titles)
     title = plots.name_of_image(rows.image_columns)
     plots.plot_predictions(cases, {"mask": [1]}, tmp_path / "predictions.png", title)
     assert titles[:4] == ["image (flair)", "reference", "prediction", "outlines"]
-    analysis = Analysis(model, rows, transform)
+    analysis = Analysis(Sam2UNetEnsemble(model, transform.processor), rows, transform)
     analysis.run(2, None)
     figures = {name: (caption, plot) for name, caption, _, plot in list_figures(analysis, 3)}
     expected = "mask: worst images (of different cases if possible), median and best; shown is flair"

@@ -183,7 +183,8 @@ def test_that_code_runs_where_it_is_trusted(unknown, tmp_path, monkeypatch):
     folder, ran = unknown
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
-    AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    with pytest.raises(ValueError, match="holds a model of type 'unknown'"):  # says the code that ran
+        AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert ran.exists()
 
 

@@ -481,8 +481,9 @@ def test_a_checkpoint_with_the_code_beside_it_segments_without_the_package(cohor
 
 
 def test_the_module_runs_as_a_command_elsewhere(tmp_path):
+    (tmp_path / "scan.nii").touch()
     done = forks.run(
-        ["-m", "sam2unet_hf.volume", "nowhere", tmp_path / "none.nii", "-o", "out"],
+        ["-m", "sam2unet_hf.volume", "nowhere", tmp_path / "scan.nii", "-o", "out"],
         cwd=tmp_path,
         env={"PYTHONPATH": str(forks.ROOT), "HF_HUB_OFFLINE": "1", "PATH": ""},
     )

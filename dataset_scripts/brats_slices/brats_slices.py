@@ -300,11 +300,16 @@ class BratsSlices(datasets.GeneratorBasedBuilder):
         self._fs.write_text(f"{self._output_dir}/skipped.json", json.dumps(skipped))
 
 
+def order_patients(patients: Iterable[str], seed: int = 0) -> list[str]:
+    """Order patients, each once, by a hash of seed and name, which is the same on every machine."""
+    return sorted(set(patients), key=lambda patient: hashlib.sha256(f"{seed}:{patient}".encode()).digest())
+
+
 def split_patients(patients: Iterable[str], seed: int = 0) -> dict[str, list[str]]:
     """Split patients as the paper does: 20 % for testing, 10 % of the rest for validation.
 
-    Patients are ordered by a hash of seed and name, which is the same on every machine. The test split is rounded,
-    the validation split rounded down but not to nothing where two patients are left. 369 patients give 266, 29, 74.
+    They are taken in the order of `order_patients`. The test split is rounded, the validation split rounded down but
+    not to nothing where two patients are left. 369 patients give 266, 29, 74.
 
     Args:
         patients: Names of patients; the same name may come up more than once.
@@ -313,7 +318,7 @@ def split_patients(patients: Iterable[str], seed: int = 0) -> dict[str, list[str
     Returns:
         Patients of `"train"`, `"validation"` and `"test"`; with very few patients a split can be empty.
     """
-    ordered = sorted(set(patients), key=lambda patient: hashlib.sha256(f"{seed}:{patient}".encode()).digest())
+    ordered = order_patients(patients, seed)
     n_test = round(len(ordered) / 5)
     n_rest = len(ordered) - n_test
     n_validation = max(n_rest // 10, 1 if n_rest > 1 else 0)
@@ -322,6 +327,27 @@ def split_patients(patients: Iterable[str], seed: int = 0) -> dict[str, list[str
         "validation": ordered[n_test : n_test + n_validation],
         "test": ordered[:n_test],
     }
+
+
+def fold_patients(patients: Iterable[str], num_folds: int, seed: int = 0) -> list[list[str]]:
+    """Deal patients into folds for a cross-validation, in the order of `order_patients`.
+
+    Args:
+        patients: Names of patients; the same name may come up more than once.
+        num_folds: How many folds.
+        seed: Chooses the order.
+
+    Returns:
+        The patients of each fold, sorted by name. Each patient is in one fold, and the sizes of folds differ by one at
+        most.
+
+    Raises:
+        ValueError: If there are fewer than 2 folds, or fewer patients than folds.
+    """
+    ordered = order_patients(patients, seed)
+    if not 2 <= num_folds <= len(ordered):
+        raise ValueError(f"`num_folds` must be from 2 to the number of patients, {len(ordered)}, got {num_folds}.")
+    return [sorted(ordered[fold::num_folds]) for fold in range(num_folds)]
 
 
 def _why_no_mask(case: BratsCase) -> str:

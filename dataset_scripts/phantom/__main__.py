@@ -1,13 +1,14 @@
 """Write a phantom cohort: `python -m dataset_scripts.phantom --output_dir DIR`."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from .cohort import DEFAULT_SHAPE, NUM_PATIENTS, write_phantom_cohort
 
 
-def main() -> None:
-    """Parse the command line and write the cohort."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write phantom patients as BraTS has patients: a folder each, with four contrasts and a mask in NIfTI."""
     parser = argparse.ArgumentParser(prog="python -m dataset_scripts.phantom", description=main.__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="new or empty folder")
     parser.add_argument("--num_patients", type=int, default=NUM_PATIENTS)
@@ -15,8 +16,11 @@ def main() -> None:
         "--shape", type=int, nargs=3, default=DEFAULT_SHAPE, help="voxels left, back, up; 240 240 155 is BraTS' size"
     )
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    write_phantom_cohort(args.output_dir, args.num_patients, args.shape, args.seed)
+    args = parser.parse_args(argv)
+    try:
+        write_phantom_cohort(args.output_dir, args.num_patients, args.shape, args.seed)
+    except (OSError, ValueError) as err:
+        parser.error(str(err))
 
 
 if __name__ == "__main__":

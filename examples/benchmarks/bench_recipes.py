@@ -6,8 +6,9 @@ python examples/benchmarks/bench_recipes.py --brats_dir BraTS2020_TrainingData -
 
 Each arm is a run of `run_segmentation.py` in its own process, which trains as many steps as fit the minutes by the
 time that some steps take. That is measured first, for all arms, with as many side by side as train later, so that the
-machine must be quiet only then; arms that share a GPU wait for each other, and take a given number of `--steps`
-better. Steps and finished arms are kept in `--work`: the same command goes on after a stop.
+machine must be quiet only then. Where many arms share a GPU, steps are timed too short, since the arms are timed at
+different moments: give `--steps` instead. Steps and finished arms are kept in `--work`: the same command goes on after
+a stop.
 The arms `paper` and `volume` are the recipes of these names. Validation patients are taken from those who would be
 trained on, so that there are more of them; with `--test` each arm trains on the training patients of the split and is
 scored on its test patients, once.

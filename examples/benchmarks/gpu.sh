@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The figures that need a GPU, each part with a time limit of its own.
 #
-# bash examples/benchmarks/gpu.sh OUTPUT_DIR BRATS_DIR            on a machine with a CUDA device: all parts, 19 minutes
+# bash examples/benchmarks/gpu.sh OUTPUT_DIR BRATS_DIR            on a machine with a CUDA device: all parts, 16 minutes
 # bash examples/benchmarks/gpu.sh OUTPUT_DIR BRATS_DIR accuracy   one or some of tests, volumes, training, forward, accuracy
 # bash examples/benchmarks/gpu.sh --quick OUTPUT_DIR BRATS_DIR    anywhere, at small size, to try the script
 #

@@ -18,9 +18,6 @@ logger = logging.getLogger(__name__)
 
 def load_checkpoint(source: str) -> tuple[Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor]:
     """Load a model in float32 and its image processor, or the default one where there is none."""
-    model_type = Sam2UNetForSemanticSegmentation.config_class.get_config_dict(source)[0].get("model_type")
-    if model_type != "sam2unet":
-        raise ValueError(f"{source} must be a SAM2-UNet, got a model of type {model_type!r}.")
     load = Sam2UNetForSemanticSegmentation.from_pretrained
     model, info = load(source, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):

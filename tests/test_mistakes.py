@@ -1,0 +1,224 @@
+"""The mistakes that people make on the command line: each is told what is wrong, where, and what to do instead."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from common import small_model
+from PIL import Image
+from transformers import Sam2Config
+
+from dataset_scripts.phantom import __main__ as phantom
+from dataset_scripts.phantom import write_phantom_cohort
+from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor, pictures, volume
+from sam2unet_hf.export import __main__ as export
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import error_analysis  # noqa: E402 - the scripts are no package
+import run_segmentation  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    """A folder with images and masks, images alone, pictures alone, scans, and a model of pictures in `runs`."""
+    folder = tmp_path_factory.mktemp("there")
+    for number in range(5):
+        image = np.random.default_rng(number).integers(0, 256, (64, 64)).astype(np.uint8)
+        for path in (f"data/images/{number}.png", f"pictures/{number}.png", f"named/{number}.png"):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / path)
+        (folder / "data" / "masks").mkdir(exist_ok=True)
+        Image.fromarray((image > 99).astype(np.uint8) * (1 + number % 2)).save(folder / f"data/masks/{number}.png")
+    write_phantom_cohort(folder / "scans", num_patients=1, shape=(24, 24, 16))
+    small_model(regions={"foreground": [1]}).save_pretrained(folder / "runs" / "data")
+    Sam2UNetImageProcessor({"foreground": [1]}).save_pretrained(folder / "runs" / "data")
+    return folder
+
+
+@pytest.fixture
+def refused(there, monkeypatch, capsys):
+    """Run a command line that must end with a message, and return the message in one line."""
+    monkeypatch.chdir(there)
+
+    def run(main, line):
+        before = sorted(there.rglob("*"))
+        with pytest.raises(SystemExit) as caught:
+            main(line.split())
+        assert sorted(there.rglob("*")) == before, "something was written"
+        code, output = caught.value.code, capsys.readouterr().err
+        return " ".join((code if isinstance(code, str) else output).split())
+
+    return run
+
+
+# Training
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--epochs 3", "there is no option --epochs, perhaps --num_train_epochs was meant"),
+        ("--lerning-rate=1", "there is no option --lerning-rate, perhaps --learning_rate or"),
+        ("--frobnicate", "there is no option --frobnicate"),
+        ("data", "data belongs to no option. Name data by --dataset_name or --brats_dir"),
+        ("--modalities FLAIR", "argument --modalities: invalid choice: 'FLAIR' (choose from"),
+        (
+            "--do_train false",
+            "--do_train false scores a model that was trained before: name it by --model_name_or_path",
+        ),
+        ("--dataset_name data --output_dir data/", "--output_dir data/ is the folder of --dataset_name: name another"),
+        ("--brats_dir scans --output_dir ./scans", "--output_dir ./scans is the folder of --brats_dir: name another"),
+    ],
+)
+def test_words_of_a_training(refused, line, message):
+    text = refused(run_segmentation.main, line)
+    assert message in text
+    assert len(text) < 300, "what is wrong is lost among options"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--dataset_name nowhere", "--dataset_name nowhere: there is no such folder, and no such data set could be"),
+        ("--dataset_name scans", "Phantom_001_flair.nii.gz is a scan: name a folder of scans by --brats_dir."),
+        (
+            "--brats_dir data",
+            "data/images/0.png is a picture, and there is no scan. Name images and masks by --dataset",
+        ),
+        (
+            "--brats_dir scans --slices all",
+            "images of 1 case are too few to train and to validate. Name a folder of se",
+        ),
+        (
+            "--dataset_name pictures",
+            "There are 0.png, 1.png, 2.png, 3.png, 4.png: move them into such folders. Without masks, images are "
+            "segmented by a trained model: `python -m sam2unet_hf.pictures`.",
+        ),
+        (
+            "--dataset_name data --regions liver=1 tumor=3",
+            "Region tumor has the label ids [3], the masks hold [1, 2]. Name some of these by --regions, or leave the",
+        ),
+        (
+            "--dataset_name data --do_train false --model_name_or_path runs/data --test_dir nowhere",
+            "--test_dir nowhere: there is no such folder, and no such data set could be read",
+        ),
+    ],
+)
+def test_data_of_a_training(refused, caplog, line, message):
+    assert message in refused(run_segmentation.main, f"{line} --output_dir runs/new")
+    if "pictures" in line:
+        assert "no validation split" not in caplog.text, "a split of what cannot be read"
+
+
+@pytest.mark.parametrize("regions", ["", " --regions a=1"])
+def test_no_model_is_named_before_the_data_is_read(refused, regions):
+    text = refused(run_segmentation.main, f"--brats_dir nowhere --model_name_or_path runs{regions}")
+    assert text.startswith("--model_name_or_path: runs holds no config.json, so that it is no SAM2-UNet.")
+
+
+# Models
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "data",
+            "data holds no config.json, so that it is no SAM2-UNet. Name the folder of a run or of a checkpoint, or",
+        ),
+        ("runs", "Name the folder of a run or of a checkpoint, such as runs/data, or a Hub id."),
+        ("nowhere", "There is no folder nowhere, and none could be fetched from the Hub: "),
+        ("runs/data/model.safetensors", "runs/data/model.safetensors is a file. Name the folder that holds it."),
+        ("runs/data/config.json", "runs/data/config.json is a file. Name the folder that holds it."),
+    ],
+)
+def test_models_that_are_none(refused, name, message):
+    for main, line in (
+        (run_segmentation.main, f"--dataset_name data --regions foreground=1 --model_name_or_path {name}"),
+        (volume.main, f"{name} scans -o runs"),
+        (pictures.main, f"{name} data/images -o runs"),
+        (export.main, f"{name} runs/out.onnx"),
+        (error_analysis.main, f"--model {name} --dataset_name data"),
+    ):
+        assert message in refused(main, line)
+
+
+def test_a_model_of_another_type_is_none(tmp_path):
+    Sam2Config().save_pretrained(tmp_path)
+    match = "holds a model of type 'sam2', not a SAM2-UNet. Take its encoder by `from_sam2` .`--sam2_checkpoint`."
+    for read in (Sam2UNetConfig.from_pretrained, Sam2UNetForSemanticSegmentation.from_pretrained):
+        with pytest.raises(ValueError, match=match):
+            read(tmp_path)
+
+
+# Other commands
+
+
+def test_a_picture_beside_links_to_scans_is_no_mistake(there, tmp_path):
+    (tmp_path / "cases").mkdir()
+    (tmp_path / "cases" / "Phantom_001").symlink_to(there / "scans" / "Phantom_001")
+    Image.new("L", (8, 8)).save(tmp_path / "cases" / "view.png")
+    with pytest.raises(SystemExit, match="pass `modalities`"):  # the model is one of pictures
+        volume.main([str(there / "runs" / "data"), str(tmp_path / "cases"), "-o", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("main", "line", "message"),
+    [
+        (
+            volume.main,
+            "runs/data data -o runs",
+            "data/images/0.png is a picture, no scan. Segment pictures by `python -m",
+        ),
+        (
+            volume.main,
+            "runs/data pictures/0.png -o runs",
+            "0.png is a picture, no scan. Segment pictures by",
+        ),
+        (
+            volume.main,
+            "runs/data nowhere -o runs",
+            "nowhere does not exist. Pass the folder of one case or of many, or",
+        ),
+        (volume.main, "runs/data scans -o runs", "pass `modalities` (`--modalities`), such as ['flair'] or"),
+        (volume.main, "runs/data scans -o runs", "If on pictures, segment such by `python -m sam2unet_hf.pictures`."),
+        (
+            pictures.main,
+            "runs/data scans -o runs",
+            "is a scan, and scans holds no pictures. Segment scans by `python -m",
+        ),
+        (
+            pictures.main,
+            "runs/data scans/Phantom_001/Phantom_001_t1.nii.gz -o runs",
+            "Phantom_001_t1.nii.gz is a scan. Segment scans by `python -m sam2unet_hf.volume`.",
+        ),
+        (phantom.main, "--output_dir data", "`output_dir` must be new or empty, got data. Remove it or pass another"),
+        (phantom.main, "--output_dir new --num_patients 0", "`num_patients` must be >= 1, got 0."),
+    ],
+)
+def test_inputs_of_other_commands(refused, main, line, message):
+    assert message in refused(main, line)
+
+
+@pytest.mark.parametrize("device", ["gpu", f"cuda:{torch.cuda.device_count()}"])
+@pytest.mark.parametrize(
+    ("main", "line"),
+    [
+        (volume.main, "runs/data scans -o runs"),
+        (pictures.main, "runs/data data/images -o runs"),
+        (error_analysis.main, "--model runs/data --dataset_name data"),
+    ],
+)
+def test_devices_that_are_not_there(refused, main, line, device):
+    text = refused(main, f"{line} --device {device}")
+    assert f"argument --device: '{device}' is {'no device' if device == 'gpu' else 'not there'}, pass cpu" in text
+
+
+def test_the_app_knows_devices_too(refused):
+    pytest.importorskip("gradio")
+    import app
+
+    assert "argument --device: 'gpu' is no device, pass cpu" in refused(app.main, "--model runs/data --device gpu")
