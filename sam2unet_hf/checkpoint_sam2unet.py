@@ -200,7 +200,8 @@ class Sam2UNetCheckpointMixin(PreTrainedModel):
         The image processor is the one beside the checkpoint that this model was loaded from, with the regions of the
         model; where the model was trained since, one that lies on the Hub is kept. The card tells of the run in that
         folder, as long as the weights are those of the run; else it claims no results. A card that somebody edited is
-        kept, in the folder or else on the Hub.
+        kept, in the folder or else on the Hub. `clean_up.json` in that folder goes along with the weights that it is
+        for; with others, one that lies on the Hub is removed.
 
         Where this file came with the weights and the package is not installed, weights, configuration and code alone
         are uploaded.

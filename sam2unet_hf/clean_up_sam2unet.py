@@ -4,17 +4,20 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
+from .head_sam2unet import bounding_box
 from .regions_sam2unet import region_levels
 
 
-CLEAN_UP_FILE = "clean_up.json"
+CLEAN_UP_FILE = "clean_up.json"  # beside a checkpoint, or beside the list of members of an ensemble
+# What the rules gain, in the record of a file: region name -> `dice_before` and `dice_after`.
+GAINS = "patients_of_other_folds"
 _NEIGHBOURS = np.ones((3, 3, 3))  # voxels that touch at least at a corner
 
 
@@ -57,73 +60,118 @@ class CleanUp:
         self.record = dict(record or {})
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "CleanUp":
+    def load(cls, path: str | os.PathLike, regions: Mapping[str, Sequence[int]] | None = None) -> "CleanUp":
         """Read the rules of a file.
 
+        Args:
+            path: The file.
+            regions: Those of the model that the rules are for, to check that it has all that they name.
+
         Raises:
-            ValueError: If the file is damaged, or a rule is unknown or out of range; the message names the file.
+            ValueError: If the file is damaged, a rule is unknown or out of range, or it is for a region that the model
+                has not; the message names the file.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            regions = content.pop("regions")
-            return cls({name: RegionRule(**rule) for name, rule in regions.items()}, content)
+            rules = {name: RegionRule(**rule) for name, rule in content.pop("regions").items()}
+            for gain in content.get(GAINS, {}).values():
+                float(gain["dice_before"]), float(gain["dice_after"])
         except (AttributeError, KeyError, TypeError, ValueError) as err:
             names = ", ".join(field.name for field in fields(RegionRule))
             raise ValueError(
                 f"`{path}` must hold, under `regions`, for each region some of {names}: {err}. Choose the rules anew, "
                 "or remove the file."
             ) from err
+        clean_up = cls(rules, content)
+        if regions is not None:
+            clean_up.check_regions(regions, f"`{path}`")
+        return clean_up
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Write the rules into a folder, as `clean_up.json`."""
+        """Write the rules into a folder in one step, as `clean_up.json`."""
         path = Path(folder, CLEAN_UP_FILE)
         content = {"regions": {name: asdict(rule) for name, rule in self.rules.items()}, **self.record}
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
         return path
 
+    def check_regions(self, regions: Mapping[str, Sequence[int]], source: str = "The clean-up") -> None:
+        """Check that a model has the regions that there are rules for.
+
+        Args:
+            regions: Region name -> the label ids it joins.
+            source: What the error calls the rules.
+
+        Raises:
+            ValueError: If one is missing.
+        """
+        if unknown := sorted({*self.rules} - {*regions}):
+            raise ValueError(
+                f"{source} has rules for {unknown}, the model segments {list(regions)}. Choose the rules on "
+                "segmentations of this model, or leave them out."
+            )
+
     def apply(
-        self, probabilities: np.ndarray, regions: Mapping[str, Sequence[int]], spacing_mm: Sequence[float]
+        self,
+        probabilities: np.ndarray,
+        regions: Mapping[str, Sequence[int]],
+        spacing_mm: Sequence[float],
+        threshold: float | None = None,
     ) -> np.ndarray:
         """Return which voxels belong to each region.
 
-        What is removed of a region is removed of the regions inside it, too.
+        A region holds the regions inside it: its probability is at least theirs, and what is removed of it is removed
+        of them, too.
 
         Args:
             probabilities: Of shape `(regions, *volume)`, in [0, 1].
             regions: Region name -> the label ids it joins, in the order of the probabilities.
             spacing_mm: Size of a voxel along the three axes.
+            threshold: Takes the place of the thresholds of all rules, in [0, 1].
 
         Returns:
             Booleans of the shape of the probabilities.
 
         Raises:
-            ValueError: If the rules name a region that there is not, or there is not one channel for each region.
+            ValueError: If the rules name a region that there is not, there is not one channel for each region, or
+                `threshold` is out of range.
         """
-        if unknown := sorted({*self.rules} - {*regions}):
-            raise ValueError(f"The clean-up has rules for {unknown}, the model segments {list(regions)}.")
+        self.check_regions(regions)
         if len(probabilities) != len(regions):
             raise ValueError(f"`probabilities` must have {len(regions)} channels, got shape {probabilities.shape}.")
-        voxel_ml = math.prod(spacing_mm) / 1000
-        masks, removed = np.empty(probabilities.shape, bool), {}
+        rules = {name: self.rules.get(name, RegionRule()) for name in regions}
+        if threshold is not None:
+            rules = {name: replace(rule, threshold=threshold) for name, rule in rules.items()}
+        masks = np.zeros(probabilities.shape, bool)
+        box = bounding_box(probabilities.max(axis=0) > min(rule.threshold for rule in rules.values()))
+        inside = with_inner_regions(probabilities[:, *box], regions)
+        kept: dict[str, np.ndarray] = {}
         for name in (name for level in region_levels(regions) for name in level):
             place = list(regions).index(name)
-            rule = self.rules.get(name, RegionRule())
-            found = probabilities[place] > rule.threshold
-            for outer, gone in removed.items():
+            found = inside[place] > rules[name].threshold
+            for outer, mask in kept.items():
                 if set(regions[name]) < set(regions[outer]):
-                    found &= ~gone
-            masks[place] = kept = keep(found, rule, voxel_ml)
-            removed[name] = found & ~kept
+                    found &= mask
+            kept[name] = masks[place][box] = keep(found, rules[name], math.prod(spacing_mm) / 1000)
         return masks
+
+
+def with_inner_regions(probabilities: np.ndarray, regions: Mapping[str, Sequence[int]]) -> np.ndarray:
+    """Return at each voxel the largest probability among a region and those inside it, for each region."""
+    return np.stack(
+        [
+            probabilities[[set(inner) <= set(outer) for inner in regions.values()]].max(axis=0)
+            for outer in regions.values()
+        ]
+    )
 
 
 def keep(mask: np.ndarray, rule: RegionRule, voxel_ml: float) -> np.ndarray:
     """Return what a rule keeps of a mask of booleans."""
     kept = mask.copy()
-    (box, *_) = ndimage.find_objects(mask.view(np.uint8)) or [None]
-    if box is None:
-        return kept
     if rule.min_component_ml:
+        box = bounding_box(mask)  # labelling takes the most time
         components, sizes, _ = component_sizes(mask[box])
         kept[box] &= np.concatenate([[False], sizes * voxel_ml >= rule.min_component_ml])[components]
     if np.count_nonzero(kept) * voxel_ml < rule.min_region_ml:
@@ -144,4 +192,4 @@ def component_sizes(mask: np.ndarray, reference: np.ndarray | None = None) -> tu
     return components, sizes, common
 
 
-__all__ = ["CLEAN_UP_FILE", "CleanUp", "RegionRule"]
+__all__ = ["CLEAN_UP_FILE", "GAINS", "CleanUp", "RegionRule"]

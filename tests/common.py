@@ -22,9 +22,8 @@ FIXTURES = Path(__file__).parent / "fixtures"
 PACKAGE = Path(__file__).parent.parent / "sam2unet_hf"
 # What ends in `_sam2unet.py` travels with the weights; a checkpoint of a model carries all but what reads scans.
 TRAVELLING_FILES = sorted(path.name for path in PACKAGE.glob("*_sam2unet.py"))
-SCAN_CODE = [
-    f"{part}_sam2unet.py" for part in ("cases", "ensemble", "head", "labels", "members", "nifti", "scans", "volume")
-]
+SCAN_PARTS = ("cases", "clean_up", "ensemble", "head", "labels", "members", "nifti", "scans", "volume")
+SCAN_CODE = [f"{part}_sam2unet.py" for part in SCAN_PARTS]
 CODE = [name for name in TRAVELLING_FILES if name not in SCAN_CODE]
 BRATS_REGIONS = {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}
 

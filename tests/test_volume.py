@@ -20,11 +20,12 @@ from dataset_scripts.brats_slices import BratsSlices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.cases_sam2unet import find_cases
+from sam2unet_hf.labels_sam2unet import check_enhancing_label
 from sam2unet_hf.metrics import LesionReport, VolumeReport
 from sam2unet_hf.scans_sam2unet import ScanError, take_slice, to_grey, write_nifti
 from sam2unet_hf.training import SegmentationTransform
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, main
-from sam2unet_hf.volume_sam2unet import VolumeSegmentation, check_enhancing_label
+from sam2unet_hf.volume_sam2unet import VolumeSegmentation
 
 
 BRATS_DIR = Path(os.environ.get("BRATS_DIR", Path(__file__).parents[2] / "shared" / "brats"))
