@@ -77,7 +77,12 @@ def find_components(
 
 
 def save_components(path: str | os.PathLike, components: Mapping[str, RegionComponents]) -> None:
-    """Write what [`find_components`] returns as JSON, in one step."""
+    """Write the components of a patient as JSON, in one step.
+
+    Args:
+        path: The file.
+        components: What [`find_components`] returns.
+    """
     content = {
         region: {
             **own._asdict(),
@@ -92,7 +97,11 @@ def save_components(path: str | os.PathLike, components: Mapping[str, RegionComp
 
 
 def load_components(path: str | os.PathLike) -> dict[str, RegionComponents]:
-    """Read what [`save_components`] wrote."""
+    """Read the components of a patient.
+
+    Args:
+        path: A file that [`save_components`] wrote.
+    """
     content = json.loads(Path(path).read_text(encoding="utf-8"))
     for own in content.values():
         for name in ("sizes", "common"):

@@ -187,8 +187,8 @@ def component_sizes(mask: np.ndarray, reference: np.ndarray | None = None) -> tu
         reference, if there is one.
     """
     components, count = ndimage.label(mask, structure=_NEIGHBOURS)
-    sizes = np.bincount(components.ravel(), minlength=count + 1)[1:]
-    common = None if reference is None else np.bincount(components[reference], minlength=count + 1)[1:]
+    sizes = np.bincount(components[mask], minlength=count + 1)[1:]
+    common = None if reference is None else np.bincount(components[mask & reference], minlength=count + 1)[1:]
     return components, sizes, common
 
 

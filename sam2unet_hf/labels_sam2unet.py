@@ -185,7 +185,15 @@ def _raise_for_labels(labels: np.ndarray, name: str, numberings: Sequence[str]) 
 
 
 def check_enhancing_label(enhancing_label: int, regions: Mapping[str, Sequence[int]]) -> None:
-    """Check that enhancing tumour can be written with a label, which must not be that of something else."""
+    """Check that enhancing tumour can be written with a label, which must not be that of something else.
+
+    Args:
+        enhancing_label: The label in a file.
+        regions: Region name -> the label ids it joins.
+
+    Raises:
+        ValueError: If it is neither 3 nor 4, or 4 is a label of its own.
+    """
     if enhancing_label not in (3, 4):
         raise ValueError(f"`enhancing_label` must be 3 (BraTS from 2023 on) or 4 (before), got {enhancing_label}.")
     if enhancing_label == 4 and any(4 in label_ids for label_ids in regions.values()):
