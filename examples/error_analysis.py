@@ -281,7 +281,9 @@ def main(argv: list[str] | None = None) -> None:
         analyse_images(args, data_args, ensemble)
     else:
         try:
-            segment = Sam2UNetVolumePipeline(ensemble.models, ensemble.processors, data_args.modalities)
+            segment = Sam2UNetVolumePipeline(
+                ensemble.models, ensemble.processors, data_args.modalities, ensemble.clean_up
+            )
         except ValueError as err:
             raise SystemExit(f"--modalities: {err}") from err
         analyse_case(args, segment)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from arguments import (
@@ -27,18 +28,21 @@ from processes import from_main_process
 from provenance import FOLDS_FILE, RECORD, RESULTS_FILE, check_same_arguments, remove_run, write_json
 from tqdm import tqdm
 
-from sam2unet_hf.cases_sam2unet import find_cases
+from sam2unet_hf.cases_sam2unet import BratsCase, find_cases
+from sam2unet_hf.clean_up import RegionComponents, choose_clean_up, find_components, load_components, save_components
+from sam2unet_hf.clean_up_sam2unet import CLEAN_UP_FILE, GAINS, CleanUp, RegionRule
 from sam2unet_hf.labels_sam2unet import enhancing_label_of
 from sam2unet_hf.members_sam2unet import ENSEMBLE_FILE
 from sam2unet_hf.patient_table import PatientTable
 from sam2unet_hf.training.resume import last_complete_checkpoint
-from sam2unet_hf.volume_sam2unet import Sam2UNetVolumePipeline
+from sam2unet_hf.volume_sam2unet import Sam2UNetVolumePipeline, VolumeSegmentation
 
 
 logger = logging.getLogger(__name__)
 
 # What all folds give together, beside their runs in `fold_0`, `fold_1` and so on.
 SEGMENTATIONS = "segmentations"
+COMPONENTS = "components"  # what the clean-up is chosen by
 TABLE = "patients"
 PICTURE = "folds.png"
 
@@ -61,8 +65,8 @@ def run_folds(
         args: The same; each run has a folder of its own in their output folder.
 
     Returns:
-        The content of `all_results.json`: means over folds, and their standard deviations as `<name>_std`. Nothing
-        while there are folds to train.
+        The content of `all_results.json`: means over folds, their standard deviations as `<name>_std`, and where there
+        are scans the Dice of patients before and after the clean-up. Nothing while there are folds to train.
     """
     take_channels_of_model(model_args, data_args, args)
     if args.load_best_model_at_end:
@@ -147,11 +151,11 @@ class CrossValidation:
     def start(self, fold: int) -> None:
         """Note the folds, and remove what comes from an older run of this fold, or of all that are replaced."""
         with self._lock():
-            for name in (RESULTS_FILE, ENSEMBLE_FILE, PICTURE, f"{TABLE}.csv", f"{TABLE}.json"):
+            for name in (RESULTS_FILE, ENSEMBLE_FILE, CLEAN_UP_FILE, PICTURE, f"{TABLE}.csv", f"{TABLE}.json"):
                 (self.folder / name).unlink(missing_ok=True)
-            outdated = self._segmentations(fold)
+            outdated = [path for case in self._cases(fold) for path in self._files(case)]
             if self._is_to_clear:
-                outdated = (self.folder / SEGMENTATIONS).glob("*.nii.gz")
+                outdated = [*self.folder.glob(f"{SEGMENTATIONS}/*.nii.gz"), *self.folder.glob(f"{COMPONENTS}/*.json")]
                 for path in self.folder.glob(self.name("*")):
                     remove_run(path)
                 self._is_to_clear = False
@@ -166,22 +170,27 @@ class CrossValidation:
     def segment(self, fold: int) -> None:
         """Segment the scans of a fold by its model as `python -m sam2unet_hf.volume` does, by all processes together.
 
-        Those that were segmented before are passed over. There are scans if the data are a folder of them.
+        Of the same probabilities those facts are kept that the clean-up is chosen by. Scans that were segmented before
+        are passed over. There are scans if the data are a folder of them.
         """
-        wanted = self._segmentations(fold)
+        wanted = self._cases(fold)
         if not wanted:
             return
-        (self.folder / SEGMENTATIONS).mkdir(exist_ok=True)
+        for name in (SEGMENTATIONS, COMPONENTS):
+            (self.folder / name).mkdir(exist_ok=True)
         own = wanted[self.args.process_index :: self.args.world_size]
-        if missing := [path for path in own if not path.exists()]:
+        if missing := [case_id for case_id in own if not self._is_segmented(case_id)]:
             cases = {case.case_id: case for case in find_cases(scans_folder(self.data_args), self.data_args.labels)}
             model = self.folder / self.name(fold)
             segment = Sam2UNetVolumePipeline.from_pretrained(model, device=self.args.device)
             has_own_label = any(4 in label_ids for label_ids in segment.model.config.regions.values())
-            for path in tqdm(missing, desc=f"Segmenting fold {fold}", unit="scan", disable=self.args.disable_tqdm):
-                case_id = path.name.removesuffix(".nii.gz")
+            options = {"progress": False, "return_probabilities": True, "clean_up": False}
+            for case_id in tqdm(missing, desc=f"Segmenting fold {fold}", unit="scan", disable=self.args.disable_tqdm):
+                segmentation, components = self._files(case_id)
+                found = segment(cases[case_id], **options)
+                save_components(components, components_of(found, cases[case_id]))
                 label = 3 if has_own_label else enhancing_label_of(f"{case_id}_seg.nii.gz")
-                segment(cases[case_id], progress=False).save(path, label)
+                found.save(segmentation, label)
         PartialState().wait_for_everyone()
 
     def finish(self) -> dict[str, float]:
@@ -189,14 +198,14 @@ class CrossValidation:
         left = [
             fold
             for fold in range(len(self.folds))
-            if not self.is_trained(fold) or not all(path.exists() for path in self._segmentations(fold))
+            if not self.is_trained(fold) or not all(map(self._is_segmented, self._cases(fold)))
         ]
         if left:
             logger.info("The table of patients is written once all folds are trained; these are left: %s.", left)
             return {}
         with self._lock():  # another process may end the last fold at the same time, on a cluster
-            path = self.folder / RESULTS_FILE
-            if path.exists():
+            path, clean_up = self.folder / RESULTS_FILE, self.folder / CLEAN_UP_FILE
+            if path.exists() and (clean_up.exists() or not self._cases(0)):
                 return json.loads(path.read_text(encoding="utf-8"))
             self._write_folds()
             table = self._read_table()
@@ -206,8 +215,10 @@ class CrossValidation:
                     logger.info(
                         "%s: Dice of patients %.4f, SD over folds %.4f.", region, *columns["volume_dice"].values()
                     )
-            write_json(self.folder / ENSEMBLE_FILE, {"members": list(self._names)})
             results = mean_and_std(self._read(fold, RESULTS_FILE) for fold in range(len(self.folds)))
+            if self._cases(0):
+                results |= self._clean_up()
+            write_json(self.folder / ENSEMBLE_FILE, {"members": list(self._names)})
             write_json(path, results)
         logger.info("The results of all folds are in %s.", self.folder)
         return results
@@ -219,10 +230,24 @@ class CrossValidation:
     def _write_folds(self) -> None:
         write_json(self.folder / FOLDS_FILE, self._names, sort_keys=False)
 
-    def _segmentations(self, fold: int) -> list[Path]:
-        """Return the files of a fold; none where the data are no folder of scans."""
-        cases = self.folds[fold].cases if self.data_args.dataset_name is None else []
-        return [self.folder / SEGMENTATIONS / f"{case}.nii.gz" for case in cases]
+    def _clean_up(self) -> dict[str, float]:
+        """Choose the clean-up of the ensemble and write it; return what that gains on patients of other folds."""
+        folds = [self._cases(fold) for fold in range(len(self.folds))]
+        patients = {case: load_components(self._files(case)[1]) for cases in folds for case in cases}
+        clean_up = choose_clean_up(patients, folds)
+        clean_up.save(self.folder)
+        return report_gains(clean_up)
+
+    def _cases(self, fold: int) -> list[str]:
+        """Return the cases of a fold that are segmented; none where the data are no folder of scans."""
+        return self.folds[fold].cases if self.data_args.dataset_name is None else []
+
+    def _files(self, case_id: str) -> list[Path]:
+        """Return the segmentation of a case, and the file of its components."""
+        return [self.folder / SEGMENTATIONS / f"{case_id}.nii.gz", self.folder / COMPONENTS / f"{case_id}.json"]
+
+    def _is_segmented(self, case_id: str) -> bool:
+        return all(path.exists() for path in self._files(case_id))
 
     def _read(self, fold: int, name: str) -> Any:
         return json.loads((self.folder / self.name(fold) / name).read_text(encoding="utf-8"))
@@ -237,6 +262,26 @@ class CrossValidation:
                 table.add(row["patient"], {row["region"]: row}, fold)
         table.rows.sort(key=lambda row: row["patient"])
         return table
+
+
+def components_of(found: VolumeSegmentation, case: BratsCase) -> dict[str, RegionComponents]:
+    """Return what the choice of a clean-up needs to know of a segmented case."""
+    reference = case.read_mask(same_grid_as=found.scan)
+    probabilities = np.stack([found.scan.from_file_grid(region) for region in found.probabilities])
+    return find_components(probabilities, reference.voxels, found.regions, found.scan.spacing_mm)
+
+
+def report_gains(clean_up: CleanUp) -> dict[str, float]:
+    """Log what a clean-up gains; return it as `clean_up_dice_before_<region>` and `clean_up_dice_after_<region>`."""
+    results = {}
+    for region, gain in clean_up.record[GAINS].items():
+        rule, change = clean_up.rules[region], f"{gain['dice_before']:.4f} to {gain['dice_after']:.4f}"
+        if rule == RegionRule():
+            logger.info("%s: no clean-up, since the Dice of patients of other folds went from %s.", region, change)
+        else:
+            logger.info("%s: clean-up by %s; Dice of patients of other folds went from %s.", region, rule, change)
+        results |= {f"clean_up_{name}_{region}": value for name, value in gain.items()}
+    return results
 
 
 def mean_and_std(results: Iterable[dict[str, float]]) -> dict[str, float]:

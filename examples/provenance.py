@@ -16,6 +16,7 @@ import datasets
 from arguments import RESUME_WORDS, SegmentationTrainingArguments
 from data_checks import DataSplits, file_bytes, image_columns
 
+from sam2unet_hf.clean_up_sam2unet import CLEAN_UP_FILE
 from sam2unet_hf.patient_checks import SPLITS_FILE
 from sam2unet_hf.training import ParquetRows, Sam2UNetTrainer
 from sam2unet_hf.training.resume import last_complete_checkpoint, why_incomplete
@@ -110,6 +111,7 @@ def start_run(record: dict[str, Any], args: SegmentationTrainingArguments) -> No
     if args.overwrite_output_dir and not args.resume_from_checkpoint:
         remove_run(output_dir)
     (output_dir / RESULTS_FILE).unlink(missing_ok=True)  # a finished run that is trained further is unfinished
+    (output_dir / CLEAN_UP_FILE).unlink(missing_ok=True)  # its rules are for the weights that training replaces
     before = read_record(output_dir)
     for part in ("data", "versions", "git") if before else ():
         if changed := changed_values(before[part], record[part]):

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -322,4 +322,42 @@ def _grades_from_tables(folders: set[Path]) -> dict[str, str]:
     return grades
 
 
-__all__ = ["BratsCase", "find_cases"]
+def read_scans(
+    case: str | os.PathLike | BratsCase | Mapping[str, str | os.PathLike], modalities: Sequence[str]
+) -> list[Volume]:
+    """Read the scans that a model takes of a patient.
+
+    Args:
+        case: Folder of a case, a case of [`find_cases`], the path of a scan if there is one modality, or a path for
+            each modality.
+        modalities: Which scans, in this order.
+
+    Raises:
+        ScanError: If a scan is missing, damaged or on another grid than the first.
+        FileNotFoundError: If there is no case in a folder.
+        ValueError: If there are several, or no path for a modality.
+    """
+    if isinstance(case, (str, os.PathLike)) and Path(case).is_dir():
+        cases = find_cases(case)
+        if len(cases) > 1:
+            raise ValueError(f"`{case}` holds {len(cases)} cases. Pass them one by one: `find_cases` lists them.")
+        (case,) = cases
+    if isinstance(case, (str, os.PathLike)):
+        if len(modalities) > 1:
+            raise ValueError(
+                f"The model segments {', '.join(modalities)} together, got the one file `{case}`. Pass a "
+                f"folder, or a path for each: {{'{modalities[0]}': ..., ...}}."
+            )
+        case = {modalities[0]: case}
+    if not isinstance(case, Mapping):
+        # Do not ask for a `BratsCase`: code that was loaded from a checkpoint has its own class of this name.
+        return case.read_images(modalities)
+    if missing := [name for name in modalities if name not in case]:
+        raise ValueError(f"`case` must give a path for each of {list(modalities)}, {missing} missing.")
+    scans = [read_volume(case[name]) for name in modalities]
+    for scan in scans[1:]:
+        check_same_grid(scan, scans[0])
+    return scans
+
+
+__all__ = ["BratsCase", "find_cases", "read_scans"]

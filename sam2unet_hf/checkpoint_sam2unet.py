@@ -49,7 +49,7 @@ class Sam2UNetCheckpointMixin(PreTrainedModel):
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         # Where in the repository `name_or_path` the checkpoint was: `revision` and `subfolder`, where given.
-        self._loaded_from: dict[str, Any] = {}
+        self.loaded_from: dict[str, Any] = {}
 
     @property
     def trainable_only(self) -> bool:
@@ -114,7 +114,7 @@ class Sam2UNetCheckpointMixin(PreTrainedModel):
             )
         if name is not None:
             model.name_or_path = model.config.name_or_path = str(name)
-            model._loaded_from = loaded_from
+            model.loaded_from = loaded_from
         if is_complete:
             model.config.encoder_sha256 = None
         # transformers replaces the parameters of the constructor by new ones, all trainable.
@@ -215,7 +215,8 @@ class Sam2UNetCheckpointMixin(PreTrainedModel):
         The image processor is the one beside the checkpoint that this model was loaded from, with the regions of the
         model; where the model was trained since, one that lies on the Hub is kept. The card tells of the run in that
         folder, as long as the weights are those of the run; else it claims no results. A card that somebody edited is
-        kept, in the folder or else on the Hub.
+        kept, in the folder or else on the Hub. `clean_up.json` in that folder goes along with the weights that it is
+        for; with others, one that lies on the Hub is removed.
 
         Where this file came with the weights and the package is not installed, weights, configuration and code alone
         are uploaded.
@@ -240,7 +241,7 @@ class Sam2UNetCheckpointMixin(PreTrainedModel):
             logger.warning("Neither model card nor image processor is uploaded: that takes the package sam2unet-hf.")
             push = super().push_to_hub
         else:
-            push = partial(push_model, self, loaded_from=self._loaded_from)
+            push = partial(push_model, self, loaded_from=self.loaded_from)
         try:
             self.trainable_only = trainable_only
             return push(repo_id, **kwargs)

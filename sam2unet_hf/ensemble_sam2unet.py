@@ -9,8 +9,9 @@ import torch
 from transformers.utils import extract_commit_hash
 
 from .checkpoint_sam2unet import DOWNLOAD_ARGUMENTS
+from .clean_up_sam2unet import CLEAN_UP_FILE, CleanUp
 from .image_processing_sam2unet import Sam2UNetImageProcessor
-from .members_sam2unet import check_alike, find_ensemble, read_members
+from .members_sam2unet import check_alike, find_ensemble, find_file, read_members
 from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
 
 
@@ -24,13 +25,16 @@ class Sam2UNetEnsemble:
         models: One model, or one per member.
         processors: The image processor of each.
         names: What errors call the models. Default: their numbers.
+        clean_up: Rules for the volumes that they segment, which `predict` does not apply.
 
     Attributes:
         models: The models, in eval mode.
         processors: Their image processors, with the regions of the models.
+        clean_up: The rules, or `None`.
 
     Raises:
-        ValueError: If there is no model, not one processor per model, or a member differs from the first.
+        ValueError: If there is no model, not one processor per model, a member differs from the first, or there are
+            rules for other regions.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class Sam2UNetEnsemble:
         models: Sam2UNetForSemanticSegmentation | Sequence[Sam2UNetForSemanticSegmentation],
         processors: Sam2UNetImageProcessor | Sequence[Sam2UNetImageProcessor],
         names: Sequence[str] = (),
+        clean_up: CleanUp | None = None,
     ):
         self.models = list(models) if isinstance(models, Sequence) else [models]
         self.processors = list(processors) if isinstance(processors, Sequence) else [processors]
@@ -51,12 +56,15 @@ class Sam2UNetEnsemble:
             processor.regions = model.config.regions
         names = names or [f"member {number}" for number in range(len(self.models))]
         check_alike(names, [model.config for model in self.models], self.processors)
+        self.clean_up = clean_up
+        if clean_up is not None:
+            clean_up.check_regions(self.regions)
 
     @classmethod
     def from_pretrained(
         cls, name: str | os.PathLike, device: str | torch.device | None = None, **kwargs: Any
     ) -> "Sam2UNetEnsemble":
-        """Load a single checkpoint, or the members that `ensemble.json` lists, all of one commit.
+        """Load a single checkpoint, or the members that `ensemble.json` lists, and `clean_up.json`, all of one commit.
 
         Args:
             name: Hub id or folder.
@@ -66,7 +74,7 @@ class Sam2UNetEnsemble:
 
         Raises:
             OSError: As the `from_pretrained` of model and processor, or if folds are there without their list.
-            ValueError: As these, if the list is wrong, or there are both `device` and `device_map`.
+            ValueError: As these, if the list or the clean-up is wrong, or there are both `device` and `device_map`.
         """
         if device is not None and kwargs.get("device_map") is not None:
             raise ValueError(f"Pass `device` or `device_map`, got both: {device} and {kwargs['device_map']}.")
@@ -74,17 +82,17 @@ class Sam2UNetEnsemble:
             kwargs.setdefault("dtype", torch.float32)
         location = {key: kwargs[key] for key in (*DOWNLOAD_ARGUMENTS, "revision", "subfolder") if key in kwargs}
         path = find_ensemble(name, **location)
+        location |= commit_of(name, path)
+        rules = find_file(name, CLEAN_UP_FILE, **location)
+        location |= commit_of(name, rules)
         places: list[dict[str, Any]] = [{}]
         if path is not None:
             members = ["/".join(filter(None, (kwargs.get("subfolder"), member))) for member in read_members(path)]
             places = [{"subfolder": member} for member in members]
-            if not Path(name).is_dir() and (commit := extract_commit_hash(path, None)) is not None:
-                # A push that comes between the downloads must not mix the members of two ensembles.
-                places = [{**place, "revision": commit} for place in places]
         models, processors = [], []
         for place in places:
             try:
-                model = Sam2UNetForSemanticSegmentation.from_pretrained(name, **{**kwargs, **place})
+                model = Sam2UNetForSemanticSegmentation.from_pretrained(name, **{**kwargs, **location, **place})
                 processors.append(Sam2UNetImageProcessor.from_pretrained(name, **{**location, **place}))
             except OSError as err:
                 if path is None:
@@ -93,7 +101,8 @@ class Sam2UNetEnsemble:
             if kwargs.get("device_map") is None:
                 model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             models.append(model)
-        return cls(models, processors, [place.get("subfolder", str(name)) for place in places])
+        clean_up = None if rules is None else CleanUp.load(rules, models[0].config.regions)
+        return cls(models, processors, [place.get("subfolder", str(name)) for place in places], clean_up)
 
     @property
     def regions(self) -> dict[str, list[int]]:
@@ -138,6 +147,15 @@ class Sam2UNetEnsemble:
                 ):
                     maps.append(own.to(maps[0].device) if maps else own)
         return [torch.stack(maps) for maps in found]
+
+
+def commit_of(name: str | os.PathLike, path: str | None) -> dict[str, Any]:
+    """Return the commit of a file of a Hub repository as the `revision` of further downloads, if there is one.
+
+    A push that comes between two downloads must not mix the members of two ensembles, or weights and rules for others.
+    """
+    commit = None if path is None or Path(name).is_dir() else extract_commit_hash(path, None)
+    return {} if commit is None else {"revision": commit}
 
 
 __all__ = ["Sam2UNetEnsemble"]

@@ -19,6 +19,7 @@ import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers import PreTrainedModel
 
+from .clean_up_sam2unet import CLEAN_UP_FILE, CleanUp
 from .configuration_sam2unet import Sam2UNetConfig
 from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .members_sam2unet import ENSEMBLE_FILE, check_alike, find_ensemble, read_members
@@ -29,7 +30,7 @@ from .weights_sam2unet import is_local_source, is_pretrained_weight, read_safete
 
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 # What a model repository holds, of all that a run leaves in its folder. Nothing in it is a pickle.
-CHECKPOINT_FILES = ("config.json", "preprocessor_config.json", *WEIGHT_FILES, "*_sam2unet.py")
+CHECKPOINT_FILES = ("config.json", "preprocessor_config.json", *WEIGHT_FILES, CLEAN_UP_FILE, "*_sam2unet.py")
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -50,7 +51,8 @@ def push_folder(
 
     These are the checkpoint, and the card with its pictures if there is a card in the folder. Weights on the Hub that
     are not among the files go, since weights in one file would be loaded instead of new ones in shards. So do
-    pictures that the card does not show, and the list of an ensemble that the checkpoint takes the place of.
+    pictures that the card does not show, the list of an ensemble that the checkpoint takes the place of, and a
+    clean-up that is not among the files, since its rules are for other weights.
 
     Args:
         folder: Checkpoint folder or output folder of a run.
@@ -65,7 +67,7 @@ def push_folder(
     Raises:
         OSError: If the Hub cannot be reached or refuses.
     """
-    files, outdated = list(CHECKPOINT_FILES), [*WEIGHT_FILES, ENSEMBLE_FILE]
+    files, outdated = list(CHECKPOINT_FILES), [*WEIGHT_FILES, ENSEMBLE_FILE, CLEAN_UP_FILE]
     if with_card and (folder / "README.md").is_file():
         files = files_to_push(folder)
         outdated += [name for name in PICTURES if name not in files]
@@ -107,6 +109,8 @@ def push_model(
                 processor = Sam2UNetImageProcessor()
             processor.regions = model.config.regions
             processor.save_pretrained(folder)
+        if run is not None and (run / CLEAN_UP_FILE).is_file():
+            shutil.copyfile(run / CLEAN_UP_FILE, folder / CLEAN_UP_FILE)
         add_model_card(folder, run, api, repo_id, revision, tags)
         return push_folder(
             folder,
@@ -140,8 +144,9 @@ def push_ensemble(
     """Upload an ensemble, which [`~volume_sam2unet.Sam2UNetVolumePipeline`] loads from there.
 
     These are `ensemble.json`, of each member weights, configuration, image processor and code, one card with the table
-    of `patients.json`, where patients have numbers in place of names, and at the top the code that segments volumes.
-    A card that somebody edited is kept. Of an older model or ensemble in the repository the checkpoints are removed.
+    of `patients.json`, where patients have numbers in place of names, and at the top the code that segments volumes,
+    and `clean_up.json` if there is one. A card that somebody edited is kept. Of an older model or ensemble in the
+    repository the checkpoints are removed.
 
     Args:
         folder: Holds `ensemble.json` and the folders of the members.
@@ -155,8 +160,8 @@ def push_ensemble(
     Raises:
         FileNotFoundError: If the list of members or a file of a member is missing.
         OSError: If the Hub cannot be reached or refuses.
-        ValueError: If the list is wrong, members differ in what they segment, or the encoder of a member lies on this
-            machine alone.
+        ValueError: If the list or the clean-up is wrong, members differ in what they segment, or the encoder of a
+            member lies on this machine alone.
     """
     folder = Path(folder)
     if (listed := find_ensemble(folder)) is None:
@@ -168,6 +173,8 @@ def push_ensemble(
         f"{member}/{path.name}": path for member in members for path in checkpoint_files(folder / member)
     }
     check_members_to_push(folder, members, files)
+    if (folder / CLEAN_UP_FILE).is_file():
+        files[CLEAN_UP_FILE] = folder / CLEAN_UP_FILE
     files |= {path.name: path for path in Path(__file__).parent.glob("*_sam2unet.py")}
     files[ENSEMBLE_FILE] = (json.dumps({"members": members}, indent=2) + "\n").encode()
     api = HfApi(token=token)
@@ -201,7 +208,7 @@ def is_outdated(path: PurePosixPath, folders: set[str]) -> bool:
 
 
 def check_members_to_push(folder: Path, members: Sequence[str], files: Mapping[str, Any]) -> None:
-    """Check that members are whole, segment the same, and can be loaded elsewhere."""
+    """Check that members are whole, segment the same, and can be loaded elsewhere, and that the clean-up is theirs."""
     configs, processors = [], []
     for member in members:
         for patterns in (("config.json",), ("preprocessor_config.json",), WEIGHT_FILES):
@@ -218,6 +225,9 @@ def check_members_to_push(folder: Path, members: Sequence[str], files: Mapping[s
         configs.append(config)
         processors.append(Sam2UNetImageProcessor.from_pretrained(folder / member))
     check_alike(members, configs, processors)
+    if (folder / CLEAN_UP_FILE).is_file():
+        regions: Any = configs[0].regions
+        CleanUp.load(folder / CLEAN_UP_FILE, regions)
 
 
 def add_model_card(

@@ -6,7 +6,7 @@ cysts (CC) of children's, which are.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -184,4 +184,22 @@ def _raise_for_labels(labels: np.ndarray, name: str, numberings: Sequence[str]) 
     raise ScanError(f"{message} {advice}")
 
 
-__all__ = ["NUMBERINGS", "Numbering", "NumberingError", "region_ids"]
+def check_enhancing_label(enhancing_label: int, regions: Mapping[str, Sequence[int]]) -> None:
+    """Check that enhancing tumour can be written with a label, which must not be that of something else.
+
+    Args:
+        enhancing_label: The label in a file.
+        regions: Region name -> the label ids it joins.
+
+    Raises:
+        ValueError: If it is neither 3 nor 4, or 4 is a label of its own.
+    """
+    if enhancing_label not in (3, 4):
+        raise ValueError(f"`enhancing_label` must be 3 (BraTS from 2023 on) or 4 (before), got {enhancing_label}.")
+    if enhancing_label == 4 and any(4 in label_ids for label_ids in regions.values()):
+        raise ValueError(
+            f"`enhancing_label` must be 3 where regions have a label 4 of their own, got {dict(regions)}."
+        )
+
+
+__all__ = ["NUMBERINGS", "Numbering", "NumberingError", "check_enhancing_label", "region_ids"]

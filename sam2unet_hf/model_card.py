@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoModelForSemanticSegmentation
 
+from .clean_up_sam2unet import CLEAN_UP_FILE, GAINS, CleanUp, RegionRule
 from .configuration_sam2unet import PRESETS, Sam2UNetConfig
 from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .members_sam2unet import find_ensemble, read_members
@@ -175,6 +176,23 @@ def patient_section(path: Path, source: str) -> dict[str, Any]:
     }
 
 
+def clean_up_section(path: Path, regions: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Arrange the rules of a clean-up for the card, with what they gain as far as their file says."""
+    clean_up = CleanUp.load(path, regions)
+    gains = clean_up.record.get(GAINS, {})
+
+    def row(region: str, rule: RegionRule) -> list[str]:
+        values = [f"{value:g}" for value in (rule.threshold, rule.min_component_ml, rule.min_region_ml)]
+        scores = [f"{gains[region][name]:.3f}" for name in ("dice_before", "dice_after")] if region in gains else []
+        return [region, *values, *(scores or ["", ""])]
+
+    return {
+        "chosen_on": clean_up.record.get("chosen_on"),
+        "rows": [row(region, rule) for region, rule in clean_up.rules.items()],
+        "has_gains": bool(gains),
+    }
+
+
 def read_info(folder: Path, members: Sequence[str] = ()) -> dict[str, Any]:
     """Read what is known of a run for its card; of an ensemble what all of its members have in common.
 
@@ -217,14 +235,15 @@ def render_model_card(
         folder: Checkpoint folder, such as the output folder of a run: `config.json`, and if there are any
             `preprocessor_config.json`, `training_info.json`, `training_curve.png` and `predictions.png`. The last is
             shown only if the run says that its images may be shared. Or the folder of an ensemble: `ensemble.json`,
-            the folders of its members, and if there is one the table of patients `patients.json`.
+            the folders of its members, and if there is one the table of patients `patients.json`. Either may hold
+            `clean_up.json`.
         repo_id: Where on the Hub it will be.
         tags: Further tags.
         run: Folder of the run that made the checkpoint, if that is another one.
 
     Raises:
         FileNotFoundError: If there is neither `config.json` nor `ensemble.json`, or not in the folder of a member.
-        ValueError: If `ensemble.json` is wrong, or there are both.
+        ValueError: If `ensemble.json` or `clean_up.json` is wrong, or there is an ensemble beside a checkpoint.
     """
     folder = Path(folder)
     run = folder if run is None else Path(run)
@@ -253,6 +272,7 @@ def render_model_card(
         pictures = [(name, text) for name, text in pictures if name != "predictions.png"]
     tables = FOLD_TABLES if members else PATIENT_TABLES
     patients = [patient_section(run / name, text) for name, text in tables.items() if (run / name).is_file()]
+    rules = folder / CLEAN_UP_FILE
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-segmentation",
@@ -293,6 +313,7 @@ def render_model_card(
         recipe=list(info.get("recipe", {}).items()),
         results=[score_table(split, scores, regions) for split, scores in info.get("results", {}).items()],
         patients=patients,
+        clean_up=clean_up_section(rules, config.regions) if rules.is_file() else None,
         zero_division=info.get("zero_division"),
         chosen="checkpoint" in info.get("recipe", {}),
         all_show_foreground=info.get("all_show_foreground"),

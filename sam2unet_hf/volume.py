@@ -18,12 +18,12 @@ import torch
 
 from .cases_sam2unet import BratsCase, find_cases
 from .devices import default_device, device_name, fast_dtype
-from .labels_sam2unet import NUMBERINGS
+from .labels_sam2unet import NUMBERINGS, check_enhancing_label
 from .patient_checks import describe_known_patients, describe_other_modalities, read_splits, why_implausible
 from .patient_table import PATIENT_METRICS, PatientTable, score_patient
 from .pictures import SCAN_SUFFIXES, first_file
 from .scans_sam2unet import MODALITIES, PLANES, ScanError, Volume, check_same_grid, to_grey
-from .volume_sam2unet import Sam2UNetVolumePipeline, VolumeSegmentation, check_enhancing_label
+from .volume_sam2unet import Sam2UNetVolumePipeline, VolumeSegmentation
 
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--planes", nargs="+", choices=sorted(PLANES), help="averaged; default: that of the checkpoint, or axial"
     )
     parser.add_argument("--flips", action="store_true", help="average over mirror images, four times the work")
-    parser.add_argument("--threshold", type=float, default=0.5, help="probability above which a voxel is tumour")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="probability above which a voxel is tumour; default: that of the region in the clean-up, or else 0.5",
+    )
+    parser.add_argument(
+        "--no_clean_up",
+        action="store_true",
+        help="leave out the clean-up by clean_up.json beside the model: its thresholds, and its smallest sizes",
+    )
     parser.add_argument(
         "--et_label",
         type=int,
@@ -83,7 +92,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"--batch_size must be at least 1, got {args.batch_size}")
-    if not 0 <= args.threshold <= 1:
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
         parser.error(f"--threshold must be a probability in [0, 1], got {args.threshold}")
     return args
 
@@ -145,6 +154,9 @@ def _load(args: argparse.Namespace) -> Sam2UNetVolumePipeline:
         if not args.allow_other_modalities:
             raise SystemExit(f"{others} Leave out --modalities, or go on all the same with --allow_other_modalities.")
         logger.warning("%s --allow_other_modalities goes on all the same.", others)
+    if segment.clean_up is not None and not args.no_clean_up:
+        rules = ", ".join(f"{region} by {rule}" for region, rule in segment.clean_up.rules.items())
+        logger.info("Cleaning up %s. --no_clean_up leaves this out.", rules)
     return segment
 
 
@@ -204,6 +216,7 @@ def main(argv: list[str] | None = None) -> None:
                 *(case, args.planes, args.flips, args.batch_size, args.threshold),
                 return_probabilities=args.probabilities,
                 return_disagreement=args.disagreement,
+                clean_up=not args.no_clean_up,
             )
         except ScanError as err:  # go on with the other cases
             logger.error("Left out: %s", err)

@@ -10,20 +10,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .cases_sam2unet import BratsCase, find_cases
+from .cases_sam2unet import BratsCase, read_scans
+from .clean_up_sam2unet import CleanUp
 from .ensemble_sam2unet import Sam2UNetEnsemble
 from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .images_sam2unet import count_channels
-from .labels_sam2unet import enhancing_label_of
+from .labels_sam2unet import check_enhancing_label, enhancing_label_of
 from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
 from .scans_sam2unet import (
     PLANES,
     Volume,
     check_modalities,
-    check_same_grid,
     foreground_slices,
     head_box,
-    read_volume,
     take_slice,
     to_grey,
     write_nifti,
@@ -39,7 +38,8 @@ class VolumeSegmentation:
             the background.
         regions: Region name -> the label ids it joins.
         scan: The first scan that was segmented, with `voxels`, `affine` and `lps_affine`.
-        probabilities: Of shape `(regions, *label_map.shape)`, float32 in [0, 1], if they were asked for.
+        probabilities: Of shape `(regions, *label_map.shape)`, float32 in [0, 1], if they were asked for. A clean-up
+            leaves them as they are.
         disagreement: Standard deviation of the probabilities over members, mirror images and planes, of the same
             shape, float32 in [0, 0.5], if it was asked for.
     """
@@ -149,20 +149,22 @@ class Sam2UNetVolumePipeline:
     processor with `head_crop_size` crops every slice to one window about the head of the whole scans, and nothing is
     found outside the head.
 
-    Of several models, the members of an ensemble, the probabilities are averaged.
+    Of several models, the members of an ensemble, the probabilities are averaged. A clean-up then says what is kept.
 
     Args:
         model: The model, or the models of an ensemble.
         processor: Its image processor, which says of how many `neighbours` a slice comes with; one per model.
         modalities: Those that the model was trained on, in the order of the channels. Default: those that the
             processor names, which it does after training with `run_segmentation.py` on scans.
+        clean_up: Rules for thresholds and for what is too small to be kept. Default: none, that is 0.5 and nothing.
 
     Attributes:
         ensemble: The models with their processors.
+        clean_up: The rules, or `None`.
 
     Raises:
-        ValueError: If neither `modalities` nor the processor names them, if they are not known or not distinct, or if
-            models differ in regions, modalities, neighbours or plane.
+        ValueError: If neither `modalities` nor the processor names them, if they are not known or not distinct, if
+            models differ in regions, modalities, neighbours or plane, or if there are rules for other regions.
 
     Example:
         ```python
@@ -182,8 +184,10 @@ class Sam2UNetVolumePipeline:
         model: Sam2UNetForSemanticSegmentation | Sequence[Sam2UNetForSemanticSegmentation],
         processor: Sam2UNetImageProcessor | Sequence[Sam2UNetImageProcessor],
         modalities: Sequence[str] | None = None,
+        clean_up: CleanUp | None = None,
     ):
-        self.ensemble = Sam2UNetEnsemble(model, processor)
+        self.ensemble = Sam2UNetEnsemble(model, processor, clean_up=clean_up)
+        self.clean_up = clean_up
         named = modalities or self.processor.modalities
         if not named:
             raise ValueError(
@@ -213,10 +217,11 @@ class Sam2UNetVolumePipeline:
         device: str | torch.device | None = None,
         **kwargs: Any,
     ) -> "Sam2UNetVolumePipeline":
-        """Load a model and its processor, or all of an ensemble.
+        """Load a model and its processor, or all of an ensemble, with the clean-up that lies beside.
 
         An ensemble is a folder or repository whose `ensemble.json` lists the folders of its members, such as
-        `{"members": ["fold_0", "fold_1"]}`, each of which holds a model and its processor.
+        `{"members": ["fold_0", "fold_1"]}`, each of which holds a model and its processor. The clean-up is
+        `clean_up.json` beside the weights of a single model or beside `ensemble.json`; those of members do not count.
 
         Args:
             model: Hub id or folder.
@@ -227,11 +232,11 @@ class Sam2UNetVolumePipeline:
 
         Raises:
             OSError: As the `from_pretrained` of model and processor, or if there are folds without `ensemble.json`.
-            ValueError: As these and the constructor, if `ensemble.json` is wrong, or if there are both `device` and
-                `device_map`.
+            ValueError: As these and the constructor, if `ensemble.json` or `clean_up.json` is wrong, or if there are
+                both `device` and `device_map`.
         """
         ensemble = Sam2UNetEnsemble.from_pretrained(model, device, **kwargs)
-        return cls(ensemble.models, ensemble.processors, modalities)
+        return cls(ensemble.models, ensemble.processors, modalities, ensemble.clean_up)
 
     @property
     def model(self) -> Sam2UNetForSemanticSegmentation:
@@ -266,10 +271,11 @@ class Sam2UNetVolumePipeline:
         planes: Sequence[str] | None = None,
         flips: bool = False,
         batch_size: int = 8,
-        threshold: float = 0.5,
+        threshold: float | None = None,
         return_probabilities: bool = False,
         progress: bool = True,
         return_disagreement: bool = False,
+        clean_up: bool = True,
     ) -> VolumeSegmentation:
         """Segment one patient by the mean of the probabilities over members of an ensemble, mirror images and planes.
 
@@ -279,10 +285,13 @@ class Sam2UNetVolumePipeline:
             planes: Planes to cut, of axial, coronal and sagittal. Default: the one that the processor names, or axial.
             flips: Show the models the mirror images of slices (horizontal, vertical, both) too.
             batch_size: Slices at once, mirror images not counted.
-            threshold: A voxel belongs to a region if its probability is above this.
+            threshold: A voxel belongs to a region if its probability is above this. Default: that of the region in the
+                clean-up, or else 0.5. One that is given takes the place of all of these; what is too small by the
+                clean-up goes all the same.
             return_probabilities: Keep the probabilities.
             progress: Show a progress bar.
             return_disagreement: Keep the standard deviation of all that is averaged.
+            clean_up: Apply the clean-up, if the pipeline has one.
 
         Raises:
             ScanError: If a scan is missing, damaged or on another grid than the first.
@@ -295,11 +304,11 @@ class Sam2UNetVolumePipeline:
             raise ValueError(f"`planes` must name each of {', '.join(PLANES)} at most once, got {list(planes)}.")
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        if not 0 <= threshold <= 1:
+        if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"`threshold` must be a probability in [0, 1], got {threshold}.")
         if return_disagreement:
             self.check_disagreement(planes, flips)
-        scans = self._read(case)
+        scans = read_scans(case, self.modalities)
         greys = [to_grey(scan) for scan in scans]
         regions = self.ensemble.regions
         indices = {plane: foreground_slices(greys, plane) for plane in planes}
@@ -319,41 +328,17 @@ class Sam2UNetVolumePipeline:
                     bar.update(len(batch))
                 average.add(mean, variance)
         total, deviation = average.finish()
-        highest_id = max(label_id for label_ids in regions.values() for label_id in label_ids)
-        label_map = np.empty(total.shape[1:], np.min_scalar_type(highest_id))
-        for index in range(total.shape[-1]):
-            ids = self.processor.regions_to_label_map(torch.from_numpy(total[..., index]), threshold)
-            label_map[..., index] = ids.numpy()
+        if clean_up and self.clean_up is not None:
+            masks = self.clean_up.apply(total, regions, scans[0].spacing_mm, threshold)
+            label_map = make_label_map(total, self.processor, 0, masks)
+        else:
+            label_map = make_label_map(total, self.processor, 0.5 if threshold is None else threshold)
         on_grid = np.ascontiguousarray(scans[0].to_file_grid(label_map))
         kept = [
             None if volumes is None else np.stack([scans[0].to_file_grid(region) for region in volumes])
             for volumes in (total if return_probabilities else None, deviation)
         ]
         return VolumeSegmentation(on_grid, regions, scans[0], *kept)
-
-    def _read(self, case: str | os.PathLike | BratsCase | Mapping[str, str | os.PathLike]) -> list[Volume]:
-        """Read the scans of the model's modalities."""
-        if isinstance(case, (str, os.PathLike)) and Path(case).is_dir():
-            cases = find_cases(case)
-            if len(cases) > 1:
-                raise ValueError(f"`{case}` holds {len(cases)} cases. Pass them one by one: `find_cases` lists them.")
-            (case,) = cases
-        if isinstance(case, (str, os.PathLike)):
-            if len(self.modalities) > 1:
-                raise ValueError(
-                    f"The model segments {', '.join(self.modalities)} together, got the one file `{case}`. Pass a "
-                    f"folder, or a path for each: {{'{self.modalities[0]}': ..., ...}}."
-                )
-            case = {self.modalities[0]: case}
-        if not isinstance(case, Mapping):
-            # Do not ask for a `BratsCase`: code that was loaded from a checkpoint has its own class of this name.
-            return case.read_images(self.modalities)
-        if missing := [name for name in self.modalities if name not in case]:
-            raise ValueError(f"`case` must give a path for each of {self.modalities}, {missing} missing.")
-        scans = [read_volume(case[name]) for name in self.modalities]
-        for scan in scans[1:]:
-            check_same_grid(scan, scans[0])
-        return scans
 
     def _take_images(
         self, greys: Sequence[np.ndarray], plane: str, batch: Sequence[int], of_head: Sequence[int]
@@ -380,20 +365,32 @@ class Sam2UNetVolumePipeline:
         )
 
 
+def make_label_map(
+    probabilities: np.ndarray, processor: Sam2UNetImageProcessor, threshold: float, masks: np.ndarray | None = None
+) -> np.ndarray:
+    """Turn probabilities of shape `(regions, *volume)` into label ids, slice by slice, which saves memory.
+
+    Args:
+        probabilities: In [0, 1].
+        processor: Turns those of an image into label ids.
+        threshold: A voxel belongs to a region if its probability is above this.
+        masks: Booleans of the same shape, the only voxels that may belong to each region.
+    """
+    highest_id = max(label_id for label_ids in processor.regions.values() for label_id in label_ids)
+    label_map = np.empty(probabilities.shape[1:], np.min_scalar_type(highest_id))
+    for index in range(label_map.shape[-1]):
+        own = probabilities[..., index]
+        if masks is not None:
+            # A voxel of an inner region is one of the outer region, whose own probability may be 0.
+            own = np.where(masks[..., index], np.maximum(own, np.finfo(own.dtype).tiny), 0)
+        label_map[..., index] = processor.regions_to_label_map(torch.from_numpy(own), threshold).numpy()
+    return label_map
+
+
 def put_slice(volumes: np.ndarray, plane: str, index: int, values: torch.Tensor) -> None:
     """Put values of shape `(regions, height, width)` on a slice of volumes, one per region."""
     for volume, own in zip(volumes, values.cpu().numpy(), strict=True):
         take_slice(volume, plane, index)[...] = own
-
-
-def check_enhancing_label(enhancing_label: int, regions: Mapping[str, Sequence[int]]) -> None:
-    """Check that enhancing tumour can be written with a label, which must not be that of something else."""
-    if enhancing_label not in (3, 4):
-        raise ValueError(f"`enhancing_label` must be 3 (BraTS from 2023 on) or 4 (before), got {enhancing_label}.")
-    if enhancing_label == 4 and any(4 in label_ids for label_ids in regions.values()):
-        raise ValueError(
-            f"`enhancing_label` must be 3 where regions have a label 4 of their own, got {dict(regions)}."
-        )
 
 
 __all__ = ["Sam2UNetVolumePipeline", "VolumeSegmentation"]

@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import ImageSegmentationPipeline
 
+from .clean_up_sam2unet import CLEAN_UP_FILE, CleanUp
+from .members_sam2unet import find_file
 from .volume_sam2unet import Sam2UNetVolumePipeline
 
 
@@ -17,7 +19,8 @@ class Sam2UNetVolumeTask(ImageSegmentationPipeline):
         **kwargs: As there, with the image processor.
 
     Raises:
-        ValueError: If the image processor does not say which modalities the model segments.
+        ValueError: If the image processor does not say which modalities the model segments, or the clean-up beside the
+            model is wrong.
 
     Example:
         ```python
@@ -35,7 +38,10 @@ class Sam2UNetVolumeTask(ImageSegmentationPipeline):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.segment = Sam2UNetVolumePipeline(self.model, self.image_processor)
+        name, place = self.model.name_or_path, self.model.loaded_from
+        rules = find_file(name, CLEAN_UP_FILE, **place) if name else None
+        clean_up = None if rules is None else CleanUp.load(rules, self.model.config.regions)
+        self.segment = Sam2UNetVolumePipeline(self.model, self.image_processor, clean_up=clean_up)
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Segment one patient, or a list of patients.

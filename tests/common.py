@@ -22,7 +22,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 PACKAGE = Path(__file__).parent.parent / "sam2unet_hf"
 # What ends in `_sam2unet.py` travels with the weights.
 CODE = sorted(path.name for path in PACKAGE.glob("*_sam2unet.py"))
-SCAN_PARTS = ("cases", "ensemble", "head", "labels", "members", "nifti", "scans", "volume", "volume_task")
+SCAN_PARTS = ("cases", "clean_up", "ensemble", "head", "labels", "members", "nifti", "scans", "volume", "volume_task")
 SCAN_CODE = [f"{part}_sam2unet.py" for part in SCAN_PARTS]
 # What a model comes with that was loaded without this package.
 MODEL_CODE = [name for name in CODE if name not in SCAN_CODE]

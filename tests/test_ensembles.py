@@ -19,6 +19,7 @@ from slice_rows import make_slices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.cases_sam2unet import find_cases
+from sam2unet_hf.clean_up_sam2unet import CleanUp, RegionRule
 from sam2unet_hf.ensemble_sam2unet import Sam2UNetEnsemble
 from sam2unet_hf.hub import push_ensemble
 from sam2unet_hf.patient_checks import read_splits
@@ -26,6 +27,7 @@ from sam2unet_hf.patient_table import PatientTable
 from sam2unet_hf.scans_sam2unet import take_slice, to_grey
 from sam2unet_hf.training import ImageRows, SegmentationTransform
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, main
+from sam2unet_hf.volume_sam2unet import make_label_map
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -293,7 +295,8 @@ def push():
             raise
 
 push()
-# Pushed again with one member less, and then a single model in its place.
+# Pushed again with one member less and no clean-up, and then a single model in its place.
+Path(folder, "clean_up.json").unlink()
 Path(folder, "ensemble.json").write_text(json.dumps({"members": ["fold_1"], "note": "of Secret_0"}))
 push()
 Sam2UNetForSemanticSegmentation.from_pretrained(f"{folder}/fold_0").push_to_hub(repo)
@@ -331,9 +334,15 @@ np.savez(output, label_map=segment(folder, progress=False, planes=["axial", "cor
 """
 
 
-def test_a_pushed_ensemble_loads_elsewhere_and_gives_equal_volumes(folder, found, case, tmp_path):
+RULES = {"WT": RegionRule(threshold=0.6, min_component_ml=0.5), "ET": RegionRule()}
+
+
+def test_a_pushed_ensemble_loads_elsewhere_and_gives_equal_volumes(folder, segment, found, case, tmp_path):
     copy = tmp_path / "cv"
     shutil.copytree(folder, copy)
+    gains = {"WT": {"dice_before": 0.8, "dice_after": 0.85}, "ET": {"dice_before": 0.5, "dice_after": 0.4}}
+    rules = CleanUp(RULES, {"chosen_on": "2 patients in 2 folds", "patients_of_other_folds": gains})
+    rules.save(copy)
     with LoopbackHub() as hub:
 
         def run(code, *arguments, **variables):
@@ -345,7 +354,7 @@ def test_a_pushed_ensemble_loads_elsewhere_and_gives_equal_volumes(folder, found
         third, second, first = [commit.sha for commit in hub.commits("models", REPO)][:3]
         of_member = ["config.json", "model.safetensors", "preprocessor_config.json", *CODE]
         at_top = ["README.md", "ensemble.json", *CODE]
-        expected = {*at_top, *(f"{member}/{name}" for member in MEMBERS for name in of_member)}
+        expected = {*at_top, "clean_up.json", *(f"{member}/{name}" for member in MEMBERS for name in of_member)}
         files = set(hub.files("models", REPO, first)) - {".gitattributes"}
         assert files == expected
         assert hub.repos["models", REPO].private
@@ -360,6 +369,7 @@ def test_a_pushed_ensemble_loads_elsewhere_and_gives_equal_volumes(folder, found
         assert "config.json" in files
         assert "ensemble.json" not in files
 
+        assert json.loads(hub.file("models", REPO, "clean_up.json", first))["patients_of_other_folds"] == gains
         text = hub.file("models", REPO, "README.md", first).decode()
         facts = ModelCard(text).data.to_dict()
         assert (facts["license"], facts["inference"]) == ("cc-by-nc-4.0", False)
@@ -372,16 +382,23 @@ def test_a_pushed_ensemble_loads_elsewhere_and_gives_equal_volumes(folder, found
         assert "| `seed` | 1 |" in text
         assert "training time" not in text  # the members differ in it
         assert "No results are recorded" not in text
+        assert "The rules\nwere chosen on 2 patients in 2 folds." in text
+        assert "| WT | 0.6 | 0.5 | 0 | 0.800 | 0.850 |\n| ET | 0.5 | 0 | 0 | 0.500 | 0.400 |\n" in text
+        assert "### Clean-up" not in hub.file("models", REPO, "README.md", second).decode()
 
         both = found[1][1]
+        masks = rules.apply(both.probabilities, both.regions, both.scan.spacing_mm)
+        cleaned = make_label_map(both.probabilities, segment.processor, 0, masks)
+        assert not np.array_equal(cleaned, both.label_map)
         run(SEGMENT, REPO, first, case.folder, tmp_path / "found.npz")
         there = np.load(tmp_path / "found.npz")
-        for name in ("label_map", "probabilities", "disagreement"):
+        for name in ("probabilities", "disagreement"):
             assert np.array_equal(there[name], getattr(both, name)), name
+        assert np.array_equal(there["label_map"], cleaned)
         # From the cache, by the package.
         variables = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(forks.ROOT)}
         run(SEGMENT_WITH_PACKAGE, REPO, first, case.folder, tmp_path / "again.npz", **variables)
-        assert np.array_equal(np.load(tmp_path / "again.npz")["label_map"], both.label_map)
+        assert np.array_equal(np.load(tmp_path / "again.npz")["label_map"], cleaned)
         assert hub.unknown_requests == []
 
 
@@ -393,6 +410,10 @@ def test_what_cannot_be_loaded_elsewhere_is_not_pushed(folder, tmp_path):
     config |= {"encoder_source": "/data/sam2", "encoder_sha256": "0" * 64}
     (tmp_path / "cv" / "fold_1" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="fold_1 leaves out its encoder, which comes from /data/sam2 on this machine"):
+        push_ensemble(tmp_path / "cv", REPO)
+    CleanUp({"cavity": RegionRule()}).save(tmp_path / "cv")
+    (tmp_path / "cv" / "fold_1" / "config.json").write_bytes((folder / "fold_1" / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"cv/clean_up.json` has rules for \['cavity'\]"):
         push_ensemble(tmp_path / "cv", REPO)
     (tmp_path / "cv" / "fold_0" / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"fold_0 lacks model.safetensors. Finish its training"):

@@ -1,5 +1,6 @@
 """Cross-validation: which patients a fold has, what all folds give together, and runs that are killed on the way."""
 
+import dataclasses
 import json
 import os
 import random
@@ -20,7 +21,13 @@ from safetensors.torch import load_file
 from dataset_scripts.brats_slices import fold_patients, split_patients
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.cases_sam2unet import find_cases
+from sam2unet_hf.clean_up import RULES, find_components, load_components
+from sam2unet_hf.clean_up_sam2unet import CleanUp, RegionRule
+from sam2unet_hf.metrics.volume_functional import count_voxels
+from sam2unet_hf.metrics.volume_functional import dice as volume_dice
 from sam2unet_hf.patient_table import PatientTable
+from sam2unet_hf.volume import Sam2UNetVolumePipeline
 from sam2unet_hf.volume import main as segment_volumes
 
 
@@ -81,7 +88,7 @@ def read(path):
 
 def outcome(folder):
     """What all folds give together, as it is stored."""
-    names = ["folds.json", "patients.csv", "patients.json", "all_results.json", "ensemble.json"]
+    names = ["folds.json", "patients.csv", "patients.json", "all_results.json", "ensemble.json", "clean_up.json"]
     names += [f"segmentations/{patient}.nii.gz" for patient in PATIENTS]
     return {name: (folder / name).read_bytes() for name in names}
 
@@ -91,8 +98,9 @@ def unfinished(whole, folder, trained):
     for fold in trained:
         shutil.copytree(whole / f"fold_{fold}", folder / f"fold_{fold}")
         for patient in read(whole / "folds.json")[f"fold_{fold}"]:
-            (folder / "segmentations").mkdir(exist_ok=True)
-            shutil.copy(whole / "segmentations" / f"{patient}.nii.gz", folder / "segmentations")
+            for name in (f"segmentations/{patient}.nii.gz", f"components/{patient}.json"):
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copy(whole / name, folder / name)
     return folder
 
 
@@ -303,6 +311,68 @@ def test_segmentations_are_those_of_the_volume_command(whole, folder, tmp_path, 
         assert found == {name: pytest.approx(value, abs=1e-9) for name, value in row.items()}
 
 
+def test_the_gain_of_the_clean_up_is_that_of_rules_chosen_without_the_fold(whole, folder):
+    output_dir, results = whole
+    dealt = read(output_dir / "folds.json")
+    cases = {case.case_id: case for case in find_cases(folder / "brats")}
+    probabilities, references, components = {}, {}, {}
+    for fold, patients in dealt.items():
+        segment = Sam2UNetVolumePipeline.from_pretrained(output_dir / fold, device="cpu")
+        for patient in patients:
+            found = segment(cases[patient], return_probabilities=True, progress=False)
+            probabilities[patient] = np.stack([found.scan.from_file_grid(region) for region in found.probabilities])
+            references[patient] = cases[patient].read_mask().voxels
+            facts = (probabilities[patient], references[patient], REGIONS, found.scan.spacing_mm)
+            components[patient] = find_components(*facts)
+            stored = load_components(output_dir / "components" / f"{patient}.json")
+            for rule in RULES[::11]:
+                assert all(stored[region].dice(rule) == components[patient][region].dice(rule) for region in REGIONS)
+    scores = {"dice_before": [], "dice_after": []}
+    for patients in dealt.values():
+        others = [own["WT"] for patient, own in components.items() if patient not in patients]
+        chosen = RULES[np.mean([[own.dice(rule) for rule in RULES] for own in others], axis=0).argmax()]
+        for patient in patients:
+            for name, rules in (("dice_before", {}), ("dice_after", {"WT": chosen})):
+                predicted, _ = CleanUp(rules).apply(probabilities[patient], REGIONS, found.scan.spacing_mm)
+                scores[name].append(volume_dice(count_voxels(predicted, references[patient] > 0)))
+    stored = read(output_dir / "clean_up.json")
+    assert stored["chosen_on"] == "5 patients in 3 folds, segmented by models not trained on them"
+    for name, values in scores.items():
+        assert stored["patients_of_other_folds"]["WT"][name] == pytest.approx(np.mean(values), abs=1e-12)
+        assert results[f"clean_up_{name}_WT"] == stored["patients_of_other_folds"]["WT"][name]
+    assert scores["dice_after"] != scores["dice_before"]
+    # Table and segmentations stay those of the models alone, and the ensemble has the rules.
+    table = read(output_dir / "patients.json")["summary"]["WT"]["volume_dice"]
+    assert table["mean"] == pytest.approx(results["clean_up_dice_before_WT"], abs=1e-9)
+    ensemble = Sam2UNetVolumePipeline.from_pretrained(output_dir, device="cpu")
+    assert {name: dataclasses.asdict(rule) for name, rule in ensemble.clean_up.rules.items()} == stored["regions"]
+
+
+def test_the_console_says_what_the_clean_up_gains(caplog):
+    gains = {"WT": {"dice_before": 0.8, "dice_after": 0.9}, "ET": {"dice_before": 0.7, "dice_after": 0.6}}
+    rules = {"WT": RegionRule(min_component_ml=0.5), "ET": RegionRule()}
+    with caplog.at_level("INFO"):
+        results = folds.report_gains(CleanUp(rules, {"patients_of_other_folds": gains}))
+    assert "WT: clean-up by RegionRule(threshold=0.5, min_component_ml=0.5, min_region_ml=0.0); Dice" in caplog.text
+    assert "ET: no clean-up, since the Dice of patients of other folds went from 0.7000 to 0.6000." in caplog.text
+    assert results == {
+        "clean_up_dice_before_WT": 0.8,
+        "clean_up_dice_after_WT": 0.9,
+        "clean_up_dice_before_ET": 0.7,
+        "clean_up_dice_after_ET": 0.6,
+    }
+
+
+def test_a_cross_validation_from_before_there_was_a_clean_up_gets_one(whole, arguments, tmp_path, monkeypatch):
+    shutil.copytree(whole[0], tmp_path / "cv")
+    (tmp_path / "cv" / "clean_up.json").unlink()
+    shutil.rmtree(tmp_path / "cv" / "components")
+    kill(monkeypatch, run_segmentation.Sam2UNetTrainer, "train", 1)
+    options = ["--folds", "3", "--output_dir", str(tmp_path / "cv"), "--resume_from_checkpoint", "true"]
+    run_segmentation.main([*arguments, *options])
+    assert outcome(tmp_path / "cv") == outcome(whole[0])
+
+
 def test_pictures_are_scored_and_written_by_fold(pictures, folder, tmp_path, caplog):
     small_model(regions={"mask": [1]}).save_pretrained(tmp_path / "start")
     processor = Sam2UNetImageProcessor(regions={"mask": [1]}, size={"height": 64, "width": 64})
@@ -354,7 +424,7 @@ def test_a_run_killed_in_and_between_folds_ends_as_one_never_stopped(whole, argu
         (folds.Sam2UNetVolumePipeline, "__call__", 2),  # of the two patients of the first fold
         (folds.CrossValidation, "start", 1),  # between folds
         (run_segmentation.Sam2UNetTrainer, "training_step", 2),  # in the second fold, after its first checkpoint
-        (folds, "plot_folds", 1),  # after the table was written, but not all else
+        (folds, "report_gains", 1),  # after table and clean-up were written, but not all else
     ]
     for number, point in enumerate(points):
         resume = ["--resume_from_checkpoint", "true"] if number % 2 else []
@@ -365,7 +435,9 @@ def test_a_run_killed_in_and_between_folds_ends_as_one_never_stopped(whole, argu
         time = trained.stat().st_mtime_ns
         assert (tmp_path / "fold_1" / "checkpoint-1").exists() == (number > 1)
         assert not (tmp_path / "all_results.json").exists()
-        assert (tmp_path / "patients.csv").exists() == (number == 3)
+        assert (tmp_path / "patients.csv").exists() == (tmp_path / "clean_up.json").exists() == (number == 3)
+        # The first was stopped with one of two patients, whose components are not found again.
+        assert len(list((tmp_path / "components").iterdir())) == (1, 2, 2, 5)[number]
     assert f"Going on with the unfinished run in {tmp_path / 'fold_1'} from checkpoint-1." in caplog.text
     run_segmentation.main([*run, "--resume_from_checkpoint", "true"])
     assert outcome(tmp_path) == outcome(whole[0])
@@ -416,13 +488,15 @@ def test_an_older_cross_validation_is_replaced_when_asked_and_no_mistake_costs_i
         run_segmentation.main([*run, "--learning_rate", "0.01"])
     left = {str(path.relative_to(output_dir)) for path in output_dir.rglob("*.json")}
     assert "fold_0/run.json" in left
-    assert not {name for name in left if name.endswith(("all_results.json", "fold_1/run.json", "patients.json"))}
-    assert not list((output_dir / "segmentations").iterdir())
+    gone = ("all_results.json", "fold_1/run.json", "patients.json", "clean_up.json")
+    assert not {name for name in left if name.endswith(gone)}
+    assert not [*(output_dir / "segmentations").iterdir(), *(output_dir / "components").iterdir()]
 
 
 def test_a_single_fold_is_replaced(whole, arguments, tmp_path):
     shutil.copytree(whole[0], tmp_path / "cv")
     (tmp_path / "cv" / "segmentations" / "Phantom_002.nii.gz").write_bytes(b"old")
+    (tmp_path / "cv" / "components" / "Phantom_002.json").write_bytes(b"old")
     (fold,) = [name for name, patients in read(whole[0] / "folds.json").items() if "Phantom_002" in patients]
     run = [*arguments, "--folds", "3", "--output_dir", str(tmp_path / "cv"), "--overwrite_output_dir"]
     run_segmentation.main([*run, "--fold", fold.removeprefix("fold_")])

@@ -6,6 +6,7 @@ The processes are forks of one without the package, which test_remote_code.py do
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import evaluate
@@ -21,6 +22,7 @@ from PIL import Image
 
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.clean_up_sam2unet import CleanUp, RegionRule
 from sam2unet_hf.hub import main, write_metric_space
 from sam2unet_hf.metrics.space import METRIC_CLASSES
 from sam2unet_hf.volume import Sam2UNetVolumePipeline
@@ -139,14 +141,18 @@ sam2unet_hf.Sam2UNetImageProcessor(regions=regions, size={"height": 128, "width"
 model.push_to_hub(repo)
 model.push_to_hub(new_repo)
 sam2unet_hf.Sam2UNetForSemanticSegmentation.from_pretrained(folder).push_to_hub(repo)
+model.push_to_hub(repo)
 """
 
 
 def test_a_push_keeps_the_processor_that_somebody_pushed_for_a_model_trained_since(folder, tmp_path):
+    folder = shutil.copytree(folder, tmp_path / "run")
+    CleanUp({"WT": RegionRule(threshold=0.4)}).save(folder)
     with LoopbackHub() as hub:
         result = run(hub, tmp_path, PUSH_TRAINED, folder, "tester/trained", "tester/new")
         assert result.returncode == 0, result.stderr
-        commits = [commit.sha for commit in hub.commits("models", "tester/trained")]
+        last, *commits = [commit.sha for commit in hub.commits("models", "tester/trained")]
+        have_rules = ["clean_up.json" in hub.files("models", "tester/trained", sha) for sha in (last, *commits[:2])]
         configs = [
             json.loads(hub.file("models", "tester/trained", "preprocessor_config.json", sha)) for sha in commits[:2]
         ]
@@ -154,6 +160,8 @@ def test_a_push_keeps_the_processor_that_somebody_pushed_for_a_model_trained_sin
     # Newest first: the model of the folder as it is, then the trained one, and that in a new repository.
     assert [config["size"]["height"] for config in configs] == [96, 128, 96]
     assert [config["regions"][0][0] for config in configs] == ["WT", "a", "a"]
+    # The rules go with the weights that they are for, and with them alone.
+    assert have_rules == [False, True, False]
 
 
 def test_a_pushed_model_loads_without_the_package_and_can_be_pushed_again(hub, model, processor, pushed, tmp_path):

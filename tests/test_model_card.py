@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
+from sam2unet_hf.clean_up_sam2unet import CleanUp, RegionRule
 from sam2unet_hf.hub import CHECKPOINT_FILES, files_to_push, have_equal_weights, main
 from sam2unet_hf.metrics.functional import METRICS
 from sam2unet_hf.model_card import (
@@ -173,6 +174,21 @@ def test_the_table_of_patients_names_none(folder):
     assert "were not tested" not in text.split("## Limits")[1]
     (folder / "test_dir_patients.json").unlink()
     assert "preprocessings were not tested" in render_model_card(folder).replace("\n  ", " ")
+
+
+def test_the_card_names_the_rules_of_the_clean_up(folder):
+    assert "### Clean-up" not in render_model_card(folder)
+    CleanUp({"WT": RegionRule(0.4, 0.5), "ET": RegionRule(min_region_ml=0.25)}).save(folder)
+    text = render_model_card(folder)
+    assert (
+        "| smallest region (ml) |\n| --- | ---: | ---: | ---: |\n| WT | 0.4 | 0.5 | 0 |\n| ET | 0.5 | 0 | 0.25 |\n"
+        in text
+    )
+    assert "Dice before" not in text
+    assert not re.search(r"\n{3,}", text)
+    CleanUp({"cavity": RegionRule()}).save(folder)
+    with pytest.raises(ValueError, match=r"clean_up.json` has rules for \['cavity'\], the model segments"):
+        render_model_card(folder)
 
 
 def test_the_card_has_all_metrics_in_the_summary_and_few_of_each_patient(folder):

@@ -20,11 +20,13 @@ from dataset_scripts.brats_slices import BratsSlices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor, devices
 from sam2unet_hf.cases_sam2unet import find_cases
+from sam2unet_hf.clean_up_sam2unet import CleanUp, RegionRule
+from sam2unet_hf.labels_sam2unet import check_enhancing_label
 from sam2unet_hf.metrics import LesionReport, VolumeReport
 from sam2unet_hf.scans_sam2unet import ScanError, take_slice, to_grey, write_nifti
 from sam2unet_hf.training import SegmentationTransform
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, main
-from sam2unet_hf.volume_sam2unet import VolumeSegmentation, check_enhancing_label
+from sam2unet_hf.volume_sam2unet import VolumeSegmentation
 
 
 BRATS_DIR = Path(os.environ.get("BRATS_DIR", Path(__file__).parents[2] / "shared" / "brats"))
@@ -487,6 +489,7 @@ def test_a_checkpoint_with_the_code_beside_it_segments_without_the_package(cohor
     processor = Sam2UNetImageProcessor(regions=REGIONS, size={"height": 64, "width": 64}, modalities=THREE)
     for part in (segment.model, processor):
         part.save_pretrained(tmp_path / "model")
+    CleanUp({"WT": RegionRule(threshold=0.52)}).save(tmp_path / "model")
     done = forks.run(
         ["-c", FROM_CHECKPOINT, tmp_path / "model", case.folder, tmp_path],
         cwd=tmp_path,
@@ -494,7 +497,9 @@ def test_a_checkpoint_with_the_code_beside_it_segments_without_the_package(cohor
     )
     assert done.returncode == 0, done.stderr
     assert "The model segments flair, t1ce, t2 together, got the one file" in done.stdout
-    expected, found = segment(case, progress=False).label_map, np.load(tmp_path / "found.npz")
+    with_rules = Sam2UNetVolumePipeline.from_pretrained(tmp_path / "model", device="cpu")
+    expected, found = with_rules(case, progress=False).label_map, np.load(tmp_path / "found.npz")
+    assert not np.array_equal(expected, segment(case, progress=False).label_map)
     assert len(found.files) == 4
     for name in found.files:
         assert np.array_equal(found[name], expected), name
