@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from scipy import ndimage
 
+from sam2unet_hf.metrics import functional
 from sam2unet_hf.metrics.functional import METRICS, num_columns, score, to_mask, to_probability
 from sam2unet_hf.metrics.segmentation_metric import Accumulator
 
@@ -262,6 +263,29 @@ def test_empty_background_changes_nothing_in_weighted_f_beta():
     assert_agree(result(*padded), field_result(*padded, normalize=False))
     metrics = ["weighted_f_beta"]
     assert result(*padded, metrics) == result(prediction, mask, metrics)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 90), (70, 1), (97, 131), (352, 352), (12, 700)])
+@pytest.mark.parametrize("mask_kind", ["full", "pixel", "few", "row", "noisy", "smooth"])
+@pytest.mark.parametrize("dense", [0.0, 2.0])
+def test_squared_distances_are_those_of_scipy(shape, mask_kind, dense, monkeypatch):
+    mask = make_mask(mask_kind, shape, np.random.default_rng(0))
+    mask[-1, 0] = True  # nothing is near an empty one
+    monkeypatch.setattr(functional, "_DENSE", dense)
+    expected = np.square(ndimage.distance_transform_edt(~mask)).round()
+    squared = functional.squared_distance(mask)
+    assert np.array_equal(np.minimum(squared, 255**2), np.minimum(expected, 255**2))
+
+
+@pytest.mark.parametrize("size", [100, 352, 600])
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+def test_masks_that_fill_much_of_the_image_agree_with_py_sod_metrics(size, share):
+    generator = np.random.default_rng(size)
+    field = ndimage.gaussian_filter(generator.standard_normal((size, size)), size / 16)
+    left = np.broadcast_to(np.arange(size) < share * size, (size, size))
+    for mask in (field > np.quantile(field, 1 - share), left):
+        prediction = make_prediction("smooth", mask, generator)
+        assert_agree(result(prediction, mask), field_result(prediction, mask, normalize=False))
 
 
 def test_stretched_probabilities_are_those_of_minmax():

@@ -5,6 +5,7 @@ values are those of `py_sod_metrics`, which the authors of SAM2-UNet use; where 
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -23,6 +24,13 @@ OBJECT_WEIGHT = 0.5  # of the S-measure's objects against its regions, as in the
 _GAUSSIAN = np.exp(-(np.arange(-3.0, 4.0) ** 2) / 50)
 _GAUSSIAN /= _GAUSSIAN.sum()
 _REACH = 3
+# A pixel that it reaches from the mask has its nearest pixel at most so many rows and columns away.
+_FRAME = _REACH + 1
+_NOT_NEAR = 2**15  # more than any rank of a pixel so near
+# Squares of distances up to here fit 16 bits, of which processors compare most at once.
+_FAR = 255
+# From this share of its part of the image on, a mask is near enough everywhere to walk there pixel by pixel.
+_DENSE = 0.25
 
 
 class MaskPair(NamedTuple):
@@ -30,10 +38,9 @@ class MaskPair(NamedTuple):
 
     probability: np.ndarray  # in [0, 1], contiguous float64 array of shape (height, width)
     mask: np.ndarray  # boolean, of the same shape
-    rows: np.ndarray  # of the pixels of the mask, in reading order
-    columns: np.ndarray  # of the same pixels
-    inside: np.ndarray  # probabilities of the same pixels
+    inside: np.ndarray  # probabilities of the pixels of the mask, in reading order
     sum: float  # of all probabilities
+    box: tuple[slice, slice]  # rows and columns that hold the mask, both empty if it is empty
 
 
 class ThresholdCounts(NamedTuple):
@@ -118,10 +125,15 @@ def to_mask(reference: Any) -> np.ndarray:
 
 def make_pair(probability: np.ndarray, mask: np.ndarray) -> MaskPair:
     """Put what [`to_probability`] and [`to_mask`] returned together, both of shape `(height, width)`."""
-    at = np.flatnonzero(mask)
-    rows = at // mask.shape[1]
-    columns = at - rows * mask.shape[1]
-    return MaskPair(probability, mask, rows, columns, probability.ravel().take(at), float(probability.sum()))
+    box = _bounding_box(mask)
+    return MaskPair(probability, mask, probability[box][mask[box]], float(probability.sum()), box)
+
+
+def _bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not rows.size:
+        return slice(0, 0), slice(0, 0)
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def count_at_thresholds(pair: MaskPair) -> ThresholdCounts:
@@ -136,30 +148,30 @@ def _count_above(probability: np.ndarray, adaptive: float) -> np.ndarray:
     """Return the number of pixels above 0.5, not below the adaptive threshold, and not below each of 256 levels."""
     counts = np.empty(NUM_THRESHOLDS, dtype=np.int64)
     counts[0], counts[1] = np.count_nonzero(probability > 0.5), np.count_nonzero(probability >= adaptive)
-    levels = np.empty(probability.size, dtype=np.uint16)
+    levels = np.empty(probability.size, dtype=np.uint8)
     np.multiply(probability.ravel(), 255, out=levels, casting="unsafe")
-    bright = np.count_nonzero(levels)
-    if 4 * bright < levels.size:
+    if 4 * np.count_nonzero(levels) < levels.size:
         histogram = np.bincount(levels[levels > 0], minlength=256)
+    elif levels.size < 2**15 or levels.size % 2:
+        histogram = np.bincount(levels, minlength=256)
     else:
-        # Count neighbours, which are often alike, in four histograms: counting a level twice in a row is slow.
-        levels += _lanes(levels.size)
-        histogram = np.bincount(levels, minlength=4 * 256).reshape(4, 256).sum(axis=0)
+        # Count two neighbours at once. They are often alike, and to count one level many times in a row is slow.
+        pairs = np.bincount(levels.view(np.uint16), minlength=2**16).reshape(256, 256)
+        histogram = pairs.sum(axis=0) + pairs.sum(axis=1)
     # The sums from bright to dark are the numbers of pixels at or above each level.
     np.cumsum(histogram[::-1], out=counts[:1:-1])
     counts[2] = levels.size
     return counts
 
 
-@functools.lru_cache(maxsize=8)
-def _lanes(size: int) -> np.ndarray:
-    return (np.arange(size) % 4 * 256).astype(np.uint16)
-
-
 def _sum_of_products(first: np.ndarray, second: np.ndarray) -> float:
     # Not by `@` or `np.vdot`, whose BLAS starts threads that wait for each other on a busy machine.
     axes = "ij"[-first.ndim :]
     return float(np.einsum(f"{axes},{axes}->", first, second))
+
+
+def _squares(values: np.ndarray) -> float:
+    return _sum_of_products(values, values)
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray, zero_division: float) -> np.ndarray:
@@ -226,16 +238,14 @@ def s_measure(pair: MaskPair) -> float:
     foreground, background = inside.size, mask.size - inside.size
     if not foreground or not background:
         return total / mask.size if foreground else 1 - total / mask.size
-    inside_mean, outside_mean = float(inside.mean()), (total - float(inside.sum())) / background
+    inside_sum = float(inside.sum())
+    inside_mean, outside_mean = inside_sum / foreground, (total - inside_sum) / background
     regions, square = _region_similarity(pair)
-    outside_variance = (square - _sum_of_products(inside, inside) - background * outside_mean**2) / max(
-        background - 1, 1
-    )
+    outside_variance = (square - _squares(inside) - background * outside_mean**2) / max(background - 1, 1)
     if outside_variance < 1e-7:
         # The difference of two sums would lose most of its digits.
-        deviation = pair.probability[~mask] - outside_mean
-        outside_variance = _sum_of_products(deviation, deviation) / max(background - 1, 1)
-    inside_variance = float(np.square(inside - inside_mean).sum()) / max(foreground - 1, 1)
+        outside_variance = _squares(pair.probability[~mask] - outside_mean) / max(background - 1, 1)
+    inside_variance = _squares(inside - inside_mean) / max(foreground - 1, 1)
     objects = foreground / mask.size * _object_similarity(inside_mean, inside_variance)
     objects += background / mask.size * _object_similarity(1 - outside_mean, outside_variance)
     return max(0.0, OBJECT_WEIGHT * objects + (1 - OBJECT_WEIGHT) * regions)
@@ -247,21 +257,24 @@ def _object_similarity(mean: float, variance: float) -> float:
 
 def _region_similarity(pair: MaskPair) -> tuple[float, float]:
     """Return the structural similarity of four quadrants, weighted by size, and the sum of squared probabilities."""
-    probability, mask, rows, columns, inside, _ = pair
-    # The quadrants meet behind the pixel of the mask's centre, as in the authors' code.
-    row, column = round(rows.mean()) + 1, round(columns.mean()) + 1
-    quadrant_of = 2 * (rows >= row) + (columns >= column)
-    references = np.bincount(quadrant_of, minlength=4).tolist()
-    inside_sums = np.bincount(quadrant_of, weights=inside, minlength=4).tolist()
-    quadrants = [(a, b) for a in (slice(0, row), slice(row, None)) for b in (slice(0, column), slice(column, None))]
+    probability, mask, inside, _, box = pair
+    halves = []
+    for axis, part in enumerate(box):
+        pixels = np.add.reduce(mask[box], axis=1 - axis, dtype=np.int32)
+        total = int(np.multiply(pixels, np.arange(part.start, part.stop), dtype=np.int64).sum())
+        # The quadrants meet behind the pixel of the mask's centre, as in the authors' code.
+        middle = round(total / inside.size) + 1
+        halves.append(((slice(0, middle), slice(part.start, middle)), (slice(middle, None), slice(middle, part.stop))))
     similarity, squares = 0.0, 0.0
-    for quadrant, reference, inside_sum in zip(quadrants, references, inside_sums, strict=True):
-        values = probability[quadrant]
+    for (rows, box_rows), (columns, box_columns) in itertools.product(*halves):
+        values = probability[rows, columns]
         # A centre in the last row or column leaves quadrants empty; `py_sod_metrics` returns NaN then.
         if not values.size:
             continue
+        found = probability[box_rows, box_columns][mask[box_rows, box_columns]]
+        reference, inside_sum = found.size, float(found.sum())
         weight, share = values.size / mask.size, reference / values.size
-        square, sum_ = _sum_of_products(values, values), float(values.sum())
+        square, sum_ = _squares(values), float(values.sum())
         squares += square
         if 0 < reference < values.size:
             mean = sum_ / values.size
@@ -292,55 +305,135 @@ def weighted_f_beta(pair: MaskPair, zero_division: float = 0.0) -> float:
 
     Source: Margolin et al., CVPR 2014, doi 10.1109/CVPR.2014.39.
     """
-    probability, mask, _, _, inside, _ = pair
+    probability, mask, inside, _, box = pair
     if not inside.size:
         return 0.0 if (probability > 0.5).any() else zero_division
-    # Compute in the box around mask and prediction alone, since there is no error outside of it.
-    inner = _bounding_box(pair.rows, pair.columns, mask.shape, margin=_REACH)
-    outer: tuple[slice, ...] = (slice(0, mask.shape[0]), slice(0, mask.shape[1]))
+    # There is no error where prediction and mask are 0.
+    part: tuple[slice, slice] = (slice(0, mask.shape[0]), slice(0, mask.shape[1]))
     if not all(edge.any() for edge in (probability[0], probability[-1], probability[:, 0], probability[:, -1])):
         needed = probability > 0
-        needed[inner] = True
-        outer = _bounding_box(np.flatnonzero(needed.any(axis=1)), np.flatnonzero(needed.any(axis=0)), mask.shape)
-    at = (pair.rows - inner[0].start, pair.columns - inner[1].start)
-    inner = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(inner, outer, strict=True))
-    probability, mask = probability[outer], mask[outer]
-    rows, columns = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
-    squared_distance = np.square(rows - np.arange(mask.shape[0], dtype=np.int32)[:, None])
-    across = columns - np.arange(mask.shape[1], dtype=np.int32)
-    squared_distance += np.square(across, out=across)
-    weights = _background_weights().take(squared_distance.astype(np.intp), mode="clip")
-    false_positive = _sum_of_products(probability, weights)
-
-    # An error in the mask counts no more than the mean error around it, where each pixel outside the mask takes the
-    # error of the nearest pixel inside.
-    nearest = probability.ravel().take(rows[inner] * np.int32(mask.shape[1]) + columns[inner], mode="clip")
-    missed = np.minimum(1 - inside, _blur_at(1 - nearest, *at))
-    true_positive = missed.size - missed.sum()
-    recall = 1 - missed.mean()
+        needed[box] = True
+        part = _bounding_box(needed)
+    weights = _background_weights().take(squared_distance(mask[part]), mode="clip")
+    false_positive = _sum_of_products(probability[part], weights)
+    missed = _missed(pair)
+    true_positive = inside.size - missed
+    recall = 1 - missed / inside.size
     precision = true_positive / (true_positive + false_positive + EPS)
     return float(2 * recall * precision / (recall + precision + EPS))
 
 
-def _blur_at(image: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Return the image under the Gaussian at some pixels; what lies outside the image is 0."""
-    width = image.shape[1] + 2 * _REACH
-    padded = np.zeros((image.shape[0] + 2 * _REACH, width))
-    padded[_REACH:-_REACH, _REACH:-_REACH] = image
-    # Blur all rows, laid end to end, but columns only at the pixels asked for, which are few.
-    blurred = np.correlate(padded.ravel(), _GAUSSIAN, mode="same")
-    at = (rows + _REACH) * width + columns + _REACH
-    result = _GAUSSIAN[_REACH] * blurred.take(at)
-    for step in range(1, _REACH + 1):
-        result += _GAUSSIAN[_REACH + step] * (blurred.take(at - step * width) + blurred.take(at + step * width))
-    return result
+def squared_distance(mask: np.ndarray) -> np.ndarray:
+    """Return the squared distance of each pixel to the nearest one of a mask that is not empty.
+
+    Distances from 255 pixels on may be given as 255: the weight of an error is 2 there, to within 5e-16.
+    """
+    if np.count_nonzero(mask) >= _DENSE * mask.size:
+        return _walk_from(mask)
+    nearest = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
+    rows, columns = nearest
+    rows -= np.arange(mask.shape[0], dtype=np.int32)[:, None]
+    columns -= np.arange(mask.shape[1], dtype=np.int32)
+    nearest *= nearest
+    rows += columns
+    return rows
 
 
-def _bounding_box(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, ...], margin: int = 0) -> tuple[slice, ...]:
-    return tuple(
-        slice(max(int(numbers.min()) - margin, 0), min(int(numbers.max()) + 1 + margin, size))
-        for numbers, size in zip((rows, columns), shape, strict=True)
+def _walk_from(mask: np.ndarray) -> np.ndarray:
+    """Return squared distances up to 255, faster than SciPy's transform where none is long."""
+    height, width = mask.shape
+    # Rows lie end to end, and columns that stay far keep them apart.
+    framed = np.full((height, width + 2), _FAR, dtype=np.uint16)
+    np.multiply(~mask, np.uint16(_FAR), out=framed[:, 1:-1])
+    # Within columns: any distance is the sum of some of 1, 2, 4, 8, ...
+    step = 1
+    while step < min(height, _FAR):
+        farther = framed + np.uint16(step)
+        from_above = np.minimum(framed[step:], farther[:-step])
+        np.minimum(framed[:-step], farther[step:], out=framed[:-step])
+        np.minimum(framed[step:], from_above, out=framed[step:])
+        step *= 2
+    framed *= framed
+    # Within rows: a square is the sum of the first of 1, 3, 5, 7, ..., so each step to the side costs one of them.
+    rows, squared = np.arange(height), framed
+    moved = np.empty(framed.size - 2, dtype=np.uint16)
+    for step in range(_FAR):
+        if step % 16 == 0:
+            # Go on with rows that hold a pixel which more steps might still bring nearer.
+            squared[:, :: width + 1] = 0
+            unsettled = squared.max(axis=1) > (step + 1) ** 2
+            framed[rows] = squared
+            rows, squared = rows[unsettled], squared[unsettled]
+            if not rows.size:
+                break
+            moved = moved[: squared.size - 2]
+        squared[:, :: width + 1] = _FAR**2
+        flat = squared.reshape(-1)
+        np.minimum(flat[:-2], flat[2:], out=moved)
+        moved += np.uint16(2 * step + 1)
+        np.minimum(flat[1:-1], moved, out=flat[1:-1])
+    framed[rows] = squared
+    return framed[:, 1:-1]
+
+
+def _missed(pair: MaskPair) -> float:
+    """Return the sum of the errors in the mask, where each counts no more than the mean error around it."""
+    # Compute in the box around the mask, with a frame of error 0, as all errors outside the image are.
+    rows, columns = (
+        slice(max(axis.start - _REACH, 0), min(axis.stop + _REACH, size))
+        for axis, size in zip(pair.box, pair.mask.shape, strict=True)
     )
+    mask = pair.mask[rows, columns]
+    errors = np.zeros([size + 2 * _FRAME for size in mask.shape])
+    errors[_FRAME:-_FRAME, _FRAME:-_FRAME][mask] = 1 - pair.inside
+    # Each pixel outside the mask takes the error of the nearest pixel inside.
+    at, nearest = _nearest_pixels(mask)
+    flat = errors.ravel()
+    flat[at] = flat.take(nearest)
+    # Rows lie end to end, and the frame keeps them apart.
+    blurred = np.correlate(flat, _GAUSSIAN, mode="same").reshape(errors.shape)
+    flat[at] = 0
+    # The view has a third axis, along which lie the pixels that the Gaussian reaches in a column.
+    height, width = mask.shape[0], errors.shape[1]
+    shape, strides = (height, width, _GAUSSIAN.size), (*blurred.strides, blurred.strides[0])
+    reached = np.ndarray(shape, blurred.dtype, blurred, (_FRAME - _REACH) * blurred.strides[0], strides)
+    mean = np.einsum("ijk,k->ij", reached, _GAUSSIAN)
+    return float(np.minimum(errors[_FRAME:-_FRAME], mean, out=mean).sum())
+
+
+def _nearest_pixels(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where all pixels are that the Gaussian reaches from the mask, and where the nearest one of the mask is.
+
+    Places count through the rows of the mask with a frame around it. Of several pixels that are equally near, the
+    leftmost is taken, and of those in its column the upper one, as SciPy's transform does in `py_sod_metrics`.
+    """
+    height, width = (size + 2 * _FRAME for size in mask.shape)
+    # A pixel of the mask has the rank 32 * squared distance + 2 * (columns to the right + 4) + (1 if it is below).
+    framed = np.full((height, width), _NOT_NEAR, dtype=np.uint16)
+    np.multiply(~mask, np.uint16(_NOT_NEAR), out=framed[_FRAME:-_FRAME, _FRAME:-_FRAME])
+    in_column = framed[_FRAME:-_FRAME].copy()
+    moved = np.empty_like(in_column)
+    for step in range(1, _FRAME + 1):
+        np.add(framed[_FRAME + step : height - _FRAME + step], np.uint16(1), out=moved)
+        np.minimum(moved, framed[_FRAME - step : -_FRAME - step], out=moved)
+        moved += np.uint16(32 * step**2)
+        np.minimum(in_column, moved, out=in_column)
+    # Rows lie end to end, and the frame keeps them apart.
+    flat = in_column.ravel()
+    rank = flat + np.uint16(2 * _FRAME)
+    inner, moved = rank[_FRAME:-_FRAME], moved.ravel()[: -2 * _FRAME]
+    for step in (*range(-_FRAME, 0), *range(1, _FRAME + 1)):
+        to_the_right = flat[_FRAME + step : flat.size - _FRAME + step]
+        np.add(to_the_right, np.uint16(32 * step**2 + 2 * (step + _FRAME)), out=moved)
+        np.minimum(inner, moved, out=inner)
+    rank.reshape(in_column.shape)[:, :_FRAME] = rank.reshape(in_column.shape)[:, -_FRAME:] = _NOT_NEAR
+    # The mask itself has ranks below 32, from which the difference turns into a large number.
+    at = np.flatnonzero(rank - np.uint16(32) < 32 * 2 * _REACH**2)
+    squared_distance, rest = np.divmod(rank.take(at).astype(np.intp), 32)
+    right, below = rest // 2 - _FRAME, rest % 2
+    down = np.sqrt(squared_distance - right**2).astype(np.intp) * (2 * below - 1)
+    at += _FRAME * width
+    return at, at + down * width + right
 
 
 def mean_absolute_error(pair: MaskPair) -> float:
