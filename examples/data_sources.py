@@ -383,6 +383,9 @@ def find_regions(
         masks = LabelIds(ids, {}, "" if 4 in ids else " (BraTS' label 4 is 3 here)")
         regions = regions or {"WT": region_ids(numberings)["WT"]}
         ids_of_split = {split: ids_of_slices(rows) for split, rows in data.items()}
+        # A second cohort may be of healthy people, and label 4 may be none of the whole tumour.
+        if "train" in data and 4 not in ids and not any(any(rows["wt_pixels"]) for rows in data.values()):
+            raise SystemExit("No mask has a pixel of tumour. Are these the right masks, and the right slices?")
     elif isinstance(rows, ParquetRows):
         masks = check_first_rows(data, columns, mask_column, regions, binarize, found)
         ids_of_split = {}
@@ -404,11 +407,6 @@ def find_regions(
             )
         if missing := sorted(set(label_ids) - set(ids)):
             logger.warning("No mask holds the label ids %s of region %s, only %s%s.", missing, name, ids, masks.note)
-    wanted = {label_id for label_ids in regions.values() for label_id in label_ids}
-    # Slices of the builder do not tell whether they show an id above 3, and a second cohort may be of healthy people.
-    if "train" in ids_of_split and not wanted & set().union(*ids_of_split.values()) and max(wanted) < 4:
-        listed = ", ".join(f"{name} ({', '.join(map(str, label_ids))})" for name, label_ids in regions.items())
-        raise SystemExit(f"No mask has a pixel of {listed}. Are these the right masks, and the right slices?")
     warn_of_untrained(ids_of_split, regions)
     logger.info("Regions: %s.", regions)
     return DataFacts(regions, masks.mapping, found.brightest)

@@ -131,7 +131,7 @@ def test_words_of_a_training(refused, line, message):
         ),
         (
             "--brats_dir empty_masks --recipe paper --slices head",
-            "No mask has a pixel of WT (1, 2, 3). Are these the right masks, and the right slices?",
+            "No mask has a pixel of tumour. Are these the right masks, and the right slices?",
         ),
         (
             "--do_train false --model_name_or_path runs/data --test_dir data --neighbours 1",
