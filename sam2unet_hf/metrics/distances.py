@@ -8,13 +8,13 @@ import numpy as np
 from scipy import ndimage
 
 
-REACH = 3  # of the Gaussian in the weighted F-measure
-# A pixel that it reaches from the mask has its nearest pixel at most so many rows and columns away.
+REACH = 3  # of the Gaussian in the weighted F-measure, in rows and columns
+# Whatever it reaches from the mask has its nearest pixel at most so many rows and columns away.
 FRAME = REACH + 1
-# The shorter side of the box around a small mask, and the share of its image that a dense one fills.
+# The longest shorter side of the box around a small mask, and the least share of its image that a dense one fills.
 _SMALL = 128
 _DENSE = 0.25
-# The sides of images in which all squared distances are exact in single precision.
+# The longest side of images in which all squared distances are exact in single precision.
 _LARGEST = 1300
 # Squares of distances up to here fit 16 bits, of which processors compare most at once.
 _FAR = 255
@@ -54,21 +54,22 @@ def squared_distance(mask: np.ndarray) -> np.ndarray:
 
 
 def _of_small_mask(mask: np.ndarray, box: tuple[slice, slice]) -> np.ndarray:
-    """Find in each row the columns of the box in which the nearest pixel lies, and from where to where it does.
+    """Find, for each row of the image, which pixels have their nearest one in which column of the box.
 
-    The squared distance of the pixel x to the nearest one in column i is (x - i) ** 2 + h_i ** 2. Two such parabolas
-    meet once, where x is (k ** 2 + h_k ** 2 - i ** 2 - h_i ** 2) / (2 * (k - i)), so that column i is the nearest
-    between where it meets those to its left and those to its right.
+    In a row, the squared distance of pixel x to column i is (x - i) ** 2 + h_i ** 2, where h_i is the distance to the
+    nearest pixel above or below in that column. The parabolas of i and k meet once, where x is
+    (k ** 2 + h_k ** 2 - i ** 2 - h_i ** 2) / (2 * (k - i)). So a column is the nearest one of all pixels from where it
+    last meets one on its left to where it first meets one on its right.
     """
     (top, bottom), (left, right) = ((axis.start, axis.stop) for axis in box)
     if bottom - top < right - left:
         return _of_small_mask(mask.T, box[::-1]).T
     height, width = mask.shape
     sites = right - left
-    # Squared heights, a row for each column of the box: within the box by looking both ways, then on from its ends.
+    # i ** 2 + h_i ** 2, a row for each column of the box, counted from its left. Above and below the box h_i grows on.
     inside = np.ascontiguousarray(mask[box].T)
     row = np.arange(top, bottom, dtype=np.int32)
-    nowhere = 2 * height + width  # farther from each row than any pixel
+    nowhere = 2 * height + width  # as a row, farther away from all others than any pixel
     above = np.maximum.accumulate(np.where(inside, row, -nowhere), axis=1)
     below = np.minimum.accumulate(np.where(inside, row, nowhere)[:, ::-1], axis=1)[:, ::-1]
     squares = np.empty((sites, height), dtype=np.float32)
@@ -78,11 +79,12 @@ def _of_small_mask(mask: np.ndarray, box: tuple[slice, slice]) -> np.ndarray:
     squares *= squares
     squares += np.square(np.arange(sites, dtype=np.float32))[:, None]
 
-    # How many pixels each column is the nearest of, in all rows. Count x from the box on.
+    # How many pixels of each row have their nearest one in each column.
     counts = np.empty((height, sites), dtype=np.int32)
     open_rows, heights = np.arange(height), squares
     start, stop = np.full_like(squares, -np.inf), np.full_like(squares, np.inf)
-    # Compare with columns nearby first: that settles most rows, in which the counts then add up.
+    # Columns nearby settle most rows. Without those farther away counts can only be too large, so a row is settled when
+    # they add up to its pixels.
     for steps in (range(1, min(12, sites)), range(12, min(40, sites)), range(40, sites)):
         meeting = np.empty_like(heights)
         for step in steps:
@@ -91,8 +93,8 @@ def _of_small_mask(mask: np.ndarray, box: tuple[slice, slice]) -> np.ndarray:
             meet *= np.float32(0.5 / step)
             np.minimum(stop[:-step], meet, out=stop[:-step])
             np.maximum(start[step:], meet, out=start[step:])
-        # The pixel behind where they meet. Where that is a pixel itself, it must not be taken for less by rounding;
-        # parabolas that meet elsewhere do so 1 / (2 * sites) away from any.
+        # The first pixel behind where they meet. Rounding must not move what meets on a pixel to before it; all other
+        # parabolas meet at least 1 / (2 * sites) away from a pixel.
         first, last = (
             np.floor(np.clip(meet + np.float32(1 + 0.25 / sites), -left, width - left)) for meet in (start, stop)
         )
@@ -135,7 +137,8 @@ def _of_dense_mask(mask: np.ndarray) -> np.ndarray:
     # A square is the sum of the first of 1, 3, 5, 7, ..., so each step to the side costs one of them.
     moved = np.empty(flat.size - 2, dtype=np.uint16)
     left_behind: list[tuple[np.ndarray, np.ndarray]] = []
-    for steps in (range(16), range(16, 48), range(48, 96), range(96, 160), range(160, _FAR)):
+    for start in range(0, _FAR, 24):
+        steps = range(start, min(start + 24, _FAR))
         moved = moved[: flat.size - 2]
         for step in steps:
             np.minimum(flat[:-2], flat[2:], out=moved)
@@ -205,9 +208,9 @@ def nearest_pixels(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rank.reshape(in_column.shape)[:, :FRAME] = rank.reshape(in_column.shape)[:, -FRAME:] = _NOT_NEAR
     # The mask itself has ranks below 32, from which the difference turns into a large number.
     at = np.flatnonzero(rank - np.uint16(32) < 32 * 2 * REACH**2)
-    squared_distance, rest = np.divmod(rank.take(at).astype(np.intp), 32)
-    right, below = rest // 2 - FRAME, rest % 2
-    down = np.sqrt(squared_distance - right**2).astype(np.intp) * (2 * below - 1)
+    ranks = rank.take(at).astype(np.int32)
+    right, below = (ranks >> 1 & 15) - FRAME, ranks & 1
+    down = np.sqrt((ranks >> 5) - right * right).astype(np.int32) * (2 * below - 1)
     at += FRAME * width
     return at, at + down * width + right
 
