@@ -26,7 +26,7 @@ import numpy as np
 import py_sod_metrics
 from scipy import ndimage
 
-from sam2unet_hf.metrics import Accumulator, functional
+from sam2unet_hf.metrics import Accumulator, distances, functional
 
 
 # NumPy and other libraries read them when they are imported.
@@ -118,7 +118,7 @@ def profile(prediction: np.ndarray, reference: np.ndarray, rounds: int) -> dict[
         "E-measure of the counts": lambda: functional.e_measure(counts),
         "S-measure": lambda: functional.s_measure(pair),
         "weighted F-measure": lambda: functional.weighted_f_beta(pair),
-        "of which distance transform": lambda: functional.squared_distance(reference),
+        "of which distance transform": lambda: distances.squared_distance(reference),
         "SciPy's distance transform": functools.partial(
             ndimage.distance_transform_edt, ~reference, return_distances=False, return_indices=True
         ),

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from scipy import ndimage
+
+from .distances import FRAME, REACH, bounding_box, nearest_pixels, squared_distance
 
 
 # Dice, IoU, F and E are known at 258 thresholds: probability > 0.5, the adaptive one, and >= 0/255 ... 255/255.
@@ -20,17 +21,9 @@ NUM_THRESHOLDS = 258
 METRICS = (*CURVES, "s_measure", "weighted_f_beta", "mae")
 EPS = float(np.finfo(np.float64).eps)
 OBJECT_WEIGHT = 0.5  # of the S-measure's objects against its regions, as in the paper
-# 1-D factor of the 7x7 Gaussian with sigma 5 of the weighted F-measure, and how far it reaches.
+# 1-D factor of the 7x7 Gaussian with sigma 5 of the weighted F-measure.
 _GAUSSIAN = np.exp(-(np.arange(-3.0, 4.0) ** 2) / 50)
 _GAUSSIAN /= _GAUSSIAN.sum()
-_REACH = 3
-# A pixel that it reaches from the mask has its nearest pixel at most so many rows and columns away.
-_FRAME = _REACH + 1
-_NOT_NEAR = 2**15  # more than any rank of a pixel so near
-# Squares of distances up to here fit 16 bits, of which processors compare most at once.
-_FAR = 255
-# From this share of its part of the image on, a mask is near enough everywhere to walk there pixel by pixel.
-_DENSE = 0.25
 
 
 class MaskPair(NamedTuple):
@@ -125,15 +118,8 @@ def to_mask(reference: Any) -> np.ndarray:
 
 def make_pair(probability: np.ndarray, mask: np.ndarray) -> MaskPair:
     """Put what [`to_probability`] and [`to_mask`] returned together, both of shape `(height, width)`."""
-    box = _bounding_box(mask)
+    box = bounding_box(mask)
     return MaskPair(probability, mask, probability[box][mask[box]], float(probability.sum()), box)
-
-
-def _bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not rows.size:
-        return slice(0, 0), slice(0, 0)
-    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def count_at_thresholds(pair: MaskPair) -> ThresholdCounts:
@@ -313,7 +299,7 @@ def weighted_f_beta(pair: MaskPair, zero_division: float = 0.0) -> float:
     if not all(edge.any() for edge in (probability[0], probability[-1], probability[:, 0], probability[:, -1])):
         needed = probability > 0
         needed[box] = True
-        part = _bounding_box(needed)
+        part = bounding_box(needed)
     weights = _background_weights().take(squared_distance(mask[part]), mode="clip")
     false_positive = _sum_of_products(probability[part], weights)
     missed = _missed(pair)
@@ -323,71 +309,18 @@ def weighted_f_beta(pair: MaskPair, zero_division: float = 0.0) -> float:
     return float(2 * recall * precision / (recall + precision + EPS))
 
 
-def squared_distance(mask: np.ndarray) -> np.ndarray:
-    """Return the squared distance of each pixel to the nearest one of a mask that is not empty.
-
-    Distances from 255 pixels on may be given as 255: the weight of an error is 2 there, to within 5e-16.
-    """
-    if np.count_nonzero(mask) >= _DENSE * mask.size:
-        return _walk_from(mask)
-    nearest = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
-    rows, columns = nearest
-    rows -= np.arange(mask.shape[0], dtype=np.int32)[:, None]
-    columns -= np.arange(mask.shape[1], dtype=np.int32)
-    nearest *= nearest
-    rows += columns
-    return rows
-
-
-def _walk_from(mask: np.ndarray) -> np.ndarray:
-    """Return squared distances up to 255, faster than SciPy's transform where none is long."""
-    height, width = mask.shape
-    # Rows lie end to end, and columns that stay far keep them apart.
-    framed = np.full((height, width + 2), _FAR, dtype=np.uint16)
-    np.multiply(~mask, np.uint16(_FAR), out=framed[:, 1:-1])
-    # Within columns: any distance is the sum of some of 1, 2, 4, 8, ...
-    step = 1
-    while step < min(height, _FAR):
-        farther = framed + np.uint16(step)
-        from_above = np.minimum(framed[step:], farther[:-step])
-        np.minimum(framed[:-step], farther[step:], out=framed[:-step])
-        np.minimum(framed[step:], from_above, out=framed[step:])
-        step *= 2
-    framed *= framed
-    # Within rows: a square is the sum of the first of 1, 3, 5, 7, ..., so each step to the side costs one of them.
-    rows, squared = np.arange(height), framed
-    moved = np.empty(framed.size - 2, dtype=np.uint16)
-    for step in range(_FAR):
-        if step % 16 == 0:
-            # Go on with rows that hold a pixel which more steps might still bring nearer.
-            squared[:, :: width + 1] = 0
-            unsettled = squared.max(axis=1) > (step + 1) ** 2
-            framed[rows] = squared
-            rows, squared = rows[unsettled], squared[unsettled]
-            if not rows.size:
-                break
-            moved = moved[: squared.size - 2]
-        squared[:, :: width + 1] = _FAR**2
-        flat = squared.reshape(-1)
-        np.minimum(flat[:-2], flat[2:], out=moved)
-        moved += np.uint16(2 * step + 1)
-        np.minimum(flat[1:-1], moved, out=flat[1:-1])
-    framed[rows] = squared
-    return framed[:, 1:-1]
-
-
 def _missed(pair: MaskPair) -> float:
     """Return the sum of the errors in the mask, where each counts no more than the mean error around it."""
     # Compute in the box around the mask, with a frame of error 0, as all errors outside the image are.
     rows, columns = (
-        slice(max(axis.start - _REACH, 0), min(axis.stop + _REACH, size))
+        slice(max(axis.start - REACH, 0), min(axis.stop + REACH, size))
         for axis, size in zip(pair.box, pair.mask.shape, strict=True)
     )
     mask = pair.mask[rows, columns]
-    errors = np.zeros([size + 2 * _FRAME for size in mask.shape])
-    errors[_FRAME:-_FRAME, _FRAME:-_FRAME][mask] = 1 - pair.inside
+    errors = np.zeros([size + 2 * FRAME for size in mask.shape])
+    errors[FRAME:-FRAME, FRAME:-FRAME][mask] = 1 - pair.inside
     # Each pixel outside the mask takes the error of the nearest pixel inside.
-    at, nearest = _nearest_pixels(mask)
+    at, nearest = nearest_pixels(mask)
     flat = errors.ravel()
     flat[at] = flat.take(nearest)
     # Rows lie end to end, and the frame keeps them apart.
@@ -396,44 +329,9 @@ def _missed(pair: MaskPair) -> float:
     # The view has a third axis, along which lie the pixels that the Gaussian reaches in a column.
     height, width = mask.shape[0], errors.shape[1]
     shape, strides = (height, width, _GAUSSIAN.size), (*blurred.strides, blurred.strides[0])
-    reached = np.ndarray(shape, blurred.dtype, blurred, (_FRAME - _REACH) * blurred.strides[0], strides)
+    reached = np.ndarray(shape, blurred.dtype, blurred, (FRAME - REACH) * blurred.strides[0], strides)
     mean = np.einsum("ijk,k->ij", reached, _GAUSSIAN)
-    return float(np.minimum(errors[_FRAME:-_FRAME], mean, out=mean).sum())
-
-
-def _nearest_pixels(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where all pixels are that the Gaussian reaches from the mask, and where the nearest one of the mask is.
-
-    Places count through the rows of the mask with a frame around it. Of several pixels that are equally near, the
-    leftmost is taken, and of those in its column the upper one, as SciPy's transform does in `py_sod_metrics`.
-    """
-    height, width = (size + 2 * _FRAME for size in mask.shape)
-    # A pixel of the mask has the rank 32 * squared distance + 2 * (columns to the right + 4) + (1 if it is below).
-    framed = np.full((height, width), _NOT_NEAR, dtype=np.uint16)
-    np.multiply(~mask, np.uint16(_NOT_NEAR), out=framed[_FRAME:-_FRAME, _FRAME:-_FRAME])
-    in_column = framed[_FRAME:-_FRAME].copy()
-    moved = np.empty_like(in_column)
-    for step in range(1, _FRAME + 1):
-        np.add(framed[_FRAME + step : height - _FRAME + step], np.uint16(1), out=moved)
-        np.minimum(moved, framed[_FRAME - step : -_FRAME - step], out=moved)
-        moved += np.uint16(32 * step**2)
-        np.minimum(in_column, moved, out=in_column)
-    # Rows lie end to end, and the frame keeps them apart.
-    flat = in_column.ravel()
-    rank = flat + np.uint16(2 * _FRAME)
-    inner, moved = rank[_FRAME:-_FRAME], moved.ravel()[: -2 * _FRAME]
-    for step in (*range(-_FRAME, 0), *range(1, _FRAME + 1)):
-        to_the_right = flat[_FRAME + step : flat.size - _FRAME + step]
-        np.add(to_the_right, np.uint16(32 * step**2 + 2 * (step + _FRAME)), out=moved)
-        np.minimum(inner, moved, out=inner)
-    rank.reshape(in_column.shape)[:, :_FRAME] = rank.reshape(in_column.shape)[:, -_FRAME:] = _NOT_NEAR
-    # The mask itself has ranks below 32, from which the difference turns into a large number.
-    at = np.flatnonzero(rank - np.uint16(32) < 32 * 2 * _REACH**2)
-    squared_distance, rest = np.divmod(rank.take(at).astype(np.intp), 32)
-    right, below = rest // 2 - _FRAME, rest % 2
-    down = np.sqrt(squared_distance - right**2).astype(np.intp) * (2 * below - 1)
-    at += _FRAME * width
-    return at, at + down * width + right
+    return float(np.minimum(errors[FRAME:-FRAME], mean, out=mean).sum())
 
 
 def mean_absolute_error(pair: MaskPair) -> float:
