@@ -83,7 +83,7 @@ def _of_small_mask(mask: np.ndarray, box: tuple[slice, slice]) -> np.ndarray:
     counts = np.empty((height, sites), dtype=np.int32)
     open_rows, heights = np.arange(height), squares
     start, stop = np.full_like(squares, -np.inf), np.full_like(squares, np.inf)
-    # Columns nearby settle most rows. Without those farther away counts can only be too large, so a row is settled when
+    # Columns nearby settle most rows. Without those farther away counts can only be too large: a row is settled when
     # they add up to its pixels.
     for steps in (range(1, min(12, sites)), range(12, min(40, sites)), range(40, sites)):
         meeting = np.empty_like(heights)
