@@ -23,7 +23,14 @@ _NOT_NEAR = 2**15
 
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
-    """Return the rows and columns that hold a mask of shape `(height, width)`; none if it is empty."""
+    """Return the part of an image that holds a mask.
+
+    Args:
+        mask: Boolean, of shape `(height, width)`.
+
+    Returns:
+        Its rows and its columns, none of them if it is empty.
+    """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not rows.size:
         return slice(0, 0), slice(0, 0)
