@@ -301,6 +301,7 @@ def test_a_metric_written_as_a_space_loads_from_the_hub(hub, tmp_path, capsys):
         "README.md",
         "app.py",
         "dice.py",
+        "distances.py",
         "functional.py",
         "requirements.txt",
         "segmentation_metric.py",

@@ -72,6 +72,7 @@ def test_every_module_is_here():
     found = {path.stem for path in FOLDER.glob("*.py")} - {
         "__init__",
         "__main__",
+        "distances",
         "functional",
         "lesion_functional",
         "segmentation_metric",

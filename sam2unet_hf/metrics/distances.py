@@ -23,7 +23,14 @@ _NOT_NEAR = 2**15
 
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
-    """Return the rows and columns that hold a mask of shape `(height, width)`; none if it is empty."""
+    """Return the part of an image that holds a mask.
+
+    Args:
+        mask: Boolean, of shape `(height, width)`.
+
+    Returns:
+        Its rows and its columns, none of them if it is empty.
+    """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not rows.size:
         return slice(0, 0), slice(0, 0)
@@ -83,8 +90,8 @@ def _of_small_mask(mask: np.ndarray, box: tuple[slice, slice]) -> np.ndarray:
     counts = np.empty((height, sites), dtype=np.int32)
     open_rows, heights = np.arange(height), squares
     start, stop = np.full_like(squares, -np.inf), np.full_like(squares, np.inf)
-    # Columns nearby settle most rows. Without those farther away counts can only be too large, so that a row is settled
-    # when they add up to its pixels.
+    # Columns nearby settle most rows. Without those farther away counts can only be too large: a row is settled when
+    # they add up to its pixels.
     for steps in (range(1, min(12, sites)), range(12, min(40, sites)), range(40, sites)):
         meeting = np.empty_like(heights)
         for step in steps:
