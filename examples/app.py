@@ -24,7 +24,7 @@ from case_view import PLANE_ORDER, CaseView, draw_slice, largest_slice, region_c
 
 from dataset_scripts.phantom import NUM_PATIENTS, write_phantom_cohort
 from sam2unet_hf.cases_sam2unet import BratsCase, find_cases
-from sam2unet_hf.devices import device_name
+from sam2unet_hf.devices import default_device, device_name, fast_dtype
 from sam2unet_hf.metrics.volume_functional import count_voxels, dice
 from sam2unet_hf.nifti_sam2unet import open_nifti, read_header
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
@@ -275,7 +275,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     @functools.lru_cache(maxsize=2)
     def load(model: str) -> Sam2UNetVolumePipeline:
-        return Sam2UNetVolumePipeline.from_pretrained(model, args.modalities, args.device)
+        dtype = fast_dtype(args.device or default_device())
+        return Sam2UNetVolumePipeline.from_pretrained(model, args.modalities, args.device, dtype=dtype)
 
     try:
         load(args.model[0])

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from case_names import to_file_name
-from processes import exit_on, is_main_process
+from option_help import HELP, HELP_ALL, describe_options, wants_help
+from processes import choose_num_workers, exit_on, is_main_process
 from recipes import RECIPES, recipe_defaults
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
@@ -21,6 +22,7 @@ from dataset_scripts.brats_slices import citation_of
 from dataset_scripts.phantom import is_phantom
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetImageProcessor
 from sam2unet_hf.configuration_sam2unet import PRESETS
+from sam2unet_hf.devices import default_device, has_bfloat16
 from sam2unet_hf.labels_sam2unet import NUMBERINGS
 from sam2unet_hf.model_card import counted
 from sam2unet_hf.regions_sam2unet import parse_regions
@@ -146,6 +148,11 @@ class DataArguments:
     num_proc: int | None = option(None, "Processes that read the scans.")
     skip_bad_cases: bool = option(False, "Leave out scans that cannot be used, and list them.")
     split_seed: int = option(0, "Seed of the split by patient, for data without splits and for --folds.")
+    test_split: bool = option(
+        True,
+        "Keep a fifth of the patients for testing, of data without a test split. False trains on them, too, where "
+        "--test_dir is the test.",
+    )
     folds: int | None = option(
         None,
         "Cross-validate: cut the patients into this many folds, and for each train on all others and score its own. "
@@ -209,6 +216,9 @@ class SegmentationTrainingArguments(TrainingArguments):
     )
     license: str | None = option(None, "Licence of the weights for the model card, as the Hub names it.")
     overwrite_output_dir: bool = option(False, "Replace the run in the output folder.")
+    resume_from_checkpoint: str | None = option(
+        None, "Go on from the last checkpoint in the output folder, true, or from the one named."
+    )
     num_train_epochs: float = option(30.0, "Passes over the training images.")
     learning_rate: float = option(1e-4, "Initial learning rate of AdamW.")
     weight_decay: float = option(1e-4, "Weight decay of AdamW.")
@@ -254,6 +264,8 @@ class SegmentationTrainingArguments(TrainingArguments):
         best_metric = (self.metric_for_best_model or "").removeprefix("eval_")
         if self.greater_is_better is None and lower_is_better(best_metric):
             self.greater_is_better = False
+        # transformers takes bfloat16 on a CPU only if this is given.
+        self.use_cpu = self.use_cpu or (self.bf16 and not torch.accelerator.is_available())
         super().__post_init__()
         # transformers does not look for flyte.
         installed = [*get_available_reporting_integrations(), "flyte"]
@@ -276,8 +288,12 @@ def name_of_source(source: str) -> str:
 
 def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, SegmentationTrainingArguments]:
     """Read the command line, with the defaults of the recipe."""
-    # Usage that lists every option would hide what is wrong.
-    parser = HfArgumentParser(ARGUMENTS, usage="%(prog)s [--OPTION VALUE ...], options are listed by --help")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    # Usage that lists every option would hide what is wrong, and the help shows the defaults of the recipe.
+    usage = "%(prog)s [--OPTION VALUE ...], options are listed by --help"
+    parser = HfArgumentParser(ARGUMENTS, usage=usage, add_help=False, allow_abbrev=False)
+    has_all = wants_help(argv)
+    argv = [word for word in argv if word not in (*HELP, *HELP_ALL)]
     if not is_main_process():
         parser.error = sys.exit  # the main process prints the usage, once
     given, unknown = parser.parse_known_args(argv)
@@ -293,16 +309,20 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
             parser.error("--test_dir with --do_train false scores a model: name it by --model_name_or_path")
     recipe = given.recipe or ("volume" if source is None or given.brats_dir is not None else None)
     has_model = given.model_name_or_path is not None
-    defaults = recipe_defaults(recipe, is_phantom=source is None, has_model=has_model)
+    device = "cpu" if given.use_cpu else default_device()
+    defaults = recipe_defaults(recipe, source is None, has_model, not given.fp16 and has_bfloat16(device))
     if given.image_size is not None:  # a size to resize to takes the place of a window
         defaults.pop("head_crop_size", None)
         defaults.pop("head_crop_scale", None)
-    parser.set_defaults(recipe=recipe, **defaults)
+    parser.set_defaults(recipe=recipe, dataloader_num_workers=choose_num_workers(device), **defaults)
     name = to_file_name("phantom" if source is None else name_of_source(source), separator="-")
     kind = "-folds" if given.folds is not None else "" if given.do_train else "-evaluation"
     parser.set_defaults(output_dir=f"runs/{name}{kind}")
     if given.folds is not None:  # the patients that a fold is scored on must not choose its epoch
         parser.set_defaults(load_best_model_at_end=False)
+    if has_all is not None:
+        print(describe_options(parser, ARGUMENTS, has_all))
+        raise SystemExit(0)
     try:
         model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
         check_folds(data_args, args)

@@ -79,8 +79,13 @@ def load_data(args: DataArguments) -> DataSplits:
         validation = rows.pop(args.fold)
         return datasets.DatasetDict({"train": datasets.concatenate_datasets(rows), "validation": validation})
     data, group_by = read_data(args)
+    if not args.test_split and args.dataset_name is not None and "test" in named_splits(data):
+        raise SystemExit(
+            "--test_split false: the data set comes with a test split, which is not trained on. Leave the option out, "
+            "or join the splits before."
+        )
     if not args.streaming:
-        data = with_all_splits(data, args.split_seed, group_by)
+        data = with_all_splits(data, args.split_seed, group_by, args.test_split)
     data = keep_used_columns(data, args, group_by)
     if args.streaming:
         train = data["train"]
@@ -239,15 +244,24 @@ def warn_of_folders(data: DataSplits) -> None:
         logger.warning(text, len(names), ", ".join(names[:3]), advice)
 
 
-def with_all_splits(data: DataSplits, seed: int, group_by: str | None = None) -> datasets.DatasetDict:
-    """Name the splits train, validation and test; split the training rows, by patient, if there is no validation."""
+def with_all_splits(
+    data: DataSplits, seed: int, group_by: str | None = None, test_split: bool = True
+) -> datasets.DatasetDict:
+    """Name the splits train, validation and test; split the training rows, by patient, if there is no validation.
+
+    Without `test_split` there is no test split, and its rows are trained on.
+    """
     named = named_splits(data)
     check_has_train(named, data)
+    if not test_split and "test" in named:
+        named["train"] = datasets.concatenate_datasets([named["train"], named.pop("test")])
     if "validation" not in named:
         train = named["train"]
         groups = patients_of_rows("train", train, group_by) or list(map(str, range(len(train))))
         split_of = {group: split for split, names in split_patients(groups, seed).items() for group in names}
-        if "test" in named:  # the data has its own test split, so train on what would be another
+        if (
+            "test" in named or not test_split
+        ):  # the data has its own test split, or needs none: train on what would be one
             split_of = {group: "train" if split == "test" else split for group, split in split_of.items()}
         for split in SPLITS:
             if rows := [index for index, group in enumerate(groups) if split_of[group] == split]:
@@ -297,7 +311,8 @@ def describe_split(data: Mapping[str, ImageRows], args: DataArguments) -> str:
         group_by = args.group_by or (BY_FOLDER if image_mask_folders(Path(args.dataset_name)) else None)
         patients = patients_of_rows("train", rows["train"], group_by)
         by_patient = len(set(patients)) < len(patients)
-    return f"by {'patient' if by_patient else 'image'}, seed {args.split_seed}"
+    kept = "" if args.test_split else ", none kept for testing"
+    return f"by {'patient' if by_patient else 'image'}, seed {args.split_seed}{kept}"
 
 
 def find_columns(data: DataSplits, args: DataArguments) -> tuple[list[str], str]:

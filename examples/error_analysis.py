@@ -46,9 +46,19 @@ logger = logging.getLogger("error_analysis")
 # Options that are taken from the run unless they are given; those of scans only from a run on scans.
 SCAN_OPTIONS = ("slices", "plane", "min_tumor_pixels", "modalities", "skip_bad_cases")
 DATA_OPTIONS = ("dataset_name", "dataset_config_name", "brats_dir", "image_column", "mask_column", "split_seed")
-DATA_OPTIONS += ("group_by", "folds", "fold")
+DATA_OPTIONS += ("group_by", "test_split", "folds", "fold")
 # They make the test split.
-SPLIT_OPTIONS = ("split_seed", "group_by", "folds", "fold", "slices", "plane", "min_tumor_pixels", "modalities")
+SPLIT_OPTIONS = (
+    "split_seed",
+    "group_by",
+    "test_split",
+    "folds",
+    "fold",
+    "slices",
+    "plane",
+    "min_tumor_pixels",
+    "modalities",
+)
 
 
 @dataclass
@@ -134,7 +144,7 @@ def fill_from_run(model: str, given: dict[str, Any]) -> dict[str, Any]:
                 f"{ours} is given, but {path} has {theirs}: this is not the split of that run, and may hold what the "
                 "model was trained on."
             )
-    left = {*given, *(("dataset_name", "brats_dir", "folds", "fold") if names_data else ())}
+    left = {*given, *(("dataset_name", "brats_dir", "test_split", "folds", "fold") if names_data else ())}
     if names_data and given.get("dataset_name") != run.get("dataset_name"):
         left.add("dataset_config_name")
     taken = {name: value for name, value in run.items() if name not in left}

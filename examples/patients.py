@@ -11,6 +11,7 @@ from case_names import case_ids
 from cohort import COHORT
 from data_checks import DataSplits
 from image_folders import image_mask_folders
+from predictions import name_ranks
 from processes import exit_on
 from provenance import write_json
 
@@ -108,8 +109,7 @@ def score_split(
         cases = list(rows_of_patients(rows))
         own = cases[args.process_index :: args.world_size]
         options = {"batch_size": args.eval_batch_size, "num_workers": args.dataloader_num_workers}
-        with trainer.compute_loss_context_manager():  # in the precision of the evaluation
-            found = list(score_patients(model.eval(), processor, rows, own, **options))
+        found = list(score_patients(model.eval(), processor, rows, own, **options))
         found = {scores.case_id: scores for scores in (gather_object(found) if args.world_size > 1 else found)}
         for case in cases:
             scores = PatientScores(*found[case])
@@ -135,17 +135,20 @@ def score_counts(true_positive: int, predicted: int, reference: int) -> dict[str
     return {"volume_dice": overlap, "reference_pixels": reference, "predicted_pixels": predicted}
 
 
-def rows_to_show(rows: ImageRows, table: PatientTable) -> tuple[list[int], np.ndarray]:
-    """Choose a row of the best, the median and the worst patient of a table, the one with the most tumour.
+def patients_to_show(rows: ImageRows, table: PatientTable) -> dict[int, str]:
+    """Choose the best, the median and the worst patient of a table, and of each the row with the most tumour.
 
     Returns:
-        Numbers of the rows, and the Dice of the patient at each of these rows, of shape `(rows,)`.
+        Number of the row -> its title in a picture.
     """
     ranked = list(table.dice)
     rows_of = rows_of_patients(rows)
     tumour = read_column(rows, "wt_pixels") or [0] * len(rows)
-    dice_of_rows, chosen = np.zeros(len(rows)), []
-    for patient in dict.fromkeys((ranked[0], ranked[len(ranked) // 2], ranked[-1])):
-        chosen.append(max(rows_of[patient], key=tumour.__getitem__))
-        dice_of_rows[chosen[-1]] = table.dice[patient]
-    return chosen, dice_of_rows
+    slices = read_column(rows, "slice_index")
+    titles = {}
+    for rank, place in name_ranks(range(len(ranked))).items():
+        patient = ranked[place]
+        index = max(rows_of[patient], key=tumour.__getitem__)
+        shown = patient if slices is None else f"{patient}, slice {slices[index]} is shown"
+        titles[index] = f"{rank} patient: Dice {table.dice[patient]:.3f}\n{shown}"
+    return titles

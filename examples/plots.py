@@ -38,6 +38,7 @@ def plot_training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
         (losses, "eval_loss", "validation"),
         (scores, "eval_dice", "Dice"),
         (scores, "eval_iou", "IoU"),
+        (scores, "eval_patient_dice", "Dice of patients"),
     ):
         points = [(entry["epoch"], entry[key]) for entry in log_history if key in entry]
         if points:

@@ -44,31 +44,34 @@ def write_predictions(
             write_label_map(written, folder / f"{name}.png")
 
 
-def choose_cases(
-    rows: ImageRows,
-    dice: np.ndarray,
-    transform: SegmentationTransform,
-    model: PreTrainedModel,
-    choice: Sequence[int] | None = None,
-) -> list[ShownCase]:
-    """Choose the best, the median and the worst image by Dice, one per row, of those whose reference has a region.
+def name_ranks(ranked: Sequence[int]) -> dict[str, int]:
+    """Return the best, the median and the worst of some that are ordered from the best to the worst, each once."""
+    named = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
+    return {rank: named[rank] for rank in (("best",), ("best", "worst"), tuple(named))[min(len(ranked), 3) - 1]}
 
-    `choice` are rows to choose from instead.
+
+def rows_to_show(rows: ImageRows, dice: np.ndarray, transform: SegmentationTransform) -> dict[int, str]:
+    """Choose the best, the median and the worst image by Dice of those whose reference has a region.
+
+    Returns:
+        Number of the row -> its title in a picture.
     """
-    region_ids = [label_id for label_ids in model.config.regions.values() for label_id in label_ids]
-
-    def reference(index: int) -> np.ndarray:
-        return transform.to_label_ids(rows.mask(index)).numpy()
-
-    if choice is None:
-        choice = [index for index in range(len(rows)) if np.isin(reference(index), region_ids).any()]
+    region_ids = [label_id for label_ids in transform.processor.regions.values() for label_id in label_ids]
+    references = (transform.to_label_ids(rows.mask(index)).numpy() for index in range(len(rows)))
+    choice = [index for index, reference in enumerate(references) if np.isin(reference, region_ids).any()]
     ranked = sorted(choice or range(len(rows)), key=lambda index: -dice[index])
     names = case_names(rows)
+    return {index: f"{rank}: Dice {dice[index]:.3f}\n{names[index]}" for rank, index in name_ranks(ranked).items()}
+
+
+def show_cases(
+    rows: ImageRows, titles: Mapping[int, str], transform: SegmentationTransform, model: PreTrainedModel
+) -> list[ShownCase]:
+    """Segment some rows, number -> title, for a picture."""
     cases = []
-    for rank, index in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
+    for index, title in titles.items():
         batch = rows[[index]]
         (prediction,) = predict_label_maps(model, transform, batch)
         image = image_to_show(rows.own_slice(batch["image"][0]), rows.image_columns)
-        title = f"{rank}: Dice {dice[index]:.3f}\n{names[index]}"
-        cases.append(ShownCase(title, image, reference(index), prediction))
+        cases.append(ShownCase(title, image, transform.to_label_ids(rows.mask(index)).numpy(), prediction))
     return cases

@@ -20,6 +20,8 @@ from transformers import TrainingArguments
 
 # If the main process meets the same error within this time, the launcher ends the others before they report it.
 MAIN_PROCESS_TIMEOUT_S = 10
+# Of the last minute's mean load, what is more than the start of a script itself.
+BUSY_CORES = 0.75
 
 
 def is_main_process() -> bool:
@@ -68,6 +70,32 @@ def set_up_logging(is_muted: bool = False) -> None:
         datasets.disable_progress_bars()
         huggingface_hub.utils.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
+
+
+def choose_num_workers(device: str) -> int:
+    """Return how many processes read and augment images, so that a GPU need not wait for them.
+
+    The processes of a launcher share the cores of their machine. On a CPU the model needs all cores itself.
+    """
+    if not device.startswith("cuda"):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+
+
+def describe_busy_machine(num_threads: int) -> str | None:
+    """Return what would help if other processes need the cores that the threads of PyTorch run on, else `None`.
+
+    Threads of OpenMP wait for each other at work, for the time that the system gives to others.
+    """
+    cores = os.cpu_count() or 1
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if num_threads == 1 or busy + num_threads < cores + BUSY_CORES or "OMP_WAIT_POLICY" in os.environ:
+        return None
+    return (
+        f"Other processes keep {busy:.1f} of {cores} cores busy, and PyTorch has {num_threads} threads. If they stay, "
+        "start again with OMP_WAIT_POLICY=PASSIVE, or with fewer threads, such as OMP_NUM_THREADS=1."
+    )
 
 
 def from_main_process(args: TrainingArguments, function: Callable[[], Any]) -> Any:

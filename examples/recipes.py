@@ -36,6 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lr_scheduler_type": "cosine_with_min_lr",
         "ema_decay": 0.99,
         "augmentation": ["strong"],
+        "bf16": True,  # on devices with instructions for it
         "metric_for_best_model": "patient_dice",
     },
 }
@@ -56,15 +57,20 @@ PHANTOM: dict[str, Any] = {
 OPTIONS_OF_MODEL = ("modalities", "neighbours", "head_crop_size", "head_crop_scale", "image_size", "iou_over_batch")
 
 
-def recipe_defaults(recipe: str | None, is_phantom: bool, has_model: bool) -> dict[str, Any]:
+def recipe_defaults(
+    recipe: str | None, is_phantom: bool, has_model: bool, can_use_bfloat16: bool = True
+) -> dict[str, Any]:
     """Return the defaults of a recipe.
 
     Args:
         recipe: Name of the recipe, or `None` for the defaults of the options themselves.
         is_phantom: Whether the data are the phantom's.
         has_model: Whether a model of SAM2-UNet is trained further, which keeps its own input and loss.
+        can_use_bfloat16: Whether mixed precision in bfloat16 may be a default.
     """
     defaults = dict(RECIPES[recipe]) if recipe else {}
+    if not can_use_bfloat16:
+        defaults.pop("bf16", None)
     if is_phantom and recipe == "volume":
         defaults |= PHANTOM
     return {name: value for name, value in defaults.items() if not (has_model and name in OPTIONS_OF_MODEL)}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from arguments import (
     DataArguments,
@@ -28,13 +29,14 @@ from arguments import (
     take_channels_of_model,
 )
 from cohort import COHORT, load_cohort
+from console import describe_files, describe_images, describe_split_scores, describe_training, set_up_console
 from data_sources import DataFacts, describe_split, find_columns, find_regions, load_data, make_images
 from folds import run_folds
 from image_depth import fit_white_level
-from patients import KnownPatients, rows_to_show, score_split, write_splits
+from patients import KnownPatients, patients_to_show, score_split, write_splits
 from plots import name_of_image, plot_predictions, plot_training_curve
-from predictions import choose_cases, write_predictions
-from processes import exit_on, from_main_process, report_error_once, set_up_logging
+from predictions import rows_to_show, show_cases, write_predictions
+from processes import describe_busy_machine, exit_on, from_main_process, report_error_once, set_up_logging
 from provenance import RESULTS_FILE, check_steps_left, find_checkpoint, run_record, start_run, write_json
 from safetensors import SafetensorError
 from transformers import set_seed
@@ -140,6 +142,7 @@ def run_training(
             eval_dataset=evaluation.get("validation", evaluation.get(COHORT)),
             processing_class=processor,
         )
+        set_up_console(trainer, list(regions))
         if training_args.do_train:
             trainer.get_optimizer_cls_and_kwargs(training_args, model)
     if checkpoint is not None and training_args.do_train:
@@ -155,21 +158,27 @@ def run_training(
             write_splits(output_dir, known.of_run)
         known.warn(evaluation, has_patients=cohort is not None and cohort.has_patients)
 
-    counts = ", ".join(f"{len(rows)} {split}" for split, rows in {**images, **evaluation}.items())
+    counts = describe_images({**images, **evaluation})
     parameters = [model.num_parameters(only_trainable=only) / 1e6 for only in (False, True)]
     logger.info("Images: %s. Parameters: %.2f M, %.2f M of them trained.", counts, *parameters)
+    if training_args.device.type == "cpu" and (busy := describe_busy_machine(torch.get_num_threads())):
+        logger.warning(busy)
 
     results: dict[str, float] = {}
 
     def keep(split: str, metrics: dict[str, float]) -> None:
-        """Log and save the metrics of a split, and keep them for `all_results.json`, except for timings."""
-        trainer.log_metrics(split, metrics)
+        """Save the metrics of a split, and keep them for `all_results.json`, except for timings."""
         trainer.save_metrics(split, metrics, combined=False)
         results.update({name: value for name, value in metrics.items() if not name.endswith(TIMINGS)})
 
     # Training and evaluation
+    said: list[str] = []
     if training_args.do_train:
-        keep("train", train(trainer, checkpoint))
+        metrics = train(trainer, checkpoint)
+        keep("train", metrics)
+        start = model_args.model_name_or_path or model_args.sam2_checkpoint
+        start = f"from {start}" if start else f"{model_args.preset} from scratch"
+        said += describe_training(trainer, metrics["train_runtime"], start)
     # The curves leave out the final evaluation, which belongs to an earlier epoch, that of the best checkpoint.
     history = list(trainer.state.log_history)
     found: dict[str, tuple[np.ndarray, dict[str, np.ndarray]]] = {}
@@ -187,10 +196,12 @@ def run_training(
         table = score_split(trainer, model, processor, rows, patient_counts, split)
         if not trainer.is_world_process_zero():
             continue
-        chosen, dice = rows_to_show(rows, table) if table.rows else (None, dice)
+        prefix = "eval" if split == "validation" else split
+        said += describe_split_scores(results, prefix, len(rows), table, list(regions))
         transform, rows = rows.transform, rows.with_transform(None)
+        titles = patients_to_show(rows, table) if table.rows else rows_to_show(rows, dice, transform)
         prefix = f"{COHORT}_" if split == COHORT else ""
-        cases = choose_cases(rows, dice, transform, model, chosen)
+        cases = show_cases(rows, titles, transform, model)
         image_title = name_of_image(rows.image_columns)
         plot_predictions(cases, regions, output_dir / f"{prefix}predictions.png", image_title)
         if training_args.do_predict:
@@ -206,8 +217,8 @@ def run_training(
     if not trainer.is_world_process_zero():
         return {}
     write_json(output_dir / RESULTS_FILE, results)
-    names = sorted(path.name for path in output_dir.iterdir())
-    logger.info("The results are in %s: %s.", output_dir, ", ".join(names))
+    for line in (*said, describe_files(output_dir)):
+        logger.info("%s", line)
     return results
 
 

@@ -5,7 +5,9 @@
 
 import copy
 import os
+import shutil
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,17 @@ logger = logging.get_logger(__name__)
 
 # Arguments of `from_pretrained` that say how to reach a repository, whichever.
 DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+
+
+def copy_code(folder: str | os.PathLike) -> None:
+    """Copy the code of other tasks than the model's own into the folder of a checkpoint, as far as it is at hand.
+
+    A model that was loaded with `trust_remote_code` came with its own code alone.
+    """
+    for path in Path(__file__).parent.glob("*_sam2unet.py"):
+        target = Path(folder, path.name)
+        if not (target.exists() and target.samefile(path)):
+            shutil.copyfile(path, target)
 
 
 class Sam2UNetCheckpointMixin(PreTrainedModel):
@@ -172,9 +185,11 @@ class Sam2UNetCheckpointMixin(PreTrainedModel):
         config.auto_map = {**(getattr(config, "auto_map", None) or {}), **auto_map}
         # Anew, since `pipeline` puts classes in place of the names in it.
         config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
-        if own_class is not type(self) and is_main_process:
+        if is_main_process:
             os.makedirs(save_directory, exist_ok=True)
-            custom_object_save(own_class, save_directory)
+            if own_class is not type(self):
+                custom_object_save(own_class, save_directory)
+            copy_code(save_directory)
         default = self.trainable_only
         trainable_only = default if trainable_only is None else trainable_only
         if not trainable_only:

@@ -1,6 +1,8 @@
-"""The option `--device` of the command lines."""
+"""Devices by name, as the option `--device` of the command lines takes them."""
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -30,3 +32,24 @@ def device_name(name: str) -> str:
 def default_device() -> str:
     """Return the name of a GPU if there is one, else of the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def has_bfloat16(device: str) -> bool:
+    """Return whether a device has instructions that multiply matrices in bfloat16.
+
+    NVIDIA's GPUs have them since Ampere, Intel's server processors since Sapphire Rapids (AMX). Others are slower in
+    bfloat16 than in float32.
+
+    Args:
+        device: Such as `"cpu"` or `"cuda:1"`.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Older PyTorch does not tell what the processor can do.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.device(device).type == "cpu" and bool(capabilities.get("amx_bf16", False))
+
+
+def fast_dtype(device: str) -> torch.dtype:
+    """Return bfloat16 for a device that has it, else float32."""
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32

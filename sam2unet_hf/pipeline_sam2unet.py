@@ -14,10 +14,11 @@ from transformers.image_utils import load_image
 
 # Under this name in `config.json`; `pipeline` takes the class from the file beside it with `trust_remote_code=True`.
 CUSTOM_PIPELINES = {
-    "image-segmentation": {
-        "impl": "pipeline_sam2unet.Sam2UNetImagePipeline",
-        "pt": ["AutoModelForSemanticSegmentation"],
-    }
+    task: {"impl": implementation, "pt": ["AutoModelForSemanticSegmentation"]}
+    for task, implementation in (
+        ("image-segmentation", "pipeline_sam2unet.Sam2UNetImagePipeline"),
+        ("volume-segmentation", "volume_task_sam2unet.Sam2UNetVolumeTask"),
+    )
 }
 
 
@@ -54,7 +55,8 @@ class Sam2UNetImagePipeline(ImageSegmentationPipeline):
         >>> from sam2unet_hf import Sam2UNetImagePipeline
         >>> from transformers import pipeline
 
-        >>> segment = pipeline(model="runs/phantom", pipeline_class=Sam2UNetImagePipeline)  # doctest: +SKIP
+        >>> options = {"model": "runs/phantom", "pipeline_class": Sam2UNetImagePipeline}
+        >>> segment = pipeline("image-segmentation", **options)  # doctest: +SKIP
         >>> [part["label"] for part in segment("slice.png")]  # doctest: +SKIP
         ['background', 'WT']
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .cases_sam2unet import BratsCase, find_cases
-from .devices import device_name
+from .devices import default_device, device_name, fast_dtype
 from .labels_sam2unet import NUMBERINGS, check_enhancing_label
 from .patient_checks import describe_known_patients, describe_other_modalities, read_splits, why_implausible
 from .patient_table import PATIENT_METRICS, PatientTable, score_patient
@@ -82,7 +82,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="segment other --modalities than those of the training, which is hardly ever right",
     )
     parser.add_argument("--batch_size", type=int, default=8, help="slices at once")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="precision of the model; auto is bfloat16 on GPUs since Ampere and CPUs with AMX, else float32",
+    )
     parser.add_argument("--device", type=device_name, help="such as cpu or cuda:1; default: a GPU if there is one")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
@@ -136,10 +141,9 @@ def _prepare_output_dir(output_dir: Path, cases: dict[str, str | BratsCase]) -> 
 
 def _load(args: argparse.Namespace) -> Sam2UNetVolumePipeline:
     """Load the model, which segments other contrasts than those of its training only if that is asked for."""
+    dtype = fast_dtype(args.device or default_device()) if args.dtype == "auto" else getattr(torch, args.dtype)
     try:
-        segment = Sam2UNetVolumePipeline.from_pretrained(
-            args.model, args.modalities, args.device, dtype=getattr(torch, args.dtype)
-        )
+        segment = Sam2UNetVolumePipeline.from_pretrained(args.model, args.modalities, args.device, dtype=dtype)
         if args.et_label is not None:
             check_enhancing_label(args.et_label, segment.model.config.regions)
         if args.disagreement:

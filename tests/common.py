@@ -20,11 +20,12 @@ from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PACKAGE = Path(__file__).parent.parent / "sam2unet_hf"
-# What ends in `_sam2unet.py` travels with the weights; a checkpoint of a model carries all but what reads scans.
-TRAVELLING_FILES = sorted(path.name for path in PACKAGE.glob("*_sam2unet.py"))
-SCAN_PARTS = ("cases", "clean_up", "ensemble", "head", "labels", "members", "nifti", "scans", "volume")
+# What ends in `_sam2unet.py` travels with the weights.
+CODE = sorted(path.name for path in PACKAGE.glob("*_sam2unet.py"))
+SCAN_PARTS = ("cases", "clean_up", "ensemble", "head", "labels", "members", "nifti", "scans", "volume", "volume_task")
 SCAN_CODE = [f"{part}_sam2unet.py" for part in SCAN_PARTS]
-CODE = [name for name in TRAVELLING_FILES if name not in SCAN_CODE]
+# What a model comes with that was loaded without this package.
+MODEL_CODE = [name for name in CODE if name not in SCAN_CODE]
 BRATS_REGIONS = {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}
 
 

@@ -268,7 +268,7 @@ def test_main_listens_on_this_machine_alone(segment, monkeypatch):
     for name, value in {"GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SHARE": "True", "GRADIO_RUN_HISTORY": "True"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("SPACE_ID", raising=False)
-    monkeypatch.setattr(app.Sam2UNetVolumePipeline, "from_pretrained", lambda *args: segment)
+    monkeypatch.setattr(app.Sam2UNetVolumePipeline, "from_pretrained", lambda *args, **kwargs: segment)
     launch, pages = gr.Blocks.launch, []
 
     def launch_and_return(page, **kwargs):

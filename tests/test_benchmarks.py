@@ -190,12 +190,16 @@ def test_window_benchmark_compares_the_same_scan_in_both_inputs(tmp_path):
     brats_dir = write_phantom_cohort(tmp_path / "brats", 1, (40, 40, 26))
     (folder,) = (path for path in brats_dir.iterdir() if path.is_dir())
     arguments = ["--case", str(folder), "--rounds", "1", "--image_size", "96", "--batch_size", "2"]
+    arguments += ["--window_dtype", "bfloat16"]
     results = bench_window.main([*arguments, "--output", str(tmp_path / "out.json")])
     assert json.loads((tmp_path / "out.json").read_text()) == results
     assert [case["task"] for case in results["cases"]] == ["training step", "volume"]
     for case in results["cases"]:
         assert case["ratio"] == pytest.approx(case["seconds"]["window"] / case["seconds"]["resized"])
     options = argparse.Namespace(case=folder, modality="flair", image_size=96, preset="tiny", device="cpu")
+    options.dtype, options.window_dtype = "float32", "bfloat16"
+    dtypes = {name: bench_window.dtype_of(options, name) for name in bench_window.INPUTS}
+    assert dtypes == {"resized": torch.float32, "window": torch.bfloat16}
     assert {name: bench_window.build(options, name)[2] for name in bench_window.INPUTS} == {
         "resized": (96, 96),
         "window": (64, 64),

@@ -15,6 +15,7 @@ from test_patients import make_heads
 
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.patient_table import PatientTable
 from sam2unet_hf.volume import main as segment_volumes
 
 
@@ -23,6 +24,7 @@ import patients  # noqa: E402 - the scripts are no package
 import run_segmentation  # noqa: E402
 from arguments import DataArguments, parse_arguments  # noqa: E402
 from cohort import load_cohort  # noqa: E402
+from patients import patients_to_show  # noqa: E402
 
 
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "4"]
@@ -83,10 +85,34 @@ def test_a_run_ends_with_the_patients_of_both_cohorts(run):
     assert splits.keys() == {"train", "validation", "test"}
 
 
+def test_the_picture_names_patients_and_shows_their_largest_tumours(run, folder):
+    table = PatientTable()
+    table.rows = read_table(run[0] / "test_dir_patients.json")["patients"]
+    rows = load_cohort(str(folder / "there"), DataArguments(modalities=["t2"], neighbours=1), REGIONS).images
+    cases, slices, tumour = (rows[name] for name in ("case_id", "slice_index", "wt_pixels"))
+    titles = patients_to_show(rows, table)
+    means = sorted(table.dice.items(), key=lambda item: -item[1])
+    shown = zip(("best", "worst"), means, titles.items(), strict=True)
+    for rank, (patient, dice), (index, title) in shown:
+        assert title == f"{rank} patient: Dice {dice:.3f}\n{patient}, slice {slices[index]} is shown"
+        assert cases[index] == patient
+        assert tumour[index] == max(count for count, case in zip(tumour, cases, strict=True) if case == patient) > 0
+
+
 def test_patients_score_as_by_the_volume_command(run, folder, capsys):
     output_dir, results = run
     segment_volumes(
-        [str(output_dir), str(folder / "there"), "-o", str(folder / "volumes"), "--score", "--device", "cpu"]
+        [
+            str(output_dir),
+            str(folder / "there"),
+            "-o",
+            str(folder / "volumes"),
+            "--score",
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+        ]
     )
     capsys.readouterr()
     by_command = read_table(folder / "volumes" / "patients.json")

@@ -314,6 +314,24 @@ def test_timepoints_of_a_patient_stay_together_where_we_split(tmp_path):
     assert len(set.union(*patients)) == 20
 
 
+def test_without_a_test_split_its_patients_are_trained_on(tmp_path):
+    brats_dir = write_phantom_cohort(tmp_path / "brats", num_patients=10, shape=(24, 24, 16))
+    for number in range(10):
+        write(tmp_path / "pictures", GREY + np.uint8(number), name=str(number))
+    sources = [{"brats_dir": str(brats_dir), "slices": ["head"]}, {"dataset_name": str(tmp_path / "pictures")}]
+    for source in sources:
+        with_test, without = (load_data(DataArguments(**source, test_split=kept)) for kept in (True, False))
+        cases = {split: set(rows["case_id"]) for split, rows in with_test.items()}
+        assert {split: set(rows["case_id"]) for split, rows in without.items()} == {
+            "train": cases["train"] | cases["test"],
+            "validation": cases["validation"],
+        }
+        assert len(without["train"]) == len(with_test["train"]) + len(with_test["test"])
+    save_splits(tmp_path / "split", train="abc", validation="d", test="e")
+    with pytest.raises(SystemExit, match="--test_split false: the data set comes with a test split"):
+        load_data(DataArguments(dataset_name=str(tmp_path / "split"), test_split=False))
+
+
 def test_rows_without_a_case_are_named(tmp_path):
     data = save_splits(tmp_path / "data", train=["A_1", None], validation=["B_1"])
     with pytest.raises(

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from common import BRATS_REGIONS, CODE, TRAVELLING_FILES, small_backbone_config, small_model
+from common import BRATS_REGIONS, CODE, small_backbone_config, small_model
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
 from slice_rows import make_slices
@@ -232,7 +232,7 @@ def test_what_is_no_ensemble_is_told_from_one_with_the_remedy(folder, tmp_path):
 
 
 def test_command_writes_the_disagreement_of_an_ensemble(folder, found, case, tmp_path, capsys):
-    options = ["-o", str(tmp_path), "--device", "cpu", "--probabilities", "--disagreement"]
+    options = ["-o", str(tmp_path), "--device", "cpu", "--dtype", "float32", "--probabilities", "--disagreement"]
     with pytest.raises(SystemExit, match="nothing to disagree with"):
         main([str(folder / "fold_0"), str(case.folder), *options])
     main([str(folder), str(case.folder), *options])
@@ -261,6 +261,7 @@ def test_the_page_of_the_app_takes_an_ensemble(folder, found, case, monkeypatch)
         return SimpleNamespace(launch=lambda **kwargs: None)
 
     monkeypatch.setattr(app, "build_page", build_page)
+    monkeypatch.setattr(app, "fast_dtype", lambda device: torch.float32)
     app.main(["--model", str(folder), "--device", "cpu"])
     view = app.segment_case(loaders[0](str(folder)), case, return_probabilities=True)
     assert np.array_equal(view.segmentation.probabilities, found[1][0].probabilities)
@@ -352,7 +353,7 @@ def test_a_pushed_ensemble_loads_elsewhere_and_gives_equal_volumes(folder, segme
         run(PUSH, copy, REPO, PYTHONPATH=str(forks.ROOT))
         third, second, first = [commit.sha for commit in hub.commits("models", REPO)][:3]
         of_member = ["config.json", "model.safetensors", "preprocessor_config.json", *CODE]
-        at_top = ["README.md", "ensemble.json", *TRAVELLING_FILES]
+        at_top = ["README.md", "ensemble.json", *CODE]
         expected = {*at_top, "clean_up.json", *(f"{member}/{name}" for member in MEMBERS for name in of_member)}
         files = set(hub.files("models", REPO, first)) - {".gitattributes"}
         assert files == expected

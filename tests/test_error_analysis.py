@@ -492,7 +492,10 @@ def test_without_data_options_it_scores_the_test_split_of_the_run(cohort, checkp
     assert found == set(splits[3]["test"]["case_id"]) != set(splits[0]["test"]["case_id"])
     assert f"images of {cohort}" in (run / "errors" / "report.html").read_text(encoding="utf-8")
     (line,) = [record.getMessage() for record in caplog.records if "run.json" in record.getMessage()]
-    assert line.startswith(f"As in {run / 'run.json'}: --brats_dir {cohort} --split_seed 3 --slices 12 14 --plane ")
+    assert line.startswith(
+        f"As in {run / 'run.json'}: --brats_dir {cohort} --split_seed 3 --test_split True --slices "
+    )
+    assert "--slices 12 14 --plane axial " in line
     # Patients that it was trained on are warned of, as the run knows them.
     assert "The model was trained on" not in caplog.text
     error_analysis.main(["--model", str(run), "--device", "cpu", "--split", "train", "--max_images", "2"])

@@ -293,7 +293,9 @@ def test_segmentations_are_those_of_the_volume_command(whole, folder, tmp_path, 
     output_dir, _ = whole
     patients = read(output_dir / "folds.json")["fold_0"]
     cases = [str(folder / "brats" / patient) for patient in patients]
-    segment_volumes([str(output_dir / "fold_0"), *cases, "-o", str(tmp_path), "--score", "--device", "cpu"])
+    segment_volumes(
+        [str(output_dir / "fold_0"), *cases, "-o", str(tmp_path), "--score", "--device", "cpu", "--dtype", "float32"]
+    )
     capsys.readouterr()
     assert "Their scores are too good" not in caplog.text
     for patient in patients:
@@ -539,7 +541,18 @@ def test_folds_in_two_processes(folder, arguments, tmp_path):
     assert len(list((tmp_path / "run" / "segmentations").iterdir())) == 5
     for fold, patients in read(tmp_path / "run" / "folds.json").items():
         cases = [str(folder / "brats" / patient) for patient in patients]
-        segment_volumes([str(tmp_path / "run" / fold), *cases, "-o", str(tmp_path / "by_hand"), "--device", "cpu"])
+        segment_volumes(
+            [
+                str(tmp_path / "run" / fold),
+                *cases,
+                "-o",
+                str(tmp_path / "by_hand"),
+                "--device",
+                "cpu",
+                "--dtype",
+                "float32",
+            ]
+        )
         for patient in patients:
             by_hand = nibabel.load(tmp_path / "by_hand" / f"{patient}_seg.nii.gz")
             found = nibabel.load(tmp_path / "run" / "segmentations" / f"{patient}.nii.gz")

@@ -20,10 +20,12 @@ from evaluate.utils.gradio import infer_gradio_input_types, parse_gradio_data
 from loopback_hub import LoopbackHub
 from PIL import Image
 
+from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.clean_up_sam2unet import CleanUp, RegionRule
 from sam2unet_hf.hub import main, write_metric_space
 from sam2unet_hf.metrics.space import METRIC_CLASSES
+from sam2unet_hf.volume import Sam2UNetVolumePipeline
 
 
 REPO = "tester/sam2unet-brats"
@@ -60,6 +62,9 @@ for auto_class in (AutoModel, AutoModelForSemanticSegmentation):
     with torch.inference_mode():
         tensors[auto_class.__name__] = model(pixel_values).logits
 segments = pipeline("image-segmentation", model=repo, **options)(image)
+pipe = pipeline("volume-segmentation", model=repo, **options)
+found = pipe("brats/Phantom_001", return_probabilities=True, progress=False)
+np.savez(f"{output}.npz", label_map=found.label_map, probabilities=found.probabilities)
 torch.save(tensors, f"{output}.pt")
 masks = {segment["label"]: int((np.asarray(segment["mask"]) > 0).sum()) for segment in segments}
 with open(f"{output}.json", "w") as file:
@@ -85,7 +90,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def processor():
-    return Sam2UNetImageProcessor(regions=BRATS_REGIONS, size={"height": 96, "width": 64})
+    return Sam2UNetImageProcessor(regions=BRATS_REGIONS, size={"height": 96, "width": 64}, modalities=["flair"])
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +172,8 @@ def test_a_pushed_model_loads_without_the_package_and_can_be_pushed_again(hub, m
     with torch.inference_mode():
         outputs = model(**processor(image, return_tensors="pt"))
     (label_map,) = processor.post_process_semantic_segmentation(outputs, [(80, 70)])
+    write_phantom_cohort(tmp_path / "brats", num_patients=1, shape=(24, 24, 16))
+    volume = Sam2UNetVolumePipeline(model, processor)(tmp_path / "brats" / "Phantom_001", return_probabilities=True)
     for revision, shift in (("main", 0), ("main", 1), (first, 0)):
         result = run(hub, tmp_path, LOAD, REPO, revision, tmp_path / "out")
         assert result.returncode == 0, result.stderr
@@ -179,6 +186,9 @@ def test_a_pushed_model_loads_without_the_package_and_can_be_pushed_again(hub, m
         facts = json.loads((tmp_path / "out.json").read_text())
         assert list(facts["regions"].items()) == list(BRATS_REGIONS.items())
         if not shift:
+            found = np.load(tmp_path / "out.npz")
+            for name in ("label_map", "probabilities"):
+                assert np.array_equal(found[name], getattr(volume, name)), name
             ids, counts = label_map.unique(return_counts=True)
             expected = {model.config.id2label[int(i)]: int(n) for i, n in zip(ids, counts, strict=True)}
             assert len(expected) >= 2

@@ -97,12 +97,16 @@ def test_the_card_of_a_bare_checkpoint_claims_nothing_of_a_run(folder):
 def test_the_card_says_what_the_model_sees_of_slices(tmp_path):
     backbone_config = small_backbone_config(num_channels=6)
     small_model(backbone_config=backbone_config).save_pretrained(tmp_path)
-    assert "The model takes 6 channels; a grey image is repeated" in " ".join(render_model_card(tmp_path).split())
+    text = " ".join(render_model_card(tmp_path).split())
+    assert "The model takes 6 channels; a grey image is repeated" in text
+    assert "volume-segmentation" not in text
     options = {"num_channels": 6, "neighbours": 1, "modalities": ["flair", "t1ce"]}
     Sam2UNetImageProcessor(head_crop_size={"height": 160, "width": 192}, **options).save_pretrained(tmp_path)
     text = " ".join(render_model_card(tmp_path).split())
     assert "cropped to a window of 160 x 192 pixels (height x width) about the head" in text
     assert "enlarged" not in text
+    assert 'pipe = pipeline("volume-segmentation", model="path/to/this/folder", trust_remote_code=True)' in text
+    assert 'a folder of scans, or {"flair": "scan.nii.gz", ...}' in text
     processor = Sam2UNetImageProcessor(head_crop_size={"height": 160, "width": 192}, head_crop_scale=2, **options)
     processor.save_pretrained(tmp_path)
     assert "the window is enlarged 2 times, and nothing is found" in " ".join(render_model_card(tmp_path).split())

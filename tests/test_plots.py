@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import plots  # noqa: E402 - the scripts are no package
 from error_metrics import Analysis  # noqa: E402
 from error_report import list_figures, write_report  # noqa: E402
-from predictions import choose_cases  # noqa: E402
+from predictions import name_ranks, rows_to_show, show_cases  # noqa: E402
 
 
 GREEN = (20, 180, 60)
@@ -61,9 +61,22 @@ def titles(monkeypatch):
     return found
 
 
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (1, {"best": 0}),
+        (2, {"best": 0, "worst": 1}),
+        (3, {"best": 0, "median": 1, "worst": 2}),
+        (6, {"best": 0, "median": 3, "worst": 5}),
+    ],
+)
+def test_no_case_is_shown_twice(count, expected):
+    assert name_ranks(range(count)) == expected
+
+
 def test_photographs_are_in_colours_in_the_picture_of_predictions(transform, tmp_path, titles):
     rows = rows_of(image=GREEN)
-    cases = choose_cases(rows, np.array([0.9, 0.8, 0.7, 0.0]), transform, small_model(regions={"mask": [1]}))
+    cases = show_cases(rows, {0: "first", 2: "last"}, transform, small_model(regions={"mask": [1]}))
     assert all(np.array_equal(case.image, np.full((80, 70, 3), GREEN)) for case in cases)
     plots.plot_predictions(cases, {"mask": [1]}, tmp_path / "predictions.png")
     drawn = np.asarray(Image.open(tmp_path / "predictions.png").convert("RGB"))
@@ -85,7 +98,7 @@ def test_of_several_modalities_one_is_shown_by_name(transform, tmp_path, titles)
     noise = np.random.default_rng(0).integers(1, 255, (80, 70))
     rows = rows_of(t1ce=200, flair=90, t2=noise)
     model = small_model(regions={"mask": [1]})
-    cases = choose_cases(rows, np.array([0.9, 0.8, 0.7, 0.0]), transform, model)
+    cases = show_cases(rows, rows_to_show(rows, np.array([0.9, 0.8, 0.7, 0.0]), transform), transform, model)
     assert all(np.array_equal(case.image, np.full((80, 70), 90)) for case in cases)
     title = plots.name_of_image(rows.image_columns)
     plots.plot_predictions(cases, {"mask": [1]}, tmp_path / "predictions.png", title)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from common import BRATS_REGIONS, CODE, small_model
+from common import BRATS_REGIONS, CODE, MODEL_CODE, small_model
 from PIL import Image
 
 from sam2unet_hf import Sam2UNetImageProcessor
@@ -123,5 +123,5 @@ def test_checkpoint_loads_without_the_package(checkpoint, model, processor, tmp_
     assert all(module.startswith("transformers_modules.") for module in result["modules"])
     assert [list(regions.items()) for regions in result["regions"]] == [list(BRATS_REGIONS.items())] * 2
     assert result["from_sam2"] == "No checkpoint file at absent.pt."
-    assert sorted(path.name for path in (output / "again").glob("*.py")) == CODE
+    assert sorted(path.name for path in (output / "again").glob("*.py")) == MODEL_CODE
     assert auto_maps(output / "again") == EXPECTED_AUTO_MAPS

@@ -13,7 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from common import SCAN_CODE, TRAVELLING_FILES
+from common import CODE, SCAN_CODE
 from packaging.requirements import Requirement
 
 
@@ -56,7 +56,7 @@ OBJECTS = public_objects()
 
 
 def test_the_modules_are_found():
-    assert {f"sam2unet_hf.{name.removesuffix('.py')}" for name in TRAVELLING_FILES} <= set(MODULES)
+    assert {f"sam2unet_hf.{name.removesuffix('.py')}" for name in CODE} <= set(MODULES)
     assert "sam2unet_hf.modeling_sam2unet.Sam2UNetForSemanticSegmentation.forward" in OBJECTS
     assert "sam2unet_hf.conversion.convert_reference_checkpoint" in OBJECTS
 
@@ -145,10 +145,10 @@ def test_there_are_examples_in_docstrings():
         assert sum(len(test.examples) for test in doctest.DocTestFinder().find(module)) > 2
 
 
-@pytest.mark.parametrize("name", TRAVELLING_FILES)
+@pytest.mark.parametrize("name", CODE)
 def test_code_that_travels_with_the_weights_imports_only_siblings_and_the_hubs_libraries(name):
     tree = ast.parse((ROOT / "sam2unet_hf" / name).read_text())
-    siblings = {file.removesuffix(".py") for file in TRAVELLING_FILES}
+    siblings = {file.removesuffix(".py") for file in CODE}
     # What they do without where it is missing.
     optional = {
         node
@@ -173,10 +173,10 @@ def test_code_that_travels_is_what_the_model_imports():
     from transformers.dynamic_module_utils import get_relative_import_files
 
     package = ROOT / "sam2unet_hf"
-    needed = {"image_processing_sam2unet.py", "modeling_sam2unet.py", "volume_sam2unet.py"}
+    needed = {"image_processing_sam2unet.py", "modeling_sam2unet.py", "volume_task_sam2unet.py"}
     for name in sorted(needed):
         needed |= {Path(file).name for file in get_relative_import_files(package / name)}
-    assert sorted(needed) == TRAVELLING_FILES
+    assert sorted(needed) == CODE
 
 
 def unsound_requirements(pyproject):

@@ -293,6 +293,36 @@ def test_scans_are_trained_by_the_recipe_for_volumes_and_options_win(monkeypatch
     assert parse_arguments(["--dataset_name", "photographs"])[1].recipe is None
 
 
+@pytest.mark.parametrize(
+    ("devices", "options", "expected"),
+    [
+        ({"cpu", "cuda"}, [], True),
+        ({"cuda"}, ["--use_cpu"], False),
+        ({"cpu"}, [], False),
+        ({"cpu"}, ["--use_cpu"], True),
+        ({"cpu", "cuda"}, ["--bf16", "false"], False),
+        ({"cpu", "cuda"}, ["--fp16"], False),
+        ({"cpu", "cuda"}, ["--recipe", "paper"], False),
+        ({"cpu", "cuda"}, ["--dataset_name", "photographs"], False),
+    ],
+)
+def test_volumes_are_trained_in_bfloat16_on_devices_that_have_it(monkeypatch, tmp_path, devices, options, expected):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("arguments.default_device", lambda: "cuda")
+    monkeypatch.setattr("arguments.has_bfloat16", devices.__contains__)
+    monkeypatch.setattr("arguments.choose_num_workers", lambda device: 3 if device == "cuda" else 0)
+    *_, args = parse_arguments(options)
+    assert args.bf16 is expected
+    assert args.dataloader_num_workers == (0 if "--use_cpu" in options else 3)
+
+
+def test_bfloat16_that_is_asked_for_needs_no_further_option_on_a_cpu(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    *_, args = parse_arguments(["--recipe", "paper", "--bf16"])
+    assert (args.bf16, args.use_cpu, args.device.type) == (True, True, "cpu")
+
+
 @pytest.mark.parametrize(("arguments", "frozen"), [([], True), (["--freeze_encoder", "false"], False)])
 def test_going_on_from_a_checkpoint_keeps_its_regions_and_size(checkpoint, arguments, frozen):
     start = checkpoint(regions={"TC": [1, 3], "ET": [3]})

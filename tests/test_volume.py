@@ -12,14 +12,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from common import PACKAGE, TRAVELLING_FILES, small_model
+from common import small_model
 from nibabel import orientations
 from PIL import Image
 
 from dataset_scripts.brats_slices import BratsSlices
 from dataset_scripts.phantom import write_phantom_cohort
-from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf import Sam2UNetImageProcessor, devices
 from sam2unet_hf.cases_sam2unet import find_cases
+from sam2unet_hf.clean_up_sam2unet import CleanUp, RegionRule
 from sam2unet_hf.labels_sam2unet import check_enhancing_label
 from sam2unet_hf.metrics import LesionReport, VolumeReport
 from sam2unet_hf.scans_sam2unet import ScanError, take_slice, to_grey, write_nifti
@@ -220,7 +221,8 @@ def test_command_writes_segmentations_and_leaves_out_bad_cases(cohort, segment, 
         (tmp_path / "scans" / case.case_id).symlink_to(case.folder)
     for name in THREE:
         (bad / f"Bad_1_{name}.nii.gz").write_bytes(b"no scan")
-    options = ["-o", str(tmp_path / "out"), "--probabilities", "--et_label", "4", "--device", "cpu"]
+    options = ["-o", str(tmp_path / "out"), "--probabilities", "--et_label", "4"]
+    options += ["--dtype", "float32", "--device", "cpu"]
     with pytest.raises(SystemExit, match="1 of 3 cases could not be segmented"):
         main([str(tmp_path / "model"), str(tmp_path / "scans"), *options])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -359,6 +361,24 @@ def test_model_and_processor_come_from_the_same_place(segment, tmp_path):
     assert Sam2UNetVolumePipeline.from_pretrained(tmp_path, **options).model.dtype == torch.float32
 
 
+@pytest.mark.parametrize(("options", "expected"), [([], "bfloat16"), (["--dtype", "float16"], "float16")])
+def test_command_takes_bfloat16_where_the_device_has_it(monkeypatch, cohort, tmp_path, options, expected):
+    class Loaded(Exception):  # noqa: N818 - ends the command once the model would be there
+        pass
+
+    def load(*args, dtype):
+        raise Loaded(str(dtype))
+
+    monkeypatch.setattr(Sam2UNetVolumePipeline, "from_pretrained", load)
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: device == "cpu")
+    command = ["model", str(cohort), "-o", str(tmp_path / "out"), *options, "--device"]
+    with pytest.raises(Loaded, match=f"torch.{expected}"):
+        main([*command, "cpu"])
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
+    with pytest.raises(Loaded, match="torch.float32" if not options else expected):
+        main([*command, "cpu"])
+
+
 def test_command_spares_the_masks_of_the_case(cohort, segment, tmp_path, capsys):
     case = find_cases(cohort)[0]
     before = case.files["seg"].read_bytes()
@@ -443,6 +463,7 @@ import sys
 sys.modules["sam2unet_hf"] = sys.modules["isal"] = None  # an import fails, installed or not
 
 import numpy as np
+from transformers import pipeline
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 checkpoint, folder, output = sys.argv[1:]
@@ -451,8 +472,11 @@ segment = pipeline_class.from_pretrained(checkpoint, device="cpu")
 name = folder.rsplit("/", 1)[1]
 paths = {modality: f"{folder}/{name}_{modality}.nii.gz" for modality in segment.modalities}
 found = [segment(case, progress=False) for case in (folder, paths)]
-found[0].save(f"{output}/seg.nii.gz", enhancing_label=4)
-np.savez(f"{output}/found.npz", folder=found[0].label_map, paths=found[1].label_map)
+pipe = pipeline("volume-segmentation", checkpoint, trust_remote_code=True, device="cpu")
+found += pipe([folder], progress=False)
+found.append(pipe(paths, progress=False))
+found[2].save(f"{output}/seg.nii.gz", enhancing_label=4)
+np.savez(f"{output}/found.npz", *(one.label_map for one in found))
 try:
     segment(paths["flair"])
 except ValueError as error:
@@ -465,8 +489,8 @@ def test_a_checkpoint_with_the_code_beside_it_segments_without_the_package(cohor
     processor = Sam2UNetImageProcessor(regions=REGIONS, size={"height": 64, "width": 64}, modalities=THREE)
     for part in (segment.model, processor):
         part.save_pretrained(tmp_path / "model")
-    for name in TRAVELLING_FILES:
-        shutil.copy(PACKAGE / name, tmp_path / "model")
+    rules = CleanUp({"WT": RegionRule(threshold=0.6, min_component_ml=0.5)})
+    rules.save(tmp_path / "model")
     done = forks.run(
         ["-c", FROM_CHECKPOINT, tmp_path / "model", case.folder, tmp_path],
         cwd=tmp_path,
@@ -474,9 +498,12 @@ def test_a_checkpoint_with_the_code_beside_it_segments_without_the_package(cohor
     )
     assert done.returncode == 0, done.stderr
     assert "The model segments flair, t1ce, t2 together, got the one file" in done.stdout
-    expected, found = segment(case, progress=False).label_map, np.load(tmp_path / "found.npz")
-    assert np.array_equal(found["folder"], expected)
-    assert np.array_equal(found["paths"], expected)
+    expected = Sam2UNetVolumePipeline(segment.model, processor, clean_up=rules)(case, progress=False).label_map
+    assert not np.array_equal(expected, segment(case, progress=False).label_map)
+    found = np.load(tmp_path / "found.npz")
+    assert len(found.files) == 4
+    for name in found.files:
+        assert np.array_equal(found[name], expected), name
     written = np.asarray(nib.load(tmp_path / "seg.nii.gz").dataobj)
     assert np.array_equal(written, np.where(expected == 3, 4, expected))
 

@@ -3,6 +3,7 @@
 
 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python examples/benchmarks/bench_window.py --case BraTS20_Training_001
 python examples/benchmarks/bench_window.py --case BraTS20_Training_001 --preset large --batch_size 1 --rounds 3
+python examples/benchmarks/bench_window.py --case BraTS20_Training_001 --window_dtype auto
 
 Two models from scratch see one scan: `resized` whole slices at `--image_size`, as by the recipe of the paper, and
 `window` the window about the head with a slice on either side, as by the recipe for volumes. A training step is
@@ -27,6 +28,7 @@ from timing import DTYPES, make_parser, peak_memory_gb, report, reset_peak_memor
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
 from sam2unet_hf.cases_sam2unet import find_cases
 from sam2unet_hf.configuration_sam2unet import PRESETS
+from sam2unet_hf.devices import fast_dtype
 from sam2unet_hf.scans_sam2unet import head_box, to_grey
 from sam2unet_hf.training import choose_head_crop_size
 from sam2unet_hf.volume import Sam2UNetVolumePipeline
@@ -53,17 +55,23 @@ def build(
     return model.to(args.device), processor, (size["height"], size["width"])
 
 
+def dtype_of(args: argparse.Namespace, name: str) -> torch.dtype:
+    """Return the dtype of an input's model."""
+    dtype = args.window_dtype if name == "window" and args.window_dtype else args.dtype
+    return fast_dtype(args.device) if dtype == "auto" else DTYPES[dtype]
+
+
 def step(args: argparse.Namespace, name: str) -> Callable[[], None]:
     """Return a function that trains one step, under autocast if it is not in float32."""
     model, _, size = build(args, name)
-    autocast = None if args.dtype == "float32" else DTYPES[args.dtype]
+    autocast = None if dtype_of(args, name) == torch.float32 else dtype_of(args, name)
     return training_step(model, torch.randn(args.batch_size, 3, *size, device=args.device), autocast)
 
 
 def volume(args: argparse.Namespace, name: str, folder: str) -> Callable[[], None]:
     """Return a function that segments the scan from file to file."""
     model, processor, _ = build(args, name)
-    segment = Sam2UNetVolumePipeline(model.to(DTYPES[args.dtype]), processor, [args.modality])
+    segment = Sam2UNetVolumePipeline(model.to(dtype_of(args, name)), processor, [args.modality])
 
     def run() -> None:
         found = segment(args.case, batch_size=args.volume_batch_size, progress=False)
@@ -89,6 +97,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch_size", type=int, default=8, help="of a training step")
     parser.add_argument("--volume_batch_size", type=int, default=8, help="slices of a volume at once")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of volumes; training is autocast")
+    parser.add_argument(
+        "--window_dtype",
+        choices=["auto", *DTYPES],
+        help="of the window, where it is another; auto as `python -m sam2unet_hf.volume` chooses it",
+    )
     parser.add_argument("--image_size", type=int, default=352, help="that slices are resized to")
     parser.add_argument(
         "--memory", action="store_true", help="measure the peak memory too; on a CPU under Linux alone"

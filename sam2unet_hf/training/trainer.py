@@ -322,12 +322,16 @@ class Sam2UNetTrainer(LoaderTrainer):
 
         [`~transformers.Trainer`] averages losses of batches, and the last batches of several processes are filled up
         with images of the first ones. It leaves those out of all else.
+
+        Mixed precision ends with training: what is scored after it is the model as `from_pretrained` loads it.
         """
         if not isinstance(self.compute_metrics, SegmentationMetrics) or "labels" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        own_model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        args = self.args
+        mixes = self.is_in_train or args.bf16_full_eval or args.fp16_full_eval
+        own_model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=mixes, keep_torch_compile=False)
         if isinstance(own_model, Sam2UNetForSemanticSegmentation) and self.compute_loss_func is None:
-            inputs = send_to_device(inputs, self.args.device)
+            inputs = send_to_device(inputs, args.device)
             labels, crop_boxes = inputs["labels"], inputs.get("crop_boxes")
             crops = {name: inputs[name] for name in ("pixel_mask", "crop_boxes") if name in inputs}
             with torch.no_grad(), self.compute_loss_context_manager():
