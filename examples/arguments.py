@@ -25,6 +25,7 @@ from sam2unet_hf.configuration_sam2unet import PRESETS
 from sam2unet_hf.devices import default_device, has_bfloat16
 from sam2unet_hf.labels_sam2unet import NUMBERINGS
 from sam2unet_hf.model_card import counted
+from sam2unet_hf.modeling_sam2unet import MIN_IMAGE_SIZE
 from sam2unet_hf.regions_sam2unet import parse_regions
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
 from sam2unet_hf.training import AUGMENTATIONS, HYPERPARAMETERS, ImageRows
@@ -38,6 +39,10 @@ LEAST_VALUES = {
     "gradient_accumulation_steps": 1,
     "dataloader_num_workers": 0,
 }
+# Options that name folders or repositories.
+PATHS = ("dataset_name", "brats_dir", "test_dir", "model_name_or_path", "sam2_checkpoint", "output_dir")
+# Options of other tools, and ours.
+OTHER_NAMES = {"device": "use_cpu", "lr": "learning_rate", "batch_size": "per_device_train_batch_size"}
 # Values of --resume_from_checkpoint for the last checkpoint of the output folder.
 RESUME_WORDS = ("true", "last")
 
@@ -56,7 +61,9 @@ class ModelArguments:
     sam2_checkpoint: str | None = option(
         None, "Pretrained encoder: Hub id such as facebook/sam2-hiera-large, folder, or original .pt file."
     )
-    preset: str = option("tiny", "Size of an encoder from scratch, without a checkpoint.", choices=list(PRESETS))
+    preset: str | None = option(
+        None, "Size of an encoder from scratch, without a checkpoint. Default: tiny.", choices=list(PRESETS)
+    )
     freeze_encoder: bool | None = option(None, "Train adapters and decoder only. Default: yes, unless from scratch.")
     iou_over_batch: bool | None = option(
         None,
@@ -82,6 +89,8 @@ class ModelArguments:
         words = self.head_crop_size
         if words not in (None, ["auto"]) and (len(words) != 2 or not all(map(str.isdecimal, words))):
             raise ValueError(f"--head_crop_size takes auto, or height and width in pixels, got {' '.join(words)}.")
+        if self.image_size is not None and self.image_size < MIN_IMAGE_SIZE:
+            raise ValueError(f"--image_size must be at least {MIN_IMAGE_SIZE}, got {self.image_size}.")
         if self.head_crop_scale is not None and self.head_crop_scale < 1:
             raise ValueError(f"--head_crop_scale must be a whole number from 1 up, got {self.head_crop_scale}.")
 
@@ -247,6 +256,13 @@ class SegmentationTrainingArguments(TrainingArguments):
         for name, least in LEAST_VALUES.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
+        if self.do_train and self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise ValueError(
+                f"--num_train_epochs must be above 0, got {self.num_train_epochs:g}. To score a model alone pass "
+                "--do_train false."
+            )
+        if self.fp16 and (self.use_cpu or default_device() == "cpu"):
+            raise ValueError("--fp16 needs a GPU, and there is none. Leave it out, or pass --bf16.")
         if not 0 <= self.learning_rate < math.inf:
             raise ValueError(f"--learning_rate must not be negative, such as 1e-4, got {self.learning_rate}.")
         if not 0 <= self.seed < 2**32:
@@ -302,6 +318,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
     for one, other in (("dataset_name", "brats_dir"), ("model_name_or_path", "sam2_checkpoint")):
         if getattr(given, one) is not None and getattr(given, other) is not None:
             parser.error(f"pass one of --{one} and --{other}")
+    for name in PATHS:
+        if getattr(given, name) == "":
+            parser.error(f"--{name} is empty, such as by a variable that is not set")
+    if given.preset is not None and (start := given.model_name_or_path or given.sam2_checkpoint):
+        parser.error(f"--preset is the size of an encoder from scratch, and {start} has its own: leave it out")
     source = given.dataset_name or given.brats_dir
     if source is None and scores_cohort_alone(given, given):
         source = given.test_dir
@@ -314,6 +335,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
     if given.image_size is not None:  # a size to resize to takes the place of a window
         defaults.pop("head_crop_size", None)
         defaults.pop("head_crop_scale", None)
+    if not (has_model or given.sam2_checkpoint):
+        defaults["preset"] = "tiny"
     parser.set_defaults(recipe=recipe, dataloader_num_workers=choose_num_workers(device), **defaults)
     name = to_file_name("phantom" if source is None else name_of_source(source), separator="-")
     kind = "-folds" if given.folds is not None else "" if given.do_train else "-evaluation"
@@ -334,6 +357,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
         folder = getattr(given, option)
         if folder is not None and Path(folder).resolve() == Path(args.output_dir).resolve():
             parser.error(f"--output_dir {args.output_dir} is the folder of --{option}: name another")
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        parser.error(f"--output_dir {args.output_dir} is a file: name a folder")
     return model_args, data_args, args
 
 
@@ -344,7 +369,8 @@ def describe_unknown(words: list[str]) -> str:
     word = words[0].split("=")[0]
     name = word.strip("-").replace("-", "_")
     names = [field.name for arguments in ARGUMENTS for field in dataclasses.fields(arguments)]
-    near = difflib.get_close_matches(name, names, n=3) or [other for other in names if name in other][:3]
+    near = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, names, n=3)
+    near = near or [other for other in names if name in other][:3]
     return f"there is no option {word}" + (f", perhaps --{' or --'.join(near)} was meant" if near else "")
 
 

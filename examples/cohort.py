@@ -45,6 +45,8 @@ def load_cohort(path: str, args: DataArguments, regions: dict[str, list[int]] | 
         args: Choose modalities, neighbours, plane and columns, as for the data of the training.
         regions: What the model segments.
     """
+    if Path(path).is_dir() and not any(Path(path).iterdir()):
+        raise SystemExit(f"--test_dir {path} is empty.")
     folders = image_mask_folders(Path(path))
     args = replace(args, dataset_name=path, brats_dir=None, streaming=False)
     if folders:
@@ -56,6 +58,11 @@ def load_cohort(path: str, args: DataArguments, regions: dict[str, list[int]] | 
         data = read_data_set("--test_dir", path)
         with exit_on(ValueError, prefix=f"--test_dir {path}: "):
             rows = join(data)
+    if args.neighbours and "slice_index" not in rows.column_names:
+        raise SystemExit(
+            f"--test_dir {path} holds pictures, and the model takes slices of scans with {args.neighbours} on each "
+            "side. Name a folder of scans."
+        )
     try:
         columns, mask_column = find_columns({COHORT: rows}, args)
         _, label_mapping, brightest = find_regions(

@@ -23,6 +23,7 @@ from processes import exit_on
 
 from dataset_scripts.brats_slices import BratsSlices, fold_patients, split_patients
 from dataset_scripts.phantom import VERSION, write_phantom_cohort
+from sam2unet_hf.cases_sam2unet import BratsCase
 from sam2unet_hf.labels_sam2unet import NUMBERINGS, numberings_of, region_ids
 from sam2unet_hf.model_card import counted
 from sam2unet_hf.pictures import SCAN_SUFFIXES, first_file
@@ -87,6 +88,11 @@ def load_data(args: DataArguments) -> DataSplits:
     if not args.streaming:
         data = with_all_splits(data, args.split_seed, group_by, args.test_split)
     data = keep_used_columns(data, args, group_by)
+    if "test" not in data and args.test_split:
+        logger.warning(
+            "There is no test split: scores are those of the validation split, which chooses the checkpoint. --folds "
+            "scores all patients, and --test_dir another cohort."
+        )
     if args.streaming:
         train = data["train"]
         held = train.num_bytes / len(train) * min(args.shuffle_buffer, len(train))
@@ -188,6 +194,7 @@ def slice_scans(args: DataArguments) -> datasets.DatasetDict:
                 seed=args.split_seed,
                 skip_bad_cases=args.skip_bad_cases,
             )
+            check_has_masks(brats_dir, builder.config.cases)
             builder.download_and_prepare(num_proc=args.num_proc)
         except FileNotFoundError as err:
             if not first_file(brats_dir, SCAN_SUFFIXES) and (picture := first_file(brats_dir)):
@@ -197,6 +204,15 @@ def slice_scans(args: DataArguments) -> datasets.DatasetDict:
                 ) from err
             raise
     return builder.as_dataset()
+
+
+def check_has_masks(brats_dir: Path, cases: Sequence[BratsCase]) -> None:
+    """Refuse a folder of scans of which none has a mask."""
+    if cases and not any("seg" in case.files for case in cases):
+        raise SystemExit(
+            f"{brats_dir}: none of {counted(len(cases), 'case')} has a mask, such as {cases[0].case_id}_seg.nii.gz, "
+            "to train on or to score by. `python -m sam2unet_hf.volume MODEL FOLDER -o OUT` segments scans without."
+        )
 
 
 def stream_data(args: DataArguments) -> dict[str, ParquetRows]:
@@ -367,6 +383,9 @@ def find_regions(
         masks = LabelIds(ids, {}, "" if 4 in ids else " (BraTS' label 4 is 3 here)")
         regions = regions or {"WT": region_ids(numberings)["WT"]}
         ids_of_split = {split: ids_of_slices(rows) for split, rows in data.items()}
+        # A second cohort may be of healthy people, and label 4 may be none of the whole tumour.
+        if "train" in data and 4 not in ids and not any(any(rows["wt_pixels"]) for rows in data.values()):
+            raise SystemExit("No mask has a pixel of tumour. Are these the right masks, and the right slices?")
     elif isinstance(rows, ParquetRows):
         masks = check_first_rows(data, columns, mask_column, regions, binarize, found)
         ids_of_split = {}

@@ -1,5 +1,6 @@
 """The folder of a run: whether a run in it is resumed, and its record with arguments, versions, commit and data."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
-from arguments import RESUME_WORDS, SegmentationTrainingArguments
+from arguments import RESUME_WORDS, DataArguments, ModelArguments, SegmentationTrainingArguments
 from data_checks import DataSplits, file_bytes, image_columns
 
 from sam2unet_hf.clean_up_sam2unet import CLEAN_UP_FILE
@@ -23,6 +24,10 @@ from sam2unet_hf.training.resume import last_complete_checkpoint, why_incomplete
 
 
 logger = logging.getLogger(__name__)
+
+# Arguments that say what is trained and on what, less those that say how it is read.
+MODEL_AND_DATA = {field.name for kind in (ModelArguments, DataArguments) for field in dataclasses.fields(kind)}
+MODEL_AND_DATA -= {"recipe", "num_proc", "shuffle_buffer", "allow_leaks", "iou_over_batch", "foreground_share"}
 
 RECORD = "run.json"
 RESULTS_FILE = "all_results.json"  # written last, so it tells that the run has finished
@@ -44,11 +49,18 @@ def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArgumen
     last_checkpoint = last_complete_checkpoint(output_dir)
     if named := args.resume_from_checkpoint:
         if named.lower() not in RESUME_WORDS:
+            if not Path(named).exists():
+                there = ", ".join(sorted(path.name for path in output_dir.glob("checkpoint-*"))) or "none"
+                raise SystemExit(
+                    f"--resume_from_checkpoint: {named} does not exist. In {output_dir} there is {there}."
+                )
             if fault := why_incomplete(named):
                 raise SystemExit(f"--resume_from_checkpoint: {named} is incomplete ({fault}). Name another.")
+            check_same_model_and_data(Path(named).resolve().parent, arguments)
             return named
         if last_checkpoint is None:
             raise SystemExit(f"--resume_from_checkpoint: there is no checkpoint in {output_dir} to resume from.")
+        check_same_model_and_data(output_dir, arguments)
         return last_checkpoint
     if args.overwrite_output_dir:
         return None
@@ -76,10 +88,46 @@ def check_same_arguments(folder: Path, arguments: dict[str, Any]) -> None:
         )
     if changed := changed_values(record["arguments"], arguments):
         raise SystemExit(
-            f"{folder} holds {article} {state} run with other values of {', '.join(changed)}. Start again with "
-            f"{', '.join(f'{name}={value}' for name, value in changed.items())} to go on with it, or pass "
-            "--overwrite_output_dir or another --output_dir."
+            f"{folder} holds {article} {state} run with other values of {', '.join(changed)}. Start again "
+            f"{as_options(changed)} to go on with it, or pass --overwrite_output_dir or another --output_dir."
         )
+
+
+def check_same_model_and_data(folder: Path, arguments: dict[str, Any]) -> None:
+    """Exit if the run in a folder, which is to be trained further, has another model, or other images or patients.
+
+    What it was trained on could be what it is scored on, and weights could not be loaded. All else may change, which
+    is said.
+    """
+    record = read_record(folder)
+    if record is None:
+        return
+    changed = changed_values(record["arguments"], {**record["arguments"], **arguments})
+    fixed = {name: value for name, value in changed.items() if name in MODEL_AND_DATA}
+    if fixed:
+        raise SystemExit(
+            f"--resume_from_checkpoint: {folder} was trained with other values of {', '.join(fixed)}, so that it may "
+            f"have seen patients that are scored now, or its weights may not fit. Start again {as_options(fixed)}, or "
+            f"start a new run from it by --model_name_or_path {folder} and another --output_dir."
+        )
+    if changed:
+        logger.warning("Training %s further, which was begun %s.", folder, as_options(changed))
+
+
+def as_options(values: dict[str, Any]) -> str:
+    """Return options as they are given on a command line; of those that a recipe sets the recipe alone."""
+    values = {"recipe": values["recipe"]} if values.get("recipe") else values
+    left_out = [f"--{name}" for name, value in values.items() if value is None]
+    given = [f"--{name} {as_word(value)}" for name, value in values.items() if value is not None]
+    parts = [f"{word} {' '.join(options)}" for word, options in (("with", given), ("without", left_out)) if options]
+    return " and ".join(parts)
+
+
+def as_word(value: Any) -> str:
+    """Return the value of an option as it is given on a command line."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def check_steps_left(trainer: Sam2UNetTrainer, checkpoint: str, arguments: dict[str, Any]) -> None:

@@ -305,7 +305,8 @@ def train(trainer: Sam2UNetTrainer, checkpoint: str | None) -> dict[str, float]:
     """Train and save the model, and return the metrics of the training; after SIGTERM, exit with its status."""
     stop = StopOnSigterm(trainer.accelerator)
     trainer.add_callback(stop)
-    with exit_on(OSError, SafetensorError):  # such as a full disk, or a checkpoint of another encoder
+    # Such as a full disk, a checkpoint of another encoder, or a learning rate that is too high.
+    with exit_on(FloatingPointError, OSError, SafetensorError):
         result = trainer.train(resume_from_checkpoint=checkpoint)
         if stop.stopped:
             logger.warning(

@@ -49,7 +49,7 @@ class Sam2UNetCheckpointMixin(PreTrainedModel):
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         # Where in the repository `name_or_path` the checkpoint was: `revision` and `subfolder`, where given.
-        self._loaded_from: dict[str, Any] = {}
+        self.loaded_from: dict[str, Any] = {}
 
     @property
     def trainable_only(self) -> bool:
@@ -114,7 +114,7 @@ class Sam2UNetCheckpointMixin(PreTrainedModel):
             )
         if name is not None:
             model.name_or_path = model.config.name_or_path = str(name)
-            model._loaded_from = loaded_from
+            model.loaded_from = loaded_from
         if is_complete:
             model.config.encoder_sha256 = None
         # transformers replaces the parameters of the constructor by new ones, all trainable.
@@ -241,7 +241,7 @@ class Sam2UNetCheckpointMixin(PreTrainedModel):
             logger.warning("Neither model card nor image processor is uploaded: that takes the package sam2unet-hf.")
             push = super().push_to_hub
         else:
-            push = partial(push_model, self, loaded_from=self._loaded_from)
+            push = partial(push_model, self, loaded_from=self.loaded_from)
         try:
             self.trainable_only = trainable_only
             return push(repo_id, **kwargs)

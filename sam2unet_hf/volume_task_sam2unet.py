@@ -21,8 +21,8 @@ class Sam2UNetVolumeTask(ImageSegmentationPipeline):
         **kwargs: As there, with the image processor.
 
     Raises:
-        ValueError: If the image processor does not say which modalities the model segments, or `clean_up.json` is
-            wrong.
+        ValueError: If the image processor does not say which modalities the model segments, or the clean-up beside the
+            model is wrong.
 
     Example:
         ```python
@@ -40,8 +40,8 @@ class Sam2UNetVolumeTask(ImageSegmentationPipeline):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        name, location = self.model.name_or_path, getattr(self.model, "_loaded_from", {})
-        rules = find_file(name, CLEAN_UP_FILE, **location) if name else None
+        name, place = self.model.name_or_path, self.model.loaded_from
+        rules = find_file(name, CLEAN_UP_FILE, **place) if name else None
         clean_up = None if rules is None else CleanUp.load(rules, self.model.config.regions)
         self.segment = Sam2UNetVolumePipeline(self.model, self.image_processor, clean_up=clean_up)
 

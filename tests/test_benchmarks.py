@@ -2,8 +2,11 @@
 
 import argparse
 import dataclasses
+import functools
+import importlib.util
 import json
 import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -20,11 +23,12 @@ import bench_lesions  # noqa: E402
 import bench_loss_curves  # noqa: E402
 import bench_model  # noqa: E402
 import bench_recipes  # noqa: E402
+import bench_rivals  # noqa: E402
 import bench_throughput  # noqa: E402
 import bench_window  # noqa: E402
 from arguments import parse_arguments  # noqa: E402
 from recipes import RECIPES  # noqa: E402
-from timing import markdown_table, mask_iou, time_in_turn  # noqa: E402
+from timing import Competitor, in_processes, markdown_table, mask_iou, time_in_turn  # noqa: E402
 
 from dataset_scripts.brats_slices import BratsSlices  # noqa: E402
 from dataset_scripts.brats_slices.__main__ import write_dataset  # noqa: E402
@@ -204,6 +208,115 @@ def test_window_benchmark_compares_the_same_scan_in_both_inputs(tmp_path):
         "resized": (96, 96),
         "window": (64, 64),
     }
+
+
+def fork_instead_of_spawn(monkeypatch):
+    """Let processes have what this one has imported, so that they begin at once."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda name: context)
+
+
+def grow(megabytes):
+    """Return a competitor that takes so much memory."""
+    return Competitor(lambda: np.ones(megabytes * 10**6 // 8), lambda: megabytes)
+
+
+def test_competitors_have_processes_of_their_own(monkeypatch):
+    fork_instead_of_spawn(monkeypatch)
+    competitors = {"small": functools.partial(grow, 50), "large": functools.partial(grow, 450)}
+    competitors["failed"] = functools.partial(int, "no number")
+    found = in_processes(competitors, rounds=2)
+    assert found["failed"] == {"left_out": "invalid literal for int() with base 10: 'no number'"}
+    assert len(found["small"]["seconds"]) == 2
+    assert [found[name]["flops"] for name in ("small", "large")] == [50, 450]
+    assert found["large"]["peak_gb"] - found["small"]["peak_gb"] == pytest.approx(0.4, abs=0.1)
+    assert found["large"]["output"].nbytes == 450 * 10**6
+
+
+@pytest.fixture(scope="module")
+def rivals_of_images(tmp_path_factory):
+    """The options of a small comparison of images, and the output and operations of this model in float32."""
+    args = bench_rivals.parse_args(["--image_size", "64", "--batch_sizes", "2"])
+    args.folder = tmp_path_factory.mktemp("rivals")
+    bench_rivals.set_up(args)
+    competitor = bench_rivals.IMAGES["ours float32"].prepare(args, 2)
+    return args, competitor.run(), competitor.flops()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if rival.family == "compiled" else name
+        for name, rival in bench_rivals.IMAGES.items()
+        if name != "ours float32"
+    ],
+)
+def test_rivals_compute_the_same_masks_of_the_same_images(name, rivals_of_images):
+    rival = bench_rivals.IMAGES[name]
+    if rival.missing:
+        pytest.skip(f"needs {', '.join(rival.missing)}")
+    args, ours, flops = rivals_of_images
+    competitor = rival.prepare(args, 2)
+    output = competitor.run()
+    assert output.shape == ours.shape == (2, 1, 64, 64)
+    assert 0.05 < (ours > 0).mean() < 0.95
+    assert mask_iou([output], [ours]) > (0.999 if rival.dtype == "float32" else 0.95)
+    if rival.dtype == "float32":
+        np.testing.assert_allclose(output, ours, atol=1e-4 * np.abs(ours).max())
+    # The other encoders compute on padding, the rest is the same model.
+    padded = rival.family in ("transformers", "reference")
+    assert competitor.flops() > 1.5 * flops if padded else competitor.flops() == flops
+
+
+@pytest.fixture
+def brats_dir(tmp_path):
+    return write_phantom_cohort(tmp_path / "brats", 3, (40, 40, 26))
+
+
+def test_rival_benchmark_leaves_out_by_name_what_is_not_installed(brats_dir, tmp_path, monkeypatch):
+    fork_instead_of_spawn(monkeypatch)
+    find_spec = importlib.util.find_spec
+    absent = {"openvino", "nnunetv2"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find_spec(name))
+    options = ["--image_size", "64", "--batch_sizes", "1", "--rounds", "2", "--case_rounds", "1", "--no_mirrors"]
+    families = ["--rivals", "ours", "nnunet", "--brats_dir", str(brats_dir), "--output", str(tmp_path / "out.json")]
+    results = bench_rivals.main([*options, *families])
+    assert json.loads((tmp_path / "out.json").read_text()) == results
+    images, case = (found["rivals"] for found in results["cases"])
+    assert images.keys() == {"ours float32", "ours bfloat16"}
+    for own in (*images.values(), case["ours float32"], case["ours bfloat16"]):
+        assert own["ratio"] == 1
+        assert 0 < own["share"] < 1.5
+        assert own["libraries_gb"] < own["peak_gb"] < 3
+    assert len(images["ours float32"]["seconds"]) == 2
+    assert images["ours bfloat16"]["mask_iou"] > 0.95
+    # 26 slices at most, and the same number in either dtype
+    assert case["ours float32"]["flops"] == case["ours bfloat16"]["flops"] > 5 * images["ours float32"]["flops"]
+    assert case["nnU-Net 2d"] == {"left_out": "needs nnunetv2"}
+    assert "| case | nnU-Net 3d_fullres | needs nnunetv2 |" in (tmp_path / "out.md").read_text()
+    with pytest.raises(SystemExit):
+        bench_rivals.parse_args(["--case", str(brats_dir)])
+
+
+def test_nnunet_segments_the_same_scan_with_its_own_plan(brats_dir, tmp_path, monkeypatch):
+    pytest.importorskip("nnunetv2")
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_def_n_proc"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # so that it is as before when the test ends
+    args = bench_rivals.parse_args(["--brats_dir", str(brats_dir)])
+    args.folder = tmp_path
+    bench_rivals.set_up_nnunet(tmp_path)
+    bench_rivals.plan_nnunet(args)
+    ours = bench_rivals.CASE["ours float32"].prepare(args, 8)
+    shape = np.asarray(ours.run()).shape
+    operations = {}
+    for name in ("nnU-Net 2d", "nnU-Net 2d, mirrored", "nnU-Net 3d_fullres"):
+        competitor = bench_rivals.CASE[name].prepare(args, 8)
+        label_map = np.asarray(competitor.run())
+        assert label_map.shape == shape
+        assert set(np.unique(label_map)) <= {0, 1}
+        operations[name] = competitor.flops()
+    assert operations["nnU-Net 2d, mirrored"] == 4 * operations["nnU-Net 2d"] > 0
+    assert operations["nnU-Net 3d_fullres"] > 0
 
 
 def parse_arm(name):

@@ -322,21 +322,8 @@ def test_rules_for_regions_that_the_model_has_not_are_refused(folder, tmp_path):
 
 def test_the_command_cleans_up_unless_told_otherwise(folder, case, found, tmp_path, caplog):
     def segment(*options):
-        main(
-            [
-                str(folder),
-                str(case.folder),
-                "-o",
-                str(tmp_path),
-                "--device",
-                "cpu",
-                "--dtype",
-                "float32",
-                "--et_label",
-                "3",
-                *options,
-            ]
-        )
+        plain = ["--device", "cpu", "--dtype", "float32", "--et_label", "3"]
+        main([str(folder), str(case.folder), "-o", str(tmp_path), *plain, *options])
         return np.asarray(nib.load(tmp_path / f"{case.case_id}_seg.nii.gz").dataobj)
 
     with caplog.at_level("INFO"):

@@ -459,7 +459,9 @@ def test_two_cross_validations_are_not_mixed(whole, folder, arguments, tmp_path)
     output_dir = unfinished(whole[0], tmp_path / "cv", [0, 1])
     shutil.copy(whole[0] / "folds.json", output_dir)
     run = [*arguments, "--output_dir", str(output_dir)]
-    match = "cv/fold_0 holds a finished run with other values of learning_rate. Start again with learning_rate=0.0005"
+    match = (
+        "cv/fold_0 holds a finished run with other values of learning_rate. Start again with --learning_rate 0.0005"
+    )
     with pytest.raises(SystemExit, match=match):
         run_segmentation.main([*run, "--folds", "3", "--learning_rate", "0.1", "--resume_from_checkpoint", "true"])
     for other in (["--folds", "2"], ["--folds", "3", "--split_seed", "1"], ["--folds", "2", "--fold", "1"]):

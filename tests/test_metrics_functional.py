@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from scipy import ndimage
 
+from sam2unet_hf.metrics import distances
 from sam2unet_hf.metrics.functional import METRICS, num_columns, score, to_mask, to_probability
 from sam2unet_hf.metrics.segmentation_metric import Accumulator
 
@@ -262,6 +263,40 @@ def test_empty_background_changes_nothing_in_weighted_f_beta():
     assert_agree(result(*padded), field_result(*padded, normalize=False))
     metrics = ["weighted_f_beta"]
     assert result(*padded, metrics) == result(prediction, mask, metrics)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 90), (70, 1), (97, 131), (240, 240), (12, 700)])
+@pytest.mark.parametrize("mask_kind", ["full", "pixel", "few", "row", "noisy", "smooth"])
+def test_distances_are_those_of_scipy(shape, mask_kind, monkeypatch):
+    mask = make_mask(mask_kind, shape, np.random.default_rng(0))
+    mask[-1, 0] = True  # nothing is near an empty one
+    expected, indices = ndimage.distance_transform_edt(~mask, return_indices=True)
+    for small, dense in ((math.inf, 1), (0, 0), (0, 2)):
+        monkeypatch.setattr(distances, "_SMALL", small)
+        monkeypatch.setattr(distances, "_DENSE", dense)
+        squared = distances.squared_distance(mask)
+        assert np.array_equal(np.minimum(squared, 255**2), np.minimum(np.square(expected).round(), 255**2))
+    # All pixels around the mask have their nearest one in it, and of several the one that SciPy names.
+    framed = np.pad(mask, distances.FRAME)
+    at, nearest = distances.nearest_pixels(mask)
+    named = np.ravel_multi_index(
+        tuple(np.pad(index, distances.FRAME) + distances.FRAME for index in indices), framed.shape
+    )
+    assert np.array_equal(nearest, named.ravel()[at])
+    around = ndimage.binary_dilation(framed, np.ones((7, 7))) & ~framed & np.pad(np.ones_like(mask), distances.FRAME)
+    assert np.isin(np.flatnonzero(around), at).all()
+    assert not framed.ravel()[at].any()
+
+
+@pytest.mark.parametrize("size", [100, 352, 600])
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+def test_masks_that_fill_much_of_the_image_agree_with_py_sod_metrics(size, share):
+    generator = np.random.default_rng(size)
+    field = ndimage.gaussian_filter(generator.standard_normal((size, size)), size / 16)
+    left = np.broadcast_to(np.arange(size) < share * size, (size, size))
+    for mask in (field > np.quantile(field, 1 - share), left):
+        prediction = make_prediction("smooth", mask, generator)
+        assert_agree(result(prediction, mask), field_result(prediction, mask, normalize=False))
 
 
 def test_stretched_probabilities_are_those_of_minmax():

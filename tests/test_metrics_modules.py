@@ -99,7 +99,7 @@ def test_all_modules_load_outside_the_checkout_without_network(tmp_path, images)
     # A folder per module, as a Space has it.
     for name in MODULES:
         (tmp_path / name).mkdir()
-        for file in (f"{name}.py", "functional.py", "segmentation_metric.py", "streaming_metric.py"):
+        for file in (f"{name}.py", "distances.py", "functional.py", "segmentation_metric.py", "streaming_metric.py"):
             shutil.copy(FOLDER / file, tmp_path / name)
     code = f"""
 import socket, sys

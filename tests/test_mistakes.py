@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -33,6 +34,13 @@ def there(tmp_path_factory):
         (folder / "data" / "masks").mkdir(exist_ok=True)
         Image.fromarray((image > 99).astype(np.uint8) * (1 + number % 2)).save(folder / f"data/masks/{number}.png")
     write_phantom_cohort(folder / "scans", num_patients=1, shape=(24, 24, 16))
+    (folder / "nothing").mkdir()
+    write_phantom_cohort(folder / "unmarked", num_patients=1, shape=(24, 24, 16))
+    next((folder / "unmarked").rglob("*_seg.nii.gz")).unlink()
+    write_phantom_cohort(folder / "empty_masks", num_patients=4, shape=(24, 24, 16))
+    for path in (folder / "empty_masks").rglob("*_seg.nii.gz"):
+        mask = nib.load(path)
+        nib.save(nib.Nifti1Image(np.zeros(mask.shape, np.uint8), mask.affine), path)
     small_model(regions={"foreground": [1]}).save_pretrained(folder / "runs" / "data")
     Sam2UNetImageProcessor({"foreground": [1]}).save_pretrained(folder / "runs" / "data")
     return folder
@@ -70,6 +78,18 @@ def refused(there, monkeypatch, capsys):
             "--do_train false scores a model that was trained before: name it by --model_name_or_path",
         ),
         ("--dataset_name data --output_dir data/", "--output_dir data/ is the folder of --dataset_name: name another"),
+        ("--device cuda", "there is no option --device, perhaps --use_cpu was meant"),
+        ("--lr 1e-3", "there is no option --lr, perhaps --learning_rate was meant"),
+        ("--brats_dir=", "--brats_dir is empty, such as by a variable that is not set"),
+        ("--image_size 20", "--image_size must be at least 64, got 20."),
+        ("--num_train_epochs 0", "--num_train_epochs must be above 0, got 0. To score a model alone pass --do_train"),
+        ("--fp16 --use_cpu", "--fp16 needs a GPU, and there is none. Leave it out, or pass --bf16."),
+        ("--model_name_or_path runs/data --preset large", "--preset is the size of an encoder from scratch, and runs"),
+        ("--output_dir pictures/0.png", "--output_dir pictures/0.png is a file: name a folder"),
+        (
+            "--resume_from_checkpoint runs/checkpoint-9",
+            "runs/checkpoint-9 does not exist. In runs/phantom there is no",
+        ),
         ("--brats_dir scans --output_dir ./scans", "--output_dir ./scans is the folder of --brats_dir: name another"),
     ],
 )
@@ -105,6 +125,19 @@ def test_words_of_a_training(refused, line, message):
             "--dataset_name data --do_train false --model_name_or_path runs/data --test_dir nowhere",
             "--test_dir nowhere: there is no such folder, and no such data set could be read",
         ),
+        (
+            "--brats_dir unmarked",
+            "unmarked: none of 1 case has a mask, such as Phantom_001_seg.nii.gz, to train on or to score by.",
+        ),
+        (
+            "--brats_dir empty_masks --recipe paper --slices head",
+            "No mask has a pixel of tumour. Are these the right masks, and the right slices?",
+        ),
+        (
+            "--do_train false --model_name_or_path runs/data --test_dir data --neighbours 1",
+            "--test_dir data holds pictures, and the model takes slices of scans with 1 on each side. Name a folder",
+        ),
+        ("--do_train false --model_name_or_path runs/data --test_dir nothing", "--test_dir nothing is empty."),
     ],
 )
 def test_data_of_a_training(refused, caplog, line, message):

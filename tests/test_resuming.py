@@ -4,11 +4,18 @@ import json
 import os
 import shutil
 import signal
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from arguments import parse_arguments, resume_arguments  # noqa: E402 - the scripts are no package
+from provenance import RECORD, RESULTS_FILE, find_checkpoint, write_json  # noqa: E402
 
 from sam2unet_hf.training.resume import StopOnSigterm, last_complete_checkpoint, why_incomplete
 
@@ -79,3 +86,61 @@ def test_sigterm_is_left_to_whoever_had_it_though_training_began_twice():
     assert signal.getsignal(signal.SIGTERM) == stop._on_signal
     stop.on_train_end(None, None, None)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.fixture
+def begun(output_dir, tmp_path_factory, monkeypatch):
+    """The working directory has a run in `run`."""
+    folder = tmp_path_factory.mktemp("work")
+    shutil.copytree(output_dir, folder / "run")
+    monkeypatch.chdir(folder)
+
+
+def arguments_of(*words):
+    model_args, data_args, args = parse_arguments(["--brats_dir", "scans", "--output_dir", "run", *words])
+    return resume_arguments(model_args, data_args, args), args
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--split_seed", "5"],
+            r"other values of split_seed, .* Start again with --split_seed 0, or",
+        ),
+        (
+            ["--modalities", "t2"],
+            r"other values of modalities, .* with --modalities flair, or start a",
+        ),
+        (
+            ["--preset", "small"],
+            r"other values of preset, .* Start again with --preset tiny, or start",
+        ),
+        (["--regions", "WT=1"], r"other values of regions, .* Start again without --regions, or start a new run"),
+    ],
+)
+@pytest.mark.parametrize("named", ["true", "run/checkpoint-10"])
+def test_a_run_is_not_trained_further_on_other_data(begun, words, message, named):
+    arguments, _ = arguments_of()
+    write_json(Path("run", RECORD), {"arguments": arguments})
+    write_json(Path("run", RESULTS_FILE), {})
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match=message):
+        find_checkpoint(*arguments_of(*words, "--resume_from_checkpoint", named))
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_is_trained_further_with_other_settings_which_is_said(begun, caplog):
+    write_json(Path("run", RECORD), {"arguments": arguments_of()[0]})
+    more = ["--num_train_epochs", "60", "--learning_rate", "0.01", "--resume_from_checkpoint", "true"]
+    assert find_checkpoint(*arguments_of(*more)) == str(Path("run", "checkpoint-10"))
+    assert "Training run further, which was begun with --learning_rate 0.0005 --num_train_epochs 30.0." in caplog.text
+
+
+def test_an_unfinished_run_says_how_it_was_begun(begun):
+    write_json(Path("run", RECORD), {"arguments": arguments_of("--modalities", "t1ce", "t2")[0]})
+    expected = r"Start again with --modalities t1ce t2 and without --regions to go on"
+    with pytest.raises(SystemExit, match=expected):
+        find_checkpoint(*arguments_of("--regions", "WT=1"))
+    with pytest.raises(SystemExit, match=r"Start again with --recipe volume to go on with it, or pass --overwrite"):
+        find_checkpoint(*arguments_of("--recipe", "paper"))

@@ -344,6 +344,15 @@ def test_two_steps_move_the_trainable_weights_alone(rows, tmp_path):
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
+def test_a_loss_that_is_no_number_ends_the_training_at_once(rows, tmp_path):
+    trainer = make_trainer(small_model(), rows, tmp_path, max_steps=9, learning_rate=1e30, warmup_steps=0)
+    with pytest.raises(
+        FloatingPointError, match=r"The loss is nan at step [2-8]. Lower `learning_rate` \(1e\+30\), or"
+    ):
+        trainer.train()
+    assert not trainer.state.log_history
+
+
 @pytest.mark.parametrize("name", ["remove_unused_columns", "prediction_loss_only", "dataloader_persistent_workers"])
 def test_arguments_that_would_drop_images_or_scores_raise(rows, tmp_path, name):
     arguments = TrainingArguments(tmp_path, use_cpu=True, **{"remove_unused_columns": False, name: True})

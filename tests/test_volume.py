@@ -489,8 +489,7 @@ def test_a_checkpoint_with_the_code_beside_it_segments_without_the_package(cohor
     processor = Sam2UNetImageProcessor(regions=REGIONS, size={"height": 64, "width": 64}, modalities=THREE)
     for part in (segment.model, processor):
         part.save_pretrained(tmp_path / "model")
-    rules = CleanUp({"WT": RegionRule(threshold=0.6, min_component_ml=0.5)})
-    rules.save(tmp_path / "model")
+    CleanUp({"WT": RegionRule(threshold=0.52)}).save(tmp_path / "model")
     done = forks.run(
         ["-c", FROM_CHECKPOINT, tmp_path / "model", case.folder, tmp_path],
         cwd=tmp_path,
@@ -498,9 +497,9 @@ def test_a_checkpoint_with_the_code_beside_it_segments_without_the_package(cohor
     )
     assert done.returncode == 0, done.stderr
     assert "The model segments flair, t1ce, t2 together, got the one file" in done.stdout
-    expected = Sam2UNetVolumePipeline(segment.model, processor, clean_up=rules)(case, progress=False).label_map
+    with_rules = Sam2UNetVolumePipeline.from_pretrained(tmp_path / "model", device="cpu")
+    expected, found = with_rules(case, progress=False).label_map, np.load(tmp_path / "found.npz")
     assert not np.array_equal(expected, segment(case, progress=False).label_map)
-    found = np.load(tmp_path / "found.npz")
     assert len(found.files) == 4
     for name in found.files:
         assert np.array_equal(found[name], expected), name

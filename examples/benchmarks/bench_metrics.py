@@ -1,23 +1,24 @@
 #!/usr/bin/env python
-"""Time all seven metrics against `py_sod_metrics`, in turn, on one thread.
+"""Time all seven metrics, as the public `evaluate` module computes them, against `py_sod_metrics`, in turn.
 
 python examples/benchmarks/bench_metrics.py
+
+Small tumours and masks that fill half of the image are scored with one thread and with the libraries' default number
+of threads, alone and beside a process that keeps one core busy, each in a process of its own.
 """
 
-import os
-
-
-# Set them before NumPy is imported, which reads them once.
-for library in ("OMP", "OPENBLAS", "MKL"):
-    os.environ[f"{library}_NUM_THREADS"] = "1"
-
 import argparse
+import contextlib
 import functools
+import itertools
 import json
+import os
 import platform
+import subprocess
+import sys
 import timeit
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import evaluate
@@ -25,23 +26,28 @@ import numpy as np
 import py_sod_metrics
 from scipy import ndimage
 
-from sam2unet_hf.metrics import Accumulator, functional
+from sam2unet_hf.metrics import Accumulator, distances, functional
 
 
-def make_pair(size: int, seed: int, background: float = -9, scattered: bool = False) -> tuple[np.ndarray, np.ndarray]:
+# NumPy and other libraries read them when they are imported.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def make_pair(size: int, seed: int, background: float = -9, kind: str = "tumour") -> tuple[np.ndarray, np.ndarray]:
     """Draw a noisy prediction, as probabilities, and its boolean reference, both of shape `(size, size)`.
 
-    The logit is about 7 in the lesion and `background` far from it: at -9, as of a trained network, 8-bit maps are 0
-    there, at -4 they are 0 nowhere. Scattered lesions are spots all over the image, on which the distance transform
-    takes longest. Lesions cover 2 to 8 % of the image, as tumours in BraTS slices do.
+    The logit is about 7 in the mask and `background` far from it: at -9, as of a trained network, 8-bit maps are 0
+    there, at -4 they are 0 nowhere. A "tumour" covers 2 to 8 % of the image, as in BraTS slices, and so do "spots" all
+    over the image, on which the distance transform takes longest. "half" covers half of it.
     """
     generator = np.random.default_rng(seed)
     field = ndimage.gaussian_filter(generator.standard_normal((size, size)), size / 16)
-    if not scattered:
+    if kind == "tumour":
         row, column = generator.uniform(0.3, 0.7, 2) * size
         rows, columns = np.ogrid[:size, :size]
         field = field / field.std() - np.hypot(rows - row, columns - column) / (0.05 * size)
-    reference = field > np.quantile(field, 1 - generator.uniform(0.02, 0.08))
+    share = 0.5 if kind == "half" else generator.uniform(0.02, 0.08)
+    reference = field > np.quantile(field, 1 - share)
     noise = ndimage.gaussian_filter(generator.standard_normal((size, size)), 4) * 12
     logits = ndimage.gaussian_filter(np.where(reference, 7.0, background), 3) + noise
     return 1 / (1 + np.exp(-logits)), reference
@@ -73,14 +79,6 @@ def score_with_py_sod_metrics(pairs: list, normalize: bool) -> dict[str, float]:
     return scores
 
 
-def score_with_ours(pairs: list, normalize: bool) -> dict[str, float]:
-    """Score a data set by `sam2unet_hf.metrics.functional`."""
-    accumulator = Accumulator()
-    for pair in pairs:
-        accumulator.add(functional.score(*pair, normalize="minmax" if normalize else None))
-    return accumulator.result()
-
-
 def score_with_evaluate(pairs: list, metric: evaluate.EvaluationModule) -> dict[str, float]:
     """Score a data set by the public module."""
     for prediction, reference in pairs:
@@ -88,13 +86,11 @@ def score_with_evaluate(pairs: list, metric: evaluate.EvaluationModule) -> dict[
     return metric.compute()
 
 
-def compare(pairs: list, normalize: bool, through_evaluate: bool, rounds: int) -> dict[str, float]:
+def compare(pairs: list, normalize: bool, rounds: int) -> dict[str, float]:
     """Time both on all pairs in turn, and check that their results agree."""
-    ours = functools.partial(score_with_ours, pairs, normalize)
-    if through_evaluate:
-        path = Path(functional.__file__).with_name("segmentation_report.py")
-        metric = evaluate.load(str(path), normalize="minmax" if normalize else None)
-        ours = functools.partial(score_with_evaluate, pairs, metric)
+    path = Path(functional.__file__).with_name("segmentation_report.py")
+    metric = evaluate.load(str(path), normalize="minmax" if normalize else None)
+    ours = functools.partial(score_with_evaluate, pairs, metric)
     theirs = functools.partial(score_with_py_sod_metrics, pairs, normalize)
     scores = ours()
     difference = max(abs(scores[name] - value) for name, value in theirs().items())
@@ -122,7 +118,8 @@ def profile(prediction: np.ndarray, reference: np.ndarray, rounds: int) -> dict[
         "E-measure of the counts": lambda: functional.e_measure(counts),
         "S-measure": lambda: functional.s_measure(pair),
         "weighted F-measure": lambda: functional.weighted_f_beta(pair),
-        "of which distance transform (SciPy)": functools.partial(
+        "of which distance transform": lambda: distances.squared_distance(reference),
+        "SciPy's distance transform": functools.partial(
             ndimage.distance_transform_edt, ~reference, return_distances=False, return_indices=True
         ),
         "MAE": lambda: functional.mean_absolute_error(pair),
@@ -133,30 +130,66 @@ def profile(prediction: np.ndarray, reference: np.ndarray, rounds: int) -> dict[
     return {name: round(float(seconds) * 1e3, 3) for name, seconds in medians.items()}
 
 
-def main() -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=16, help="pairs per size")
-    parser.add_argument("--rounds", type=int, default=10, help="how often the pairs of a size are scored")
-    parser.add_argument("--output", type=Path, help="write the results to this JSON file")
-    args = parser.parse_args()
+def measure(sizes: list[int], num_pairs: int, rounds: int, with_parts: bool) -> dict:
+    """Return times and ratios by kind of image, and those of our parts if asked for."""
     warnings.simplefilter("ignore")
     # Free much memory once, which the process keeps for either library, as one does that has seen a batch of images.
     np.ones(2**21).sum()
-    results: dict = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, one used", "numpy": np.__version__}
-    for size in (352, 240):
-        pairs = [make_pair(size, seed) for seed in range(args.pairs)]
-        soft = [make_pair(size, seed, background=-4) for seed in range(args.pairs)]
-        spots = [make_pair(size, seed, background=-4, scattered=True) for seed in range(args.pairs)]
-        for name, images, normalize in (
-            ("8-bit maps, reference protocol", to_8_bit(pairs), True),
-            ("8-bit maps that are nowhere 0", to_8_bit(soft), True),
-            ("probabilities", pairs, False),
-            ("probabilities, scattered masks", spots, False),
+    results = {}
+    for size in sizes:
+        tumours, soft, spots, half = (
+            [make_pair(size, seed, background, kind) for seed in range(num_pairs)]
+            for background, kind in ((-9, "tumour"), (-4, "tumour"), (-4, "spots"), (-9, "half"))
+        )
+        for name, pairs, normalize in (
+            ("tumours, 8-bit maps, reference protocol", to_8_bit(tumours), True),
+            ("tumours, 8-bit maps that are nowhere 0", to_8_bit(soft), True),
+            ("tumours, probabilities", tumours, False),
+            ("scattered spots, probabilities", spots, False),
+            ("half of the image, 8-bit maps, reference protocol", to_8_bit(half), True),
+            ("half of the image, probabilities", half, False),
         ):
-            results[f"{size}x{size}, {name}"] = compare(images, normalize, False, args.rounds)
-            if images is not spots:
-                results[f"{size}x{size}, {name}, through evaluate"] = compare(images, normalize, True, args.rounds)
-        results[f"{size}x{size}, ms of each part"] = profile(*pairs[0], rounds=10 * args.rounds)
+            results[f"{size}x{size}, {name}"] = compare(pairs, normalize, rounds)
+        if with_parts:
+            for name, pairs in (("tumour", tumours), ("half of the image", half)):
+                results[f"{size}x{size}, {name}, ms of each part"] = profile(*pairs[0], rounds=10 * rounds)
+    return results
+
+
+@contextlib.contextmanager
+def busy_core() -> Iterator[None]:
+    """Keep one core busy."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def main() -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[352, 240], help="width and height of the images")
+    parser.add_argument("--pairs", type=int, default=16, help="pairs per size")
+    parser.add_argument("--rounds", type=int, default=10, help="how often the pairs of a size are scored")
+    parser.add_argument("--threads", nargs="+", choices=("one", "default"), default=["one", "default"])
+    parser.add_argument("--beside", nargs="+", choices=("nothing", "busy"), default=["nothing", "busy"])
+    parser.add_argument("--parts", action="store_true", help="time each part of ours, too")
+    parser.add_argument("--output", type=Path, help="write the results to this JSON file")
+    parser.add_argument("--here", action="store_true", help="measure in this process, with its threads")
+    args = parser.parse_args()
+    if args.here:
+        results = measure(args.sizes, args.pairs, args.rounds, args.parts)
+    else:
+        results = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "numpy": np.__version__}
+        for threads, beside in itertools.product(args.threads, args.beside):
+            environment = {name: value for name, value in os.environ.items() if name not in THREAD_VARIABLES}
+            environment |= dict.fromkeys(THREAD_VARIABLES, "1") if threads == "one" else {}
+            with busy_core() if beside == "busy" else contextlib.nullcontext():
+                command = [sys.executable, __file__, *sys.argv[1:], "--here"]
+                output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout
+            place = "beside a busy process" if beside == "busy" else "alone"
+            results[f"{threads} thread{'s' * (threads == 'default')}, {place}"] = json.loads(output)
     text = json.dumps(results, indent=2)
     if args.output:
         args.output.write_text(text + "\n")

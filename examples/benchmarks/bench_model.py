@@ -38,6 +38,7 @@ from transformers import Sam2HieraDetModel
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation
 from sam2unet_hf.configuration_sam2unet import PRESETS
+from sam2unet_hf.weights_sam2unet import SAM2_NAMES, rename
 
 
 class PaddedEncoder(Sam2HieraDetModel):
@@ -55,6 +56,34 @@ class PaddedEncoder(Sam2HieraDetModel):
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         maps = super().forward(pixel_values).intermediate_hidden_states
         return tuple(feature_map.permute(0, 3, 1, 2) for feature_map in maps)
+
+
+class ReferenceVariant(nn.Module):
+    """SAM 2's own `Hiera` with an adapter before each block, and all three outputs, as in the reference."""
+
+    def __init__(self, model: Sam2UNetForSemanticSegmentation):
+        super().__init__()
+        from sam2.modeling.backbones.hieradet import Hiera
+
+        config = model.config.backbone_config
+        self.encoder = Hiera(
+            embed_dim=config.hidden_size,
+            num_heads=config.num_attention_heads_per_stage[0],
+            stages=config.blocks_per_stage,
+            window_pos_embed_bkg_spatial_size=config.window_positional_embedding_background_size,
+            window_spec=config.window_size_per_stage,
+            global_att_blocks=config.global_attention_blocks,
+        )
+        ours = model.encoder.state_dict()
+        self.encoder.load_state_dict({name: ours[rename(name, SAM2_NAMES)] for name in self.encoder.state_dict()})
+        for block, adapted in zip(self.encoder.blocks, model.encoder.blocks, strict=True):
+            block.adapter = adapted.adapter
+            block.register_forward_pre_hook(lambda block, inputs: block.adapter(*inputs))
+        self.decode_head = model.decode_head
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        outputs = self.decode_head(*self.encoder(pixel_values), output_auxiliary_logits=True)
+        return [F.interpolate(scores, size=pixel_values.shape[-2:], mode="bilinear") for scores in outputs][0]
 
 
 def plain_loss(outputs: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:

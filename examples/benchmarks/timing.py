@@ -1,19 +1,25 @@
 """What the benchmarks share: options, timing in turn, counting of operations, agreement of masks, and the report."""
 
 import argparse
+import contextlib
+import copy
 import gc
 import json
+import multiprocessing
 import os
 import platform
 import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -90,6 +96,88 @@ def count_flops(model: torch.nn.Module, pixel_values: torch.Tensor) -> int:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.eval()(pixel_values)
     return counter.get_total_flops()
+
+
+def flops_of(model: torch.nn.Module, shape: Sequence[int]) -> int:
+    """Count the operations of a forward pass over inputs of a shape, without computing it."""
+    return count_flops(copy.deepcopy(model).to("meta", torch.float32), torch.empty(shape, device="meta"))
+
+
+@dataclass
+class Competitor:
+    """What a process of its own runs.
+
+    Args:
+        run: Returns an array, or what becomes one by reading it, to be compared with those of others.
+        flops: Returns the operations of the last run.
+    """
+
+    run: Callable[[], Any]
+    flops: Callable[[], int]
+
+
+_own: dict[str, Any] = {}  # what a process keeps between calls
+
+
+def _prepare(prepare: Callable[[], Competitor], warmup: int) -> None:
+    reset_peak_memory("cpu")
+    _own["libraries_gb"] = peak_memory_gb("cpu")
+    _own["competitor"] = prepare()
+    for _ in range(warmup):
+        _own["competitor"].run()
+    reset_peak_memory("cpu")
+
+
+def _run() -> float:
+    turn = {"run": lambda: _own.update(output=_own["competitor"].run())}
+    (seconds,) = time_in_turn(turn, rounds=1, warmup=0)["run"]
+    return seconds
+
+
+def _finish() -> dict[str, Any]:
+    found = {"peak_gb": peak_memory_gb("cpu"), "libraries_gb": _own["libraries_gb"]}
+    return found | {"output": np.asarray(_own["output"]), "flops": _own["competitor"].flops()}
+
+
+def in_processes(
+    competitors: Mapping[str, Callable[[], Competitor]],
+    rounds: int,
+    warmup: int = 1,
+    initializer: Callable[[], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Let competitors take turns on the CPU, each in a process of its own, and return what each took.
+
+    Args:
+        competitors: What prepares each in its process; it must be picklable.
+        rounds: How often each is timed.
+        warmup: How often each runs before.
+        initializer: Called first in each process.
+
+    Returns:
+        By name `seconds` of each round, `peak_gb` of the process, of which `libraries_gb` were there before the
+        competitor was prepared, `flops` and `output` of the last run. Or `left_out` alone: why it cannot be prepared.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        pools = {}
+        for name, prepare in competitors.items():
+            pool = stack.enter_context(ProcessPoolExecutor(1, mp_context=context, initializer=initializer))
+            try:
+                pool.submit(_prepare, prepare, warmup).result()
+            except Exception as err:  # such as that there is no compiler; the others go on
+                found[name] = {"left_out": str(err).strip().split("\n")[0]}
+                pool.shutdown()
+                continue
+            found[name] = {"seconds": []}
+            pools[name] = pool
+        for _ in range(rounds):
+            for name, pool in pools.items():
+                found[name]["seconds"].append(pool.submit(_run).result())
+                print(f"{name}: {found[name]['seconds'][-1]:.3f} s", file=sys.stderr)
+        for name, pool in pools.items():
+            found[name] |= pool.submit(_finish).result()
+    return found
 
 
 def mask_iou(masks: Sequence[Any], others: Sequence[Any]) -> float:

@@ -1,5 +1,6 @@
 """Enhanced-alignment measure of predicted masks, as an `evaluate` module."""
 
+from .distances import squared_distance
 from .functional import score
 from .segmentation_metric import CONSTANT_PREDICTION, SegmentationMetric
 from .streaming_metric import MetricFacts

@@ -5,12 +5,14 @@ values are those of `py_sod_metrics`, which the authors of SAM2-UNet use; where 
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from scipy import ndimage
+
+from .distances import FRAME, REACH, bounding_box, nearest_pixels, squared_distance
 
 
 # Dice, IoU, F and E are known at 258 thresholds: probability > 0.5, the adaptive one, and >= 0/255 ... 255/255.
@@ -19,10 +21,9 @@ NUM_THRESHOLDS = 258
 METRICS = (*CURVES, "s_measure", "weighted_f_beta", "mae")
 EPS = float(np.finfo(np.float64).eps)
 OBJECT_WEIGHT = 0.5  # of the S-measure's objects against its regions, as in the paper
-# 1-D factor of the 7x7 Gaussian with sigma 5 of the weighted F-measure, and how far it reaches.
+# 1-D factor of the 7x7 Gaussian with sigma 5 of the weighted F-measure.
 _GAUSSIAN = np.exp(-(np.arange(-3.0, 4.0) ** 2) / 50)
 _GAUSSIAN /= _GAUSSIAN.sum()
-_REACH = 3
 
 
 class MaskPair(NamedTuple):
@@ -30,10 +31,9 @@ class MaskPair(NamedTuple):
 
     probability: np.ndarray  # in [0, 1], contiguous float64 array of shape (height, width)
     mask: np.ndarray  # boolean, of the same shape
-    rows: np.ndarray  # of the pixels of the mask, in reading order
-    columns: np.ndarray  # of the same pixels
-    inside: np.ndarray  # probabilities of the same pixels
+    inside: np.ndarray  # probabilities of the pixels of the mask, in reading order
     sum: float  # of all probabilities
+    box: tuple[slice, slice]  # rows and columns that hold the mask, both empty if it is empty
 
 
 class ThresholdCounts(NamedTuple):
@@ -118,10 +118,8 @@ def to_mask(reference: Any) -> np.ndarray:
 
 def make_pair(probability: np.ndarray, mask: np.ndarray) -> MaskPair:
     """Put what [`to_probability`] and [`to_mask`] returned together, both of shape `(height, width)`."""
-    at = np.flatnonzero(mask)
-    rows = at // mask.shape[1]
-    columns = at - rows * mask.shape[1]
-    return MaskPair(probability, mask, rows, columns, probability.ravel().take(at), float(probability.sum()))
+    box = bounding_box(mask)
+    return MaskPair(probability, mask, probability[box][mask[box]], float(probability.sum()), box)
 
 
 def count_at_thresholds(pair: MaskPair) -> ThresholdCounts:
@@ -136,30 +134,30 @@ def _count_above(probability: np.ndarray, adaptive: float) -> np.ndarray:
     """Return the number of pixels above 0.5, not below the adaptive threshold, and not below each of 256 levels."""
     counts = np.empty(NUM_THRESHOLDS, dtype=np.int64)
     counts[0], counts[1] = np.count_nonzero(probability > 0.5), np.count_nonzero(probability >= adaptive)
-    levels = np.empty(probability.size, dtype=np.uint16)
+    levels = np.empty(probability.size, dtype=np.uint8)
     np.multiply(probability.ravel(), 255, out=levels, casting="unsafe")
-    bright = np.count_nonzero(levels)
-    if 4 * bright < levels.size:
+    if 4 * np.count_nonzero(levels) < levels.size:
         histogram = np.bincount(levels[levels > 0], minlength=256)
+    elif levels.size < 2**15 or levels.size % 2:
+        histogram = np.bincount(levels, minlength=256)
     else:
-        # Count neighbours, which are often alike, in four histograms: counting a level twice in a row is slow.
-        levels += _lanes(levels.size)
-        histogram = np.bincount(levels, minlength=4 * 256).reshape(4, 256).sum(axis=0)
+        # Count two neighbours at once. They are often alike, and to count one level many times in a row is slow.
+        pairs = np.bincount(levels.view(np.uint16), minlength=2**16).reshape(256, 256)
+        histogram = pairs.sum(axis=0) + pairs.sum(axis=1)
     # The sums from bright to dark are the numbers of pixels at or above each level.
     np.cumsum(histogram[::-1], out=counts[:1:-1])
     counts[2] = levels.size
     return counts
 
 
-@functools.lru_cache(maxsize=8)
-def _lanes(size: int) -> np.ndarray:
-    return (np.arange(size) % 4 * 256).astype(np.uint16)
-
-
 def _sum_of_products(first: np.ndarray, second: np.ndarray) -> float:
     # Not by `@` or `np.vdot`, whose BLAS starts threads that wait for each other on a busy machine.
     axes = "ij"[-first.ndim :]
     return float(np.einsum(f"{axes},{axes}->", first, second))
+
+
+def _squares(values: np.ndarray) -> float:
+    return _sum_of_products(values, values)
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray, zero_division: float) -> np.ndarray:
@@ -226,16 +224,14 @@ def s_measure(pair: MaskPair) -> float:
     foreground, background = inside.size, mask.size - inside.size
     if not foreground or not background:
         return total / mask.size if foreground else 1 - total / mask.size
-    inside_mean, outside_mean = float(inside.mean()), (total - float(inside.sum())) / background
+    inside_sum = float(inside.sum())
+    inside_mean, outside_mean = inside_sum / foreground, (total - inside_sum) / background
     regions, square = _region_similarity(pair)
-    outside_variance = (square - _sum_of_products(inside, inside) - background * outside_mean**2) / max(
-        background - 1, 1
-    )
+    outside_variance = (square - _squares(inside) - background * outside_mean**2) / max(background - 1, 1)
     if outside_variance < 1e-7:
         # The difference of two sums would lose most of its digits.
-        deviation = pair.probability[~mask] - outside_mean
-        outside_variance = _sum_of_products(deviation, deviation) / max(background - 1, 1)
-    inside_variance = float(np.square(inside - inside_mean).sum()) / max(foreground - 1, 1)
+        outside_variance = _squares(pair.probability[~mask] - outside_mean) / max(background - 1, 1)
+    inside_variance = _squares(inside - inside_mean) / max(foreground - 1, 1)
     objects = foreground / mask.size * _object_similarity(inside_mean, inside_variance)
     objects += background / mask.size * _object_similarity(1 - outside_mean, outside_variance)
     return max(0.0, OBJECT_WEIGHT * objects + (1 - OBJECT_WEIGHT) * regions)
@@ -247,21 +243,24 @@ def _object_similarity(mean: float, variance: float) -> float:
 
 def _region_similarity(pair: MaskPair) -> tuple[float, float]:
     """Return the structural similarity of four quadrants, weighted by size, and the sum of squared probabilities."""
-    probability, mask, rows, columns, inside, _ = pair
-    # The quadrants meet behind the pixel of the mask's centre, as in the authors' code.
-    row, column = round(rows.mean()) + 1, round(columns.mean()) + 1
-    quadrant_of = 2 * (rows >= row) + (columns >= column)
-    references = np.bincount(quadrant_of, minlength=4).tolist()
-    inside_sums = np.bincount(quadrant_of, weights=inside, minlength=4).tolist()
-    quadrants = [(a, b) for a in (slice(0, row), slice(row, None)) for b in (slice(0, column), slice(column, None))]
+    probability, mask, inside, _, box = pair
+    halves = []
+    for axis, part in enumerate(box):
+        pixels = np.add.reduce(mask[box], axis=1 - axis, dtype=np.int32)
+        total = int(np.multiply(pixels, np.arange(part.start, part.stop), dtype=np.int64).sum())
+        # The quadrants meet behind the pixel of the mask's centre, as in the authors' code.
+        middle = round(total / inside.size) + 1
+        halves.append(((slice(0, middle), slice(part.start, middle)), (slice(middle, None), slice(middle, part.stop))))
     similarity, squares = 0.0, 0.0
-    for quadrant, reference, inside_sum in zip(quadrants, references, inside_sums, strict=True):
-        values = probability[quadrant]
+    for (rows, box_rows), (columns, box_columns) in itertools.product(*halves):
+        values = probability[rows, columns]
         # A centre in the last row or column leaves quadrants empty; `py_sod_metrics` returns NaN then.
         if not values.size:
             continue
+        found = probability[box_rows, box_columns][mask[box_rows, box_columns]]
+        reference, inside_sum = found.size, float(found.sum())
         weight, share = values.size / mask.size, reference / values.size
-        square, sum_ = _sum_of_products(values, values), float(values.sum())
+        square, sum_ = _squares(values), float(values.sum())
         squares += square
         if 0 < reference < values.size:
             mean = sum_ / values.size
@@ -292,55 +291,47 @@ def weighted_f_beta(pair: MaskPair, zero_division: float = 0.0) -> float:
 
     Source: Margolin et al., CVPR 2014, doi 10.1109/CVPR.2014.39.
     """
-    probability, mask, _, _, inside, _ = pair
+    probability, mask, inside, _, box = pair
     if not inside.size:
         return 0.0 if (probability > 0.5).any() else zero_division
-    # Compute in the box around mask and prediction alone, since there is no error outside of it.
-    inner = _bounding_box(pair.rows, pair.columns, mask.shape, margin=_REACH)
-    outer: tuple[slice, ...] = (slice(0, mask.shape[0]), slice(0, mask.shape[1]))
+    # There is no error where prediction and mask are 0.
+    part: tuple[slice, slice] = (slice(0, mask.shape[0]), slice(0, mask.shape[1]))
     if not all(edge.any() for edge in (probability[0], probability[-1], probability[:, 0], probability[:, -1])):
         needed = probability > 0
-        needed[inner] = True
-        outer = _bounding_box(np.flatnonzero(needed.any(axis=1)), np.flatnonzero(needed.any(axis=0)), mask.shape)
-    at = (pair.rows - inner[0].start, pair.columns - inner[1].start)
-    inner = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(inner, outer, strict=True))
-    probability, mask = probability[outer], mask[outer]
-    rows, columns = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
-    squared_distance = np.square(rows - np.arange(mask.shape[0], dtype=np.int32)[:, None])
-    across = columns - np.arange(mask.shape[1], dtype=np.int32)
-    squared_distance += np.square(across, out=across)
-    weights = _background_weights().take(squared_distance.astype(np.intp), mode="clip")
-    false_positive = _sum_of_products(probability, weights)
-
-    # An error in the mask counts no more than the mean error around it, where each pixel outside the mask takes the
-    # error of the nearest pixel inside.
-    nearest = probability.ravel().take(rows[inner] * np.int32(mask.shape[1]) + columns[inner], mode="clip")
-    missed = np.minimum(1 - inside, _blur_at(1 - nearest, *at))
-    true_positive = missed.size - missed.sum()
-    recall = 1 - missed.mean()
+        needed[box] = True
+        part = bounding_box(needed)
+    weights = _background_weights().take(squared_distance(mask[part]), mode="clip")
+    false_positive = _sum_of_products(probability[part], weights)
+    missed = _missed(pair)
+    true_positive = inside.size - missed
+    recall = 1 - missed / inside.size
     precision = true_positive / (true_positive + false_positive + EPS)
     return float(2 * recall * precision / (recall + precision + EPS))
 
 
-def _blur_at(image: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Return the image under the Gaussian at some pixels; what lies outside the image is 0."""
-    width = image.shape[1] + 2 * _REACH
-    padded = np.zeros((image.shape[0] + 2 * _REACH, width))
-    padded[_REACH:-_REACH, _REACH:-_REACH] = image
-    # Blur all rows, laid end to end, but columns only at the pixels asked for, which are few.
-    blurred = np.correlate(padded.ravel(), _GAUSSIAN, mode="same")
-    at = (rows + _REACH) * width + columns + _REACH
-    result = _GAUSSIAN[_REACH] * blurred.take(at)
-    for step in range(1, _REACH + 1):
-        result += _GAUSSIAN[_REACH + step] * (blurred.take(at - step * width) + blurred.take(at + step * width))
-    return result
-
-
-def _bounding_box(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, ...], margin: int = 0) -> tuple[slice, ...]:
-    return tuple(
-        slice(max(int(numbers.min()) - margin, 0), min(int(numbers.max()) + 1 + margin, size))
-        for numbers, size in zip((rows, columns), shape, strict=True)
+def _missed(pair: MaskPair) -> float:
+    """Return the sum of the errors in the mask, where each counts no more than the mean error around it."""
+    # Compute in the box around the mask, with a frame of error 0, as all errors outside the image are.
+    rows, columns = (
+        slice(max(axis.start - REACH, 0), min(axis.stop + REACH, size))
+        for axis, size in zip(pair.box, pair.mask.shape, strict=True)
     )
+    mask = pair.mask[rows, columns]
+    errors = np.zeros([size + 2 * FRAME for size in mask.shape])
+    errors[FRAME:-FRAME, FRAME:-FRAME][mask] = 1 - pair.inside
+    # Each pixel outside the mask takes the error of the nearest pixel inside.
+    at, nearest = nearest_pixels(mask)
+    flat = errors.ravel()
+    flat[at] = flat.take(nearest)
+    # Rows lie end to end, and the frame keeps them apart.
+    blurred = np.correlate(flat, _GAUSSIAN, mode="same").reshape(errors.shape)
+    flat[at] = 0
+    # The view has a third axis, along which lie the pixels that the Gaussian reaches in a column.
+    height, width = mask.shape[0], errors.shape[1]
+    shape, strides = (height, width, _GAUSSIAN.size), (*blurred.strides, blurred.strides[0])
+    reached = np.ndarray(shape, blurred.dtype, blurred, (FRAME - REACH) * blurred.strides[0], strides)
+    mean = np.einsum("ijk,k->ij", reached, _GAUSSIAN)
+    return float(np.minimum(errors[FRAME:-FRAME], mean, out=mean).sum())
 
 
 def mean_absolute_error(pair: MaskPair) -> float:

@@ -1,5 +1,6 @@
 """Intersection over union of predicted masks, as an `evaluate` module."""
 
+from .distances import squared_distance
 from .functional import score
 from .segmentation_metric import OVERLAP_CASES, SegmentationMetric
 from .streaming_metric import MetricFacts

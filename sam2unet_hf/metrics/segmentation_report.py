@@ -1,5 +1,6 @@
 """All seven metrics of predicted masks at once, as an `evaluate` module."""
 
+from .distances import squared_distance
 from .functional import METRICS, score
 from .segmentation_metric import CONSTANT_PREDICTION, SegmentationMetric
 from .streaming_metric import MetricFacts

@@ -1,5 +1,6 @@
 """Weighted F-measure of predicted masks, as an `evaluate` module."""
 
+from .distances import squared_distance
 from .functional import score
 from .segmentation_metric import SegmentationMetric
 from .streaming_metric import MetricFacts

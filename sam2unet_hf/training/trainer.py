@@ -248,8 +248,18 @@ class Sam2UNetTrainer(LoaderTrainer):
         return result._replace(training_loss=result.metrics["train_loss"])
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Train on a batch as [`~transformers.Trainer`] does, and keep its loss."""
+        """Train on a batch as [`~transformers.Trainer`] does, and keep its loss.
+
+        Raises:
+            FloatingPointError: If the loss is no number any more, as with a learning rate that is too high; under
+                float16 the steps of such losses are left out.
+        """
         loss = super().training_step(*args, **kwargs)
+        if not self.args.fp16 and not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}. Lower `learning_rate` "
+                f"({self.args.learning_rate:g}), or raise `warmup_steps` ({self.args.warmup_steps:g})."
+            )
         self.losses.add(loss, self.state.global_step)
         return loss
 
