@@ -13,6 +13,8 @@ class Sam2UNetVolumeTask(ImageSegmentationPipeline):
     """Segments patients' scans as [`~volume_sam2unet.Sam2UNetVolumePipeline`] does.
 
     `pipeline` takes it for checkpoints of this package with `trust_remote_code=True`. It needs nibabel and SciPy.
+    `clean_up.json` beside the checkpoint that the model was loaded from is applied, so pass `clean_up=False` for a
+    model that was trained since.
 
     Args:
         *args: As of the pipelines of transformers; `pipeline` passes the model.
