@@ -122,7 +122,8 @@ class SegmentationMetrics:
         losses, counts = losses if isinstance(losses, tuple) else (losses, ())
         for scores in torch.as_tensor(prediction.predictions).cpu().numpy():  # perhaps on a GPU
             self._accumulator.add(scores)
-            self._image_dice.append(scores[:, 0])  # of the first metric, Dice, at probability > 0.5
+            # Of the first metric, Dice, at probability > 0.5. A view would keep the scores of the batch.
+            self._image_dice.append(scores[:, 0].copy())
         self._losses.extend(torch.as_tensor(losses).tolist())
         self._counts.extend(torch.as_tensor(counts).cpu().numpy())
         if not compute_result:
