@@ -1,5 +1,6 @@
 """The mistakes that people make on the command line: each is told what is wrong, where, and what to do instead."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +13,15 @@ from transformers import Sam2Config
 
 from dataset_scripts.phantom import __main__ as phantom
 from dataset_scripts.phantom import write_phantom_cohort
-from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor, pictures, volume
+from sam2unet_hf import (
+    Sam2UNetConfig,
+    Sam2UNetForSemanticSegmentation,
+    Sam2UNetImageProcessor,
+    conversion,
+    hub,
+    pictures,
+    volume,
+)
 from sam2unet_hf.export import __main__ as export
 
 
@@ -35,6 +44,7 @@ def there(tmp_path_factory):
     write_phantom_cohort(folder / "scans", num_patients=1, shape=(24, 24, 16))
     small_model(regions={"foreground": [1]}).save_pretrained(folder / "runs" / "data")
     Sam2UNetImageProcessor({"foreground": [1]}).save_pretrained(folder / "runs" / "data")
+    torch.save(torch.nn.Linear(2, 2), folder / "none.pth")
     return folder
 
 
@@ -130,12 +140,21 @@ def test_no_model_is_named_before_the_data_is_read(refused, regions):
             "data holds no config.json, so that it is no SAM2-UNet. Name the folder of a run or of a checkpoint, or",
         ),
         ("runs", "Name the folder of a run or of a checkpoint, such as runs/data, or a Hub id."),
-        ("nowhere", "There is no folder nowhere, and none could be fetched from the Hub: "),
+        ("nowhere", "There is no folder nowhere, and none could be fetched from the Hub: HF_HUB_OFFLINE is set, and"),
+        (
+            "runs/dta",
+            "There is no folder runs/dta (did you mean runs/data?), and none could be fetched from the Hub: ",
+        ),
+        (
+            "./rnus/data",
+            "There is no folder ./rnus/data (did you mean runs/data?). Name the folder of a run or of a checkpoint,",
+        ),
         ("runs/data/model.safetensors", "runs/data/model.safetensors is a file. Name the folder that holds it."),
         ("runs/data/config.json", "runs/data/config.json is a file. Name the folder that holds it."),
     ],
 )
-def test_models_that_are_none(refused, name, message):
+def test_models_that_are_none(refused, monkeypatch, name, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for main, line in (
         (run_segmentation.main, f"--dataset_name data --regions foreground=1 --model_name_or_path {name}"),
         (volume.main, f"{name} scans -o runs"),
@@ -144,6 +163,44 @@ def test_models_that_are_none(refused, name, message):
         (error_analysis.main, f"--model {name} --dataset_name data"),
     ):
         assert message in refused(main, line)
+
+
+@pytest.mark.parametrize(
+    ("main", "line", "message"),
+    [
+        (
+            conversion.main,
+            "./runs/dta new",
+            "There is no folder ./runs/dta (did you mean runs/data?). Name a folder or",
+        ),
+        (conversion.main, "runs/dta new", "There is no folder runs/dta (did you mean runs/data?), and none could be"),
+        (conversion.main, "one.pth new", "No checkpoint file at one.pth (did you mean none.pth?)."),
+        (hub.main, "card runs/dta", "There is no folder runs/dta (did you mean runs/data?). Name that of a run"),
+        (
+            hub.main,
+            "ensemble runs/dta me/it",
+            "There is no folder runs/dta (did you mean runs/data?). Name the folder",
+        ),
+    ],
+)
+def test_sources_that_are_not_there(refused, monkeypatch, main, line, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert message in refused(main, line)
+
+
+def test_a_file_of_other_objects_is_told_in_one_line(refused):
+    text = refused(conversion.main, "none.pth new")
+    assert "(Unsupported global: GLOBAL torch.nn.modules.linear.Linear was not an allowed global by default)" in text
+    assert "weights_only" not in text
+
+
+def test_no_command_is_imported_by_the_package():
+    code = "import sys, sam2unet_hf; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    package = Path(volume.__file__).parent
+    commands = {f"sam2unet_hf.{path.stem}" for path in package.glob("*.py") if '"__main__"' in path.read_text()}
+    assert "sam2unet_hf.conversion" in commands
+    assert commands.isdisjoint(modules), "Python warns of a module that is imported before it runs as a command"
 
 
 def test_a_model_of_another_type_is_none(tmp_path):
