@@ -8,7 +8,7 @@ import datasets
 from data_checks import check_paths
 from processes import exit_on
 
-from sam2unet_hf.pictures import IMAGE_SUFFIXES, SCAN_SUFFIXES, find_pictures, first_file
+from sam2unet_hf.pictures import IMAGE_SUFFIXES, MASK_FOLDERS, SCAN_SUFFIXES, find_pictures, first_file
 
 
 SPLITS = {
@@ -18,7 +18,6 @@ SPLITS = {
 }
 # Names of folders, in any case; the first one that is there is taken.
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
-MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "annotation", "segmentations", "segmentation", "gt")
 
 
 def image_mask_folders(folder: Path) -> dict[str, tuple[Path, Path]]:

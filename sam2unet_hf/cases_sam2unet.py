@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from .labels_sam2unet import NUMBERINGS, numberings_of, region_ids, to_label_ids
 from .scans_sam2unet import DECATHLON_ORDER, MODALITIES, ScanError, Volume, check_same_grid, read_volume, read_volumes
 
@@ -25,6 +27,7 @@ _FILE_NAME = re.compile(
 )
 _MISNAMED_MASK = re.compile(r"W39_1998\.09\.19_Segm\.nii(?:\.gz)?")  # case 355 of BraTS 2020, as released
 _DECATHLON_NAME = re.compile(r"(BRATS_\d+)\.nii(?:\.gz)?", re.IGNORECASE)
+_DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _NNUNET_NAME = re.compile(r".+_\d{4}\.nii(?:\.gz)?", re.DOTALL | re.IGNORECASE)
 
 _OLD_ENDINGS, _NEW_ENDINGS = (",".join(ending[1:] for ending in year) for year in zip(*_ENDINGS.values(), strict=True))
@@ -37,6 +40,8 @@ or all modalities of a case in one file, as the Medical Segmentation Decathlon h
                        must be named itself
 The scans are free for research after registration: https://www.synapse.org/brats (all years) or
 https://www.med.upenn.edu/cbica/brats2020/ (2020). Those of the Decathlon need none: http://medicaldecathlon.com."""
+
+FEW_VALUES = 5  # as many as masks have
 
 _NNUNET_ADVICE = (
     "is in the raw layout of nnU-Net: a file per channel, such as {name}, whose modality only its dataset.json tells. "
@@ -138,6 +143,31 @@ class BratsCase:
         return replace(volume, voxels=to_label_ids(volume.voxels, volume.name, self.labels))
 
 
+def modality_of(path: str | os.PathLike) -> str | None:
+    """Return the modality of a scan, or `"seg"` of a mask, if the name of the file tells it as those of BraTS do."""
+    match = _FILE_NAME.fullmatch(Path(path).name)
+    return _NAME_OF_ENDING[match["ending"].lower()] if match else None
+
+
+def count_dicom_files(path: str | os.PathLike) -> int:
+    """Count the DICOM files below a folder, or whether a file is one, by suffix, or without one by the first bytes."""
+    files = [Path(path)]
+    if Path(path).is_dir():
+        files = [Path(folder, name) for folder, _, names in os.walk(os.fspath(path)) for name in names]
+    return sum(file.name.lower().endswith(_DICOM_SUFFIXES) or _starts_as_dicom(file) for file in files)
+
+
+def _starts_as_dicom(path: Path) -> bool:
+    """Whether a file without suffix, as scanners name them, has the first bytes of DICOM."""
+    if re.search(r"\.[A-Za-z]", path.name) or not path.is_file():
+        return False
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
 def patient_of(case_id: str) -> str:
     """Return the case id less the timepoint: `"BraTS-GLI-00001-001"` is the second scan of `"BraTS-GLI-00001"`."""
     return re.sub(r"\A(BraTS-.+-\d+)-\d{3}\Z", r"\1", case_id)
@@ -186,16 +216,22 @@ def find_cases(root: str | os.PathLike, labels: str | None = None) -> list[Brats
             nnunet_problem = nnunet_problem or _nnunet_problem(folder, files)
     if not cases:
         found = f": {nnunet_problem}" if nnunet_problem else f" ({n_nifti} other NIfTI files there)."
+        if n_dicom := 0 if n_nifti else count_dicom_files(root):
+            there = "1 DICOM file is" if n_dicom == 1 else f"{n_dicom} DICOM files are"
+            found = f". {there} there: convert them to NIfTI first, e.g. with dcm2niix."
         raise FileNotFoundError(f"No BraTS case in `{root}`{found}\n{_LAYOUT}")
 
     counts = Counter(case.case_id for case in cases)
+    remedy = "Keep one of them."
+    if min(counts.values()) > 1:
+        remedy += " Was a folder too high named? Each case is found in several."
     grades = _grades_from_tables({root, *(case.folder.parent for case in cases)})
     for i, case in enumerate(cases):
         parts = (root.name, *case.folder.relative_to(root).parts)
         grade = next((part.upper() for part in reversed(parts) if part.upper() in ("HGG", "LGG")), None)
         problem = case.problem
         if counts[case.case_id] > 1:
-            problem = f"found in {counts[case.case_id]} folders, `{case.folder}` is one. Keep one of them."
+            problem = f"found in {counts[case.case_id]} folders, `{case.folder}` is one. {remedy}"
         told = (labels,) if labels else case.labels
         cases[i] = replace(case, grade=grade or grades.get(case.case_id), problem=problem, labels=told)
     return sorted(cases, key=lambda case: (case.case_id, case.folder))
@@ -351,13 +387,25 @@ def read_scans(
         case = {modalities[0]: case}
     if not isinstance(case, Mapping):
         # Do not ask for a `BratsCase`: code that was loaded from a checkpoint has its own class of this name.
-        return case.read_images(modalities)
-    if missing := [name for name in modalities if name not in case]:
-        raise ValueError(f"`case` must give a path for each of {list(modalities)}, {missing} missing.")
-    scans = [read_volume(case[name]) for name in modalities]
-    for scan in scans[1:]:
+        scans = case.read_images(modalities)
+    else:
+        if missing := [name for name in modalities if name not in case]:
+            raise ValueError(f"`case` must give a path for each of {list(modalities)}, {missing} missing.")
+        scans = [read_volume(case[name]) for name in modalities]
+    for scan, modality in zip(scans, modalities, strict=True):
         check_same_grid(scan, scans[0])
+        _warn_of_few_values(scan, modality)
     return scans
 
 
-__all__ = ["BratsCase", "find_cases", "read_scans"]
+def _warn_of_few_values(scan: Volume, modality: str) -> None:
+    """Warn of a scan that may be a mask."""
+    # Look at a part first, because all voxels take a second.
+    if (
+        len(np.unique(scan.voxels[::5, ::5, ::5])) <= FEW_VALUES
+        and (count := len(np.unique(scan.voxels))) <= FEW_VALUES
+    ):
+        logger.warning("%s: %s holds only %d value%s, as a mask has.", scan.name, modality, count, "s" * (count != 1))
+
+
+__all__ = ["BratsCase", "find_cases", "modality_of", "read_scans"]

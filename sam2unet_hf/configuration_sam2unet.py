@@ -2,10 +2,13 @@
 
 import copy
 import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import is_offline_mode
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig, Sam2HieraDetConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
@@ -33,6 +36,35 @@ PRESET_ROWS: dict[str, tuple[Any, ...]] = {
     "large": (144, [2, 4, 8, 16], [2, 6, 36, 4], [8, 4, 16, 8], [23, 33, 43], [7, 7]),
 }
 PRESETS = {name: dict(zip(PRESET_FIELDS, row, strict=True)) for name, row in PRESET_ROWS.items()}
+
+
+def did_you_mean(name: str | os.PathLike, is_file: bool = False) -> str:
+    """Return ` (did you mean runs/phantom?)` if that is there and much like a path that is not, else nothing."""
+    path = Path(name)
+    wrong = next((part for part in (*reversed(path.parents), path) if not part.exists()), path)
+    try:
+        siblings = [other.name for other in wrong.parent.iterdir()]
+    except OSError:
+        siblings = []
+    near = [wrong.with_name(other) / path.relative_to(wrong) for other in get_close_matches(wrong.name, siblings)]
+    found = next((other for other in near if (other.is_file() if is_file else other.is_dir())), None)
+    return f" (did you mean {found}?)" if found else ""
+
+
+def check_source(name: str | os.PathLike, remedy: str) -> None:
+    """Raise a `FileNotFoundError` that ends in `remedy` where nothing is at a path that cannot be a Hub id."""
+    if os.path.exists(name):
+        return
+    try:
+        validate_repo_id(os.fspath(name))
+    except HFValidationError as err:
+        raise FileNotFoundError(f"There is no folder {name}{did_you_mean(name)}. {remedy}") from err
+
+
+def describe_unreachable(name: str | os.PathLike, err: OSError) -> str:
+    """Say that a name is neither a folder here nor, for the reason that `err` tells, a repository of the Hub."""
+    reason = "HF_HUB_OFFLINE is set, and it is not in the cache." if is_offline_mode() else str(err)
+    return f"There is no folder {name}{did_you_mean(name)}, and none could be fetched from the Hub: {reason}"
 
 
 def preset_backbone_config(preset: str, num_channels: int = 3) -> Sam2HieraDetConfig:
@@ -172,12 +204,13 @@ class Sam2UNetConfig(PreTrainedConfig):
         name = os.fspath(pretrained_model_name_or_path)
         if os.path.isfile(name) and not name.endswith(".json"):
             raise OSError(f"{name} is a file. Name the folder that holds it.")
+        check_source(name, "Name the folder of a run or of a checkpoint, or a Hub id.")
         try:
             fields, unused = super().get_config_dict(name, **kwargs)
         except OSError as err:
-            if name in str(err):
+            if os.path.exists(name):
                 raise
-            raise OSError(f"There is no folder {name}, and none could be fetched from the Hub: {err}") from err
+            raise OSError(describe_unreachable(name, err)) from err
         if not fields:
             inside = sorted(str(path.parent) for path in Path(name).glob("*/config.json"))
             raise OSError(

@@ -20,7 +20,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from transformers import PreTrainedModel
 
 from .clean_up_sam2unet import CLEAN_UP_FILE, CleanUp
-from .configuration_sam2unet import Sam2UNetConfig
+from .configuration_sam2unet import Sam2UNetConfig, did_you_mean
 from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .members_sam2unet import ENSEMBLE_FILE, check_alike, find_ensemble, read_members
 from .metrics.space import write_metric_space
@@ -164,6 +164,8 @@ def push_ensemble(
             member lies on this machine alone.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}{did_you_mean(folder)}. Name the folder of an ensemble.")
     if (listed := find_ensemble(folder)) is None:
         raise FileNotFoundError(
             f"{folder} holds no ensemble: there is no {ENSEMBLE_FILE} in it that lists the folders of its members."

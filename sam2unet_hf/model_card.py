@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoModelForSemanticSegmentation
 
 from .clean_up_sam2unet import CLEAN_UP_FILE, GAINS, CleanUp, RegionRule
-from .configuration_sam2unet import PRESETS, Sam2UNetConfig
+from .configuration_sam2unet import PRESETS, Sam2UNetConfig, did_you_mean
 from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .members_sam2unet import find_ensemble, read_members
 from .patient_table import COLUMN_TITLES, PatientTable
@@ -246,6 +246,10 @@ def render_model_card(
         ValueError: If `ensemble.json` or `clean_up.json` is wrong, or there is an ensemble beside a checkpoint.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"There is no folder {folder}{did_you_mean(folder)}. Name that of a run or an ensemble."
+        )
     run = folder if run is None else Path(run)
     ensemble = find_ensemble(folder)
     members = [] if ensemble is None else read_members(ensemble)

@@ -3,23 +3,22 @@
 python -m sam2unet_hf.pictures runs/my_data pictures -o segmentations
 """
 
-import argparse
 import io
 import json
 import logging
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from .command_line import ModelParser, make_output_dir
 from .devices import default_device, device_name
 from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .modeling_sam2unet import Sam2UNetForSemanticSegmentation
@@ -29,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 SCAN_SUFFIXES = (".nii", ".nii.gz")
+# Names of folders of masks, in any case.
+MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "annotation", "segmentations", "segmentation", "gt")
 FOR_SCANS = "Segment scans by `python -m sam2unet_hf.volume`."
 
 
@@ -116,6 +117,12 @@ def read_picture(path: Path) -> Image.Image:
         return ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
         raise ValueError(f"{path} has more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit. Cut it up.") from err
+    except UnidentifiedImageError as err:
+        start = content[:8].decode("latin-1")
+        raise ValueError(
+            f"{path} is no image ({f'it starts with {ascii(start)}' if start else 'it is empty'}). Remove it, or save "
+            "it anew."
+        ) from err
     except Exception as err:  # Pillow raises nearly anything for broken files
         if isinstance(err, ValueError) and str(path) in str(err):
             raise
@@ -174,6 +181,24 @@ def write_label_map(label_map: np.ndarray, path: Path) -> None:
     Image.fromarray(label_map.astype(dtype)).save(path)
 
 
+def _pass_over_masks(pictures: dict[str, Path], folder: Path) -> dict[str, Path]:
+    """Leave out the pictures in folders of masks, if there are others."""
+    kept = {
+        name: path
+        for name, path in pictures.items()
+        if not {part.lower() for part in PurePosixPath(name).parent.parts} & set(MASK_FOLDERS)
+    }
+    if not kept or len(kept) == len(pictures):
+        return pictures
+    first = next(path for name, path in pictures.items() if name not in kept)
+    logger.warning(
+        "%d pictures in %s are masks by their folders, such as %s: not segmented. Name the folder of masks itself to "
+        "segment them.",
+        *(len(pictures) - len(kept), folder, first),
+    )
+    return kept
+
+
 def _name_pictures(paths: Sequence[Path], output_dir: Path) -> dict[str, Path]:
     """Return the pictures of folders and files by what their results will be called."""
     pictures: dict[str, Path] = {}
@@ -188,7 +213,7 @@ def _name_pictures(paths: Sequence[Path], output_dir: Path) -> dict[str, Path]:
         if not first_file(path) and (scan := first_file(path, SCAN_SUFFIXES)):
             inside = f", and {path} holds no pictures" if path.is_dir() else ""
             raise ValueError(f"{scan} is a scan{inside}. {FOR_SCANS}")
-        found = find_pictures(path) if path.is_dir() else {path.stem: path}
+        found = _pass_over_masks(find_pictures(path), path) if path.is_dir() else {path.stem: path}
         if not found:
             raise ValueError(f"{path} holds no pictures ({', '.join(IMAGE_SUFFIXES)}).")
         if twice := sorted(found.keys() & pictures.keys()):
@@ -224,7 +249,8 @@ def count_pixels(label_map: np.ndarray, regions: Mapping[str, Sequence[int]]) ->
 
 def main(argv: list[str] | None = None) -> None:
     """Segment pictures; write label ids as PNG, and print the size of each region, as a line of JSON per picture."""
-    parser = argparse.ArgumentParser(
+    parser = ModelParser(
+        "picture",
         prog="python -m sam2unet_hf.pictures",
         description="Segment pictures, and write label ids as PNG, which most viewers show as nearly black.",
     )
@@ -239,11 +265,9 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     try:
         pictures = _name_pictures(args.picture, args.output_dir)
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.output_dir):
-            pass
     except (OSError, ValueError) as err:
         raise SystemExit(str(err)) from err
+    make_output_dir(args.output_dir)
     try:
         model, processor = _load(args.model, args.device)
     except (OSError, ValueError) as err:

@@ -3,6 +3,7 @@
 python -m sam2unet_hf.volume runs/phantom BraTS20_Training_001 -o segmentations
 python -m sam2unet_hf.volume runs/phantom BraTS2020_TrainingData -o segmentations --planes axial coronal --flips
 python -m sam2unet_hf.volume runs/cv BraTS20_Training_001 -o segmentations --disagreement
+python -m sam2unet_hf.volume runs/three flair=AX_FLAIR.nii.gz t1ce=AX_T1_GD.nii.gz t2=AX_T2.nii.gz -o segmentations
 """
 
 import argparse
@@ -10,19 +11,19 @@ import json
 import logging
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .cases_sam2unet import BratsCase, find_cases
+from .cases_sam2unet import BratsCase
+from .command_line import ModelParser, make_output_dir
 from .devices import default_device, device_name, fast_dtype
 from .labels_sam2unet import NUMBERINGS, check_enhancing_label
 from .patient_checks import describe_known_patients, describe_other_modalities, read_splits, why_implausible
 from .patient_table import PATIENT_METRICS, PatientTable, score_patient
-from .pictures import SCAN_SUFFIXES, first_file
-from .scans_sam2unet import MODALITIES, PLANES, ScanError, Volume, check_same_grid, to_grey
+from .scans_sam2unet import MODALITIES, PLANES, ScanError, check_same_grid, to_grey
+from .volume_inputs import Input, check_modalities_of, has_mask, name_inputs
 from .volume_sam2unet import Sam2UNetVolumePipeline, VolumeSegmentation
 
 
@@ -31,12 +32,18 @@ logger = logging.getLogger(__name__)
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
+    parser = ModelParser(
+        "case",
         prog="python -m sam2unet_hf.volume",
         description="Segment the BraTS cases of a folder, and print the volume of each region in ml.",
     )
     parser.add_argument("model", help="Hub id or folder of a SAM2-UNet, or of an ensemble of them")
-    parser.add_argument("case", nargs="+", help="folder of one BraTS case or of many, or scan of a single modality")
+    parser.add_argument(
+        "case",
+        nargs="+",
+        help="folder of one BraTS case or of many, or scan of a single modality; or MODALITY=SCAN for each scan of "
+        "one patient, such as flair=AX_FLAIR.nii.gz t1ce=AX_T1_GD.nii.gz",
+    )
     parser.add_argument("-o", "--output_dir", type=Path, required=True, help="folder for CASE_seg.nii.gz")
     parser.add_argument("--modalities", nargs="+", choices=MODALITIES, help="default: those the checkpoint names")
     parser.add_argument(
@@ -79,7 +86,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--allow_other_modalities",
         action="store_true",
-        help="segment other --modalities than those of the training, which is hardly ever right",
+        help="segment other --modalities than those of the training, or scans that are named as such, which is hardly "
+        "ever right",
     )
     parser.add_argument("--batch_size", type=int, default=8, help="slices at once")
     parser.add_argument(
@@ -97,39 +105,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _refuse_pictures(path: str) -> None:
-    """Name the command for pictures if there are some and no scan."""
-    if not first_file(path, SCAN_SUFFIXES) and (picture := first_file(path)):
-        raise SystemExit(f"{picture} is a picture, no scan. Segment pictures by `python -m sam2unet_hf.pictures`.")
-
-
-def _name_cases(paths: list[str], labels: str | None) -> dict[str, str | BratsCase]:
-    """Return the cases in folders and the scans among these paths, by what their results will be called."""
-    cases: dict[str, str | BratsCase] = {}
-    for path in paths:
-        if not Path(path).exists():
-            raise SystemExit(f"{path} does not exist. Pass the folder of one case or of many, or a scan.")
-        stem = re.sub(r"\.nii(\.gz)?\Z", "", Path(path).name, flags=re.IGNORECASE)
-        named: dict[str, str | BratsCase] = {stem: path}
-        try:
-            if Path(path).is_dir():
-                named = {case.case_id: case for case in find_cases(path, labels)}
-            else:
-                _refuse_pictures(path)
-        except FileNotFoundError:  # there is no case
-            _refuse_pictures(path)
-            raise
-        if twice := sorted(named.keys() & cases.keys()):
-            raise SystemExit(f"{path}: {twice[0]} was named before, and would be written to the same file.")
-        cases |= named
-    return cases
-
-
-def _prepare_output_dir(output_dir: Path, cases: dict[str, str | BratsCase]) -> None:
+def _prepare_output_dir(output_dir: Path, cases: dict[str, Input]) -> None:
     """Make the folder, and check before the work that it can be written to and holds no scans."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=output_dir):
-        pass
+    make_output_dir(output_dir)
     for name, case in cases.items():
         folders = {file.parent.resolve() for file in case.files.values()} if isinstance(case, BratsCase) else set()
         if output_dir.resolve() in folders:
@@ -160,20 +138,13 @@ def _load(args: argparse.Namespace) -> Sam2UNetVolumePipeline:
     return segment
 
 
-def _warn_of_known_patients(model: str, cases: dict[str, str | BratsCase]) -> None:
+def _warn_of_known_patients(model: str, cases: dict[str, Input]) -> None:
     """Warn of patients that the model was trained on, if the folder of its run tells."""
     try:
         if known := describe_known_patients(read_splits(model), cases):
             logger.warning(known)
     except ValueError as err:
         raise SystemExit(str(err)) from err
-
-
-def _read_reference(case: str | BratsCase) -> Volume:
-    """Read the mask of a case before it is segmented, because a missing one makes that work useless."""
-    if isinstance(case, BratsCase):
-        return case.read_mask()
-    raise ScanError(f"`{case}` is a scan alone, without a reference to score it by. Give the folder of the case.")
 
 
 def _save(found: VolumeSegmentation, name: str, args: argparse.Namespace) -> Path:
@@ -200,18 +171,24 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     try:
-        cases = _name_cases(args.case, args.labels)
-        _prepare_output_dir(args.output_dir, cases)
+        cases = name_inputs(args.case, args.labels)
     except OSError as err:
         raise SystemExit(str(err)) from err
+    if args.score and not any(map(has_mask, cases.values())):
+        whose = "The case has no mask" if len(cases) == 1 else f"None of the {len(cases)} cases has a mask"
+        raise SystemExit(f"{whose} to score by. Leave out --score to segment {'it' if len(cases) == 1 else 'them'}.")
+    _prepare_output_dir(args.output_dir, cases)
     segment = _load(args)
+    trained = segment.processor.modalities or segment.modalities
+    check_modalities_of(cases, segment.modalities, trained, args.allow_other_modalities, ", ".join(args.case))
     if args.score:
         _warn_of_known_patients(args.model, cases)
     table = PatientTable()
     failed = 0
     for name, case in cases.items():
         try:
-            reference = _read_reference(case) if args.score else None
+            # A damaged mask makes the work useless, so read it first.
+            reference = case.read_mask() if args.score and isinstance(case, BratsCase) and has_mask(case) else None
             found = segment(
                 *(case, args.planes, args.flips, args.batch_size, args.threshold),
                 return_probabilities=args.probabilities,
@@ -239,6 +216,8 @@ def main(argv: list[str] | None = None) -> None:
         except ScanError as err:  # keep the segmentation
             logger.error("Not scored: %s", err)
             failed += 1
+        if args.score and not has_mask(case):
+            logger.warning("%s: not scored, no mask.", name)
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
     try:

@@ -13,7 +13,14 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, Sam2HieraDetConfig
 from transformers.utils import cached_file, extract_commit_hash
 
-from .configuration_sam2unet import PRESETS, Sam2UNetConfig, preset_backbone_config
+from .configuration_sam2unet import (
+    PRESETS,
+    Sam2UNetConfig,
+    check_source,
+    describe_unreachable,
+    did_you_mean,
+    preset_backbone_config,
+)
 
 
 # Original SAM 2 -> transformers' `Sam2HieraDetModel`, within the encoder.
@@ -72,17 +79,24 @@ def find_state_dict(content: Any, path: Path) -> Mapping[str, torch.Tensor]:
     return content
 
 
+def describe_pickle_error(err: Exception) -> str:
+    """Say in one line what PyTorch found in a file, less its advice to load the file all the same."""
+    text = str(err)
+    found = re.search(r"WeightsUnpickler error:\s*(.+?)(?:\. Please |\.?\s*\n|\Z)", text)
+    return found[1] if found else f"{type(err).__name__}: {text.splitlines()[0] if text else 'no reason given'}"
+
+
 def load_pickled_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """Load a `.pt` or `.pth` file without running any code in it."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"No checkpoint file at {path}.")
+        raise FileNotFoundError(f"No checkpoint file at {path}{did_you_mean(path, is_file=True)}.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:  # torch lets whatever a damaged file leads to through, `AssertionError` included
         raise ValueError(
             f"{path} cannot be loaded as a checkpoint of tensors: it is damaged, or holds other Python objects, which "
-            f"are never loaded. Save its `state_dict()` alone. ({err})"
+            f"are never loaded. Save its `state_dict()` alone. ({describe_pickle_error(err)})"
         ) from err
     return unwrap_names(find_state_dict(content, path))
 
@@ -186,7 +200,11 @@ def load_sam2_encoder(
         }
     else:
         if not Path(name).is_dir():
-            revision = extract_commit_hash(cached_file(name, "config.json", **download_kwargs), None)
+            check_source(name, "Name a folder or .pt file of SAM 2, or a Hub id such as facebook/sam2-hiera-large.")
+            try:
+                revision = extract_commit_hash(cached_file(name, "config.json", **download_kwargs), None)
+            except OSError as err:
+                raise OSError(describe_unreachable(name, err)) from err
             # Weights of the same commit, though the branch may move.
             download_kwargs["revision"] = revision
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **download_kwargs)  # nosec B615 # pinned

@@ -370,7 +370,8 @@ def _check_complete(cases: list[BratsCase], names: tuple[str, ...]) -> None:
             problems.append(str(err))
     if problems:
         more = f"\n... and {len(problems) - 5} more cases" if len(problems) > 5 else ""
-        raise ScanError("\n".join(problems[:5]) + f"{more}\n{_SKIP_ADVICE}")
+        advice = f"\n{_SKIP_ADVICE}" if len(problems) < len(cases) else ""  # else nothing would be left
+        raise ScanError("\n".join(problems[:5]) + f"{more}{advice}")
 
 
 def start_readers(num_proc: int) -> ProcessPoolExecutor:

@@ -44,6 +44,8 @@ TABLE = {
 # Label maps have no thresholds, so that their table is of the masks themselves.
 LABEL_TABLE = {"Dice": "dice", "IoU": "iou", "S_{alpha}": "s_measure", "F^{w}_{beta}": "weighted_f_beta", "MAE": "mae"}
 IGNORED = 255  # in masks of label ids, unless a region names it
+WHITE = 128  # values above are white where masks are black and white, as in the reference protocol
+FEW_GREYS = 64  # as many as blurred edges may have in any mask; photographs have more
 LARGEST_ID = 31  # that is a label id without being named by a region; beyond it values may be grey levels
 
 
@@ -53,6 +55,8 @@ def find_pairs(pred_dir: Path, ref_dir: Path, skip_missing: bool = False) -> lis
     for name, folder in (("pred_dir", pred_dir), ("ref_dir", ref_dir)):
         if not folder.is_dir():
             raise ValueError(f"`{name}` must be a folder, got {folder}.")
+        if name == "ref_dir" and folder.samefile(pred_dir):
+            raise ValueError(f"`pred_dir` and `ref_dir` are the same folder, {folder}. Name that of the predictions.")
         files: dict[str, Path] = {}
         for path in sorted(folder.iterdir()):
             if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
@@ -61,6 +65,10 @@ def find_pairs(pred_dir: Path, ref_dir: Path, skip_missing: bool = False) -> lis
                 raise ValueError(f"`{name}` holds {other.name} and {path.name}; remove one of them.")
             files[path.stem] = path
         if not files:
+            if any(path.name.lower().endswith((".nii", ".nii.gz")) for path in folder.iterdir()):
+                raise ValueError(
+                    f"{folder} holds scans. `python -m sam2unet_hf.volume MODEL CASE -o OUT --score` scores such."
+                )
             raise ValueError(f"`{name}` must hold images ({', '.join(SUFFIXES)}), but {folder} holds none.")
         folders.append(files)
     predictions, references = folders
@@ -102,10 +110,32 @@ def read_labels(path: Path) -> np.ndarray:
         raise err if str(path) in str(err) else ValueError(f"{path}: {err}") from err
 
 
-def find_values(path: Path, as_labels: bool = True) -> frozenset[int]:
-    """Return the values of an image but 0; `as_labels=False` takes brightness where colours are no label ids."""
-    values = read_labels(path) if as_labels or _holds_ids(path) else read_map(path)
-    return frozenset(np.unique(values).tolist()) - {0}
+def find_values(path: Path) -> frozenset[int]:
+    """Return the label ids of an image but 0."""
+    return frozenset(np.unique(read_labels(path)).tolist()) - {0}
+
+
+def look_at_mask(path: Path) -> tuple[frozenset[int], bool]:
+    """Return the values of a mask but 0, and whether it is more grey than white, and so hardly a mask."""
+    if _holds_ids(path):
+        return find_values(path), False
+    values, counts = np.unique(read_map(path), return_counts=True)
+    grey = (values > LARGEST_ID) & (values < 255 - LARGEST_ID)
+    is_photograph = grey.sum() > FEW_GREYS and counts[grey].sum() > counts[values > LARGEST_ID].sum() / 2
+    return frozenset(values.tolist()) - {0}, bool(is_photograph)
+
+
+def check_photographs(photographs: Sequence[Path], total: int) -> None:
+    """Refuse masks of which most are grey all over; warn if some are, since the reference protocol takes any grey."""
+    if not photographs:
+        return
+    fault = (
+        f"{len(photographs)} of {total} masks are rather grey than black and white, as photographs are, such as "
+        f"{photographs[0]}."
+    )
+    if len(photographs) > total / 2:
+        raise ValueError(f"{fault} Masks are in black and white, with blurred edges at most, or of label ids.")
+    logger.warning("%s Values above %d are taken for the mask.", fault, WHITE)
 
 
 def _holds_ids(path: Path) -> bool:
@@ -132,13 +162,17 @@ def find_label_ids(pairs: Sequence[tuple[Path, Path]], num_proc: int = 1) -> lis
     """Return the label ids in masks; nothing if they are in black and white, for which soft edges are no ids.
 
     Raises:
-        ValueError: If a file cannot be read, or some masks hold ids and others are in black and white.
+        ValueError: If a file cannot be read, most are photographs, or some masks hold ids and others are in black and
+            white.
     """
     masks: dict[frozenset[int], Path] = {}  # by their values, the first of each
     paths = [reference for _, reference in pairs]
-    found = _in_processes(partial(find_values, as_labels=False), paths, num_proc, "Reading masks")
-    for path, values in zip(paths, found, strict=True):
+    photographs = []
+    found = _in_processes(look_at_mask, paths, num_proc, "Reading masks")
+    for path, (values, is_photograph) in zip(paths, found, strict=True):
         masks.setdefault(values, path)
+        photographs += [path] if is_photograph else []
+    check_photographs(photographs, len(paths))
     values = frozenset().union(*masks)
     ids = sorted(value for value in values if value <= LARGEST_ID)
     has_ignored = any(IGNORED in own and len(own) > 1 for own in masks)
@@ -192,7 +226,8 @@ def score_label_folders(
         The scores, and the regions.
 
     Raises:
-        ValueError: If a file cannot be read, holds no label ids, or the two of a pair differ in size.
+        ValueError: If a file cannot be read, holds no label ids, or the two of a pair differ in size; or if there are
+            other ids than those of regions, and a region is nowhere.
     """
     found = []
     for title, side in (("Reading predictions", 0), ("Reading masks", 1)):
@@ -202,6 +237,7 @@ def score_label_folders(
     if regions is None:
         ids = sorted({value for value in predicted | known if value <= LARGEST_ID})
         regions = {"foreground": ids} if ids == [1] else {f"class_{label_id}": [label_id] for label_id in ids}
+    check_regions_are_there(regions, known, predicted)
     for name, label_ids in regions.items():
         if known.isdisjoint(label_ids):
             logger.warning("No mask holds the label ids %s of region %s.", list(label_ids), name)
@@ -213,6 +249,25 @@ def score_label_folders(
     for scores in _in_processes(task, pairs, num_proc, "Scoring"):
         accumulator.add(scores)
     return accumulator, {name: list(label_ids) for name, label_ids in regions.items()}
+
+
+def check_regions_are_there(
+    regions: Mapping[str, Sequence[int]], known: frozenset[int], predicted: frozenset[int]
+) -> None:
+    """Refuse a region that is nowhere where ids have no region, since it is likely that one of these was meant.
+
+    Where all ids have a region, one that is nowhere is just empty.
+    """
+    named = {label_id for label_ids in regions.values() for label_id in label_ids}
+    left = known | predicted
+    left -= named | ({IGNORED} if left != {IGNORED} else set())
+    for name, label_ids in regions.items():
+        if left and not (known | predicted) & set(label_ids):
+            masks, predictions = (", ".join(map(str, sorted(ids))) or "nothing but 0" for ids in (known, predicted))
+            raise ValueError(
+                f"Region {name} has the label ids {list(label_ids)}, the masks hold {masks}, the predictions "
+                f"{predictions}. Name some of these by --regions."
+            )
 
 
 def score_files(pair: tuple[Path, Path], threshold: int, **options: Any) -> tuple[np.ndarray, int, int]:
@@ -230,7 +285,7 @@ def score_files(pair: tuple[Path, Path], threshold: int, **options: Any) -> tupl
 def score_folders(pairs: Sequence[tuple[Path, Path]], num_proc: int = 1, **options: Any) -> Accumulator:
     """Score all predictions, in `num_proc` processes, with a progress bar."""
     # The mask is above half of 255, as in the reference protocol, or above 0 if all masks are of 0 and 1.
-    for threshold in (128, 0):
+    for threshold in (WHITE, 0):
         accumulator, largest = Accumulator(), 0
         masks: dict[int, Path] = {}  # by their largest value, the first of each
         results = _in_processes(partial(score_files, threshold=threshold, **options), pairs, num_proc, "Scoring")
