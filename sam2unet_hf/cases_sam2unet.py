@@ -408,4 +408,4 @@ def _warn_of_few_values(scan: Volume, modality: str) -> None:
         logger.warning("%s: %s holds only %d value%s, as a mask has.", scan.name, modality, count, "s" * (count != 1))
 
 
-__all__ = ["BratsCase", "find_cases", "modality_of", "read_scans"]
+__all__ = ["BratsCase", "find_cases", "read_scans"]

@@ -346,7 +346,6 @@ def test_a_picture_beside_links_to_scans_is_no_mistake(there, tmp_path):
         (volume.main, "runs/flair scans -o none.pth", "--output_dir none.pth is a file. Name a folder."),
         (volume.main, "runs/flair scans -o none.pth/a", "--output_dir none.pth/a cannot be made: Not a directory."),
         (pictures.main, "runs/data pictures -o none.pth", "--output_dir none.pth is a file. Name a folder."),
-        (brats_slices.main, "--brats_dir twice --output_dir new", "found in 2 folders, `"),
         (brats_slices.main, "--brats_dir twice --output_dir new", "Keep one of them. Was a folder too high named?"),
         (
             metrics.main,
