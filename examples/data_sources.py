@@ -372,7 +372,7 @@ def find_regions(
 
     `labels` is the numbering that the masks of scans had, if it was told; with `binarize` masks are black and white.
     """
-    rows, found = next(iter(data.values())), MaskValues()
+    rows, found, is_empty = next(iter(data.values())), MaskValues(), False
     if "wt_pixels" in rows.column_names:  # the BraTS builder has checked its masks
         if binarize:
             raise SystemExit("--binarize is for masks that are black and white; those of scans hold label ids.")
@@ -384,8 +384,7 @@ def find_regions(
         regions = regions or {"WT": region_ids(numberings)["WT"]}
         ids_of_split = {split: ids_of_slices(rows) for split, rows in data.items()}
         # A second cohort may be of healthy people, and label 4 may be none of the whole tumour.
-        if "train" in data and 4 not in ids and not any(any(rows["wt_pixels"]) for rows in data.values()):
-            raise SystemExit("No mask has a pixel of tumour. Are these the right masks, and the right slices?")
+        is_empty = "train" in data and 4 not in ids and not any(any(rows["wt_pixels"]) for rows in data.values())
     elif isinstance(rows, ParquetRows):
         masks = check_first_rows(data, columns, mask_column, regions, binarize, found)
         ids_of_split = {}
@@ -407,6 +406,8 @@ def find_regions(
             )
         if missing := sorted(set(label_ids) - set(ids)):
             logger.warning("No mask holds the label ids %s of region %s, only %s%s.", missing, name, ids, masks.note)
+    if is_empty:
+        raise SystemExit("No mask has a pixel of tumour. Are these the right masks, and the right slices?")
     warn_of_untrained(ids_of_split, regions)
     logger.info("Regions: %s.", regions)
     return DataFacts(regions, masks.mapping, found.brightest)

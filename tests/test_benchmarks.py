@@ -229,7 +229,8 @@ def test_competitors_have_processes_of_their_own(monkeypatch):
     assert found["failed"] == {"left_out": "invalid literal for int() with base 10: 'no number'"}
     assert len(found["small"]["seconds"]) == 2
     assert [found[name]["flops"] for name in ("small", "large")] == [50, 450]
-    assert found["large"]["peak_gb"] - found["small"]["peak_gb"] == pytest.approx(0.4, abs=0.1)
+    # Sending an output to the other process may copy it.
+    assert 0.3 < found["large"]["peak_gb"] - found["small"]["peak_gb"] < 1.3
     assert found["large"]["output"].nbytes == 450 * 10**6
 
 
