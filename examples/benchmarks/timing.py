@@ -129,6 +129,7 @@ def _prepare(prepare: Callable[[], Competitor], warmup: int) -> None:
 
 
 def _run() -> float:
+    _own.pop("output", None)  # which would count beside the next
     turn = {"run": lambda: _own.update(output=_own["competitor"].run())}
     (seconds,) = time_in_turn(turn, rounds=1, warmup=0)["run"]
     return seconds
