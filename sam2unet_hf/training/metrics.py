@@ -53,8 +53,8 @@ class SegmentationMetrics:
         self.patient_counts: dict[str, np.ndarray] = {}
         self.patient_rows: PatientRows | None = None
         self._accumulator = Accumulator()
-        self._image_dice: list[np.ndarray] = []
-        self._counts: list[np.ndarray] = []
+        self._image_dice: list[list[float]] = []
+        self._counts: list[list[list[int]]] = []
         self._losses: list[float] = []
 
     def names(self) -> list[str]:
@@ -120,20 +120,20 @@ class SegmentationMetrics:
         """
         losses: Any = prediction.label_ids
         losses, counts = losses if isinstance(losses, tuple) else (losses, ())
+        # What is kept are Python's numbers: small arrays between the large ones of images would let the heap grow.
         for scores in torch.as_tensor(prediction.predictions).cpu().numpy():  # perhaps on a GPU
             self._accumulator.add(scores)
-            # Of the first metric, Dice, at probability > 0.5. A view would keep the scores of the batch.
-            self._image_dice.append(scores[:, 0].copy())
+            self._image_dice.append(scores[:, 0].tolist())  # of the first metric, Dice, at probability > 0.5
         self._losses.extend(torch.as_tensor(losses).tolist())
-        self._counts.extend(torch.as_tensor(counts).cpu().numpy())
+        self._counts.extend(torch.as_tensor(counts).tolist())
         if not compute_result:
             return {}
-        image_dice = np.stack(self._image_dice)
+        image_dice = np.array(self._image_dice)
         # The exact sum, which does not depend on the order either.
         result = {"loss": math.fsum(self._losses) / len(self._losses), **self._accumulator.result(self.regions)}
         patient_counts = {}
         if self.patient_rows is not None:
-            patient_counts = add_up(self._counts, self.patient_rows)
+            patient_counts = add_up(map(np.array, self._counts), self.patient_rows)
             result |= score_sums(patient_counts, self.patient_rows, self.regions)
         self.reset()
         self.image_dice, self.patient_counts = image_dice, patient_counts
