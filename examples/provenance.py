@@ -105,9 +105,10 @@ def check_same_model_and_data(folder: Path, arguments: dict[str, Any]) -> None:
     changed = changed_values(record["arguments"], {**record["arguments"], **arguments})
     fixed = {name: value for name, value in changed.items() if name in MODEL_AND_DATA}
     if fixed:
+        shown = changed if changed.get("recipe") else fixed
         raise SystemExit(
             f"--resume_from_checkpoint: {folder} was trained with other values of {', '.join(fixed)}, so that it may "
-            f"have seen patients that are scored now, or its weights may not fit. Start again {as_options(fixed)}, or "
+            f"have seen patients that are scored now, or its weights may not fit. Start again {as_options(shown)}, or "
             f"start a new run from it by --model_name_or_path {folder} and another --output_dir."
         )
     if changed:

@@ -57,9 +57,7 @@ PHANTOM: dict[str, Any] = {
 OPTIONS_OF_MODEL = ("modalities", "neighbours", "head_crop_size", "head_crop_scale", "image_size", "iou_over_batch")
 
 
-def recipe_defaults(
-    recipe: str | None, is_phantom: bool, has_model: bool, can_use_bfloat16: bool = True
-) -> dict[str, Any]:
+def recipe_defaults(recipe: str | None, is_phantom: bool, has_model: bool, can_use_bfloat16: bool) -> dict[str, Any]:
     """Return the defaults of a recipe.
 
     Args:

@@ -196,8 +196,8 @@ def run_training(
         table = score_split(trainer, model, processor, rows, patient_counts, split)
         if not trainer.is_world_process_zero():
             continue
-        prefix = "eval" if split == "validation" else split
-        said += describe_split_scores(results, prefix, len(rows), table, list(regions))
+        scored_as = "eval" if split == "validation" else split
+        said += describe_split_scores(results, scored_as, len(rows), table, list(regions))
         transform, rows = rows.transform, rows.with_transform(None)
         titles = patients_to_show(rows, table) if table.rows else rows_to_show(rows, dice, transform)
         prefix = f"{COHORT}_" if split == COHORT else ""

@@ -116,6 +116,7 @@ def arguments_of(*words):
             ["--preset", "small"],
             r"other values of preset, .* Start again with --preset tiny, or start",
         ),
+        (["--recipe", "paper"], r"other values of .*slices.* Start again with --recipe volume, or start a new run"),
         (["--regions", "WT=1"], r"other values of regions, .* Start again without --regions, or start a new run"),
     ],
 )

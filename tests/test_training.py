@@ -344,6 +344,19 @@ def test_two_steps_move_the_trainable_weights_alone(rows, tmp_path):
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
+def test_mixed_precision_is_for_training_whatever_was_scored_before(rows, tmp_path):
+    model, seen = small_model(regions=BRATS_REGIONS), set()
+    options = {"bf16": True, "max_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no"}
+    trainer = make_trainer(model, rows, tmp_path, eval_strategy="steps", eval_steps=1, **options)
+    conv = model.decode_head.receptive_field_blocks[0].shortcut.conv
+    conv.register_forward_hook(lambda module, inputs, output: seen.add((model.training, output.dtype)))
+    in_training = {(True, torch.bfloat16), (False, torch.bfloat16)}
+    for run, expected in [(trainer.evaluate, {(False, torch.float32)}), (trainer.train, in_training)] * 2:
+        seen.clear()
+        run()
+        assert seen == expected
+
+
 def test_a_loss_that_is_no_number_ends_the_training_at_once(rows, tmp_path):
     trainer = make_trainer(small_model(), rows, tmp_path, max_steps=9, learning_rate=1e30, warmup_steps=0)
     with pytest.raises(
