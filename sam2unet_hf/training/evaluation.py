@@ -1,9 +1,10 @@
-"""What an evaluation does with a batch beyond predicting: the loss of each image, and the order of streamed rows."""
+"""What an evaluation does beyond predicting: the loss of each image, the order of streamed rows, and the precision."""
 
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from transformers import TrainingArguments
 
 from ..crop_sam2unet import crop
@@ -40,3 +41,26 @@ def reorder(values: Any, places: np.ndarray) -> Any:
     if isinstance(values, tuple):
         return tuple(reorder(value, places) for value in values)
     return values[places] if isinstance(values, np.ndarray) else values
+
+
+class MixedPrecision:
+    """What accelerate adds to a model for mixed precision, once: taken away for scores, and put back for training."""
+
+    def __init__(self) -> None:
+        self._taken: tuple[torch.nn.Module, dict[str, Any]] | None = None
+
+    def leave(self, model: torch.nn.Module, accelerator: Accelerator) -> None:
+        """Let a model compute as `from_pretrained` loads it."""
+        module = accelerator.unwrap_model(model, keep_torch_compile=False)
+        before = dict(vars(module))
+        accelerator.unwrap_model(module, keep_fp32_wrapper=False)
+        now = vars(module)
+        if taken := {name: value for name, value in before.items() if now.get(name) is not value}:
+            self._taken = module, taken
+
+    def put_back(self) -> None:
+        """Undo `leave`."""
+        if self._taken is not None:
+            module, taken = self._taken
+            vars(module).update(taken)
+            self._taken = None

@@ -19,7 +19,7 @@ from ..modeling_sam2unet import Sam2UNetForSemanticSegmentation
 from .averaging import AVERAGE, WeightAverage, check_averaging
 from .batch_norm import batch_norm_loader, estimate_batch_norm
 from .data import SegmentationTransform, collate, transform_of
-from .evaluation import evaluation_order, losses_of_images, reorder
+from .evaluation import MixedPrecision, evaluation_order, losses_of_images, reorder
 from .loaders import LoaderTrainer, foreground_share_of
 from .metrics import SegmentationMetrics, check_best_metric
 from .patients import find_patients
@@ -197,7 +197,7 @@ class Sam2UNetTrainer(LoaderTrainer):
         self.average = WeightAverage(ema_decay) if ema_decay else None
         self.foreground = foreground_share_of(kwargs.get("train_dataset"), foreground_share)
         self.batch_norm_images = batch_norm_images
-        self._mixed_precision: tuple[torch.nn.Module, dict[str, Any]] | None = None
+        self.mixed_precision = MixedPrecision()
         self.sync_batch_norm = sync_batch_norm and args.world_size > 1
         super().__init__(self.to_sync_batch_norm(model), args, **kwargs)
         check_sharding(self, {"trainable_only": trainable_only, "ema_decay": ema_decay})
@@ -236,7 +236,7 @@ class Sam2UNetTrainer(LoaderTrainer):
             ValueError: If there is no complete checkpoint, the one named is not, or it was trained on another encoder.
         """
         self.final_scores = {}
-        self.return_to_mixed_precision()
+        self.mixed_precision.put_back()
         if resume_from_checkpoint:
             output_dir = cast("str", self.args.output_dir)
             sha256 = getattr(self.accelerator.unwrap_model(self.model).config, "encoder_sha256", None)
@@ -293,22 +293,6 @@ class Sam2UNetTrainer(LoaderTrainer):
 
     # Evaluation
 
-    def leave_mixed_precision(self) -> None:
-        """Let the model compute as `from_pretrained` loads it, until it is trained again."""
-        module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        before = dict(vars(module))
-        self.accelerator.unwrap_model(module, keep_fp32_wrapper=False)
-        now = vars(module)
-        if changed := {name: value for name, value in before.items() if now.get(name) is not value}:
-            self._mixed_precision = module, changed
-
-    def return_to_mixed_precision(self) -> None:
-        """Put back what `leave_mixed_precision` took away, which accelerate adds to a model once."""
-        if self._mixed_precision is not None:
-            module, changed = self._mixed_precision
-            vars(module).update(changed)
-            self._mixed_precision = None
-
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -356,7 +340,7 @@ class Sam2UNetTrainer(LoaderTrainer):
         if not isinstance(self.compute_metrics, SegmentationMetrics) or "labels" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if not (self.is_in_train or self.args.bf16_full_eval or self.args.fp16_full_eval):
-            self.leave_mixed_precision()
+            self.mixed_precision.leave(model, self.accelerator)
         own_model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if isinstance(own_model, Sam2UNetForSemanticSegmentation) and self.compute_loss_func is None:
             inputs = send_to_device(inputs, self.args.device)
