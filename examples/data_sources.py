@@ -275,9 +275,8 @@ def with_all_splits(
         train = named["train"]
         groups = patients_of_rows("train", train, group_by) or list(map(str, range(len(train))))
         split_of = {group: split for split, names in split_patients(groups, seed).items() for group in names}
-        if (
-            "test" in named or not test_split
-        ):  # the data has its own test split, or needs none: train on what would be one
+        # Train on what would be the test split where the data has one of its own, or needs none.
+        if "test" in named or not test_split:
             split_of = {group: "train" if split == "test" else split for group, split in split_of.items()}
         for split in SPLITS:
             if rows := [index for index, group in enumerate(groups) if split_of[group] == split]:
