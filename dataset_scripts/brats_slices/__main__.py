@@ -18,12 +18,13 @@ from .publish import prepare_repository, push_dataset, write_dataset
 logger = logging.getLogger(__package__)  # of all modules here: what they say goes to the terminal
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(
+    argv: Sequence[str] | None = None, prog: str = "python -m dataset_scripts.brats_slices"
+) -> argparse.Namespace:
     """Read the command line; the options of the data set have the names of `BratsSlicesConfig`."""
     parser = argparse.ArgumentParser(
-        prog="python -m dataset_scripts.brats_slices",
+        prog=prog,
         description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--brats_dir", required=True, help="folder that holds the cases, at any depth")
     parser.add_argument("--output_dir", required=True, type=Path, help="new folder for the data set")
@@ -41,15 +42,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--slices",
         nargs="+",
         default=["95"],
-        help="indices, `all`, `head` for those that show the head, or `tumor` for those that show enough of it",
+        help="indices, `all`, `head` for those that show the head, or `tumor` for those that show enough of it; "
+        "default: 95",
     )
-    parser.add_argument("--min_tumor_pixels", type=int, default=1, help="how much is enough for `--slices tumor`")
-    parser.add_argument("--plane", default="axial", choices=sorted(PLANES), help="how to cut")
+    parser.add_argument(
+        "--min_tumor_pixels", type=int, default=1, help="how much is enough for `--slices tumor`; default: 1"
+    )
+    parser.add_argument("--plane", default="axial", choices=sorted(PLANES), help="how to cut; default: axial")
     parser.add_argument(
         "--labels", choices=list(NUMBERINGS), help="what the labels of the masks mean; by default what the names tell"
     )
-    parser.add_argument("--seed", type=int, default=0, help="chooses the split")
-    parser.add_argument("--num_proc", type=int, default=1, help="number of processes")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the split; default: 0")
+    parser.add_argument("--num_proc", type=int, default=1, help="number of processes; default: 1")
     parser.add_argument("--skip_bad_cases", action="store_true", help="leave out and list cases that cannot be used")
     args = parser.parse_args(argv)
     if args.public and not args.push_to_hub:
@@ -63,11 +67,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line tool."""
+def main(argv: Sequence[str] | None = None, prog: str = "python -m dataset_scripts.brats_slices") -> None:
+    """Run the command line tool, whose usage calls it `prog`."""
     logger.handlers = [logging.StreamHandler()]
     logger.setLevel(logging.INFO)
-    args = parse_args(argv)
+    args = parse_args(argv, prog)
     try:
         builder = BratsSlices(data_dir=args.brats_dir, **{name: getattr(args, name) for name in OPTIONS})
         url = prepare_repository(args.push_to_hub, args.public) if args.push_to_hub else None

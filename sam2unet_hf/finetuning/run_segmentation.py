@@ -83,19 +83,19 @@ logger = logging.getLogger("run_segmentation")
 TIMINGS = ("_runtime", "_per_second", "_preparation_time")
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
+def main(argv: list[str] | None = None, prog: str | None = None) -> dict[str, float]:
     """Train and score as the command line says; return the content of `all_results.json`, in the main process."""
-    model_args, data_args, training_args = parse_arguments(argv)
+    model_args, data_args, training_args = parse_arguments(argv, prog)
     set_up_logging(is_muted=not training_args.should_log)
     if data_args.folds is not None:
         return run_folds(run_training, model_args, data_args, training_args)
     return run_training(model_args, data_args, training_args)
 
 
-def run_command(argv: list[str] | None = None) -> None:
-    """Run as a command, in one process or as one of several."""
+def run_command(argv: list[str] | None = None, prog: str | None = None) -> None:
+    """Run as a command, in one process or as one of several; its usage calls it `prog`, or by its file."""
     with report_error_once():
-        main(argv)
+        main(argv, prog)
         PartialState().destroy_process_group()
 
 
