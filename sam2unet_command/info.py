@@ -61,19 +61,14 @@ def find_preset(backbone: Mapping[str, Any]) -> str | None:
 
 def read_card_scores(find: Finder) -> dict[str, float]:
     """Return the scores in the header of a model card, as `<split>_<metric>`, or `<split>_<metric>_<region>`."""
-    path = find("README.md")
-    found = re.match(r"---\n(.*?)\n---", path.read_text(encoding="utf-8"), re.DOTALL) if path else None
-    if found is None:
+    if (path := find("README.md")) is None:
         return {}
-    import yaml
+    from huggingface_hub import ModelCard
 
     scores = {}
-    for entry in (yaml.safe_load(found[1]) or {}).get("model-index") or []:
-        for result in entry.get("results", []):
-            split = result.get("dataset", {}).get("split", "test")
-            for metric in result.get("metrics", []):
-                region = str(metric.get("name", "")).partition(", ")[2]
-                scores["_".join(filter(None, (split, metric["type"], region)))] = metric["value"]
+    for result in ModelCard.load(path).data.eval_results or []:
+        region = (result.metric_name or "").partition(", ")[2]
+        scores["_".join(filter(None, (result.dataset_split, result.metric_type, region)))] = result.metric_value
     return scores
 
 

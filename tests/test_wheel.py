@@ -67,6 +67,7 @@ def test_the_metadata_say_what_pypi_shows(wheel):
     assert found["Summary"] == PROJECT["description"]
     assert found["License-Expression"] == "Apache-2.0"
     assert found["Requires-Python"] == PROJECT["requires-python"]
+    assert found.get_all("Project-URL") == [f"{name}, {url}" for name, url in PROJECT["urls"].items()]
     assert found.get_all("Classifier") == PROJECT["classifiers"]
     extras = PROJECT["optional-dependencies"]
     assert sorted(found.get_all("Provides-Extra")) == sorted(extras)
