@@ -157,6 +157,8 @@ def as_text(facts: Mapping[str, Any]) -> str:
     lines.append(("clean-up", "; ".join(rules) or "none"))
     shown = {name: value for name, value in facts["scores"].items() if re.search(r"(^|_)(dice|iou)(_|$)", name)}
     shown = {name: value for name, value in shown.items() if not re.search(r"_(max|mean|adaptive)_", name)}
+    if len(facts["regions"]) == 1:  # whose scores are the means
+        shown = {name: value for name, value in shown.items() if not name.endswith(f"_{[*facts['regions']][0]}")}
     scores = [f"{name} {value:.3f}" for name, value in shown.items() if value is not None]
     lines += [("scores" if index == 0 else "", score) for index, score in enumerate(scores or ["unknown"])]
     return "\n".join([facts["model"], *(f"  {name:<10}{text}" for name, text in lines)])

@@ -114,7 +114,8 @@ def test_a_model_of_the_hub_is_found_in_the_cache(folder, tmp_path, monkeypatch)
     (cached / "refs" / "main").write_text("c0ffee")
     (snapshot / "config.json").write_bytes((folder / "config.json").read_bytes())
     (snapshot / "README.md").write_text(
-        "---\nmodel-index:\n- name: brain\n  results:\n  - task: {type: image-segmentation}\n    dataset: {name: BraTS, type: brats, split: test}\n"
+        "---\nmodel-index:\n- name: brain\n  results:\n  - task: {type: image-segmentation}\n"
+        "    dataset: {name: BraTS, type: brats, split: test}\n"
         "    metrics:\n    - {type: dice, value: 0.8, name: Dice}\n    - {type: dice, value: 0.7, name: 'Dice, TC'}\n"
         "---\n\n# A model\n"
     )
