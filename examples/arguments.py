@@ -220,8 +220,8 @@ class SegmentationTrainingArguments(TrainingArguments):
     )
     share_predictions: bool = option(
         False,
-        "Show predictions.png, and with it images of your data, in the model card, and upload it with "
-        "--push_to_hub. The phantom's is always shown.",
+        "Show predictions.png, and with it images of your data, in the model card, upload it with --push_to_hub, and "
+        "let W&B and Spaces of trackio have pictures. Those of the phantom are always shown.",
     )
     license: str | None = option(None, "Licence of the weights for the model card, as the Hub names it.")
     overwrite_output_dir: bool = option(False, "Replace the run in the output folder.")
@@ -341,6 +341,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
     name = to_file_name("phantom" if source is None else name_of_source(source), separator="-")
     kind = "-folds" if given.folds is not None else "" if given.do_train else "-evaluation"
     parser.set_defaults(output_dir=f"runs/{name}{kind}")
+    # A project of trackio is published as a whole, so each data set has its own.
+    parser.set_defaults(project=f"sam2unet-{name}")
     if given.folds is not None:  # the patients that a fold is scored on must not choose its epoch
         parser.set_defaults(load_best_model_at_end=False)
     if has_all is not None:

@@ -9,13 +9,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sam2unet_hf import overlays
+from sam2unet_hf.overlays import column_to_show
+from sam2unet_hf.overlays import image_to_show as image_to_show  # for those who draw
+
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 - after the choice of backend
 
 
 # One colour per region, which the colour-blind can tell apart too (Okabe and Ito).
-COLOURS = ("#D55E00", "#56B4E9", "#F0E442", "#009E73", "#CC79A7")
+COLOURS = tuple("#{:02X}{:02X}{:02X}".format(*colour) for colour in overlays.COLOURS)
 
 
 class ShownCase(NamedTuple):
@@ -94,30 +98,6 @@ def grey_values(image: Image.Image | torch.Tensor) -> np.ndarray:
     if image.mode == "L" or image.mode.startswith(("I", "F")):
         return np.asarray(image)
     return np.asarray(image.convert("RGB")).mean(axis=-1)
-
-
-def column_to_show(columns: Sequence[str]) -> str:
-    """Return the column of an image that pictures show, of several modalities FLAIR, else the first."""
-    return "flair" if "flair" in columns else columns[0]
-
-
-def image_to_show(image: Image.Image | torch.Tensor, columns: Sequence[str]) -> np.ndarray:
-    """Return what pictures show of an image that was made of these columns.
-
-    Args:
-        image: A picture, or a tensor with a channel per column, of shape `(columns, height, width)`.
-        columns: The names of the columns.
-
-    Returns:
-        Grey values `(height, width)` of a grey picture and of the column to show, else colours `(height, width, 3)`,
-        uint8.
-    """
-    if isinstance(image, torch.Tensor):
-        return image[list(columns).index(column_to_show(columns))].numpy()
-    if image.mode == "L" or image.mode.startswith(("I", "F")):
-        return np.asarray(image)
-    colours = np.asarray(image.convert("RGB"))
-    return colours[..., 0] if (colours == colours[..., :1]).all() else colours
 
 
 def name_of_image(columns: Sequence[str]) -> str:
