@@ -1,6 +1,7 @@
 """What a model card tells of a run: its hyperparameters and scores."""
 
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -104,6 +105,14 @@ def all_show_foreground(rows: Any, regions: Mapping[str, Sequence[int]]) -> bool
         return None
     ids = torch.tensor([label_id for label_ids in regions.values() for label_id in label_ids])
     return all(torch.isin(transform.to_label_ids(rows.mask(index)), ids).any() for index in range(len(rows)))
+
+
+def dataset_revision(rows: Any, hub_id: str | None) -> str | None:
+    """Return the commit of a data set of the Hub that rows were loaded from, if they tell it."""
+    info = getattr(getattr(rows, "rows", rows), "info", None)
+    files = getattr(info, "download_checksums", None) or {}
+    found = (re.match(rf"hf://datasets/{re.escape(hub_id or '')}@([0-9a-f]{{40}})/", file) for file in files)
+    return next((match[1] for match in found if match), None)
 
 
 def scores_by_split(
