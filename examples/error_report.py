@@ -11,13 +11,13 @@ from string import Template
 from typing import Any
 
 import numpy as np
-from case_names import to_file_name
 from error_metrics import FOUND_IN, Analysis
 from error_plots import plot_boundaries, plot_calibration, plot_groups, plot_overlays, plot_scatter, save_figure
 from matplotlib.figure import Figure
-from plots import column_to_show
 
+from sam2unet_hf.finetuning.case_names import to_file_name
 from sam2unet_hf.model_card import counted
+from sam2unet_hf.overlays import column_to_show
 
 
 LESIONS_SHOWN = 15  # in the report; `lesions.csv` has all of them

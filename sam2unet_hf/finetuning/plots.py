@@ -10,8 +10,6 @@ import torch
 from PIL import Image
 
 from sam2unet_hf import overlays
-from sam2unet_hf.overlays import column_to_show
-from sam2unet_hf.overlays import image_to_show as image_to_show  # for those who draw
 
 
 matplotlib.use("Agg")
@@ -25,7 +23,7 @@ COLOURS = tuple("#{:02X}{:02X}{:02X}".format(*colour) for colour in overlays.COL
 class ShownCase(NamedTuple):
     """An image with its label maps, the reference and a prediction, of shape `(height, width)`.
 
-    The image is as `image_to_show` returns it.
+    The image is as `overlays.image_to_show` returns it.
     """
 
     title: str
@@ -102,11 +100,11 @@ def grey_values(image: Image.Image | torch.Tensor) -> np.ndarray:
 
 def name_of_image(columns: Sequence[str]) -> str:
     """Return the title of a panel that shows an image of these columns: the modality, if it is one of several."""
-    return "image" if len(columns) == 1 else f"image ({column_to_show(columns)})"
+    return "image" if len(columns) == 1 else f"image ({overlays.column_to_show(columns)})"
 
 
 def draw_image(axis: plt.Axes, image: np.ndarray) -> None:
-    """Draw an image as `image_to_show` returns it, a grey one over its range, without ticks."""
+    """Draw an image as `overlays.image_to_show` returns it, a grey one over its range, without ticks."""
     axis.imshow(image if image.ndim == 3 else image.astype(float), cmap="gray")
     axis.set(xticks=[], yticks=[])
 
