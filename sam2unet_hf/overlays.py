@@ -1,10 +1,12 @@
-"""Pictures of images with the outlines of regions on them, drawn with NumPy alone."""
+"""Pictures of images with the outlines of regions on them, drawn with NumPy alone, and which images to show."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
+
+from .cases_sam2unet import patient_of
 
 
 # A colour per region that the colour-blind can tell apart too (Okabe and Ito): vermilion, sky blue, yellow, bluish
@@ -78,6 +80,31 @@ def draw_outlines(
     return picture
 
 
+def choose_slices(case_ids: Sequence[str], tumour_pixels: Sequence[int], count: int) -> list[int]:
+    """Choose slices to look at, the same ones each time: of some patients the slice that shows most of the tumour.
+
+    Args:
+        case_ids: The case of each slice.
+        tumour_pixels: The size of the tumour in each.
+        count: How many slices at most.
+
+    Returns:
+        Numbers of slices, a patient each, from the one with the largest such slice to the one with the smallest.
+    """
+    largest: dict[str, int] = {}
+    for number, case in enumerate(case_ids):
+        patient = patient_of(case)
+        if tumour_pixels[number] > tumour_pixels[largest.setdefault(patient, number)]:
+            largest[patient] = number
+    return evenly_spread(sorted(largest.values(), key=lambda number: (-tumour_pixels[number], number)), count)
+
+
+def evenly_spread(numbers: Sequence[int], count: int) -> list[int]:
+    """Return at most this many of some numbers, the first and the last of them and others evenly between."""
+    places = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int)
+    return [numbers[place] for place in places.tolist()]
+
+
 def choose_scale(height: int, width: int, least_pixels: int = 256) -> int:
     """Return the least whole number of times that an image is enlarged to have this many pixels on its longer side."""
     return -(-least_pixels // max(height, width))
@@ -100,4 +127,4 @@ def stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
     return np.ascontiguousarray(side_by_side([row.transpose(1, 0, 2) for row in rows]).transpose(1, 0, 2))
 
 
-__all__ = ["COLOURS", "draw_outlines", "image_to_show", "side_by_side", "stacked"]
+__all__ = ["COLOURS", "choose_slices", "draw_outlines", "image_to_show", "side_by_side", "stacked"]

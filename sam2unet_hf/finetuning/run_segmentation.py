@@ -76,10 +76,7 @@ from sam2unet_hf.training import (
     choose_head_crop_size,
 )
 from sam2unet_hf.training.resume import StopOnSigterm, last_complete_checkpoint
-from sam2unet_hf.training.trackers import (
-    PredictionPicturesCallback,
-    begin_trackers,
-)
+from sam2unet_hf.training.trackers import PredictionPicturesCallback, begin_trackers, finish_trackers, log_patients
 
 
 logger = logging.getLogger("run_segmentation")

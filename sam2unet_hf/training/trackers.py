@@ -13,8 +13,7 @@ from PIL import Image
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from ..cases_sam2unet import patient_of
-from ..overlays import choose_scale, draw_outlines, image_to_show, side_by_side
+from ..overlays import choose_scale, choose_slices, draw_outlines, evenly_spread, image_to_show, side_by_side
 from ..patient_table import PatientTable
 from .data import SegmentationTransform, transform_of
 from .patients import read_column
@@ -45,8 +44,8 @@ def find_trackers(trainer: Trainer) -> Trackers:
 def choose_rows(rows: ImageRows, count: int) -> list[int]:
     """Choose rows to look at again and again, the same ones in each run on the same rows.
 
-    Of rows that know their tumour each is the slice of a patient that shows most of it. The patients are spread from
-    the one with the largest such slice to the one with the smallest. Other rows are spread over the data set.
+    Of rows that know their tumour each is of another patient, see [`~overlays.choose_slices`]. Other rows are spread
+    over the data set.
 
     Args:
         rows: The rows, of which no image is read.
@@ -57,16 +56,9 @@ def choose_rows(rows: ImageRows, count: int) -> list[int]:
     """
     tumour = read_column(rows, "wt_pixels")
     case_ids = read_column(rows, "case_id")
-    ranked = list(range(len(rows)))
-    if tumour is not None and case_ids is not None:
-        largest: dict[str, int] = {}
-        for row, case in enumerate(case_ids):
-            patient = patient_of(str(case))
-            if tumour[row] > tumour[largest.setdefault(patient, row)]:
-                largest[patient] = row
-        ranked = sorted(largest.values(), key=lambda row: (-tumour[row], row))
-    places = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
-    return [ranked[place] for place in places.tolist()]
+    if tumour is None or case_ids is None:
+        return evenly_spread(range(len(rows)), count)
+    return choose_slices(list(map(str, case_ids)), tumour, count)
 
 
 class PredictionPicturesCallback(TrainerCallback):
