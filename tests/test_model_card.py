@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from common import BRATS_REGIONS, CODE, small_backbone_config, small_model
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from loopback_hub import LoopbackHub, read_card
@@ -219,14 +219,14 @@ def test_scores_of_patients_are_in_the_front_matter_apart_from_those_of_images(f
     assert eval_results({"dataset": dataset}, ["WT"], {}) == []
 
 
-def test_the_commit_of_a_data_set_is_known_from_where_its_files_came_from():
+def test_the_commit_of_a_data_set_is_known_from_where_it_was_loaded(tmp_path):
     rows = Dataset.from_dict({"image": [Image.new("L", (9, 9))], "mask": [Image.new("L", (9, 9))]})
     assert dataset_revision(rows, "tester/slices") is None
-    commit = "ab" * 20
-    rows.info.download_checksums = {f"hf://datasets/tester/slices@{commit}/data/train.parquet": {"num_bytes": 1}}
-    assert dataset_revision(ImageRows(rows), "tester/slices") == commit
-    assert dataset_revision(rows, "tester/other") is None
-    assert dataset_revision(rows, None) is None
+    for commit, expected in (("ab" * 20, "ab" * 20), ("ab" * 8, None)):  # of the Hub, and of a folder
+        rows.save_to_disk(tmp_path / commit)
+        loaded = load_from_disk(tmp_path / commit)
+        assert dataset_revision(ImageRows(loaded), "tester/slices") == expected
+        assert dataset_revision(loaded, None) is None
 
 
 def test_the_card_names_the_rules_of_the_clean_up(folder):

@@ -198,6 +198,9 @@ class SegmentationTrainingArguments(TrainingArguments):
     augmentation: list[str] = option(
         ["flips"], "Random changes of training images, or none.", choices=("none", *AUGMENTATIONS)
     )
+    report_to: list[str] = option(
+        ["none"], "Trackers that get losses, scores and pictures of the run: tensorboard, trackio, wandb or others."
+    )
     trainable_only: bool = option(
         False, "Save checkpoints without the encoder, which is fetched from --sam2_checkpoint when loaded again."
     )

@@ -3,6 +3,7 @@
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,11 +109,11 @@ def all_show_foreground(rows: Any, regions: Mapping[str, Sequence[int]]) -> bool
 
 
 def dataset_revision(rows: Any, hub_id: str | None) -> str | None:
-    """Return the commit of a data set of the Hub that rows were loaded from, if they tell it."""
-    info = getattr(getattr(rows, "rows", rows), "info", None)
-    files = getattr(info, "download_checksums", None) or {}
-    found = (re.match(rf"hf://datasets/{re.escape(hub_id or '')}@([0-9a-f]{{40}})/", file) for file in files)
-    return next((match[1] for match in found if match), None)
+    """Return the commit of the data set of the Hub that rows were loaded from, if they tell it."""
+    files = getattr(getattr(rows, "rows", rows), "cache_files", None)
+    # `datasets` names the folder of what it has loaded from the Hub after the commit.
+    folder = Path(files[0]["filename"]).parent.name if files and hub_id else ""
+    return folder if re.fullmatch("[0-9a-f]{40}", folder) else None
 
 
 def scores_by_split(
