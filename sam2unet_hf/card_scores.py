@@ -96,4 +96,4 @@ def patient_rows(path: Path, out_of_fold: bool) -> Iterator[tuple[str, str, floa
             yield column, f"{COLUMN_TITLES[column]}, {region}, {over}", cast("float", values["mean"])
 
 
-__all__ = ["METRIC_TITLES", "eval_results", "parse_score"]
+__all__ = ["METRIC_TITLES", "eval_results"]

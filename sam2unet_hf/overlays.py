@@ -111,7 +111,11 @@ def choose_scale(height: int, width: int, least_pixels: int = 256) -> int:
 
 
 def side_by_side(panels: Sequence[np.ndarray]) -> np.ndarray:
-    """Put pictures `(height, width, 3)` of any heights beside each other, on white."""
+    """Put pictures beside each other, on white.
+
+    Args:
+        panels: Of shape `(height, width, 3)` and any height, uint8.
+    """
     height = max(len(panel) for panel in panels)
     width = sum(panel.shape[1] for panel in panels) + GAP * (len(panels) - 1)
     picture = np.full((height, width, 3), 255, np.uint8)
@@ -123,7 +127,11 @@ def side_by_side(panels: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Put pictures `(height, width, 3)` of any widths below each other, on white."""
+    """Put pictures below each other, on white.
+
+    Args:
+        rows: Of shape `(height, width, 3)` and any width, uint8.
+    """
     return np.ascontiguousarray(side_by_side([row.transpose(1, 0, 2) for row in rows]).transpose(1, 0, 2))
 
 

@@ -4,6 +4,7 @@ import importlib.machinery
 import io
 import logging
 import os
+import re
 import sys
 import types
 from pathlib import Path
@@ -20,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainingArguments
 
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.finetuning.provenance import name_for_trackers
 from sam2unet_hf.overlays import COLOURS, GAP, draw_outlines, image_to_show, side_by_side, stacked, to_rgb
 from sam2unet_hf.patient_table import PatientTable
 from sam2unet_hf.training import ImageRows, PredictionPicturesCallback, Sam2UNetTrainer, SegmentationTransform
@@ -310,6 +312,20 @@ def test_rows_that_cannot_be_drawn_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`count` must be at least 1, got 0"):
         PredictionPicturesCallback(trainer, count=0)
     assert image_to_show(trainer.eval_dataset.with_transform(None)[0]["image"], ["flair"]).shape == (SIZE, SIZE)
+
+
+def test_a_run_has_the_name_that_is_given_or_that_it_had_before_it_was_stopped(tmp_path):
+    args = types.SimpleNamespace(run_name=None, output_dir=str(tmp_path / "brats-folds" / "fold_0"))
+    assert re.fullmatch(r"brats-folds-fold_0-\d{8}-\d{6}", name_for_trackers(None, args))
+    args.output_dir = str(tmp_path / "runs" / "brats")
+    assert re.fullmatch(r"brats-\d{8}-\d{6}", name_for_trackers(None, args))
+    checkpoint = tmp_path / "checkpoint-2"
+    (tmp_path / "run.json").write_text('{"training_arguments": {"run_name": "before"}}')
+    assert name_for_trackers(str(checkpoint), args) == "before"
+    (tmp_path / "run.json").write_text('{"training_arguments": {}}')  # of a run that reported to nothing
+    assert name_for_trackers(str(checkpoint), args).startswith("brats-")
+    args.run_name = "mine"
+    assert name_for_trackers(str(checkpoint), args) == "mine"
 
 
 def test_split_weights_give_no_pictures(tmp_path, caplog):

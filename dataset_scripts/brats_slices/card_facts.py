@@ -143,7 +143,7 @@ def draw_card_picture(
         row = found[number]
         slices = {name: decode(row[name]) for name in modalities}
         mask, regions = decode(row["mask"]), regions_of[row["case_id"]]
-        scale = choose_scale(*mask.shape, LEAST_PANEL_PIXELS)
+        scale = choose_scale(mask.shape[0], mask.shape[1], LEAST_PANEL_PIXELS)
         panels = [draw_outlines(pixels, mask, {}, scale) for pixels in slices.values()]
         panels.append(draw_outlines(slices[column_to_show(modalities)], mask, regions, scale))
         pictures.append(side_by_side(panels))

@@ -59,7 +59,9 @@ PICTURE_TEXT = """## Slices
 ![Slices of a few patients, with the outlines of the tumour]({picture})
 
 A row for each of a few {split} patients: {columns}, and the outlines of whole tumour (vermilion), tumour core (blue)
-and enhancing tumour (yellow)."""
+and enhancing tumour (yellow).
+
+"""
 LOCK = "building.lock"  # in the folder that becomes the data set
 SIZE_CATEGORIES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (float("inf"), "100K<n<1M"))  # the Hub's
 

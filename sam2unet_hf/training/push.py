@@ -154,7 +154,7 @@ class HubTrainer(Trainer):
             value[0] if isinstance(value := card.get(key), list) and value else value
             for key in ("dataset", "dataset_tags", "dataset_args")
         )
-        revision = dataset_revision(self.train_dataset, hub_id)
+        revision = dataset_revision(self.train_dataset, cast("str | None", hub_id))
         rows = dict(card.get("data", {})) | ({"configuration": configuration} if configuration else {})
         for title, images in (("training images", self.train_dataset), ("validation images", self.eval_dataset)):
             if isinstance(images, Sized) and not isinstance(images, dict):

@@ -265,7 +265,11 @@ def log_patients(trainer: Trainer, table: PatientTable, prefix: str) -> None:
 
 
 def finish_trackers(trainer: Trainer) -> None:
-    """End the run in trackers, so that another one may begin in this process."""
+    """End the run in trackers, so that another one may begin in this process.
+
+    Args:
+        trainer: Logs nothing more.
+    """
     if not trainer.is_world_process_zero():
         return
     tensorboard, trackio, wandb = find_trackers(trainer)
