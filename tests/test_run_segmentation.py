@@ -648,7 +648,8 @@ def test_nothing_to_resume_from(tmp_path):
     ],
 )
 def test_arguments_that_exclude_each_other(arguments, match, capsys, monkeypatch):
-    monkeypatch.setattr("arguments.get_available_reporting_integrations", lambda: ["wandb"])
+    name = "sam2unet_hf.finetuning.arguments.get_available_reporting_integrations"
+    monkeypatch.setattr(name, lambda: ["wandb"])
     with pytest.raises(SystemExit):
         run_segmentation.main(arguments)
     assert match in capsys.readouterr().err
