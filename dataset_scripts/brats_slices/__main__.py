@@ -36,6 +36,12 @@ def parse_args(
         "private one stays private",
     )
     parser.add_argument(
+        "--show_slices",
+        action="store_true",
+        help="show slices of a few patients in the card, to all who may see the data set; those of a phantom are "
+        "shown anyway",
+    )
+    parser.add_argument(
         "--modalities", nargs="+", choices=MODALITIES, help="a column each; by default those that every case has"
     )
     parser.add_argument(
@@ -76,7 +82,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m dataset_scrip
         builder = BratsSlices(data_dir=args.brats_dir, **{name: getattr(args, name) for name in OPTIONS})
         url = prepare_repository(args.push_to_hub, args.public) if args.push_to_hub else None
         repo_id = url.repo_id if url else None
-        skipped = write_dataset(builder, args.output_dir, args.num_proc, repo_id, args.public)
+        skipped = write_dataset(builder, args.output_dir, args.num_proc, repo_id, args.public, args.show_slices)
         counts = ", ".join(f"{split.num_examples} {name}" for name, split in builder.info.splits.items())
         n_used = len({case.case_id for case in builder.config.cases} - set(skipped))
         logger.info(
