@@ -26,6 +26,7 @@ gr = pytest.importorskip("gradio")
 httpx = pytest.importorskip("httpx")
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import app  # noqa: E402 - the scripts are no package
+import case_upload  # noqa: E402
 import case_view  # noqa: E402
 from case_view import PLANE_ORDER, REGION_COLOURS, draw_slice, largest_slice, segment_case  # noqa: E402
 
@@ -61,7 +62,7 @@ def view(cohort, segment):
 def test_uploads_are_linked_by_their_last_name_alone(tmp_path):
     (tmp_path / "links").mkdir()
     (tmp_path / "x.nii").write_bytes(b"")
-    case = app.gather_case([f"{tmp_path}/links/../x.nii"], ["flair"], tmp_path / "links")
+    case = case_upload.gather_case([f"{tmp_path}/links/../x.nii"], ["flair"], tmp_path / "links")
     assert case.files["flair"] == tmp_path / "links" / "x.nii"
     with pytest.raises(ScanError, match=r"x.nii` is not a NIfTI file"):
         case.read_images(["flair"])
@@ -164,7 +165,7 @@ def test_files_are_gathered_as_cases(cohort, tmp_path):
 
     def gather(paths, modalities=THREE):
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
-        return app.gather_case(paths, modalities, folder)
+        return case_upload.gather_case(paths, modalities, folder)
 
     case = gather([*paths, "notes.txt"])
     assert case.case_id == "Phantom_001"
@@ -199,7 +200,7 @@ def test_a_scan_of_the_decathlon_and_its_mask_of_the_same_name_are_one_case(coho
         paths.append(str(path))
 
     def gather(paths, modalities=THREE):
-        return app.gather_case(paths, modalities, Path(tempfile.mkdtemp(dir=tmp_path)))
+        return case_upload.gather_case(paths, modalities, Path(tempfile.mkdtemp(dir=tmp_path)))
 
     case = gather(paths)
     assert case.case_id == "BRATS_007"
@@ -224,12 +225,12 @@ def test_files_of_two_patients_are_told_by_their_names(segment, cohort):
     segment_files = next(function for function in functions if getattr(function, "__name__", "") == "segment_files")
     paths = [str(path) for patient in ("Phantom_001", "Phantom_002") for path in (cohort / patient).iterdir()]
     with pytest.raises(gr.Error) as raised:
-        segment_files(paths, "tiny", [], False, 3)
+        segment_files(paths, "tiny", [], False, 3, None)
     assert raised.value.message == "The files are of 2 patients: Phantom_001, Phantom_002. Upload those of one."
 
 
 def test_the_example_is_a_patient_that_no_example_trains_on():
-    files = app.phantom_files()
+    files = case_upload.phantom_files()
     assert {Path(path).name for path in files} == {
         f"Phantom_031_{name}.nii.gz" for name in ("t1", "t1ce", "t2", "flair", "seg")
     }
@@ -311,7 +312,7 @@ def test_the_page_gives_out_what_was_sent_to_it_and_no_other_file(address, cohor
 
 def segment_by_request(address, scan, model="tiny"):
     """Press the button as a program does, and return the last event."""
-    data = [[{"path": str(scan), "meta": {"_type": "gradio.FileData"}}], model, ["axial"], False, 3]
+    data = [[{"path": str(scan), "meta": {"_type": "gradio.FileData"}}], model, ["axial"], False, 3, None]
     call = f"{address}gradio_api/call/segment_files"
     event = httpx.post(call, json={"data": data}).json()["event_id"]
     return re.findall(r"event: (\w+)", httpx.get(f"{call}/{event}", timeout=60).text)[-1]
