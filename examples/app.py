@@ -87,9 +87,11 @@ def segment_uploads(
 
 def describe(reviews: Sequence[Review]) -> str:
     """Say what was segmented, and where nothing was found."""
-    names = " and ".join(review.view.name for review in reviews)
-    empty = [review.view.name for review in reviews if not review.lesions]
-    return f"{names}: " + (f"no tumour found in {' and '.join(empty)}." if empty else "done.")
+    times = [""] if len(reviews) == 1 else ["earlier ", "later "]
+    found = ["done" if review.lesions else "no tumour found" for review in reviews]
+    return ", ".join(
+        f"{time}{review.view.name}: {result}" for time, review, result in zip(times, reviews, found, strict=True)
+    )
 
 
 def draw_pictures(
@@ -97,14 +99,12 @@ def draw_pictures(
 ) -> list[gr.Image]:
     """Draw two pictures of each plane: model and expert, or the earlier and the later scan."""
     drawn = []
+    labels_of_sides = ("Model", "Expert") if len(state.reviews) == 1 else ("Earlier", "Later")
     for plane, index in zip(planes, indices, strict=True):
-        sides = [(review.view, review.labels, f"{review.view.name}") for review in state.reviews]
-        if len(sides) == 1:
-            view = state.reviews[0].view
-            sides = [(view, sides[0][1], "Model"), (view, view.reference, "Expert")]
-        else:
-            sides = [(*side[:2], f"{time}: {side[2]}") for side, time in zip(sides, ("Earlier", "Later"), strict=True)]
-        for place, (view, labels, label) in enumerate(sides):
+        shown = [(review.view, review.labels) for review in state.reviews]
+        if len(shown) == 1:
+            shown.append((shown[0][0], shown[0][0].reference))
+        for place, ((view, labels), label) in enumerate(zip(shown, labels_of_sides, strict=True)):
             if labels is None:
                 drawn.append(gr.Image(visible=False))
                 continue
@@ -145,7 +145,11 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
                     earlier_files = upload(
                         label="Earlier scans of the same patient, registered to those above", elem_id="earlier"
                     )
-                    earlier_folder = folder_button("Earlier case folder")
+                    with gr.Row():
+                        earlier_folder = folder_button("Earlier case folder")
+                        two_phantoms = gr.Button(
+                            "Phantom at two times", size="sm", min_width=120, elem_id="two-phantoms"
+                        )
             with gr.Column(min_width=300):
                 model = gr.Dropdown(list(models), value=models[0], label="Model", visible=len(models) > 1)
                 with gr.Accordion("Options", open=False):
@@ -267,7 +271,8 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
         enhancing_label.input(save, [state, enhancing_label], downloads, **quiet)
         folder.upload(lambda paths: paths, folder, files)
         earlier_folder.upload(lambda paths: paths, earlier_folder, earlier_files)
-        phantom.click(phantom_files, None, files)
+        phantom.click(lambda: phantom_files()[0], None, files)
+        two_phantoms.click(phantom_files, None, [files, earlier_files])
     return page
 
 

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset_scripts.phantom import NUM_PATIENTS, write_phantom_cohort
+from dataset_scripts.phantom import NUM_PATIENTS, make_phantom_case, write_phantom_cohort
 from sam2unet_hf.cases_sam2unet import FEW_VALUES, BratsCase, find_cases
 from sam2unet_hf.nifti_sam2unet import open_nifti, read_header
-from sam2unet_hf.scans_sam2unet import MODALITIES, ScanError, read_volume
+from sam2unet_hf.scans_sam2unet import MODALITIES, ScanError, read_volume, write_nifti
 
 
 ENDINGS = "|".join(ending for endings in MODALITIES.values() for ending in endings)
 SCAN_NAME = re.compile(rf"(.+)(?:{ENDINGS})\.nii(?:\.gz)?", re.IGNORECASE)
 DECATHLON_NAME = re.compile(r"(BRATS_\d+)\.nii(?:\.gz)?", re.IGNORECASE)
+EARLIER_SHARE = 0.4  # of the phantom's tumour at the earlier time
 
 
 def patient_in(name: str) -> str | None:
@@ -80,9 +81,19 @@ def explain_upload(err: Exception, folder: Path) -> str:
 
 
 @functools.cache
-def phantom_files() -> list[str]:
-    """Draw a phantom patient once, the first that the examples do not train on, and return its files."""
-    folder = tempfile.mkdtemp(prefix="phantom_")
+def phantom_files() -> tuple[list[str], list[str]]:
+    """Draw a phantom patient once, the first that the examples do not train on, as it is and at an earlier time.
+
+    Returns:
+        The files of the scan, and those of the earlier one, in which the tumour is smaller.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="phantom_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    cohort = write_phantom_cohort(Path(folder, "cohort"), num_patients=1, first=NUM_PATIENTS + 1)
-    return sorted(map(str, cohort.glob("*/*")))
+    number = NUM_PATIENTS + 1
+    files = sorted(write_phantom_cohort(folder / "cohort", num_patients=1, first=number).glob("*/*"))
+    affine, earlier = read_volume(files[0]).affine, []
+    for suffix, volume in make_phantom_case([0, number], tumour_growth=EARLIER_SHARE).items():
+        if suffix != "seg":
+            earlier.append(folder / "earlier" / f"Phantom_{number:03d}_{suffix}.nii.gz")
+            write_nifti(earlier[-1], volume, affine)
+    return [str(path) for path in files], [str(path) for path in earlier]

@@ -156,7 +156,9 @@ def compared_rows(state: PageState, region: str) -> list[str]:
         elif change.kind in ("new", "gone"):
             text = change.kind
         else:
-            text = f"{change.kind}<br>{format_change(*change.volumes_ml, 'ml', 2)}"
+            text = (
+                f"{change.kind}<br>{format_change(*change.volumes_ml, 'ml', 1 if max(change.volumes_ml) > 10 else 2)}"
+            )
         rows.append(make_row([*cells, text], is_hidden))
     return rows
 

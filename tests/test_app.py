@@ -29,6 +29,8 @@ import app  # noqa: E402 - the scripts are no package
 import case_upload  # noqa: E402
 import case_view  # noqa: E402
 from case_view import PLANE_ORDER, REGION_COLOURS, draw_slice, largest_slice, segment_case  # noqa: E402
+from review import PageState, Review  # noqa: E402
+from review_table import volume_table  # noqa: E402
 
 
 REGIONS = {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}
@@ -150,7 +152,8 @@ def test_a_model_of_many_regions_has_colours_for_all_and_names_are_text():
 
 
 def test_the_table_has_volumes_and_dice(view):
-    rows = [line.strip("| ").split(" | ") for line in app.volume_table(view).splitlines()[2:]]
+    table = volume_table(PageState([Review(view)]))
+    rows = [re.findall(r"<td>(?:<label>.*?> )?([^<]+)<?", row) for row in re.findall("<tr>.*?</tr>", table)[1:]]
     assert [row[0] for row in rows] == list(REGIONS)
     voxel_ml = np.prod(view.spacing_mm) / 1000
     for region, volume, expert, dice in rows:
@@ -230,7 +233,7 @@ def test_files_of_two_patients_are_told_by_their_names(segment, cohort):
 
 
 def test_the_example_is_a_patient_that_no_example_trains_on():
-    files = case_upload.phantom_files()
+    files, earlier = case_upload.phantom_files()
     assert {Path(path).name for path in files} == {
         f"Phantom_031_{name}.nii.gz" for name in ("t1", "t1ce", "t2", "flair", "seg")
     }
@@ -238,6 +241,9 @@ def test_the_example_is_a_patient_that_no_example_trains_on():
     for path in files:
         name = Path(path).name.removeprefix("Phantom_031_").removesuffix(".nii.gz")
         np.testing.assert_array_equal(np.asarray(nib.load(path).dataobj), drawn[name])
+    assert [Path(path).name for path in files if "_seg" not in path] == sorted(Path(path).name for path in earlier)
+    for path in (files[0], earlier[0]):
+        np.testing.assert_array_equal(nib.load(path).affine, nib.load(files[0]).affine)
 
 
 # -------------------------------------------------------------------------------------------------------- as a server
@@ -395,6 +401,8 @@ class Page:
 
     def wait_for(self, name, expected):
         def shown():
+            # Browsers load pictures that are far down the page once they are scrolled to.
+            self.browser.execute_script("document.querySelector(`#${arguments[0]}`)?.scrollIntoView()", name)
             pixels = self.picture(name)
             return pixels is not None and np.array_equal(pixels, expected)
 
@@ -406,7 +414,7 @@ class Page:
         wait(lambda: all(path.name.split(".")[0] in self.one("#files").text for path in paths))
 
 
-def test_a_user_segments_scrolls_toggles_and_downloads(browser, address, cohort, segment, view, tmp_path):
+def test_a_user_segments_scrolls_reviews_and_downloads(browser, address, cohort, view, tmp_path):
     page = Page(browser, address)
     assert "Research use only" in page.one("body").text
     page.upload(sorted((cohort / "Phantom_001").iterdir()))
@@ -441,14 +449,28 @@ def test_a_user_segments_scrolls_toggles_and_downloads(browser, address, cohort,
     page.wait_for("axial-model", expected("axial", starts["axial"] - 2, ["TC", "ET"]))
     page.wait_for("sagittal-expert", expected("sagittal", starts["sagittal"], ["TC", "ET"], side="expert"))
 
+    # A lesion that is pressed is shown in its slices, with its diameters.
+    kept = Review(view)
+    lesion = kept.lesions[0]
+    page.one('#lesions button[data-lesion="0-0-1"]').click()
+    lines = (lesion.diameter, lesion.perpendicular)
+    choice = (lesion.slice_index, "flair", ["TC", "ET"], 0.5, lines)
+    page.wait_for("axial-model", draw_slice(view, view.prediction, "axial", *choice))
+    assert page.one("#axial input[type=number]").get_attribute("value") == str(lesion.slice_index)
+    # What is hidden is neither in the pictures nor in the file.
+    page.one('#volumes input[data-lesion="0-2-all"]').click()
+    kept.change([one.key for one in kept.lesions if one.region == "ET"], hide=True)
+    page.wait_for("axial-model", draw_slice(view, kept.labels, "axial", *choice))
+    assert not page.one('#volumes input[data-lesion="0-2-all"]').is_selected()
+
     page.one("#download").click()
     path = wait(lambda: list(browser.downloads.glob("*.nii.gz")))[0]
     assert path.name == "Phantom_001_seg.nii.gz"
-    segment(cohort / "Phantom_001", progress=False).save(tmp_path / "direct.nii.gz")
+    kept.left.save(tmp_path / "direct.nii.gz")
     written, direct = nib.load(path), nib.load(tmp_path / "direct.nii.gz")
     np.testing.assert_array_equal(np.asarray(written.dataobj), np.asarray(direct.dataobj))
     np.testing.assert_array_equal(written.affine, direct.affine)
-    assert np.asarray(written.dataobj).any()
+    assert set(np.unique(written.dataobj)) == {0, 1, 2}
 
 
 def first_picture(view, plane):
@@ -468,6 +490,18 @@ def test_a_phone_shows_all_without_scrolling_sideways(browser, address, cohort, 
     boxes = [page.one(f"#{plane}-model img").rect for plane in PLANE_ORDER]
     assert all(box["width"] > 250 for box in boxes)
     assert boxes[0]["y"] < boxes[1]["y"] < boxes[2]["y"]
+    edges = (
+        "const r = arguments[0].getBoundingClientRect(); return [r.left, r.right, arguments[0].scrollWidth - r.width]"
+    )
+    seen = [cell for cell in page.all("#volumes th") if cell.text == "Dice"] + page.all(
+        "#files .filename, #lesions td"
+    )
+    assert len(seen) > 6
+    for element in seen:
+        left, right, cut_off = browser.execute_script(edges, element)
+        assert left >= 0
+        assert right <= 390
+        assert cut_off < 1, element.text
 
 
 def test_what_is_wrong_is_said_and_can_be_put_right(browser, address, cohort, view):

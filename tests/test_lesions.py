@@ -7,18 +7,17 @@ import math
 import nibabel as nib
 import numpy as np
 import pytest
+from scan_files import make_segmentation, make_tumours
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
 from sam2unet_hf.diameters import measure_diameters
 from sam2unet_hf.lesions import measure_lesions, number_lesions, remove_lesions, save_lesions
-from sam2unet_hf.scans_sam2unet import ScanError, read_volume
+from sam2unet_hf.scans_sam2unet import ScanError
 from sam2unet_hf.time_points import match_lesions, sums_of_products
-from sam2unet_hf.volume import VolumeSegmentation
 
 
 contourpy = pytest.importorskip("contourpy")
-REGIONS = {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}
 NUM_SHAPES = 300
 
 
@@ -112,30 +111,9 @@ def test_the_slice_with_the_longest_diameter_counts():
     assert measure_diameters(voxels, np.eye(2)).slice_index == 1
 
 
-def make_segmentation(labels, tmp_path, axes="LPS", spacing=(1.0, 1.0, 1.0), regions=REGIONS, rotation=None):
-    """Make a segmentation from labels with the axes (left, posterior, superior), on a file with other axes."""
-    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
-    if rotation is not None:
-        affine[:3, :3] = rotation @ affine[:3, :3]
-    transform = nib.orientations.ornt_transform(
-        nib.orientations.axcodes2ornt("LPS"), nib.orientations.axcodes2ornt(axes)
-    )
-    on_file = nib.orientations.apply_orientation(labels, transform)
-    path = tmp_path / f"{axes}_flair.nii.gz"
-    nib.save(nib.Nifti1Image(on_file, affine @ nib.orientations.inv_ornt_aff(transform, labels.shape)), path)
-    return VolumeSegmentation(on_file, regions, read_volume(path))
-
-
 @pytest.fixture
 def labels():
-    """A tumour with two enhancing parts in one core, and a second tumour of two parts that touch at a corner."""
-    labels = np.zeros((40, 30, 12), np.uint8)
-    labels[2:22, 3:15, 2:9] = 2
-    labels[4:18, 5:12, 3:8] = 1
-    labels[5:7, 6:8, 4:6] = labels[10:16, 7:11, 4:7] = 3
-    labels[28:31, 20:22, 5] = 2
-    labels[31, 22, 6] = 3
-    return labels
+    return make_tumours()
 
 
 def test_lesions_of_nested_regions_in_any_orientation(labels, tmp_path):
