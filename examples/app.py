@@ -87,10 +87,10 @@ def segment_uploads(
 
 def describe(reviews: Sequence[Review]) -> str:
     """Say what was segmented, and where nothing was found."""
-    times = [""] if len(reviews) == 1 else ["earlier ", "later "]
-    found = ["done" if review.lesions else "no tumour found" for review in reviews]
-    return ", ".join(
-        f"{time}{review.view.name}: {result}" for time, review, result in zip(times, reviews, found, strict=True)
+    times = [""] if len(reviews) == 1 else ["Earlier scan, ", "later scan, "]
+    return "; ".join(
+        f"{time}{review.view.name}: {'done' if review.lesions else 'no tumour found'}"
+        for time, review in zip(times, reviews, strict=True)
     )
 
 
