@@ -20,6 +20,7 @@ from .cases_sam2unet import BratsCase
 from .command_line import ModelParser, make_output_dir
 from .devices import default_device, device_name, fast_dtype
 from .labels_sam2unet import NUMBERINGS, check_enhancing_label
+from .lesions import measure_lesions, save_lesions
 from .patient_checks import describe_known_patients, describe_other_modalities, read_splits, why_implausible
 from .patient_table import PATIENT_METRICS, PatientTable, score_patient
 from .scans_sam2unet import MODALITIES, PLANES, ScanError, check_same_grid, to_grey
@@ -72,6 +73,11 @@ def parse_args(argv: list[str] | None = None, prog: str = PROG, is_scored: bool 
         action="store_true",
         help="write CASE_REGION_disagreement.nii.gz too, the standard deviation over members of an ensemble, mirror "
         "images and planes",
+    )
+    parser.add_rare_argument(
+        "--lesions",
+        action="store_true",
+        help="write CASE_lesions.csv too: volume, longest axial diameter and its perpendicular of each lesion",
     )
     if is_scored:
         parser.set_defaults(score=True)
@@ -151,7 +157,7 @@ def _warn_of_known_patients(model: str, cases: dict[str, Input]) -> None:
 
 
 def _save(found: VolumeSegmentation, name: str, args: argparse.Namespace) -> Path:
-    """Write the segmentation of a case, and its probabilities and the disagreement on them if asked to."""
+    """Write the segmentation of a case, and its probabilities, the disagreement on them and lesions if asked to."""
     path = args.output_dir / f"{name}_seg.nii.gz"
     try:
         found.save(path, args.et_label)
@@ -161,6 +167,8 @@ def _save(found: VolumeSegmentation, name: str, args: argparse.Namespace) -> Pat
                 found.save_probabilities(args.output_dir / f"{name}_{region_name}_probability.nii.gz", region)
             if args.disagreement:
                 found.save_disagreement(args.output_dir / f"{name}_{region_name}_disagreement.nii.gz", region)
+        if args.lesions:
+            save_lesions(measure_lesions(found), args.output_dir / f"{name}_lesions.csv")
     except OSError as err:  # a full disk
         raise SystemExit(f"{path} could not be written: {err}") from err
     return path
