@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
-from plots import COLOURS
 from scipy import ndimage
 
 from sam2unet_hf.cases_sam2unet import BratsCase
+from sam2unet_hf.finetuning.plots import COLOURS
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES, pixel_size_mm, take_slice, to_grey
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, VolumeSegmentation
 

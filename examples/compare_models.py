@@ -24,16 +24,16 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from arguments import SegmentationTrainingArguments
 from baselines import build_baseline
 from benchmarks.timing import count_flops, time_in_turn
 from comparison_data import ComparisonData
 from comparison_report import SYSTEMS, write_report
-from provenance import changed_values, fingerprint, write_json
 from transformers import PreTrainedModel, set_seed
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation
 from sam2unet_hf.configuration_sam2unet import PRESETS
+from sam2unet_hf.finetuning.arguments import SegmentationTrainingArguments
+from sam2unet_hf.finetuning.provenance import changed_values, fingerprint, write_json
 from sam2unet_hf.scans_sam2unet import MODALITIES
 from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics
 from sam2unet_hf.training.augmentation import AUGMENTATIONS

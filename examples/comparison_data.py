@@ -7,17 +7,17 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from arguments import DataArguments
-from case_names import case_ids, case_names
-from data_sources import find_columns, find_regions, load_data, make_images
-from image_depth import fit_white_level
-from plots import image_to_show, name_of_image
-from predictions import predict_label_maps
-from processes import exit_on
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.finetuning.arguments import DataArguments
+from sam2unet_hf.finetuning.case_names import case_ids, case_names
+from sam2unet_hf.finetuning.data_sources import find_columns, find_regions, load_data, make_images
+from sam2unet_hf.finetuning.image_depth import fit_white_level
+from sam2unet_hf.finetuning.plots import image_to_show, name_of_image
+from sam2unet_hf.finetuning.predictions import predict_label_maps
+from sam2unet_hf.finetuning.processes import exit_on
 from sam2unet_hf.regions_sam2unet import parse_regions
 from sam2unet_hf.training import ImageRows, SegmentationTransform, collate
 from sam2unet_hf.training.augmentation import augmentation

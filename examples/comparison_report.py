@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from case_names import case_ids
 from comparison_data import ComparisonData
-from plots import COLOURS, draw_image, plt
 
+from sam2unet_hf.finetuning.case_names import case_ids
+from sam2unet_hf.finetuning.plots import COLOURS, draw_image, plt
 from sam2unet_hf.model_card import counted
 
 

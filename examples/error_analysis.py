@@ -19,21 +19,28 @@ from pathlib import Path
 from typing import Any
 
 from case_view import segment_case
-from cohort import load_cohort
-from data_sources import DEFAULT_MODALITIES, DataArguments, find_columns, find_regions, load_data, make_images
 from error_metrics import Analysis
 from error_plots import draw_case
 from error_report import write_report
-from image_depth import Brightest, fit_white_level
-from processes import set_up_logging
-from provenance import RECORD, read_record
-from recipes import RECIPES
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from sam2unet_hf.cases_sam2unet import find_cases
 from sam2unet_hf.devices import device_name
 from sam2unet_hf.ensemble_sam2unet import Sam2UNetEnsemble
+from sam2unet_hf.finetuning.cohort import load_cohort
+from sam2unet_hf.finetuning.data_sources import (
+    DEFAULT_MODALITIES,
+    DataArguments,
+    find_columns,
+    find_regions,
+    load_data,
+    make_images,
+)
+from sam2unet_hf.finetuning.image_depth import Brightest, fit_white_level
+from sam2unet_hf.finetuning.processes import set_up_logging
+from sam2unet_hf.finetuning.provenance import RECORD, read_record
+from sam2unet_hf.finetuning.recipes import RECIPES
 from sam2unet_hf.patient_checks import describe_known_patients, read_splits
 from sam2unet_hf.regions_sam2unet import parse_regions
 from sam2unet_hf.training import ImageRows, SegmentationTransform

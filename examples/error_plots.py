@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from case_names import to_file_name
 from case_view import PLANE_ORDER, CaseView, largest_slice, region_colours
 from matplotlib import patheffects
 from matplotlib.figure import Figure
-from plots import COLOURS, plt
 
+from sam2unet_hf.finetuning.case_names import to_file_name
+from sam2unet_hf.finetuning.plots import COLOURS, plt
 from sam2unet_hf.scans_sam2unet import pixel_size_mm
 
 

@@ -11,12 +11,12 @@ from string import Template
 from typing import Any
 
 import numpy as np
-from case_names import to_file_name
 from error_metrics import FOUND_IN, Analysis
 from error_plots import plot_boundaries, plot_calibration, plot_groups, plot_overlays, plot_scatter, save_figure
 from matplotlib.figure import Figure
-from plots import column_to_show
 
+from sam2unet_hf.finetuning.case_names import to_file_name
+from sam2unet_hf.finetuning.plots import column_to_show
 from sam2unet_hf.model_card import counted
 
 

@@ -5,7 +5,7 @@ of the environment, folder and paths of imports that a new process would have. T
 
 - with `imported=LIBRARIES`, one that knows neither this package nor any library that reads `HF_*` when it is imported:
   in a fork these are found, or are missing, as in a new process, and take the caches and the Hub that it names;
-- with `imported=EVERYTHING`, one that has imported the package and the scripts too, and has a cache of its own.
+- with `imported=EVERYTHING`, one that has imported the package too, and has a cache of its own.
 """
 
 import atexit
@@ -36,7 +36,12 @@ scipy.stats threadpoolctl tokenizers torch torch.distributed.checkpoint torch.di
 torch.distributed.launcher.api torch.distributed.tensor torch.nn.attention.flex_attention torchvision.transforms.v2
 tqdm.auto xxhash yaml
 """
-EVERYTHING = LIBRARIES + "transformers.modeling_utils run_segmentation dataset_scripts.brats_slices.__main__"
+EVERYTHING = (
+    LIBRARIES
+    + """
+transformers.modeling_utils sam2unet_hf.finetuning.run_segmentation dataset_scripts.brats_slices.__main__
+"""
+)
 
 
 def run(command, *, cwd, env, imported=LIBRARIES, processes=1, timeout=300, stdin=""):
@@ -96,7 +101,7 @@ def start(imported):
 def serve(modules):
     """Import the modules; then read an order a line, fork as it says, and answer with the return codes."""
     paths = sys.path[1:]
-    sys.path[0:1] = [str(ROOT / "examples"), str(ROOT)]
+    sys.path[0] = str(ROOT)
     for module in modules:
         importlib.import_module(module)
     # What is there by now is never collected, so that no fork copies it to look.

@@ -3,15 +3,10 @@
 PyTorch shards over gloo as well, but accelerate turns FSDP on for GPUs alone and would train without it.
 """
 
-import sys
-from pathlib import Path
-
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import run_segmentation  # noqa: E402 - the scripts are no package
+from sam2unet_hf.finetuning import run_segmentation
 
 
 def shard_on_cpu() -> None:

@@ -529,13 +529,12 @@ def load_modules(kinds):
             **vars(found[0]), **{k: v for k, v in vars(found[1]).items() if k not in vars(found[0])}
         )
     if set(kinds) - set(NIFTI_KINDS):
-        sys.path[:0] = [str(REPO), str(REPO / "examples")]
-        import data_checks
-        import data_sources
+        sys.path.insert(0, str(REPO))
         import datasets
 
         from dataset_scripts.brats_slices import BratsSlices
         from sam2unet_hf import Sam2UNetImageProcessor
+        from sam2unet_hf.finetuning import data_checks, data_sources
         from sam2unet_hf.scans_sam2unet import ScanError
 
         datasets.disable_progress_bars()

@@ -24,14 +24,14 @@ from pathlib import Path
 
 
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "examples")]
+sys.path.insert(0, str(Path(__file__).parent))
 import matplotlib.figure  # noqa: E402
-import run_segmentation  # noqa: E402
 import torch  # noqa: E402
 import transformers.modeling_utils  # noqa: E402
 from transformers.trainer_callback import TrainerState  # noqa: E402
 
 import dataset_scripts.brats_slices.__main__ as build  # noqa: E402
+from sam2unet_hf.finetuning import run_segmentation  # noqa: E402
 from sam2unet_hf.training import Sam2UNetTrainer, averaging  # noqa: E402
 
 

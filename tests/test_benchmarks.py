@@ -26,8 +26,6 @@ import bench_recipes  # noqa: E402
 import bench_rivals  # noqa: E402
 import bench_throughput  # noqa: E402
 import bench_window  # noqa: E402
-from arguments import parse_arguments  # noqa: E402
-from recipes import RECIPES  # noqa: E402
 from timing import Competitor, in_processes, markdown_table, mask_iou, time_in_turn  # noqa: E402
 
 from dataset_scripts.brats_slices import BratsSlices  # noqa: E402
@@ -35,6 +33,8 @@ from dataset_scripts.brats_slices.__main__ import write_dataset  # noqa: E402
 from dataset_scripts.phantom import write_phantom_cohort  # noqa: E402
 from sam2unet_hf import deep_supervision_loss  # noqa: E402
 from sam2unet_hf.cases_sam2unet import find_cases  # noqa: E402
+from sam2unet_hf.finetuning.parsing import parse_arguments  # noqa: E402
+from sam2unet_hf.finetuning.recipes import RECIPES  # noqa: E402
 
 
 SMALL = ["--image_size", "64", "--device", "cpu", "--rounds", "1"]

@@ -17,6 +17,7 @@ from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.cases_sam2unet import find_cases
 from sam2unet_hf.clean_up import RULES, choose_clean_up, find_components, load_components, save_components
 from sam2unet_hf.clean_up_sam2unet import CLEAN_UP_FILE, CleanUp, RegionRule
+from sam2unet_hf.finetuning.provenance import start_run
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, main
 from sam2unet_hf.volume_sam2unet import make_label_map
 
@@ -24,7 +25,6 @@ from sam2unet_hf.volume_sam2unet import make_label_map
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import error_analysis  # noqa: E402 - the scripts are no package
 from case_view import segment_case  # noqa: E402
-from provenance import start_run  # noqa: E402
 
 
 WT = {"WT": [1, 2, 3]}

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,16 +14,13 @@ from test_patients import make_heads
 
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.finetuning import patients, run_segmentation
+from sam2unet_hf.finetuning.arguments import DataArguments
+from sam2unet_hf.finetuning.cohort import load_cohort
+from sam2unet_hf.finetuning.parsing import parse_arguments
+from sam2unet_hf.finetuning.patients import patients_to_show
 from sam2unet_hf.patient_table import PatientTable
 from sam2unet_hf.volume import main as segment_volumes
-
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import patients  # noqa: E402 - the scripts are no package
-import run_segmentation  # noqa: E402
-from arguments import DataArguments, parse_arguments  # noqa: E402
-from cohort import load_cohort  # noqa: E402
-from patients import patients_to_show  # noqa: E402
 
 
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "4"]
@@ -148,7 +144,7 @@ def test_a_second_cohort_is_scored_without_training(run, folder, tmp_path, caplo
 def test_two_processes_score_patients_as_one_does(run, folder, tmp_path):
     arguments = scoring(run[0], folder / "there")
     arguments += ["--per_device_eval_batch_size", "1"]  # convolutions differ in the last bit with the size of a batch
-    script = run_segmentation.__file__
+    script = Path(__file__).parents[1] / "examples" / "run_segmentation.py"
     said = run_two_processes(tmp_path, script, *arguments, "--output_dir", tmp_path / "two")
     assert said.count("The results are in") == 1
     run_segmentation.main([*arguments, "--output_dir", str(tmp_path / "one")])

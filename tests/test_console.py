@@ -3,19 +3,13 @@
 import json
 import logging
 import re
-import sys
-from pathlib import Path
 
 import pytest
-
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-import processes  # noqa: E402
-import run_segmentation  # noqa: E402
 from common import small_config  # noqa: E402
 
 from dataset_scripts.phantom import write_phantom_cohort  # noqa: E402
 from sam2unet_hf import Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor  # noqa: E402
+from sam2unet_hf.finetuning import processes, run_segmentation
 
 
 REGIONS = {"WT": [1, 2, 3], "TC": [1, 3]}

@@ -4,10 +4,8 @@ import io
 import logging
 import os
 import struct
-import sys
 import zipfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,21 +17,18 @@ from slice_rows import make_slices, pixel
 from dataset_scripts.brats_slices import BratsSlices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
-
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from case_names import case_names  # noqa: E402 - the scripts are no package
-from data_checks import check_images_and_masks  # noqa: E402
-from data_sources import (  # noqa: E402
+from sam2unet_hf.finetuning.case_names import case_names
+from sam2unet_hf.finetuning.data_checks import check_images_and_masks
+from sam2unet_hf.finetuning.data_sources import (
     DataArguments,
     find_columns,
     find_regions,
     load_data,
     make_images,
-    with_all_splits,
 )
-from image_folders import pair_images_and_masks  # noqa: E402
-from provenance import fingerprint  # noqa: E402
+from sam2unet_hf.finetuning.image_folders import pair_images_and_masks
+from sam2unet_hf.finetuning.provenance import fingerprint
+from sam2unet_hf.finetuning.splits import with_all_splits
 
 
 GREY = np.random.default_rng(0).integers(0, 256, (24, 30)).astype(np.uint8)

@@ -25,15 +25,13 @@ from transformers import AutoModelForSemanticSegmentation, TrainingArguments
 
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
+from sam2unet_hf.finetuning import processes, run_segmentation
 from sam2unet_hf.training import Sam2UNetTrainer
 from sam2unet_hf.training.resume import why_incomplete
 
 
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-import processes  # noqa: E402 - the scripts are no package
-import run_segmentation  # noqa: E402
 
 
 SCRIPT = EXAMPLES / "run_segmentation.py"

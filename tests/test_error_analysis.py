@@ -24,6 +24,8 @@ from dataset_scripts.brats_slices.__main__ import main as write_brats_slices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.ensemble_sam2unet import Sam2UNetEnsemble
+from sam2unet_hf.finetuning import run_segmentation
+from sam2unet_hf.finetuning.plots import image_to_show
 from sam2unet_hf.scans_sam2unet import Volume
 from sam2unet_hf.training import ImageRows, SegmentationMetrics, SegmentationTransform
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, VolumeSegmentation
@@ -31,7 +33,6 @@ from sam2unet_hf.volume import Sam2UNetVolumePipeline, VolumeSegmentation
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import error_analysis  # noqa: E402 - the scripts are no package
-import run_segmentation  # noqa: E402
 from case_view import CaseView, bounding_box, largest_slice, segment_case  # noqa: E402
 from error_metrics import (  # noqa: E402
     Analysis,
@@ -43,7 +44,6 @@ from error_metrics import (  # noqa: E402
 )
 from error_plots import WIDTH, draw_case, evenly_spread, middle_slices  # noqa: E402
 from error_report import choose_examples, write_report  # noqa: E402
-from plots import image_to_show  # noqa: E402
 
 
 REGIONS = {"WT": [1, 2, 3], "TC": [1, 3]}

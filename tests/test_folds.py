@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import forks
@@ -24,6 +23,10 @@ from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.cases_sam2unet import find_cases
 from sam2unet_hf.clean_up import RULES, find_components, load_components
 from sam2unet_hf.clean_up_sam2unet import CleanUp, RegionRule
+from sam2unet_hf.finetuning import folds, run_segmentation
+from sam2unet_hf.finetuning.arguments import DataArguments
+from sam2unet_hf.finetuning.data_sources import load_data, load_folds
+from sam2unet_hf.finetuning.parsing import parse_arguments
 from sam2unet_hf.metrics.volume_functional import count_voxels
 from sam2unet_hf.metrics.volume_functional import dice as volume_dice
 from sam2unet_hf.patient_table import PatientTable
@@ -32,11 +35,6 @@ from sam2unet_hf.volume import main as segment_volumes
 
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-import folds  # noqa: E402 - the scripts are no package
-import run_segmentation  # noqa: E402
-from arguments import DataArguments, parse_arguments  # noqa: E402
-from data_sources import load_data, load_folds  # noqa: E402
 
 
 REGIONS = {"WT": [1, 2, 3], "ET": [3]}

@@ -11,15 +11,15 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.finetuning import run_segmentation
+from sam2unet_hf.finetuning.image_depth import Brightest, brighter, fit_white_level
 from sam2unet_hf.training import augmentation
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import compare_models  # noqa: E402 - the scripts are no package
 import error_analysis  # noqa: E402
-import run_segmentation  # noqa: E402
 from comparison_data import ComparisonData  # noqa: E402
-from image_depth import Brightest, brighter, fit_white_level  # noqa: E402
 
 
 GREY = np.random.default_rng(0).integers(0, 4096, (8, 9))

@@ -10,12 +10,18 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from sam2unet_hf.finetuning.cohort import load_cohort
+from sam2unet_hf.finetuning.data_sources import (
+    DataArguments,
+    find_columns,
+    load_data,
+)
+from sam2unet_hf.finetuning.provenance import write_json
+from sam2unet_hf.finetuning.splits import with_all_splits
+
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from cohort import load_cohort  # noqa: E402 - the scripts are no package
-from data_sources import DataArguments, find_columns, load_data, with_all_splits  # noqa: E402
 from error_analysis import fill_from_run  # noqa: E402
-from provenance import write_json  # noqa: E402
 
 
 def write_pairs(images, masks, names):

@@ -13,16 +13,16 @@ from PIL import Image, ImageFilter
 from slice_rows import make_slices
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetImageProcessor
+from sam2unet_hf.finetuning import run_segmentation
+from sam2unet_hf.finetuning.cohort import load_cohort
+from sam2unet_hf.finetuning.data_sources import DataArguments, find_columns, find_regions, load_data
+from sam2unet_hf.finetuning.image_folders import pair_images_and_masks
+from sam2unet_hf.finetuning.predictions import write_predictions
 from sam2unet_hf.training import ImageRows, SegmentationTransform
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import error_analysis  # noqa: E402 - the scripts are no package
-import run_segmentation  # noqa: E402
-from cohort import load_cohort  # noqa: E402
-from data_sources import DataArguments, find_columns, find_regions, load_data  # noqa: E402
-from image_folders import pair_images_and_masks  # noqa: E402
-from predictions import write_predictions  # noqa: E402
 
 
 DISC = np.hypot(*np.mgrid[-20:20, -24:24]) < 12
@@ -272,7 +272,8 @@ def test_masks_with_255_as_a_class_from_training_to_predictions(tmp_path):
 def test_predictions_are_written_as_the_masks_are(tmp_path, monkeypatch, mapping, written):
     save(tmp_path, {"x": DISC * 255})
     rows = ImageRows(pair_images_and_masks(tmp_path / "train" / "images", tmp_path / "train" / "masks"))
-    monkeypatch.setattr("predictions.predict_label_maps", lambda model, transform, batch: [DISC.astype(np.int64)])
+    predict = "sam2unet_hf.finetuning.predictions.predict_label_maps"
+    monkeypatch.setattr(predict, lambda model, transform, batch: [DISC.astype(np.int64)])
     transform = SegmentationTransform(Sam2UNetImageProcessor(), resize_masks=False, label_mapping=mapping)
     write_predictions(tmp_path / "out", rows, transform, None, 1)
     with Image.open(tmp_path / "out" / "x.png") as prediction:

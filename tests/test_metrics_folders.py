@@ -2,8 +2,6 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +9,9 @@ from common import small_model
 from PIL import Image
 
 from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.finetuning import run_segmentation
 from sam2unet_hf.metrics.__main__ import main
 from sam2unet_hf.metrics.functional import score
-
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import run_segmentation  # noqa: E402 - the scripts are no package
 
 
 def write(folder, name, pixels, dtype=np.uint8):

@@ -26,12 +26,12 @@ from sam2unet_hf import (
     volume,
 )
 from sam2unet_hf.export import __main__ as export
+from sam2unet_hf.finetuning import run_segmentation
 from sam2unet_hf.metrics import __main__ as metrics
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import error_analysis  # noqa: E402 - the scripts are no package
-import run_segmentation  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,13 @@
 
 import dataclasses
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from arguments import ARGUMENTS, parse_arguments  # noqa: E402
-from option_help import GROUPS  # noqa: E402
-from recipes import PHANTOM, RECIPES  # noqa: E402
+from sam2unet_hf.finetuning.arguments import ARGUMENTS
+from sam2unet_hf.finetuning.option_help import GROUPS
+from sam2unet_hf.finetuning.parsing import parse_arguments
+from sam2unet_hf.finetuning.recipes import PHANTOM, RECIPES
 
 
 def read_help(capsys, *argv):

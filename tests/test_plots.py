@@ -12,14 +12,14 @@ from PIL import Image
 
 from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.ensemble_sam2unet import Sam2UNetEnsemble
+from sam2unet_hf.finetuning import plots
+from sam2unet_hf.finetuning.predictions import name_ranks, rows_to_show, show_cases
 from sam2unet_hf.training import ImageRows, SegmentationTransform
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import plots  # noqa: E402 - the scripts are no package
 from error_metrics import Analysis  # noqa: E402
 from error_report import list_figures, write_report  # noqa: E402
-from predictions import name_ranks, rows_to_show, show_cases  # noqa: E402
 
 
 GREEN = (20, 180, 60)

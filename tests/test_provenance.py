@@ -10,10 +10,8 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import arguments  # noqa: E402 - the scripts are no package
-import provenance  # noqa: E402
+from sam2unet_hf.finetuning import provenance
+from sam2unet_hf.finetuning.parsing import parse_arguments
 
 
 FEATURES = Features({"image": Image(), "mask": Image(), "case_id": Value("string")})
@@ -40,7 +38,7 @@ def test_fingerprint_depends_on_what_rows_hold_and_not_on_where_it_lies(tmp_path
 def test_the_record_of_a_run_has_what_repeats_it_and_no_token(tmp_path, monkeypatch):
     argv = ["run_segmentation.py", "--use_cpu", "--output_dir", str(tmp_path), "--hub_token", "hf_secret"]
     monkeypatch.setattr(sys, "argv", [*argv[:-2], "--hub_token=hf_secret", "--seed", "3"])
-    _, _, args = arguments.parse_arguments(sys.argv[1:])
+    _, _, args = parse_arguments(sys.argv[1:])
     record = provenance.run_record({"a": (1, 2)}, args, DatasetDict({"train": make_rows(tmp_path / "rows")}))
     provenance.write_json(tmp_path / provenance.RECORD, record)
     text = (tmp_path / provenance.RECORD).read_text()
@@ -65,7 +63,7 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path):
 
 
 def test_a_run_that_goes_on_with_other_versions_or_data_says_so(tmp_path, caplog):
-    _, _, args = arguments.parse_arguments(["--use_cpu", "--output_dir", str(tmp_path)])
+    _, _, args = parse_arguments(["--use_cpu", "--output_dir", str(tmp_path)])
     record = {"arguments": {}, "data": {"train": "old"}, "versions": {"torch": "2.13"}, "git": {"commit": "c0ffee"}}
     provenance.start_run(record, args)
     assert not caplog.records

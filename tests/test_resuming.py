@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from arguments import parse_arguments, resume_arguments  # noqa: E402 - the scripts are no package
-from provenance import RECORD, RESULTS_FILE, find_checkpoint, write_json  # noqa: E402
-
+from sam2unet_hf.finetuning.parsing import (
+    parse_arguments,
+    resume_arguments,
+)
+from sam2unet_hf.finetuning.provenance import RECORD, RESULTS_FILE, find_checkpoint, write_json
 from sam2unet_hf.training.resume import StopOnSigterm, last_complete_checkpoint, why_incomplete
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +17,23 @@ from dataset_scripts.brats_slices.__main__ import main as write_brats_slices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.crop_sam2unet import head_mask
-
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import provenance  # noqa: E402 - the scripts are no package
-import run_segmentation  # noqa: E402
-from arguments import card_arguments, parse_arguments, resume_arguments  # noqa: E402
-from case_names import case_names  # noqa: E402
-from data_sources import (  # noqa: E402
+from sam2unet_hf.finetuning import provenance, run_segmentation
+from sam2unet_hf.finetuning.case_names import case_names
+from sam2unet_hf.finetuning.data_sources import (
     DataArguments,
     describe_split,
     find_columns,
     find_regions,
     load_data,
     make_images,
-    with_all_splits,
 )
-from recipes import PHANTOM, RECIPES  # noqa: E402
+from sam2unet_hf.finetuning.parsing import (
+    card_arguments,
+    parse_arguments,
+    resume_arguments,
+)
+from sam2unet_hf.finetuning.recipes import PHANTOM, RECIPES
+from sam2unet_hf.finetuning.splits import with_all_splits
 
 
 QUICK = [

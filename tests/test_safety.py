@@ -18,6 +18,9 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForSemanticSegmentation, TrainingArguments
 
 from sam2unet_hf import Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
+from sam2unet_hf.finetuning import run_segmentation
+from sam2unet_hf.finetuning.arguments import ModelArguments
+from sam2unet_hf.finetuning.data_sources import DataArguments, load_data
 from sam2unet_hf.training import Sam2UNetTrainer, SegmentationTransform
 from sam2unet_hf.training.streaming import open_parquet
 from sam2unet_hf.volume import Sam2UNetVolumePipeline
@@ -27,9 +30,6 @@ from sam2unet_hf.weights_sam2unet import weight_files
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import error_analysis  # noqa: E402 - the scripts are no package
-import run_segmentation  # noqa: E402
-from arguments import ModelArguments  # noqa: E402
-from data_sources import DataArguments, load_data  # noqa: E402
 
 
 def test_nothing_is_trusted_by_the_code_itself():

@@ -22,14 +22,13 @@ from torch.utils.data import DataLoader
 from dataset_scripts.brats_slices.__main__ import main as write_brats_slices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor, Sam2UNetOutput
+from sam2unet_hf.finetuning import run_segmentation
 from sam2unet_hf.training import SegmentationTransform, collate
 from sam2unet_hf.training.streaming import ParquetRows, RowGroupSampler, open_parquet
 
 
 TESTS = Path(__file__).parent
 SCRIPT = TESTS.parent / "examples" / "run_segmentation.py"
-sys.path.insert(0, str(SCRIPT.parent))
-import run_segmentation  # noqa: E402 - the scripts are no package
 
 
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "2"]

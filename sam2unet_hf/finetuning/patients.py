@@ -6,17 +6,17 @@ from pathlib import Path
 
 import numpy as np
 from accelerate.utils import gather_object
-from arguments import DataArguments, SegmentationTrainingArguments
-from case_names import case_ids
-from cohort import COHORT
-from data_checks import DataSplits
-from image_folders import image_mask_folders
-from predictions import name_ranks
-from processes import exit_on
-from provenance import write_json
 
 from sam2unet_hf import Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
 from sam2unet_hf.cases_sam2unet import patient_of
+from sam2unet_hf.finetuning.arguments import DataArguments, SegmentationTrainingArguments
+from sam2unet_hf.finetuning.case_names import case_ids
+from sam2unet_hf.finetuning.cohort import COHORT
+from sam2unet_hf.finetuning.data_checks import DataSplits
+from sam2unet_hf.finetuning.image_folders import image_mask_folders
+from sam2unet_hf.finetuning.predictions import name_ranks
+from sam2unet_hf.finetuning.processes import exit_on
+from sam2unet_hf.finetuning.provenance import write_json
 from sam2unet_hf.metrics.volume_functional import VoxelCounts, dice
 from sam2unet_hf.patient_checks import EARLIER, SPLITS_FILE, describe_known_patients, read_splits
 from sam2unet_hf.patient_table import PatientTable
@@ -25,7 +25,7 @@ from sam2unet_hf.training.patients import read_column
 from sam2unet_hf.training.volumes import PatientScores, rows_of_patients, score_patients, why_no_volumes
 
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("patients")
 
 OUT_OF_FOLD = "out_of_fold"
 
@@ -109,18 +109,21 @@ def score_split(
         cases = list(rows_of_patients(rows))
         own = cases[args.process_index :: args.world_size]
         options = {"batch_size": args.eval_batch_size, "num_workers": args.dataloader_num_workers}
-        found = list(score_patients(model.eval(), processor, rows, own, **options))
-        found = {scores.case_id: scores for scores in (gather_object(found) if args.world_size > 1 else found)}
+        scored = list(score_patients(model.eval(), processor, rows, own, **options))
+        found = {scores.case_id: scores for scores in (gather_object(scored) if args.world_size > 1 else scored)}
         for case in cases:
             scores = PatientScores(*found[case])
             table.add(case, scores.scores)
             if scores.doubt:
                 logger.warning("%s: %s", case, scores.doubt)
     elif counts and "slice_index" not in rows.column_names:
-        for case, own in counts.items():
+        for case, counts_of in counts.items():
             table.add(
                 case,
-                {region: score_counts(*row) for region, row in zip(model.config.regions, own.tolist(), strict=True)},
+                {
+                    region: score_counts(*row)
+                    for region, row in zip(model.config.regions, counts_of.tolist(), strict=True)
+                },
             )
     else:
         logger.info("There is no table of patients of %s, because %s. --slices head takes whole heads.", name, reason)

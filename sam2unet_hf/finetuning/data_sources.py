@@ -1,4 +1,4 @@
-"""Images and masks for the examples: from BraTS scans, a phantom, folders, or the Hub."""
+"""Images and masks: from BraTS scans, a phantom, folders, or the Hub."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -6,24 +6,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-from arguments import DataArguments
-from case_names import BY_FOLDER, NO_GROUPS, case_ids, patients_of_rows
-from data_checks import (
+
+from dataset_scripts.brats_slices import BratsSlices, fold_patients
+from dataset_scripts.phantom import VERSION, write_phantom_cohort
+from sam2unet_hf.cases_sam2unet import BratsCase
+from sam2unet_hf.finetuning.arguments import DataArguments
+from sam2unet_hf.finetuning.case_names import BY_FOLDER, NO_GROUPS, case_ids, patients_of_rows
+from sam2unet_hf.finetuning.data_checks import (
     DataSplits,
     check_first_rows,
     check_images_and_masks,
     check_leaks,
-    find_shared_patient,
     image_columns,
 )
-from image_depth import Brightest
-from image_folders import SPLITS, describe_layout, image_mask_folders, pair_images_and_masks, read_data_set
-from mask_values import LabelIds, MaskValues, read_black_and_white, read_label_ids, warn_of_untrained
-from processes import exit_on
-
-from dataset_scripts.brats_slices import BratsSlices, fold_patients, split_patients
-from dataset_scripts.phantom import VERSION, write_phantom_cohort
-from sam2unet_hf.cases_sam2unet import BratsCase
+from sam2unet_hf.finetuning.image_depth import Brightest
+from sam2unet_hf.finetuning.image_folders import (
+    describe_layout,
+    image_mask_folders,
+    pair_images_and_masks,
+    read_data_set,
+)
+from sam2unet_hf.finetuning.mask_values import (
+    LabelIds,
+    MaskValues,
+    read_black_and_white,
+    read_label_ids,
+    warn_of_untrained,
+)
+from sam2unet_hf.finetuning.processes import exit_on
+from sam2unet_hf.finetuning.splits import check_has_train, join, named_splits, warn_of_folders, with_all_splits
 from sam2unet_hf.labels_sam2unet import NUMBERINGS, numberings_of, region_ids
 from sam2unet_hf.model_card import counted
 from sam2unet_hf.pictures import SCAN_SUFFIXES, first_file
@@ -31,7 +42,7 @@ from sam2unet_hf.scans_sam2unet import MODALITIES
 from sam2unet_hf.training import ImageRows, ParquetRows, open_parquet
 
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("data_sources")
 
 
 class DataFacts(NamedTuple):
@@ -125,8 +136,8 @@ def load_folds(args: DataArguments) -> list[Fold]:
         for fold in range(args.folds)
     }
     # No patient is in two folds, but an image may be there twice.
-    parts = keep_used_columns(parts, args, NO_GROUPS)
-    return [Fold(own, part) for own, part in zip(folds, parts.values(), strict=True)]
+    chosen = keep_used_columns(parts, args, NO_GROUPS)
+    return [Fold(own, part) for own, part in zip(folds, chosen.values(), strict=True)]
 
 
 def read_data(args: DataArguments) -> tuple[DataSplits, str | None]:
@@ -140,6 +151,7 @@ def read_data(args: DataArguments) -> tuple[DataSplits, str | None]:
             "dataset_scripts.brats_slices` writes one of BraTS scans. Images in folders are read one by one without "
             "--streaming."
         )
+    data: DataSplits
     if args.streaming:
         data = stream_data(args)
     elif folders:
@@ -230,89 +242,6 @@ def stream_data(args: DataArguments) -> dict[str, ParquetRows]:
     return named
 
 
-def named_splits(data: DataSplits) -> dict[str, Any]:
-    """Name the splits train, validation and test; leave out those of other names."""
-    named = {}
-    for split, names in SPLITS.items():
-        there = [name for name in names if name in data]
-        if len(there) > 1:
-            raise SystemExit(f"The splits {' and '.join(there)} of the data set are both {split}. Remove one.")
-        if there:
-            named[split] = data[there[0]]
-    if unused := sorted(set(data) - {name for names in SPLITS.values() for name in names}):
-        logger.warning("Not used, for their names say neither train, validation nor test: %s.", ", ".join(unused))
-    return named
-
-
-def warn_of_folders(data: DataSplits) -> None:
-    """Warn that the folders below those of the images are taken for patients, or that splits share such a folder."""
-    advice = "If they are something else, pass --group_by none, or the rule that tells the patient."
-    below = {
-        split: rows.select([index for index, name in enumerate(rows["case_id"]) if "/" in name])
-        for split, rows in data.items()
-    }
-    if len(data) > 1 and (shared := find_shared_patient(below, BY_FOLDER)):
-        logger.warning(
-            "%s A patient must be in one split alone, and folders of images are patients. %s", shared, advice
-        )
-    elif len(data) == 1 and (names := sorted({*patients_of_rows("train", below["train"], BY_FOLDER)})):
-        text = "The %d folders with images in them, such as %s, are taken for patients, and kept whole in a split. %s"
-        logger.warning(text, len(names), ", ".join(names[:3]), advice)
-
-
-def with_all_splits(
-    data: DataSplits, seed: int, group_by: str | None = None, test_split: bool = True
-) -> datasets.DatasetDict:
-    """Name the splits train, validation and test; split the training rows, by patient, if there is no validation.
-
-    Without `test_split` there is no test split, and its rows are trained on.
-    """
-    named = named_splits(data)
-    check_has_train(named, data)
-    if not test_split and "test" in named:
-        named["train"] = datasets.concatenate_datasets([named["train"], named.pop("test")])
-    if "validation" not in named:
-        train = named["train"]
-        groups = patients_of_rows("train", train, group_by) or list(map(str, range(len(train))))
-        split_of = {group: split for split, names in split_patients(groups, seed).items() for group in names}
-        # Train on what would be the test split where the data has one of its own, or needs none.
-        if "test" in named or not test_split:
-            split_of = {group: "train" if split == "test" else split for group, split in split_of.items()}
-        for split in SPLITS:
-            if rows := [index for index, group in enumerate(groups) if split_of[group] == split]:
-                named[split] = train.select(rows)
-        if "validation" not in named:
-            is_of_scans = "wt_pixels" in train.column_names
-            advice = "" if len(split_of) == len(train) else " If they are no patients, pass --group_by none."
-            raise SystemExit(
-                f"{counted(len(train), 'image')} of {counted(len(split_of), 'case')} are too few to train and to "
-                f"validate.{' Name a folder of several cases.' if is_of_scans else advice}"
-            )
-        counts = ", ".join(f"{len(named[split])} {split}" for split in SPLITS if split in named)
-        logger.warning("The data set has no validation split; cut it into %s.", counts)
-    if empty := [split for split, rows in named.items() if not len(rows)]:
-        raise SystemExit(f"The split {empty[0]} of the data set is empty.")
-    return datasets.DatasetDict(named)
-
-
-def check_has_train(named: DataSplits, data: DataSplits) -> None:
-    """Refuse a data set whose splits, by their usual names, are none to train on."""
-    if "train" not in named:
-        raise SystemExit(f"The data set has no split named train, only {', '.join(data)}.")
-
-
-def join(data: Mapping[str, datasets.Dataset], name_by_split: bool = False) -> datasets.Dataset:
-    """Join the splits of a data set; `name_by_split` tells files of the same name in two of them apart."""
-    if name_by_split and len(data) > 1:
-        data = {
-            split: rows.remove_columns("case_id").add_column(
-                "case_id", [f"{split}/{name}" for name in rows["case_id"]]
-            )
-            for split, rows in data.items()
-        }
-    return datasets.concatenate_datasets(list(data.values()))
-
-
 def describe_split(data: Mapping[str, ImageRows], args: DataArguments) -> str:
     """Say for the model card how the images of a run came into their splits."""
     rows = {split: images.rows for split, images in data.items()}
@@ -334,8 +263,9 @@ def find_columns(data: DataSplits, args: DataArguments) -> tuple[list[str], str]
     """Return the names of the columns that make an image, and of that of the masks."""
     rows = next(iter(data.values()))
     found = image_columns(rows)
-    mask_column = args.mask_column or next((name for name in MASK_COLUMNS if name in found), None)
-    option, columns = "--image_column", [args.image_column]
+    mask_column: Any = args.mask_column or next((name for name in MASK_COLUMNS if name in found), None)
+    columns: list[Any] = [args.image_column]
+    option = "--image_column"
     if args.image_column is None and {*found} & {*MODALITIES}:
         option, columns = "--modalities", args.modalities or DEFAULT_MODALITIES
     elif args.image_column is None:

@@ -14,23 +14,32 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from arguments import (
-    DataArguments,
-    ModelArguments,
-    SegmentationTrainingArguments,
-    resume_arguments,
-    take_channels_of_model,
-)
-from data_sources import Fold, load_folds, scans_folder
 from filelock import FileLock
-from plots import plot_folds
-from processes import from_main_process
-from provenance import FOLDS_FILE, RECORD, RESULTS_FILE, check_same_arguments, remove_run, write_json
 from tqdm import tqdm
 
 from sam2unet_hf.cases_sam2unet import BratsCase, find_cases
 from sam2unet_hf.clean_up import RegionComponents, choose_clean_up, find_components, load_components, save_components
 from sam2unet_hf.clean_up_sam2unet import CLEAN_UP_FILE, GAINS, CleanUp, RegionRule
+from sam2unet_hf.finetuning.arguments import (
+    DataArguments,
+    ModelArguments,
+    SegmentationTrainingArguments,
+)
+from sam2unet_hf.finetuning.data_sources import Fold, load_folds, scans_folder
+from sam2unet_hf.finetuning.parsing import (
+    resume_arguments,
+    take_channels_of_model,
+)
+from sam2unet_hf.finetuning.plots import plot_folds
+from sam2unet_hf.finetuning.processes import from_main_process
+from sam2unet_hf.finetuning.provenance import (
+    FOLDS_FILE,
+    RECORD,
+    RESULTS_FILE,
+    check_same_arguments,
+    remove_run,
+    write_json,
+)
 from sam2unet_hf.labels_sam2unet import enhancing_label_of
 from sam2unet_hf.members_sam2unet import ENSEMBLE_FILE
 from sam2unet_hf.patient_table import PatientTable
@@ -38,7 +47,7 @@ from sam2unet_hf.training.resume import last_complete_checkpoint
 from sam2unet_hf.volume_sam2unet import Sam2UNetVolumePipeline, VolumeSegmentation
 
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("folds")
 
 # What all folds give together, beside their runs in `fold_0`, `fold_1` and so on.
 SEGMENTATIONS = "segmentations"
@@ -273,7 +282,7 @@ def components_of(found: VolumeSegmentation, case: BratsCase) -> dict[str, Regio
 
 def report_gains(clean_up: CleanUp) -> dict[str, float]:
     """Log what a clean-up gains; return it as `clean_up_dice_before_<region>` and `clean_up_dice_after_<region>`."""
-    results = {}
+    results: dict[str, float] = {}
     for region, gain in clean_up.record[GAINS].items():
         rule, change = clean_up.rules[region], f"{gain['dice_before']:.4f} to {gain['dice_after']:.4f}"
         if rule == RegionRule():

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
-from arguments import RESUME_WORDS, DataArguments, ModelArguments, SegmentationTrainingArguments
-from data_checks import DataSplits, file_bytes, image_columns
 
 from sam2unet_hf.clean_up_sam2unet import CLEAN_UP_FILE
+from sam2unet_hf.finetuning.arguments import RESUME_WORDS, DataArguments, ModelArguments, SegmentationTrainingArguments
+from sam2unet_hf.finetuning.data_checks import DataSplits, file_bytes, image_columns
 from sam2unet_hf.patient_checks import SPLITS_FILE
 from sam2unet_hf.training import ParquetRows, Sam2UNetTrainer
 from sam2unet_hf.training.resume import last_complete_checkpoint, why_incomplete
 
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("provenance")
 
 # Arguments that say what is trained and on what, less those that say how it is read.
 MODEL_AND_DATA = {field.name for kind in (ModelArguments, DataArguments) for field in dataclasses.fields(kind)}
@@ -33,9 +33,11 @@ RECORD = "run.json"
 RESULTS_FILE = "all_results.json"  # written last, so it tells that the run has finished
 FOLDS_FILE = "folds.json"  # in the folder of a cross-validation, which holds a run for each fold
 # What a run writes besides the final checkpoint.
-RUN_FILES = ("checkpoint-*", "*_results.json", "trainer_state.json", RECORD, "predictions*", "training_*.png")
-RUN_FILES += ("training_info.json", "README.md")
-RUN_FILES += (SPLITS_FILE, "*_patients.csv", "*_patients.json", "test_dir_predictions.png")
+RUN_FILES = (
+    *("checkpoint-*", "*_results.json", "trainer_state.json", RECORD, "predictions*", "training_*.png"),
+    *("training_info.json", "README.md"),
+    *(SPLITS_FILE, "*_patients.csv", "*_patients.json", "test_dir_predictions.png"),
+)
 
 
 def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArguments) -> str | None:
@@ -193,10 +195,12 @@ def run_record(arguments: dict[str, Any], args: SegmentationTrainingArguments, d
 
 
 def commit() -> dict[str, str | bool]:
-    """Return the commit of the checkout that holds this script, and whether tracked files differ from it."""
+    """Return the commit of the checkout that holds this file, and whether tracked files differ from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    options = {"text": True, "stderr": subprocess.DEVNULL, "timeout": 30}
+    options: dict[str, Any] = {"text": True, "stderr": subprocess.DEVNULL, "timeout": 30}
     try:  # no argument comes from outside, and no shell reads them
+        # An installed package may lie in the checkout of something else.
+        subprocess.check_output([*git, "ls-files", "--error-unmatch", __file__], **options)  # nosec B603
         head = subprocess.check_output([*git, "rev-parse", "HEAD"], **options)  # nosec B603
         changes = subprocess.check_output([*git, "status", "--porcelain", "-uno"], **options)  # nosec B603
         return {"commit": head.strip(), "changed": bool(changes)}

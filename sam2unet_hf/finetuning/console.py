@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cohort import COHORT
 from tqdm import tqdm
 from transformers import (
     PrinterCallback,
@@ -18,6 +17,7 @@ from transformers import (
 )
 
 from sam2unet_hf.cases_sam2unet import patient_of
+from sam2unet_hf.finetuning.cohort import COHORT
 from sam2unet_hf.model_card import counted
 from sam2unet_hf.patient_table import PatientTable
 from sam2unet_hf.training import ImageRows

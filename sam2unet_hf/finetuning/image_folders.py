@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from data_checks import check_paths
-from processes import exit_on
 
+from sam2unet_hf.finetuning.data_checks import check_paths
+from sam2unet_hf.finetuning.processes import exit_on
 from sam2unet_hf.pictures import IMAGE_SUFFIXES, MASK_FOLDERS, SCAN_SUFFIXES, find_pictures, first_file
 
 

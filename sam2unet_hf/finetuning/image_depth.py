@@ -9,7 +9,7 @@ from PIL import Image
 from sam2unet_hf import Sam2UNetImageProcessor
 
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("image_depth")
 
 WHITE_LEVELS = (1023, 4095, 65535)  # of cameras and scanners with 10, 12 and 16 bits
 

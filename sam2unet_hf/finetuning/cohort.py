@@ -5,13 +5,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
-from arguments import DataArguments
-from data_sources import find_columns, find_regions, join, make_images, slice_scans
-from image_depth import Brightest
-from image_folders import image_mask_folders, pair_images_and_masks, read_data_set
-from processes import exit_on
 
 from sam2unet_hf.cases_sam2unet import find_cases
+from sam2unet_hf.finetuning.arguments import DataArguments
+from sam2unet_hf.finetuning.data_sources import (
+    find_columns,
+    find_regions,
+    make_images,
+    slice_scans,
+)
+from sam2unet_hf.finetuning.image_depth import Brightest
+from sam2unet_hf.finetuning.image_folders import image_mask_folders, pair_images_and_masks, read_data_set
+from sam2unet_hf.finetuning.processes import exit_on
+from sam2unet_hf.finetuning.splits import join
 from sam2unet_hf.training import ImageRows
 
 

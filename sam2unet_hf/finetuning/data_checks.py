@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 import datasets
 import fsspec
 import pyarrow.compute as pc
-from case_names import case_ids, case_names, patients_of_rows
 from datasets.utils import tqdm
 from huggingface_hub.constants import HF_HUB_CACHE
-from image_depth import brighter
-from mask_values import (
+from PIL import Image
+
+from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.finetuning.case_names import case_ids, case_names, patients_of_rows
+from sam2unet_hf.finetuning.image_depth import brighter
+from sam2unet_hf.finetuning.mask_values import (
     IGNORED,
     LabelIds,
     MaskValues,
@@ -27,15 +30,12 @@ from mask_values import (
     check_transparency,
     read_black_and_white,
 )
-from PIL import Image
-from processes import exit_on
-
-from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf.finetuning.processes import exit_on
 from sam2unet_hf.pictures import inspect_picture, why_read_wrong
 from sam2unet_hf.training import ParquetRows, SegmentationTransform
 
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("data_checks")
 
 DataSplits = Mapping[str, datasets.Dataset | ParquetRows]
 
@@ -150,16 +150,16 @@ def check_first_rows(
     for split, rows in data.items():
         check_images_and_masks(split, rows.head(100), columns, mask_column, masks, binarize)
     if binarize:
-        ids = read_black_and_white(masks)
-        return LabelIds([1], black_and_white_mapping(range(1, 256)) if ids.mapping else {}, ids.note)
+        found = read_black_and_white(masks)
+        return LabelIds([1], black_and_white_mapping(range(1, 256)) if found.mapping else {}, found.note)
     ids = {label_id for label_ids in regions.values() for label_id in label_ids}
     if IGNORED not in ids:
         check_mixture(masks, sorted(masks.values() - {0, IGNORED}))
     for split in data:
-        found = masks.values(split)
-        if IGNORED in found and not found & ids:
+        values = masks.values(split)
+        if IGNORED in values and not values & ids:
             raise SystemExit(
-                f"The first masks of {split} hold {sorted(found)}, of which 255 is ignored, and none is of a region: "
+                f"The first masks of {split} hold {sorted(values)}, of which 255 is ignored, and none is of a region: "
                 f"{regions}. With --streaming masks must hold label ids, such as 1 for the foreground."
             )
     return LabelIds(sorted(ids), {})

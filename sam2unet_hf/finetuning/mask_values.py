@@ -8,11 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from image_depth import Brightest
 from PIL import Image
 
+from sam2unet_hf.finetuning.image_depth import Brightest
 
-logger = logging.getLogger(__name__)
+
+logger = logging.getLogger("mask_values")
 
 IGNORED = 255  # unless a region names it
 WHITE = 128  # values above are white where masks are black and white, as in `python -m sam2unet_hf.metrics`
