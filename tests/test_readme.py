@@ -197,7 +197,7 @@ def outcomes(tmp_path_factory):
         environment = hub.environment(folder / "hf", "hf_write") | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
         environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
         report = folder / "outcomes.json"
-        done = forks.run([__file__, report], cwd=home, env=environment)
+        done = forks.run([__file__, report], cwd=home, env=environment, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
         assert hub.unknown_requests == []
         yield json.loads(report.read_text()), home, hub
