@@ -15,16 +15,17 @@ from sam2unet_hf.finetuning.arguments import DataArguments
 from sam2unet_hf.finetuning.case_names import case_ids, case_names
 from sam2unet_hf.finetuning.data_sources import find_columns, find_regions, load_data, make_images
 from sam2unet_hf.finetuning.image_depth import fit_white_level
-from sam2unet_hf.finetuning.plots import image_to_show, name_of_image
+from sam2unet_hf.finetuning.plots import name_of_image
 from sam2unet_hf.finetuning.predictions import predict_label_maps
 from sam2unet_hf.finetuning.processes import exit_on
+from sam2unet_hf.overlays import image_to_show
 from sam2unet_hf.regions_sam2unet import parse_regions
 from sam2unet_hf.training import ImageRows, SegmentationTransform, collate
 from sam2unet_hf.training.augmentation import augmentation
 
 
 class Example(NamedTuple):
-    """A test image as `plots.image_to_show` returns it, and the label map `(height, width)` of its reference."""
+    """A test image as `overlays.image_to_show` returns it, and the label map `(height, width)` of its reference."""
 
     row: int
     name: str

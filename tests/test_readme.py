@@ -32,6 +32,8 @@ import record_phantom  # noqa: E402 - the scripts are no package
 QUICK_TRAINING = "--max_steps 2 --use_cpu --disable_tqdm true --per_device_eval_batch_size 16"
 APPENDED = {
     "examples/run_segmentation.py": QUICK_TRAINING,  # two steps for minutes, and no bars
+    "sam2unet train": QUICK_TRAINING,
+    "sam2unet phantom": "--num_patients 1 --shape 40 40 26",
     "dataset_scripts.phantom": "--num_patients 1 --shape 40 40 26",  # for 30 patients of four times the size
 }
 # Words in capitals that the reader replaces.
