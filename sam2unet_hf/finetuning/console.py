@@ -15,6 +15,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from sam2unet_hf.cases_sam2unet import patient_of
 from sam2unet_hf.finetuning.cohort import COHORT
@@ -69,7 +70,7 @@ class LineCallback(TrainerCallback):
 def set_up_console(trainer: Trainer, regions: Sequence[str]) -> None:
     """Give a Trainer these callbacks in the place of those that print all that is logged."""
     trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # that of notebooks is another
     if not trainer.args.disable_tqdm:
         trainer.add_callback(BarCallback())
     trainer.add_callback(LineCallback(regions))
