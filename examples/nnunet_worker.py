@@ -1,8 +1,8 @@
 """What nnU-Net does for the comparison, in a process of its own: plans, times, trains and segments.
 
-`nnunet.py` starts it, with the folders of nnU-Net in the environment. Plans, preprocessing, augmentation, network,
-loss, optimiser and inference are nnU-Net's own. The length of the schedule alone is ours: `--steps` iterations in
-about fifty epochs, over which its polynomial learning rate ends at zero.
+`nnunet_files.py` starts it, with the folders of nnU-Net in the environment. Plans, preprocessing, augmentation,
+network, loss, optimiser and inference are nnU-Net's own. The length of the schedule alone is ours: `--steps` iterations
+in about fifty epochs, over which its polynomial learning rate ends at zero.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from benchmarks.timing import flops_of, peak_memory_gb, synchronize
-from nnunet import DATASET
+from nnunet_files import DATASET
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer

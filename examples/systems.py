@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nnunet
+import nnunet_files
 import torch
 from baselines import build_baseline, load_baseline
 from benchmarks.timing import count_flops, peak_memory_gb, synchronize
@@ -145,7 +145,7 @@ class System(abc.ABC):
         if not path.exists():
             logger.info("%s (%s): measuring what it costs.", self.name, self.recipe)
             costs = self.measure()
-            costs["steps"] = steps or max(1, round(60 * (minutes or 0) / costs["seconds_per_step"]))
+            costs["steps"] = steps or steps_in(minutes or 0, costs["seconds_per_step"])
             write_json(path, costs, sort_keys=False)
         return json.loads(path.read_text())
 
@@ -165,6 +165,11 @@ class System(abc.ABC):
             scores = score_patient(found.voxels, reference.voxels, self.task.regions, reference.spacing_mm)
             table.add(case.case_id, scores, fold)
         table.write(self.fold_folder(fold), TABLE)
+
+
+def steps_in(minutes: float, seconds_per_step: float) -> int:
+    """Return how many steps fit into a time, one at least."""
+    return max(1, round(60 * minutes / seconds_per_step))
 
 
 class StepTimer(TrainerCallback):
@@ -308,24 +313,24 @@ class NNUNetSystem(System):
         self.files = task.folder / "nnunet"
 
     def _work(self, *words: Any) -> None:
-        nnunet.run_worker(
+        nnunet_files.run_worker(
             self.files, self.task.device, words[0], "--configuration", CONFIGURATIONS[self.key], *words[1:]
         )
 
     def check(self) -> None:
         """Exit if it is not installed; write its data set and let it plan, once."""
-        if not nnunet.is_installed():
+        if not nnunet_files.is_installed():
             raise SystemExit(
                 f'{self.key} needs nnunetv2. Install it with `pip install "sam2unet-hf[rivals]"`, in an environment '
                 "of its own because it needs an older timm, or leave it out of --systems."
             )
-        splits = self.files / "preprocessed" / nnunet.DATASET / "splits_final.json"
+        splits = self.files / "preprocessed" / nnunet_files.DATASET / "splits_final.json"
         if not splits.exists():
             cases = [case for fold in self.task.folds for case in fold]
-            nnunet.write_raw(self.files, cases, self.task.modalities, self.task.regions)
+            nnunet_files.write_raw(self.files, cases, self.task.modalities, self.task.regions)
             memory = [] if self.task.memory_gb is None else ["--memory_gb", self.task.memory_gb]
             self._work("plan", *memory)
-            nnunet.write_folds(self.files, [[case.case_id for case in fold] for fold in self.task.folds])
+            nnunet_files.write_folds(self.files, [[case.case_id for case in fold] for fold in self.task.folds])
 
     def measure(self) -> dict[str, Any]:
         """Measure as `System` says."""
@@ -345,6 +350,8 @@ class NNUNetSystem(System):
         self._work("segment", "--fold", fold, "--output", predicted, *mirrors)
         for case in self.task.folds[fold]:
             (scan,) = case.read_images(self.task.modalities[:1])
-            label_map = nnunet.read_segmentation(predicted / f"{case.case_id}{nnunet.ENDING}", self.task.regions)
+            label_map = nnunet_files.read_segmentation(
+                predicted / f"{case.case_id}{nnunet_files.ENDING}", self.task.regions
+            )
             write_nifti(self.segmentation(fold, case), label_map, scan.affine, scan.header)
         write_json(self.fold_folder(fold) / SECONDS, json.loads((predicted / SECONDS).read_text()))

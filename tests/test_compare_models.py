@@ -1,8 +1,8 @@
 """The comparison of systems: each behind the same interface, trained and scored alike by patients, and resumable."""
 
 import csv
-import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from common import small_backbone_config, small_config
+from torch import nn
 
 
 pytest.importorskip("segmentation_models_pytorch")
@@ -19,7 +20,7 @@ pytest.importorskip("monai")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import compare_models  # noqa: E402 - the scripts are no package
-import nnunet  # noqa: E402
+import nnunet_files  # noqa: E402
 import systems  # noqa: E402
 from baselines import build_baseline, instances, load_baseline  # noqa: E402
 
@@ -29,7 +30,6 @@ from sam2unet_hf.cases_sam2unet import find_cases  # noqa: E402
 from sam2unet_hf.metrics.volume_functional import count_voxels, dice  # noqa: E402
 from sam2unet_hf.scans_sam2unet import read_volume  # noqa: E402
 from sam2unet_hf.training import SegmentationMetrics  # noqa: E402
-from sam2unet_hf.volume import Sam2UNetVolumePipeline  # noqa: E402
 
 
 REGIONS = {"WT": [1, 2, 3], "ET": [3]}
@@ -156,8 +156,14 @@ def test_mask_rcnn_weights_its_masks_by_their_scores(monkeypatch):
 @pytest.fixture(scope="module")
 def brats_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("comparison") / "brats"
-    write_phantom_cohort(folder, 4, (40, 40, 26))
+    write_phantom_cohort(folder, 4, (32, 32, 21))
     return folder
+
+
+def small_network(system, num_regions, num_channels, weights):
+    return nn.Sequential(
+        nn.Conv2d(num_channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, num_regions, 1)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -168,10 +174,14 @@ def quick():
             "sam2unet_hf.configuration_sam2unet.preset_backbone_config",
             lambda preset, num_channels: small_backbone_config(num_channels=num_channels),
         )
+        patch.setattr("baselines.build_network", small_network)
+        # Drawing takes as long as training.
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **kwargs: Path(path).touch())
         patch.setattr(systems, "WARMUP_STEPS", 1)
         patch.setattr(systems, "TIMED_STEPS", 1)
         patch.setattr(systems.SliceSystem, "measure", systems.measure_steps)
-        patch.setitem(compare_models.DEFAULTS, "paper", [*compare_models.DEFAULTS["paper"], "--image_size", "64"])
+        paper = [*compare_models.DEFAULTS["paper"], "--image_size", "64", "--min_tumor_pixels", "1"]
+        patch.setitem(compare_models.DEFAULTS, "paper", paper)
         yield patch
 
 
@@ -184,7 +194,7 @@ def arguments(brats_dir, *options):
 @pytest.fixture(scope="module")
 def compared(brats_dir, quick):
     """Two systems with the input of the volume recipe and one with the paper's, fold by fold; their folder."""
-    out, volume = brats_dir.parent / "out", ["--recipe", "volume", "--systems", "sam2unet", "maskrcnn"]
+    out, volume = brats_dir.parent / "out", ["--recipe", "volume", "--systems", "sam2unet", "unet"]
     compare_models.main(arguments(brats_dir, *volume, "--fold", "1"))
     assert not (out / "comparison.md").exists()  # there is no table of some of the patients
     compare_models.main(arguments(brats_dir, *volume))
@@ -192,17 +202,17 @@ def compared(brats_dir, quick):
     return out
 
 
-ALL = ["--recipe", "volume", "paper", "--systems", "sam2unet", "maskrcnn"]
+PROCESSED = ("volume/sam2unet", "volume/unet", "paper/unet")
 
 
 def test_all_systems_are_judged_by_the_patients_that_they_were_not_trained_on(compared, brats_dir):
     folds = json.loads((compared / "comparison.json").read_text())["folds"]
     cases = {case.case_id: case for case in find_cases(brats_dir)}
     assert sorted(sum(folds.values(), [])) == sorted(cases)
-    for recipe, system in (("volume", "sam2unet"), ("volume", "maskrcnn"), ("paper", "unet")):
+    for system in PROCESSED:
         for fold, names in folds.items():
-            folder = compared / recipe / system / fold
-            known = json.loads((folder / "patients_of_splits.json").read_text())
+            folder = compared / system / fold
+            known = json.loads((folder / "splits.json").read_text())
             assert not {*known["train"]} & {*names}
             rows = list(csv.DictReader((folder / "patients.csv").open()))
             assert [(row["patient"], row["region"]) for row in rows] == [(n, r) for n in names for r in REGIONS]
@@ -215,8 +225,8 @@ def test_all_systems_are_judged_by_the_patients_that_they_were_not_trained_on(co
 
 def test_systems_of_slices_see_the_input_of_the_recipe(compared):
     made = {system: Sam2UNetImageProcessor.from_pretrained(compared / system / "fold_0") for system in PROCESSED}
-    assert made["volume/sam2unet"].head_crop_size == made["volume/maskrcnn"].head_crop_size is not None
-    assert made["volume/maskrcnn"].neighbours == 1
+    assert made["volume/sam2unet"].head_crop_size == made["volume/unet"].head_crop_size is not None
+    assert made["volume/unet"].neighbours == 1
     assert made["paper/unet"].head_crop_size is None
     assert made["paper/unet"].size == {"height": 64, "width": 64}
     runs = [json.loads((compared / system / "fold_0" / "run.json").read_text())["arguments"] for system in PROCESSED]
@@ -224,9 +234,144 @@ def test_systems_of_slices_see_the_input_of_the_recipe(compared):
         *2 * [(0.99, True, 0.67)],
         (0.0, None, None),
     ]
-    config = load_baseline(compared / "volume" / "maskrcnn" / "fold_0").config
+    config = load_baseline(compared / "volume" / "unet" / "fold_0").config
     assert config.iou_over_batch
     assert config.num_channels == 3
 
 
-PROCESSED = ("volume/sam2unet", "volume/maskrcnn", "paper/unet")
+def test_a_comparison_that_has_finished_is_not_run_again_and_others_are_refused(compared, brats_dir, monkeypatch):
+    """The same folder takes the same comparison, of the same data, alone."""
+
+    def never(*args, **kwargs):
+        raise AssertionError("run again")
+
+    monkeypatch.setattr(systems, "run_training", never)
+    monkeypatch.setattr(systems, "Sam2UNetVolumePipeline", never)
+    monkeypatch.setattr(systems.SliceSystem, "measure", never)
+    both = ["--recipe", "volume", "paper", "--systems", "sam2unet", "unet"]
+    with pytest.raises(AssertionError, match="run again"):  # SAM2-UNet with the paper's input is missing
+        compare_models.main(arguments(brats_dir, *both))
+    volume = arguments(brats_dir, "--recipe", "volume", "--systems", "sam2unet", "unet")
+    compare_models.main(volume)
+    report = (compared / "comparison.md").read_text()
+    assert "4 patients in 2 folds of 2, 2" in report
+    with (compared / "comparison.csv").open() as file:
+        scores = [row for row in csv.DictReader(file) if (row["system"], row["region"]) == ("unet", "WT")]
+    means = [np.mean([float(row["volume_dice"]) for row in scores if row["fold"] == fold]) for fold in "01"]
+    assert f"| U-Net | volume | {np.mean(means):.3f} | {np.std(means, ddof=1):.3f} |" in report
+    with pytest.raises(SystemExit, match="with other options: mirrors=own"):
+        compare_models.main([*volume, "--mirrors", "all"])
+    with pytest.raises(SystemExit, match="with other folds: .*--output_dir"):
+        compare_models.main([*volume, "--split_seed", "1"])
+    with pytest.raises(SystemExit, match="run with other values of learning_rate"):
+        compare_models.main([*volume, "--learning_rate", "1e-4", "unet=1e-3"])
+    note = json.loads((compared / "comparison.json").read_text())
+    note["data"]["volume"][0] = "another scan"
+    (compared / "comparison.json").write_text(json.dumps(note))
+    with pytest.raises(SystemExit, match="with other data: volume="):
+        compare_models.main(volume)
+
+
+def test_a_fold_that_was_stopped_goes_on_without_training_a_step_again(compared, brats_dir, tmp_path, monkeypatch):
+    """Training, segmenting and scoring each go on where they were."""
+    shutil.copytree(compared / "volume" / "unet", tmp_path / "volume" / "unet")
+    folder = tmp_path / "volume" / "unet" / "fold_1"
+    before = (folder / "patients.csv").read_bytes()
+    (folder / "patients.json").unlink()
+    stopped, seconds = next(iter(json.loads((folder / "seconds.json").read_text()).items()))
+    (folder / "seconds.json").write_text(json.dumps({stopped: seconds}))
+    monkeypatch.setattr(systems, "run_training", None)
+    note = json.loads((compared / "comparison.json").read_text())
+    cases = {case.case_id: case for case in find_cases(brats_dir)}
+    folds = [[cases[name] for name in fold] for fold in note["folds"].values()]
+    task = systems.Task(tmp_path, folds, ["flair"], REGIONS, "cpu", "own", None)
+    system = systems.SliceSystem("unet", "volume", task, [])
+    system.run(1, 2)
+    assert (folder / "patients.csv").read_bytes() == before
+    assert json.loads((folder / "seconds.json").read_text())[stopped] == seconds
+
+
+def test_minutes_become_steps():
+    task = systems.Task(Path("nowhere"), [], ["flair"], REGIONS, "cpu", "own", None)
+    assert systems.steps_in(0.05, 0.5) == 6
+    assert systems.steps_in(0.001, 0.5) == 1
+    assert systems.SliceSystem("unet", "volume", task, []).folder == Path("nowhere/volume/unet")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "one of the arguments --minutes --steps is required"),
+        (["--steps", "0"], "--steps must be above 0, got 0"),
+        (["--minutes", "5", "--learning_rate", "1e-4", "net=1e-3"], "--learning_rate takes one number"),
+        (["--minutes", "5", "--learning_rate", "1e-4", "1e-3"], "--learning_rate takes one number"),
+        (["--minutes", "5", "--folds", "1"], "--folds must be at least 2, got 1"),
+        (["--minutes", "5", "--fold", "3"], "--fold must be from 0 to 2, got 3"),
+        (["--minutes", "5", "--max_steps", "5"], "--max_steps is an option of run_segmentation.py"),
+        (["--minutes", "5", "--dataset_name", "slices"], "--dataset_name is an option of run_segmentation.py"),
+    ],
+)
+def test_bad_options(options, message, capsys):
+    with pytest.raises(SystemExit):
+        compare_models.parse_args(options)
+    assert message in capsys.readouterr().err
+
+
+def test_learning_rate_of_one_system():
+    args, words = compare_models.parse_args(["--steps", "5", "--learning_rate", "1e-4", "unet=1e-3", "--bf16"])
+    assert [compare_models.learning_rate(args, system) for system in ("unet", "resunet")] == [1e-3, 1e-4]
+    assert words == ["--bf16"]
+    args, _ = compare_models.parse_args(["--steps", "5"])
+    assert compare_models.learning_rate(args, "unet") is None
+
+
+# nnU-Net
+
+
+def test_nnunet_has_labels_without_gaps_and_regions_from_the_outermost_inward():
+    assert nnunet_files.describe_labels({"WT": [1, 2, 3]}) == {"labels": {"background": 0, "WT": 1}}
+    nested = nnunet_files.describe_labels({"ET": [3], "WT": [1, 2, 3, 4], "TC": [1, 3]})
+    assert nested["labels"] == {"background": 0, "WT": [1, 2, 3], "TC": [2, 3], "ET": 3}
+    assert nested["regions_class_order"] == [1, 2, 3]
+    assert nnunet_files.describe_labels({"A": [2], "B": [5]}) == {"labels": {"background": 0, "A": 1, "B": 2}}
+
+
+def test_label_maps_go_to_nnunet_and_back(brats_dir, tmp_path):
+    regions = {"WT": [1, 2, 3], "ET": [3]}
+    (case, *others) = find_cases(brats_dir)
+    nnunet_files.write_raw(tmp_path, [case], ["t2", "flair"], regions)
+    raw = tmp_path / "raw" / nnunet_files.DATASET
+    scan = read_volume(raw / "imagesTr" / f"{case.case_id}_0001.nii.gz")
+    assert np.array_equal(scan.voxels, case.read_images(["flair"])[0].voxels)
+    found = nnunet_files.read_segmentation(raw / "labelsTr" / f"{case.case_id}.nii.gz", regions)
+    reference = case.read_mask().to_file_grid(case.read_mask().voxels)
+    for label_ids in regions.values():
+        assert np.array_equal(np.isin(found, label_ids), np.isin(reference, label_ids))
+    assert set(np.unique(found)) == {0, 1, 3}
+
+
+def test_nnunet_is_named_where_it_is_not_installed(brats_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(nnunet_files, "is_installed", lambda: False)
+    options = ["--systems", "nnunet_2d", "--recipe", "volume", "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match="nnunet_2d needs nnunetv2. Install it with"):
+        compare_models.main(arguments(brats_dir, *options))
+
+
+@pytest.mark.skipif(not nnunet_files.is_installed(), reason="needs nnunetv2")
+def test_nnunet_is_trained_and_judged_like_the_others(brats_dir, tmp_path):
+    options = ["--systems", "nnunet_2d", "--recipe", "volume", "--nnunet_memory_gb", "0.2", "--mirrors", "none"]
+    options += ["--output_dir", str(tmp_path), "--steps", "2"]
+    compare_models.main(arguments(brats_dir, *options, "--fold", "0"))
+    folder = tmp_path / "own" / "nnunet_2d"
+    splits = json.loads(
+        (tmp_path / "nnunet" / "preprocessed" / nnunet_files.DATASET / "splits_final.json").read_text()
+    )
+    names = json.loads((tmp_path / "comparison.json").read_text())["folds"]
+    assert [split["val"] for split in splits] == list(names.values())
+    rows = json.loads((folder / "fold_0" / "patients.json").read_text())["patients"]
+    assert [(row["patient"], row["region"]) for row in rows] == [(n, r) for n in names["fold_0"] for r in REGIONS]
+    checkpoint = torch.load(
+        next((tmp_path / "nnunet" / "results").rglob("checkpoint_final.pth")), weights_only=False, map_location="cpu"
+    )
+    assert checkpoint["current_epoch"] == 2
+    assert json.loads((folder / "costs.json").read_text())["steps"] == 2
