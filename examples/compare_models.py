@@ -21,13 +21,13 @@ from typing import Any
 
 import transformers
 from comparison_report import write_report
+from datasets import concatenate_datasets
 from filelock import FileLock
 from systems import CONFIGURATIONS, SYSTEMS, NNUNetSystem, SliceSystem, System, Task
 
 from sam2unet_hf.cases_sam2unet import find_cases
 from sam2unet_hf.finetuning.data_sources import (
     DEFAULT_MODALITIES,
-    Fold,
     find_columns,
     find_regions,
     load_folds,
@@ -118,26 +118,39 @@ def words_of_recipe(args: argparse.Namespace, words: Sequence[str], recipe: str)
     return ["--recipe", recipe, "--folds", str(args.folds), *DEFAULTS[recipe], *words]
 
 
-def read_folds(args: argparse.Namespace, words: dict[str, list[str]]) -> tuple[dict[str, list[Fold]], Any, Any]:
-    """Return the folds by recipe, which must be of the same patients, and the arguments of data and training."""
-    folds: dict[str, list[Fold]] = {}
+def read_task(args: argparse.Namespace, words: dict[str, list[str]]) -> tuple[Task, dict[str, Any]]:
+    """Return what the systems share, and what tells whether it is the same again: the folds, and the data by recipe.
+
+    The folds of all recipes must be of the same patients.
+    """
+    names: dict[str, list[list[str]]] = {}
+    prints: dict[str, list[str]] = {}
     for recipe, own_words in words.items():
         model_args, data_args, training_args = parse_arguments(own_words)
-        folds[recipe] = load_folds(data_args)
-        if "regions" not in vars(args):
-            rows = {"train": folds[recipe][0].rows}
-            columns, mask_column = find_columns(rows, data_args)
-            requested = requested_regions(model_args, data_args)
-            args.regions = find_regions(rows, columns, mask_column, requested, data_args.labels).regions
-    patients = {recipe: [fold.cases for fold in own] for recipe, own in folds.items()}
-    first, *others = patients
+        folds = load_folds(data_args)
+        names[recipe] = [fold.cases for fold in folds]
+        prints[recipe] = [fingerprint(fold.rows) for fold in folds]
+    first, *others = names
     for other in others:
-        if patients[other] != patients[first]:
+        if names[other] != names[first]:
             raise SystemExit(
                 f"The folds of --recipe {first} and {other} are of different patients, because a patient has no slice "
                 "for one of them. Compare one recipe at a time, or pass other --slices."
             )
-    return folds, data_args, training_args
+    rows = {"train": concatenate_datasets([fold.rows for fold in folds])}
+    requested = requested_regions(model_args, data_args)
+    regions = find_regions(rows, *find_columns(rows, data_args), requested, data_args.labels).regions
+    cases = {case.case_id: case for case in find_cases(scans_folder(data_args), data_args.labels)}
+    task = Task(
+        args.output_dir,
+        [[cases[name] for name in fold] for fold in names[first]],
+        data_args.modalities or DEFAULT_MODALITIES,
+        regions,
+        training_args.device.type,
+        args.mirrors,
+        args.nnunet_memory_gb,
+    )
+    return task, {"folds": {f"fold_{fold}": own for fold, own in enumerate(names[first])}, "data": prints}
 
 
 def note_comparison(folder: Path, record: dict[str, Any]) -> None:
@@ -174,25 +187,10 @@ def main(argv: list[str] | None = None) -> None:
     set_up_logging()
     transformers.utils.logging.set_verbosity_error()
     by_recipe = {recipe: words_of_recipe(args, words, recipe) for recipe in args.recipe}
-    folds, data_args, training_args = read_folds(args, by_recipe)
-    cases = {case.case_id: case for case in find_cases(scans_folder(data_args), data_args.labels)}
-    first = next(iter(folds.values()))
-    task = Task(
-        args.output_dir,
-        [[cases[case_id] for case_id in fold.cases] for fold in first],
-        data_args.modalities or DEFAULT_MODALITIES,
-        args.regions,
-        training_args.device.type,
-        args.mirrors,
-        args.nnunet_memory_gb,
-    )
+    task, record = read_task(args, by_recipe)
     systems = make_systems(args, by_recipe, task)
-    record = {
-        "options": {name: getattr(args, name) for name in ("minutes", "steps", "weights", "mirrors")}
-        | {"nnunet_memory_gb": args.nnunet_memory_gb, "regions": args.regions},
-        "folds": {f"fold_{fold}": own.cases for fold, own in enumerate(first)},
-        "data": {recipe: [fingerprint(fold.rows) for fold in own] for recipe, own in folds.items()},
-    }
+    names = ("minutes", "steps", "weights", "mirrors", "nnunet_memory_gb")
+    record["options"] = {name: getattr(args, name) for name in names} | {"regions": task.regions}
     # Several processes may each run a part of the same comparison.
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(args.output_dir / ".lock"):

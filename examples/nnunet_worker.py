@@ -1,8 +1,8 @@
 """What nnU-Net does for the comparison, in a process of its own: plans, times, trains and segments.
 
 `nnunet_files.py` starts it, with the folders of nnU-Net in the environment. Plans, preprocessing, augmentation,
-network, loss, optimiser and inference are nnU-Net's own. The length of the schedule alone is ours: `--steps` iterations
-in about fifty epochs, over which its polynomial learning rate ends at zero.
+network, loss, optimiser and inference are nnU-Net's own. The length of the schedule alone is ours: `--steps`
+iterations in about fifty epochs, over which its polynomial learning rate ends at zero.
 """
 
 import argparse
