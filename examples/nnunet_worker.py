@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from benchmarks.timing import flops_of, peak_memory_gb, synchronize
+from benchmarks.timing import flops_of, peak_memory_gb, step_clock, synchronize
 from nnunet_files import DATASET
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -82,16 +82,16 @@ def measure(configuration: str, device: str) -> dict[str, object]:
         for step in range(WARMUP_STEPS + TIMED_STEPS):
             if step == WARMUP_STEPS:
                 synchronize(device)
-                start = time.perf_counter()
+                start = step_clock(device)()
             trainer.train_step(next(trainer.dataloader_train))
         synchronize(device)
-        seconds = (time.perf_counter() - start) / TIMED_STEPS
+        seconds = (step_clock(device)() - start) / TIMED_STEPS
         trainer.on_train_end()
-    planned, parameters = trainer.configuration_manager, trainer.network.parameters()
+    planned = trainer.configuration_manager
     shape = [trainer.num_input_channels, *planned.patch_size]
     trainer.set_deep_supervision_enabled(False)
     return {
-        "parameters": sum(weight.numel() for weight in parameters),
+        "parameters": sum(weight.numel() for weight in trainer.network.parameters()),
         "trained_parameters": sum(weight.numel() for weight in trainer.network.parameters() if weight.requires_grad),
         "input": list(map(int, shape)),
         "batch_size": int(planned.batch_size),

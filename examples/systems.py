@@ -11,6 +11,7 @@ import gc
 import json
 import logging
 import multiprocessing
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 import nnunet_files
 import torch
 from baselines import build_baseline, load_baseline
-from benchmarks.timing import count_flops, peak_memory_gb, synchronize
+from benchmarks.timing import count_flops, peak_memory_gb, step_clock, synchronize
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -165,6 +166,8 @@ class System(abc.ABC):
             scores = score_patient(found.voxels, reference.voxels, self.task.regions, reference.spacing_mm)
             table.add(case.case_id, scores, fold)
         table.write(self.fold_folder(fold), TABLE)
+        for checkpoint in self.fold_folder(fold).glob("checkpoint-*"):  # the last weights are beside them
+            shutil.rmtree(checkpoint)
 
 
 def steps_in(minutes: float, seconds_per_step: float) -> int:
@@ -193,9 +196,9 @@ class StepTimer(TrainerCallback):
         device = args.device.type
         synchronize(device)
         if state.global_step == WARMUP_STEPS:
-            self._start = time.perf_counter()
+            self._start = step_clock(device)()
             return
-        seconds = (time.perf_counter() - self._start) / TIMED_STEPS
+        seconds = (step_clock(device)() - self._start) / TIMED_STEPS
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         peak = peak_memory_gb(device)
         shape = list(loader.dataset[0]["pixel_values"].shape)
