@@ -221,6 +221,7 @@ def run_training(
         keep("train", metrics)
         start = model_args.model_name_or_path or model_args.sam2_checkpoint
         start = f"from {start}" if start else f"{model_args.preset} from scratch"
+        start = start if build_model is None else "another model"
         said += describe_training(trainer, metrics["train_runtime"], start)
     # The curves leave out the final evaluation, which belongs to an earlier epoch, that of the best checkpoint.
     history = list(trainer.state.log_history)
