@@ -8,7 +8,7 @@ quality:
 	ruff check .
 	ruff format --check .
 	mypy
-	bandit -q -c pyproject.toml -r sam2unet_hf dataset_scripts examples
+	bandit -q -c pyproject.toml -r sam2unet_hf sam2unet_command dataset_scripts examples
 
 test:
 	HF_HUB_OFFLINE=1 pytest

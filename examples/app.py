@@ -1,33 +1,39 @@
 #!/usr/bin/env python
-"""A page that segments a patient's scans and shows the tumour in three planes.
+"""A page that segments a patient's scans, shows the tumour in three planes, and lists its lesions for a reviewer.
 
 python examples/app.py --model runs/phantom
 python examples/app.py --model runs/phantom runs/regions --planes axial coronal --server_port 7861
 """
 
 import argparse
-import atexit
 import functools
 import html
-import math
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from case_view import PLANE_ORDER, CaseView, draw_slice, largest_slice, region_colours, segment_case
+import numpy as np
+import review_table
+from case_upload import explain_upload, gather_case, phantom_files
+from case_view import (
+    PLANE_ORDER,
+    CaseView,
+    draw_slice,
+    largest_slice,
+    region_colours,
+    segment_case,
+    share_head_box,
+)
+from review import PageState, Review
 
-from dataset_scripts.phantom import NUM_PATIENTS, write_phantom_cohort
-from sam2unet_hf.cases_sam2unet import BratsCase, find_cases
+from sam2unet_hf.cases_sam2unet import patient_of
 from sam2unet_hf.devices import default_device, device_name, fast_dtype
-from sam2unet_hf.metrics.volume_functional import count_voxels, dice
-from sam2unet_hf.nifti_sam2unet import open_nifti, read_header
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES
+from sam2unet_hf.time_points import check_same_space
 from sam2unet_hf.volume import Sam2UNetVolumePipeline
 
 
@@ -37,9 +43,11 @@ WARNING = (
     "results stay on the server that runs this page, and are deleted about an hour after they came."
 )
 LIFETIME_S = 3600
-ENDINGS = "|".join(ending for endings in MODALITIES.values() for ending in endings)
-SCAN_NAME = re.compile(rf"(.+)(?:{ENDINGS})\.nii(?:\.gz)?", re.IGNORECASE)
-DECATHLON_NAME = re.compile(r"(BRATS_\d+)\.nii(?:\.gz)?", re.IGNORECASE)
+HELP = (
+    "Untick a region or a lesion to take it out of the pictures, of the volumes and of the mask to download. Press a "
+    "lesion to see its slice and diameters: the longest in an axial slice, and the longest one at right angles."
+)
+HAS_TIME_POINT = re.compile(r"BraTS-.+-\d+-\d{3}")
 ALL_INTERFACES = "0.0.0.0"  # nosec B104 # not the default
 LAUNCH: dict[str, Any] = {
     "state_session_capacity": 20,
@@ -51,82 +59,6 @@ LAUNCH: dict[str, Any] = {
 }
 
 
-@dataclass(eq=False)
-class PageState:
-    """What one tab keeps: the patient, and the folder of the file to download, which is deleted with the state."""
-
-    view: CaseView
-    folder: tempfile.TemporaryDirectory = field(default_factory=tempfile.TemporaryDirectory)
-
-    def save(self, enhancing_label: int) -> str:
-        """Write the label map and return its path."""
-        path = Path(self.folder.name, f"{self.view.name}_seg.nii.gz")
-        self.view.segmentation.save(path, enhancing_label)
-        return str(path)
-
-
-def volume_table(view: CaseView) -> str:
-    """Return volumes, and Dice if there is a reference, as a Markdown table."""
-    voxel_ml = math.prod(view.spacing_mm) / 1000
-    rows = [("region", "volume (ml)", "expert (ml)", "Dice"), ("---", "---:", "---:", "---:")]
-    for region, volume_ml in view.segmentation.volumes_ml.items():
-        row = (region, f"{volume_ml:.1f}")
-        reference, prediction = view.masks(region)
-        if reference is not None:
-            counts = count_voxels(prediction, reference)
-            row += (f"{counts.reference * voxel_ml:.1f}", f"{dice(counts):.3f}")
-        rows.append(row)
-    return "\n".join(f"| {' | '.join(row[: len(rows[-1])])} |" for row in rows)
-
-
-def patient_in(name: str) -> str | None:
-    """Return the patient that the name of a scan tells, if it is one of BraTS or of the Decathlon."""
-    match = SCAN_NAME.fullmatch(name) or DECATHLON_NAME.fullmatch(name)
-    return None if match is None else match[1]
-
-
-def folder_of(scan: Path) -> str:
-    """Return the folder of a scan or mask in its case: those of the Decathlon have the same name, in two folders."""
-    if not DECATHLON_NAME.fullmatch(scan.name):
-        return ""
-    with open_nifti(scan, scan.name) as file:
-        return "imagesTr" if len(read_header(file, scan.name).get_data_shape()) > 3 else "labelsTr"
-
-
-def gather_case(paths: Sequence[str], modalities: Sequence[str], folder: Path) -> BratsCase:
-    """Link uploaded files in a folder as one case: scans under their BraTS names, or one scan for one modality."""
-    scans = [Path(path) for path in paths if path.lower().endswith((".nii", ".nii.gz"))]
-    if not scans:
-        raise ValueError("No scan among the files. Upload files that end in .nii or .nii.gz.")
-    patients = sorted({patient for scan in scans if (patient := patient_in(scan.name)) is not None})
-    if len(patients) > 1:
-        raise ValueError(f"The files are of {len(patients)} patients: {', '.join(patients)}. Upload those of one.")
-    for scan in scans:
-        link = folder / folder_of(scan) / scan.name
-        if link.exists():
-            raise ValueError(f"Two files are named {scan.name}. Upload each scan of one patient once.")
-        link.parent.mkdir(exist_ok=True)
-        link.symlink_to(scan.resolve())
-    try:
-        return find_cases(folder)[0]
-    except FileNotFoundError:
-        if len(scans) > 1 or len(modalities) > 1:
-            raise ValueError(
-                f"The model takes {', '.join(modalities)}. Upload them under their BraTS names, such as "
-                f"Case_{modalities[0]}.nii.gz, got {', '.join(scan.name for scan in scans)}."
-            ) from None
-        return BratsCase(re.sub(r"\.nii(\.gz)?$", "", link.name), folder, {modalities[0]: link})
-
-
-@functools.cache
-def phantom_files() -> list[str]:
-    """Draw a phantom patient once, the first that the examples do not train on, and return its files."""
-    folder = tempfile.mkdtemp(prefix="phantom_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    cohort = write_phantom_cohort(Path(folder, "cohort"), num_patients=1, first=NUM_PATIENTS + 1)
-    return sorted(map(str, cohort.glob("*/*")))
-
-
 def legend(regions: Sequence[str]) -> str:
     """Return the colours of the regions as HTML."""
     items = region_colours(regions).items()
@@ -134,26 +66,90 @@ def legend(regions: Sequence[str]) -> str:
     return f'<div class="legend">{squares}</div>'
 
 
+def segment_uploads(
+    segment: Sam2UNetVolumePipeline, uploads: Sequence[Sequence[str]], folder: Path, **options: Any
+) -> list[CaseView]:
+    """Segment the files of one time point, or of two in the same space, which are checked before."""
+    names = ["earlier", "later"] if len(uploads) == 2 else [""]
+    cases = []
+    for name, paths in zip(names, uploads, strict=True):
+        (folder / name).mkdir(exist_ok=True)
+        cases.append(gather_case(paths, segment.modalities, folder / name))
+    if len(cases) == 2:
+        patients = [patient_of(case.case_id) for case in cases]
+        if patients[0] != patients[1] and all(map(HAS_TIME_POINT.fullmatch, (case.case_id for case in cases))):
+            raise ValueError(f"The scans are of two patients: {' and '.join(patients)}. Upload two scans of one.")
+        check_same_space(*(case.read_images(segment.modalities[:1])[0] for case in cases))
+    views = [segment_case(segment, case, **options) for case in cases]
+    share_head_box(views)
+    return views
+
+
+def describe(reviews: Sequence[Review]) -> str:
+    """Say what was segmented, and where nothing was found."""
+    times = [""] if len(reviews) == 1 else ["Earlier scan, ", "later scan, "]
+    return "; ".join(
+        f"{time}{review.view.name}: {'done' if review.lesions else 'no tumour found'}"
+        for time, review in zip(times, reviews, strict=True)
+    )
+
+
+def draw_pictures(
+    state: PageState, planes: Sequence[str], modality: str, regions: Sequence[str], opacity: float, *indices: float
+) -> list[gr.Image]:
+    """Draw two pictures of each plane: model and expert, or the earlier and the later scan."""
+    drawn = []
+    labels_of_sides = ("Model", "Expert") if len(state.reviews) == 1 else ("Earlier", "Later")
+    for plane, index in zip(planes, indices, strict=True):
+        shown = [(review.view, review.labels) for review in state.reviews]
+        if len(shown) == 1:
+            shown.append((shown[0][0], shown[0][0].reference))
+        for place, ((view, labels), label) in enumerate(zip(shown, labels_of_sides, strict=True)):
+            if labels is None:
+                drawn.append(gr.Image(visible=False))
+                continue
+            lesion = state.selected_lesion(place) if plane == "axial" else None
+            lines = (lesion.diameter, lesion.perpendicular) if lesion and lesion.slice_index == int(index) else ()
+            picture = draw_slice(view, labels, plane, int(index), modality, regions, opacity, lines)
+            drawn.append(gr.Image(picture, visible=True, label=label))
+    return drawn
+
+
+def offer_downloads(state: PageState, enhancing_label: int) -> list[gr.DownloadButton]:
+    """Write what is left, and offer it: the later of two time points, then the earlier one."""
+    paths = state.save(enhancing_label)
+    earlier = gr.DownloadButton(value=paths[0] if len(paths) == 2 else None, visible=len(paths) == 2)
+    return [gr.DownloadButton(value=paths[-1], visible=True), earlier]
+
+
 def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> gr.Blocks:
     """Lay out the page; `load` returns the pipeline of a model's name, `planes` are those to average over at first."""
     # Turn off usage statistics, which would be sent to Gradio.
     options: dict[str, Any] = {"analytics_enabled": False, "delete_cache": (LIFETIME_S // 6, LIFETIME_S)}
+    upload = functools.partial(gr.File, file_count="multiple", file_types=[".nii", ".gz"], height=180)
+    folder_button = functools.partial(gr.UploadButton, file_count="directory", size="sm", min_width=120)
     with gr.Blocks(title=TITLE, fill_width=True, **options) as page:
         state = gr.State(None, time_to_live=LIFETIME_S)
         gr.Markdown(f"# {TITLE}")
         gr.Markdown(WARNING, elem_classes="warning")
         with gr.Row():
             with gr.Column(min_width=300):
-                files = gr.File(
+                files = upload(
                     label="Scans of one patient (.nii, .nii.gz) under their BraTS names, and the mask if there is one",
-                    file_count="multiple",
-                    file_types=[".nii", ".gz"],
-                    height=180,
                     elem_id="files",
                 )
                 with gr.Row():
-                    folder = gr.UploadButton("Case folder", file_count="directory", size="sm", min_width=120)
+                    folder = folder_button("Case folder")
                     phantom = gr.Button("Phantom example", size="sm", min_width=120, elem_id="phantom")
+                with gr.Accordion("Compare with an earlier scan", open=False, elem_id="compare"):
+                    earlier_files = upload(
+                        label="Earlier scans of the same patient, registered to those above", elem_id="earlier"
+                    )
+                    with gr.Row():
+                        earlier_folder = folder_button("Earlier case folder")
+                        two_phantoms = gr.Button(
+                            "Phantom at two times", size="sm", min_width=120, elem_id="two-phantoms"
+                        )
             with gr.Column(min_width=300):
                 model = gr.Dropdown(list(models), value=models[0], label="Model", visible=len(models) > 1)
                 with gr.Accordion("Options", open=False):
@@ -166,84 +162,124 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
                     )
                 run = gr.Button("Segment", variant="primary", elem_id="run")
                 status = gr.Markdown("Upload scans or take the example, then segment.", elem_id="status")
-                download = gr.DownloadButton("Download mask (NIfTI)", visible=False, elem_id="download")
+                downloads = [
+                    gr.DownloadButton(f"Download {which} (NIfTI)", visible=False, elem_id=name)
+                    for which, name in (("mask", "download"), ("earlier mask", "download-earlier"))
+                ]
         with gr.Column(visible=False) as results:
-            table = gr.Markdown(elem_id="volumes")
+            tables = gr.HTML(elem_id="review", js_on_load=review_table.ON_LOAD, apply_default_css=False)
+            gr.Markdown(HELP, elem_classes="help")
             with gr.Row():
                 modality = gr.Dropdown([], label="Contrast", min_width=140)
-                regions = gr.CheckboxGroup([], label="Regions", min_width=220, elem_id="regions")
+                regions = gr.CheckboxGroup([], label="Regions in the pictures", min_width=220, elem_id="regions")
                 opacity = gr.Slider(0, 1, 0.5, step=0.05, label="Opacity", min_width=180, elem_id="opacity")
             colours = gr.HTML()
             sliders, pictures = [], []
             image = functools.partial(gr.Image, format="png", buttons=[], interactive=False, elem_classes="slice")
-            with gr.Row():
+            with gr.Row(elem_classes="planes"):
                 for plane in PLANE_ORDER:
                     with gr.Column(min_width=300):
                         sliders.append(gr.Slider(0, 1, 0, step=1, label=f"{plane.title()} slice", elem_id=plane))
                         sides = ("model", "expert")
-                        pictures.append([image(label=side.title(), elem_id=f"{plane}-{side}") for side in sides])
+                        with gr.Row(elem_classes="sides"):
+                            pictures.append([image(elem_id=f"{plane}-{side}", min_width=140) for side in sides])
 
-        def segment_files(paths, model, planes, flips, enhancing_label, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
+        def segment_files(
+            paths,
+            model,
+            planes,
+            flips,
+            enhancing_label,
+            earlier_paths,
+            progress=gr.Progress(track_tqdm=True),  # noqa: B008
+        ):
             if not paths:
                 raise gr.Error("No scans. Upload the files of one patient, or take the phantom example.")
             progress(0, "Loading the model")
+            uploads = [earlier_paths, paths] if earlier_paths else [paths]
             with tempfile.TemporaryDirectory() as temporary:
                 links = Path(temporary, "upload")
                 links.mkdir()
                 try:
                     segment = load(model)
-                    case = gather_case(paths, segment.modalities, links)
-                    view = segment_case(segment, case, planes=planes or None, flips=flips)
+                    views = segment_uploads(segment, uploads, links, planes=planes or None, flips=flips)
+                    kept = PageState([Review(view) for view in views])
                 except (OSError, ValueError) as err:
-                    text = str(err).replace(f"{links}/", "").replace(str(links), "the upload")
-                    raise gr.Error(text, duration=None) from err
-            kept = PageState(view)
-            names = list(view.regions)
-            modalities = list(dict.fromkeys([*segment.modalities, *view.grey]))
+                    raise gr.Error(explain_upload(err, links), duration=None) from err
+            view, modalities = views[-1], list(dict.fromkeys([*segment.modalities, *kept.modalities]))
             found = {
                 state: kept,
-                status: f"{view.name}: " + ("done." if view.prediction.any() else "no tumour found."),
-                download: gr.DownloadButton(value=kept.save(enhancing_label), visible=True),
+                status: describe(kept.reviews),
                 results: gr.Column(visible=True),
-                table: volume_table(view),
-                modality: gr.Dropdown(modalities, value="flair" if "flair" in view.grey else view.modality),
-                regions: gr.CheckboxGroup(names, value=names),
-                colours: legend(names),
+                tables: review_table.review_tables(kept),
+                modality: gr.Dropdown(modalities, value="flair" if "flair" in modalities else view.modality),
+                regions: gr.CheckboxGroup(kept.regions, value=kept.regions),
+                colours: legend(kept.regions),
+                **dict(zip(downloads, offer_downloads(kept, enhancing_label), strict=True)),
             }
             for slider, plane in zip(sliders, PLANE_ORDER, strict=True):
                 last = view.prediction.shape[PLANES[plane]] - 1
                 found[slider] = gr.Slider(maximum=last, value=largest_slice(plane, view.prediction, view.reference))
             return found
 
-        def draw(planes, state, modality, regions, opacity, *indices):
-            if state is None:
-                raise gr.Error("The result is no longer kept. Segment again.")
-            view, drawn = state.view, []
-            for plane, index in zip(planes, indices, strict=True):
-                for labels in (view.prediction, view.reference):
-                    choice = (labels, plane, int(index), modality, regions, opacity)
-                    picture = None if labels is None else draw_slice(view, *choice)
-                    drawn.append(gr.Image(picture, visible=picture is not None))
-            return drawn
+        def draw(planes, state, *choices):
+            check_is_kept(state)
+            return draw_pictures(state, planes, *choices)
+
+        def press(state, enhancing_label, modality, regions, opacity, axial, coronal, sagittal, event: gr.EventData):
+            """Hide or show lesions again, or jump to one."""
+            check_is_kept(state)
+            indices = [axial, coronal, sagittal]
+            if event.hide is None:
+                if (lesion := state.select(event.lesion)) is None:
+                    return [gr.skip()] * (3 + len(sliders) + 2 * len(pictures))
+                left, posterior = np.mean(lesion.diameter, axis=0).round()
+                indices = [lesion.slice_index, posterior, left]
+                changed = [gr.skip()] * 3
+            else:
+                state.hide(event.lesion, event.hide)
+                changed = [review_table.review_tables(state), *offer_downloads(state, enhancing_label)]
+            drawn = draw_pictures(state, PLANE_ORDER, modality, regions, opacity, *indices)
+            return [*changed, *map(int, indices), *drawn]
 
         def save(state, enhancing_label):
-            return gr.skip() if state is None else state.save(enhancing_label)
+            return [gr.skip()] * 2 if state is None else offer_downloads(state, enhancing_label)
 
         quiet = {"show_progress": "hidden", "queue": False, "trigger_mode": "always_last"}
         choices = [state, modality, regions, opacity]
         draw_all = (functools.partial(draw, PLANE_ORDER), [*choices, *sliders], sum(pictures, []))
-        outputs = [state, status, download, results, table, modality, regions, colours, *sliders]
+        outputs = [state, status, *downloads, results, tables, modality, regions, colours, *sliders]
         run.click(
-            segment_files, [files, model, chosen_planes, flips, enhancing_label], outputs, show_progress_on=status
+            segment_files,
+            [files, model, chosen_planes, flips, enhancing_label, earlier_files],
+            outputs,
+            show_progress_on=status,
         ).success(*draw_all, **quiet)
         for control in (modality, regions, opacity):
             control.input(*draw_all, **quiet)
         for plane, slider, sides in zip(PLANE_ORDER, sliders, pictures, strict=True):
             slider.input(functools.partial(draw, [plane]), [*choices, slider], sides, **quiet)
-        enhancing_label.input(save, [state, enhancing_label], download, **quiet)
+        tables.click(
+            press,
+            [state, enhancing_label, modality, regions, opacity, *sliders],
+            [tables, *downloads, *sliders, *sum(pictures, [])],
+            show_progress="hidden",
+            queue=False,
+            trigger_mode="multiple",
+            api_visibility="private",
+        )
+        enhancing_label.input(save, [state, enhancing_label], downloads, **quiet)
         folder.upload(lambda paths: paths, folder, files)
-        phantom.click(phantom_files, None, files)
+        earlier_folder.upload(lambda paths: paths, earlier_folder, earlier_files)
+        phantom.click(lambda: phantom_files()[0], None, files)
+        two_phantoms.click(phantom_files, None, [files, earlier_files])
     return page
+
+
+def check_is_kept(state: PageState | None) -> None:
+    """Say so if what a tab shows has been deleted."""
+    if state is None:
+        raise gr.Error("The result is no longer kept. Segment again.")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

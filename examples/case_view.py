@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from sam2unet_hf.cases_sam2unet import BratsCase
 from sam2unet_hf.finetuning.plots import COLOURS
+from sam2unet_hf.lesions import Line
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES, pixel_size_mm, take_slice, to_grey
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, VolumeSegmentation
 
@@ -69,12 +70,13 @@ class CaseView:
         return reference, prediction
 
     @functools.cached_property
-    def _tight_head_box(self) -> tuple[slice, ...]:
+    def tight_head_box(self) -> tuple[slice, ...]:
+        """The smallest box around the head, to which slices are cropped."""
         return bounding_box(np.any([volume != 0 for volume in self.grey.values()], axis=0))
 
     def head_box(self, margin: int) -> tuple[slice, ...]:
         """Return the box around the head with a margin of voxels; its far ends may lie beyond the volume."""
-        return tuple(slice(max(part.start - margin, 0), part.stop + margin) for part in self._tight_head_box)
+        return tuple(slice(max(part.start - margin, 0), part.stop + margin) for part in self.tight_head_box)
 
     def crop(self, volume: np.ndarray, plane: str, index: int, margin: int = 4) -> np.ndarray:
         """Return one slice, cropped to the head with a margin of voxels."""
@@ -93,6 +95,16 @@ def segment_case(segment: Sam2UNetVolumePipeline, case: BratsCase, **options: An
     grey = {name: to_grey(scans[name]) for name in MODALITIES if name in scans}
     modality = "flair" if "flair" in segment.modalities else segment.modalities[0]
     return CaseView(case.case_id, segmentation, grey, modality, reference)
+
+
+def share_head_box(views: Sequence[CaseView]) -> None:
+    """Crop the slices of several patients or time points on one grid to the same box."""
+    boxes = [view.tight_head_box for view in views]
+    for view in views:
+        view.tight_head_box = tuple(
+            slice(min(part.start for part in parts), max(part.stop for part in parts))
+            for parts in zip(*boxes, strict=True)
+        )
 
 
 def largest_slice(plane: str, *masks: np.ndarray | None) -> int:
@@ -118,9 +130,19 @@ def region_colours(regions: Iterable[str]) -> dict[str, str]:
 
 
 def draw_slice(
-    view: CaseView, labels: np.ndarray, plane: str, index: int, modality: str, regions: Sequence[str], opacity: float
+    view: CaseView,
+    labels: np.ndarray,
+    plane: str,
+    index: int,
+    modality: str,
+    regions: Sequence[str],
+    opacity: float,
+    lines: Sequence[Line] = (),
 ) -> np.ndarray:
-    """Draw label ids over a slice of a scan, the innermost region on top, as an RGB picture at one scale in mm."""
+    """Draw label ids over a slice of a scan, the innermost region on top, as an RGB picture at one scale in mm.
+
+    The lines are those of an axial slice, such as the diameters of a lesion.
+    """
     height_mm, width_mm = pixel_size_mm(view.spacing_mm, plane)
     grey = np.ascontiguousarray(view.crop(view.grey[modality], plane, index, PICTURE_MARGIN))
     scale = PICTURE_PIXELS / max(
@@ -135,6 +157,15 @@ def draw_slice(
         rgba[np.isin(labels, view.regions[region])] = (*ImageColor.getrgb(colours[region]), round(255 * opacity))
     overlay = Image.fromarray(rgba).resize(size, Image.Resampling.NEAREST)
     picture.paste(overlay, (0, 0), overlay)
+    corner = [part.start for part in view.head_box(PICTURE_MARGIN)[:2]]
+    for line in lines:
+        ends = [
+            tuple((np.subtract(end, corner) + 0.5) * np.divide(picture.size, labels.shape[::-1]))  # from centres
+            for end in line
+        ]
+        draw = ImageDraw.Draw(picture)
+        draw.line(ends, fill="black", width=4)
+        draw.line(ends, fill="white", width=2)
     draw_orientation_labels(picture, ORIENTATION_LABELS[plane])
     return np.asarray(picture)
 

@@ -16,8 +16,9 @@ from transformers import BatchFeature
 from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.ensemble_sam2unet import Sam2UNetEnsemble
 from sam2unet_hf.finetuning.case_names import case_names
-from sam2unet_hf.finetuning.plots import grey_values, image_to_show
+from sam2unet_hf.finetuning.plots import grey_values
 from sam2unet_hf.metrics.volume_functional import count_voxels, dice
+from sam2unet_hf.overlays import image_to_show
 from sam2unet_hf.training import ImageRows, SegmentationTransform
 from sam2unet_hf.training.rows import size_of
 

@@ -16,8 +16,8 @@ from error_plots import plot_boundaries, plot_calibration, plot_groups, plot_ove
 from matplotlib.figure import Figure
 
 from sam2unet_hf.finetuning.case_names import to_file_name
-from sam2unet_hf.finetuning.plots import column_to_show
 from sam2unet_hf.model_card import counted
+from sam2unet_hf.overlays import column_to_show
 
 
 LESIONS_SHOWN = 15  # in the report; `lesions.csv` has all of them

@@ -1,4 +1,4 @@
-"""What the commands that segment have in common: a model that is forgotten, and the folder that they write to."""
+"""What the commands that segment have in common: rare options, a model that is forgotten, and the output folder."""
 
 import argparse
 import tempfile
@@ -7,7 +7,36 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 
-class ModelParser(argparse.ArgumentParser):
+class HelpAll(argparse.Action):
+    """Print the help with the rare options of a [`CommandParser`], and end the command."""
+
+    def __call__(self, parser: Any, *args: Any, **kwargs: Any):
+        """Do so."""
+        for action, text in parser.rare:
+            action.help = text
+        parser.print_help()
+        parser.exit()
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose `--help` leaves out the rare options, so that it fits a screen. `--help-all` lists them.
+
+    Args:
+        **kwargs: Arguments of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.rare: list[tuple[argparse.Action, str]] = []
+
+    def add_rare_argument(self, *names: str, help: str, **kwargs: Any) -> None:
+        """Add an option that `--help-all` alone lists; the arguments are those of `add_argument`."""
+        if not self.rare:
+            self.add_argument("--help-all", action=HelpAll, nargs=0, help="list the rarer options, too, and exit")
+        self.rare.append((self.add_argument(*names, help=argparse.SUPPRESS, **kwargs), help))
+
+
+class ModelParser(CommandParser):
     """A parser of `MODEL INPUT...`, which says what was taken for the model where only one of them is given.
 
     Args:

@@ -187,11 +187,11 @@ def convert_checkpoint(
     return loaded
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+def main(argv: Sequence[str] | None = None, prog: str = "python -m sam2unet_hf.conversion") -> None:
+    """Run the command line, whose usage calls it `prog`."""
     parser = argparse.ArgumentParser(
-        prog="python -m sam2unet_hf.conversion",
-        description=__doc__,
+        prog=prog,
+        description=(__doc__ or "").replace("python -m sam2unet_hf.conversion", prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", help="reference .pth file, or SAM 2: Hub id, folder or original .pt file")

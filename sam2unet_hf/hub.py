@@ -289,20 +289,22 @@ def have_equal_weights(folder: Path, other: Path) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first.keys() & second.keys())
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m sam2unet_hf.hub") -> None:
     """Run the command line.
 
     Args:
         argv: Arguments, those of the process by default.
+        prog: What its usage calls it.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m sam2unet_hf.hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     metric = commands.add_parser("metric", help="write one metric as a Space, ready to upload")
     metric.add_argument("name", help="such as dice or segmentation_report")
     metric.add_argument("folder", type=Path, help="empty or new folder")
-    card = commands.add_parser("card", help="write the model card of a run or an ensemble anew")
+    about = "write the model card of a run or an ensemble anew, from the files in its folder"
+    card = commands.add_parser("card", help=about, description=f"{about.capitalize()}.")
     card.add_argument("folder", type=Path, help="output folder of the run, or folder of the ensemble")
     card.add_argument("--repo_id", help="where on the Hub it will be")
     ensemble = commands.add_parser("ensemble", help="upload an ensemble with one card")

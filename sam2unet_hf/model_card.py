@@ -7,16 +7,16 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoModelForSemanticSegmentation
 
+from .card_scores import METRIC_TITLES, eval_results, parse_score
 from .clean_up_sam2unet import CLEAN_UP_FILE, GAINS, CleanUp, RegionRule
 from .configuration_sam2unet import PRESETS, Sam2UNetConfig, did_you_mean
 from .image_processing_sam2unet import Sam2UNetImageProcessor
@@ -56,35 +56,11 @@ LISTED_COLUMNS = (
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
-METRIC_TITLES = {
-    "dice": "Dice",
-    "iou": "IoU",
-    "f_beta": "F-measure",
-    "weighted_f_beta": "weighted F-measure",
-    "e_measure": "E-measure",
-    "s_measure": "S-measure",
-    "mae": "mean absolute error",
-}
-
 
 def counted(number: float, noun: str) -> str:
     """Return a number with its noun, in the plural unless the number is 1."""
     text = str(number) if isinstance(number, int) else f"{number:g}"
     return f"{text} {noun}{'' if number == 1 else 's'}"
-
-
-def parse_score(key: str, regions: Sequence[str]) -> tuple[str, str, str | None] | None:
-    """Split the key of a score into kind, metric and region; `None` if it is no score.
-
-    `"mean_dice_WT"` gives `("mean", "dice", "WT")`, and `"dice"` gives `("", "dice", None)`. A single region is not
-    told apart from the average over all.
-    """
-    for region in [None, *regions]:
-        # "mean_dice" is the mean Dice even where a region is called "dice".
-        match = re.fullmatch(r"(?:(mean|max|adaptive)_)?(\w+)", key.removesuffix(f"_{region}"))
-        if match is not None and match[2] in METRIC_TITLES and (region is None or key.endswith(f"_{region}")):
-            return None if region is not None and len(regions) == 1 else (match[1] or "", match[2], region)
-    return None
 
 
 def score_table(split: str, scores: Mapping[str, float], regions: Sequence[str]) -> dict[str, Any]:
@@ -97,32 +73,6 @@ def score_table(split: str, scores: Mapping[str, float], regions: Sequence[str])
             row = rows.setdefault(METRIC_TITLES[metric] + (f", {region}" if region else ""), [""] * len(kinds))
             row[kinds.index(kind)] = f"{value:.3f}" if math.isfinite(value) else "undefined"
     return {"split": split, "rows": list(rows.items())}
-
-
-def eval_results(info: Mapping[str, Any], regions: Sequence[str]) -> list[EvalResult]:
-    """Return the scores of the test split, or of the validation split if there is no other, for the front matter."""
-    dataset = info.get("dataset", {})
-    results: list[EvalResult] = []
-    if not dataset.get("name"):
-        return results
-    for split, scores in [*info.get("results", {}).items()][-1:]:
-        for key, value in scores.items():
-            if (found := parse_score(key, regions)) is None or not math.isfinite(value):
-                continue
-            kind, metric, region = found
-            name = f"{kind} {METRIC_TITLES[metric]}".strip()
-            results.append(
-                EvalResult(
-                    task_type="image-segmentation",
-                    dataset_type=dataset.get("id") or re.sub(r"[^a-z0-9.-]+", "-", dataset["name"].lower()),
-                    dataset_name=dataset["name"],
-                    dataset_split=split,
-                    metric_type=f"{kind}_{metric}" if kind else metric,
-                    metric_name=name if region is None else f"{name}, {region}",
-                    metric_value=value,
-                )
-            )
-    return results
 
 
 def input_facts(num_channels: int, processor: Sam2UNetImageProcessor | None) -> dict[str, Any]:
@@ -270,12 +220,13 @@ def render_model_card(
     encoder_source = None if is_local_source(config.encoder_source) else config.encoder_source
     finetuned_from = info.get("finetuned_from")
     dataset = info.get("dataset", {})
-    results = eval_results(info, regions)
+    tables = FOLD_TABLES if members else PATIENT_TABLES
+    tables = {name: text for name, text in tables.items() if (run / name).is_file()}
+    results = eval_results(info, regions, {name: run / name for name in tables})
     pictures = [(name, text) for name, text in PICTURES.items() if (run / name).is_file()]
     if not info.get("share_predictions"):
         pictures = [(name, text) for name, text in pictures if name != "predictions.png"]
-    tables = FOLD_TABLES if members else PATIENT_TABLES
-    patients = [patient_section(run / name, text) for name, text in tables.items() if (run / name).is_file()]
+    patients = [patient_section(run / name, text) for name, text in tables.items()]
     rules = folder / CLEAN_UP_FILE
     card_data = ModelCardData(
         library_name="transformers",

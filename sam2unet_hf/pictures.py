@@ -247,11 +247,11 @@ def count_pixels(label_map: np.ndarray, regions: Mapping[str, Sequence[int]]) ->
     return {name: int(np.isin(label_map, label_ids).sum()) for name, label_ids in regions.items()}
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, prog: str = "python -m sam2unet_hf.pictures") -> None:
     """Segment pictures; write label ids as PNG, and print the size of each region, as a line of JSON per picture."""
     parser = ModelParser(
         "picture",
-        prog="python -m sam2unet_hf.pictures",
+        prog=prog,
         description="Segment pictures, and write label ids as PNG, which most viewers show as nearly black.",
     )
     parser.add_argument("model", help="Hub id or folder of a SAM2-UNet")

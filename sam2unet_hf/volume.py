@@ -20,6 +20,7 @@ from .cases_sam2unet import BratsCase
 from .command_line import ModelParser, make_output_dir
 from .devices import default_device, device_name, fast_dtype
 from .labels_sam2unet import NUMBERINGS, check_enhancing_label
+from .lesions import measure_lesions, save_lesions
 from .patient_checks import describe_known_patients, describe_other_modalities, read_splits, why_implausible
 from .patient_table import PATIENT_METRICS, PatientTable, score_patient
 from .scans_sam2unet import MODALITIES, PLANES, ScanError, check_same_grid, to_grey
@@ -30,13 +31,13 @@ from .volume_sam2unet import Sam2UNetVolumePipeline, VolumeSegmentation
 logger = logging.getLogger(__name__)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = ModelParser(
-        "case",
-        prog="python -m sam2unet_hf.volume",
-        description="Segment the BraTS cases of a folder, and print the volume of each region in ml.",
-    )
+PROG = "python -m sam2unet_hf.volume"
+
+
+def parse_args(argv: list[str] | None = None, prog: str = PROG, is_scored: bool = False) -> argparse.Namespace:
+    """Read the command line, whose usage calls it `prog`, and which has no `--score` if it always scores."""
+    aim = "score them against their masks" if is_scored else "print the volume of each region in ml"
+    parser = ModelParser("case", prog=prog, description=f"Segment the BraTS cases of a folder, and {aim}.")
     parser.add_argument("model", help="Hub id or folder of a SAM2-UNet, or of an ensemble of them")
     parser.add_argument(
         "case",
@@ -50,47 +51,55 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--planes", nargs="+", choices=sorted(PLANES), help="averaged; default: that of the checkpoint, or axial"
     )
     parser.add_argument("--flips", action="store_true", help="average over mirror images, four times the work")
-    parser.add_argument(
+    parser.add_rare_argument(
         "--threshold",
         type=float,
         help="probability above which a voxel is tumour; default: that of the region in the clean-up, or else 0.5",
     )
-    parser.add_argument(
+    parser.add_rare_argument(
         "--no_clean_up",
         action="store_true",
         help="leave out the clean-up by clean_up.json beside the model: its thresholds, and its smallest sizes",
     )
-    parser.add_argument(
+    parser.add_rare_argument(
         "--et_label",
         type=int,
         choices=[3, 4],
         help="label of enhancing tumour: 3 as in BraTS from 2023 on, 4 as before; default: that of the case's name",
     )
-    parser.add_argument("--probabilities", action="store_true", help="write CASE_REGION_probability.nii.gz too")
+    parser.add_rare_argument("--probabilities", action="store_true", help="write CASE_REGION_probability.nii.gz too")
     parser.add_argument(
         "--disagreement",
         action="store_true",
         help="write CASE_REGION_disagreement.nii.gz too, the standard deviation over members of an ensemble, mirror "
         "images and planes",
     )
-    parser.add_argument(
-        "--score",
+    parser.add_rare_argument(
+        "--lesions",
         action="store_true",
-        help="print Dice and other metrics against the reference too, and write them as patients.csv and .json",
+        help="write CASE_lesions.csv too: volume, longest axial diameter and its perpendicular of each lesion",
     )
-    parser.add_argument(
+    if is_scored:
+        parser.set_defaults(score=True)
+    else:
+        parser.add_argument(
+            "--score",
+            action="store_true",
+            help="print Dice and other metrics against the reference too, and write them as patients.csv and .json",
+        )
+    parser.add_rare_argument(
         "--labels",
         choices=list(NUMBERINGS),
         help="what the labels of references mean, for --score where names do not tell",
     )
-    parser.add_argument(
+    parser.add_rare_argument(
         "--allow_other_modalities",
         action="store_true",
         help="segment other --modalities than those of the training, or scans that are named as such, which is hardly "
         "ever right",
     )
-    parser.add_argument("--batch_size", type=int, default=8, help="slices at once")
-    parser.add_argument(
+    parser.add_rare_argument("--batch_size", type=int, default=8, help="slices at once")
+    parser.add_rare_argument(
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16", "float16"],
@@ -148,7 +157,7 @@ def _warn_of_known_patients(model: str, cases: dict[str, Input]) -> None:
 
 
 def _save(found: VolumeSegmentation, name: str, args: argparse.Namespace) -> Path:
-    """Write the segmentation of a case, and its probabilities and the disagreement on them if asked to."""
+    """Write the segmentation of a case, and its probabilities, the disagreement on them and lesions if asked to."""
     path = args.output_dir / f"{name}_seg.nii.gz"
     try:
         found.save(path, args.et_label)
@@ -158,17 +167,24 @@ def _save(found: VolumeSegmentation, name: str, args: argparse.Namespace) -> Pat
                 found.save_probabilities(args.output_dir / f"{name}_{region_name}_probability.nii.gz", region)
             if args.disagreement:
                 found.save_disagreement(args.output_dir / f"{name}_{region_name}_disagreement.nii.gz", region)
+        if args.lesions:
+            save_lesions(measure_lesions(found), args.output_dir / f"{name}_lesions.csv")
     except OSError as err:  # a full disk
         raise SystemExit(f"{path} could not be written: {err}") from err
     return path
 
 
-def main(argv: list[str] | None = None) -> None:
+def score(argv: list[str] | None = None, prog: str = f"{PROG} --score") -> None:
+    """Segment and score the cases of a folder; as [`main`] with `--score`."""
+    main(argv, prog, is_scored=True)
+
+
+def main(argv: list[str] | None = None, prog: str = PROG, is_scored: bool = False) -> None:
     """Segment the cases of a folder; print the volumes of each, and its scores if asked to, as a line of JSON.
 
     Scores are written as a table, too.
     """
-    args = parse_args(argv)
+    args = parse_args(argv, prog, is_scored)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     try:
         cases = name_inputs(args.case, args.labels)
@@ -176,7 +192,9 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(str(err)) from err
     if args.score and not any(map(has_mask, cases.values())):
         whose = "The case has no mask" if len(cases) == 1 else f"None of the {len(cases)} cases has a mask"
-        raise SystemExit(f"{whose} to score by. Leave out --score to segment {'it' if len(cases) == 1 else 'them'}.")
+        what = "it" if len(cases) == 1 else "them"
+        remedy = f"`sam2unet segment` segments {what}" if is_scored else f"Leave out --score to segment {what}"
+        raise SystemExit(f"{whose} to score by. {remedy}.")
     _prepare_output_dir(args.output_dir, cases)
     segment = _load(args)
     trained = segment.processor.modalities or segment.modalities

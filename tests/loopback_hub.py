@@ -71,6 +71,33 @@ def git_sha1(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def check_model_index(index: list) -> list[str]:
+    """What the Hub has against the scores of a model card: https://github.com/huggingface/hub-docs, modelcard.md."""
+    errors = []
+
+    def check(path: str, values: dict, required: list[str], optional: list[str] = ()) -> None:
+        for key in (*required, *optional):
+            if key in required and values.get(key) in (None, ""):
+                errors.append(f'"{path}.{key}" is required')
+            elif key != "value" and not isinstance(values.get(key, ""), str):
+                errors.append(f'"{path}.{key}" must be a string')
+
+    for i, model in enumerate(index):
+        check(f"model-index[{i}]", model, ["name"])
+        for j, result in enumerate(model.get("results", [])):
+            path = f"model-index[{i}].results[{j}]"
+            check(f"{path}.task", result.get("task", {}), ["type"], ["name"])
+            dataset = result.get("dataset", {})
+            check(f"{path}.dataset", dataset, ["type", "name"], ["config", "split", "revision"])
+            if not re.fullmatch(r"([\w-]+/)?[\w.-]+", str(dataset.get("type", ""))):
+                errors.append(f'"{path}.dataset.type" with value "{dataset.get("type")}" fails to match the pattern')
+            if not result.get("metrics"):
+                errors.append(f'"{path}.metrics" is required')
+            for k, metric in enumerate(result.get("metrics", [])):
+                check(f"{path}.metrics[{k}]", metric, ["type", "value"], ["name", "config"])
+    return errors
+
+
 def read_card(text: str) -> tuple[dict, list[str], list[str]]:
     """The metadata of a README with the errors and warnings the Hub has for it, as far as they are known here."""
     match = FRONT_MATTER.match(text)
@@ -96,6 +123,8 @@ def read_card(text: str) -> tuple[dict, list[str], list[str]]:
                 errors.append(f'"{key}" with value "{value}" is not valid')
                 if key == "license":
                     errors[-1] = f'"license" must be one of [{", ".join(LICENSES)}, array], got "{value}"'
+    if isinstance(index := data.get("model-index", []), list):
+        errors += check_model_index(index)
     return data, errors, []
 
 

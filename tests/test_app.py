@@ -26,8 +26,11 @@ gr = pytest.importorskip("gradio")
 httpx = pytest.importorskip("httpx")
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import app  # noqa: E402 - the scripts are no package
+import case_upload  # noqa: E402
 import case_view  # noqa: E402
 from case_view import PLANE_ORDER, REGION_COLOURS, draw_slice, largest_slice, segment_case  # noqa: E402
+from review import PageState, Review  # noqa: E402
+from review_table import volume_table  # noqa: E402
 
 
 REGIONS = {"WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}
@@ -61,7 +64,7 @@ def view(cohort, segment):
 def test_uploads_are_linked_by_their_last_name_alone(tmp_path):
     (tmp_path / "links").mkdir()
     (tmp_path / "x.nii").write_bytes(b"")
-    case = app.gather_case([f"{tmp_path}/links/../x.nii"], ["flair"], tmp_path / "links")
+    case = case_upload.gather_case([f"{tmp_path}/links/../x.nii"], ["flair"], tmp_path / "links")
     assert case.files["flair"] == tmp_path / "links" / "x.nii"
     with pytest.raises(ScanError, match=r"x.nii` is not a NIfTI file"):
         case.read_images(["flair"])
@@ -149,7 +152,8 @@ def test_a_model_of_many_regions_has_colours_for_all_and_names_are_text():
 
 
 def test_the_table_has_volumes_and_dice(view):
-    rows = [line.strip("| ").split(" | ") for line in app.volume_table(view).splitlines()[2:]]
+    table = volume_table(PageState([Review(view)]))
+    rows = [re.findall(r"<td>(?:<label>.*?> )?([^<]+)<?", row) for row in re.findall("<tr>.*?</tr>", table)[1:]]
     assert [row[0] for row in rows] == list(REGIONS)
     voxel_ml = np.prod(view.spacing_mm) / 1000
     for region, volume, expert, dice in rows:
@@ -164,7 +168,7 @@ def test_files_are_gathered_as_cases(cohort, tmp_path):
 
     def gather(paths, modalities=THREE):
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
-        return app.gather_case(paths, modalities, folder)
+        return case_upload.gather_case(paths, modalities, folder)
 
     case = gather([*paths, "notes.txt"])
     assert case.case_id == "Phantom_001"
@@ -199,7 +203,7 @@ def test_a_scan_of_the_decathlon_and_its_mask_of_the_same_name_are_one_case(coho
         paths.append(str(path))
 
     def gather(paths, modalities=THREE):
-        return app.gather_case(paths, modalities, Path(tempfile.mkdtemp(dir=tmp_path)))
+        return case_upload.gather_case(paths, modalities, Path(tempfile.mkdtemp(dir=tmp_path)))
 
     case = gather(paths)
     assert case.case_id == "BRATS_007"
@@ -224,12 +228,12 @@ def test_files_of_two_patients_are_told_by_their_names(segment, cohort):
     segment_files = next(function for function in functions if getattr(function, "__name__", "") == "segment_files")
     paths = [str(path) for patient in ("Phantom_001", "Phantom_002") for path in (cohort / patient).iterdir()]
     with pytest.raises(gr.Error) as raised:
-        segment_files(paths, "tiny", [], False, 3)
+        segment_files(paths, "tiny", [], False, 3, None)
     assert raised.value.message == "The files are of 2 patients: Phantom_001, Phantom_002. Upload those of one."
 
 
 def test_the_example_is_a_patient_that_no_example_trains_on():
-    files = app.phantom_files()
+    files, earlier = case_upload.phantom_files()
     assert {Path(path).name for path in files} == {
         f"Phantom_031_{name}.nii.gz" for name in ("t1", "t1ce", "t2", "flair", "seg")
     }
@@ -237,6 +241,9 @@ def test_the_example_is_a_patient_that_no_example_trains_on():
     for path in files:
         name = Path(path).name.removeprefix("Phantom_031_").removesuffix(".nii.gz")
         np.testing.assert_array_equal(np.asarray(nib.load(path).dataobj), drawn[name])
+    assert [Path(path).name for path in files if "_seg" not in path] == sorted(Path(path).name for path in earlier)
+    for path in (files[0], earlier[0]):
+        np.testing.assert_array_equal(nib.load(path).affine, nib.load(files[0]).affine)
 
 
 # -------------------------------------------------------------------------------------------------------- as a server
@@ -311,7 +318,7 @@ def test_the_page_gives_out_what_was_sent_to_it_and_no_other_file(address, cohor
 
 def segment_by_request(address, scan, model="tiny"):
     """Press the button as a program does, and return the last event."""
-    data = [[{"path": str(scan), "meta": {"_type": "gradio.FileData"}}], model, ["axial"], False, 3]
+    data = [[{"path": str(scan), "meta": {"_type": "gradio.FileData"}}], model, ["axial"], False, 3, None]
     call = f"{address}gradio_api/call/segment_files"
     event = httpx.post(call, json={"data": data}).json()["event_id"]
     return re.findall(r"event: (\w+)", httpx.get(f"{call}/{event}", timeout=60).text)[-1]
@@ -394,6 +401,8 @@ class Page:
 
     def wait_for(self, name, expected):
         def shown():
+            # Browsers load pictures that are far down the page once they are scrolled to.
+            self.browser.execute_script("document.querySelector(`#${arguments[0]}`)?.scrollIntoView()", name)
             pixels = self.picture(name)
             return pixels is not None and np.array_equal(pixels, expected)
 
@@ -405,7 +414,7 @@ class Page:
         wait(lambda: all(path.name.split(".")[0] in self.one("#files").text for path in paths))
 
 
-def test_a_user_segments_scrolls_toggles_and_downloads(browser, address, cohort, segment, view, tmp_path):
+def test_a_user_segments_scrolls_reviews_and_downloads(browser, address, cohort, view, tmp_path):
     page = Page(browser, address)
     assert "Research use only" in page.one("body").text
     page.upload(sorted((cohort / "Phantom_001").iterdir()))
@@ -440,14 +449,28 @@ def test_a_user_segments_scrolls_toggles_and_downloads(browser, address, cohort,
     page.wait_for("axial-model", expected("axial", starts["axial"] - 2, ["TC", "ET"]))
     page.wait_for("sagittal-expert", expected("sagittal", starts["sagittal"], ["TC", "ET"], side="expert"))
 
+    # A lesion that is pressed is shown in its slices, with its diameters.
+    kept = Review(view)
+    lesion = kept.lesions[0]
+    page.one('#lesions button[data-lesion="0-0-1"]').click()
+    lines = (lesion.diameter, lesion.perpendicular)
+    choice = (lesion.slice_index, "flair", ["TC", "ET"], 0.5, lines)
+    page.wait_for("axial-model", draw_slice(view, view.prediction, "axial", *choice))
+    assert page.one("#axial input[type=number]").get_attribute("value") == str(lesion.slice_index)
+    # What is hidden is neither in the pictures nor in the file.
+    page.one('#volumes input[data-lesion="0-2-all"]').click()
+    kept.change([one.key for one in kept.lesions if one.region == "ET"], hide=True)
+    page.wait_for("axial-model", draw_slice(view, kept.labels, "axial", *choice))
+    assert not page.one('#volumes input[data-lesion="0-2-all"]').is_selected()
+
     page.one("#download").click()
     path = wait(lambda: list(browser.downloads.glob("*.nii.gz")))[0]
     assert path.name == "Phantom_001_seg.nii.gz"
-    segment(cohort / "Phantom_001", progress=False).save(tmp_path / "direct.nii.gz")
+    kept.left.save(tmp_path / "direct.nii.gz")
     written, direct = nib.load(path), nib.load(tmp_path / "direct.nii.gz")
     np.testing.assert_array_equal(np.asarray(written.dataobj), np.asarray(direct.dataobj))
     np.testing.assert_array_equal(written.affine, direct.affine)
-    assert np.asarray(written.dataobj).any()
+    assert set(np.unique(written.dataobj)) == {0, 1, 2}
 
 
 def first_picture(view, plane):
@@ -467,6 +490,18 @@ def test_a_phone_shows_all_without_scrolling_sideways(browser, address, cohort, 
     boxes = [page.one(f"#{plane}-model img").rect for plane in PLANE_ORDER]
     assert all(box["width"] > 250 for box in boxes)
     assert boxes[0]["y"] < boxes[1]["y"] < boxes[2]["y"]
+    edges = (
+        "const r = arguments[0].getBoundingClientRect(); return [r.left, r.right, arguments[0].scrollWidth - r.width]"
+    )
+    seen = [cell for cell in page.all("#volumes th") if cell.text == "Dice"] + page.all(
+        "#files .filename, #lesions td"
+    )
+    assert len(seen) > 6
+    for element in seen:
+        left, right, cut_off = browser.execute_script(edges, element)
+        assert left >= 0
+        assert right <= 390
+        assert cut_off < 1, element.text
 
 
 def test_what_is_wrong_is_said_and_can_be_put_right(browser, address, cohort, view):

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from dataset_scripts.brats_slices.__main__ import main
 from dataset_scripts.brats_slices.png import encode_png
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf.labels_sam2unet import NumberingError
+from sam2unet_hf.overlays import COLOURS, GAP
 from sam2unet_hf.scans_sam2unet import MODALITIES, ScanError
 
 
@@ -639,6 +641,44 @@ def test_cli_card_states_facts(brats_dir, tmp_path):
     assert "Cases without rows: Brats18_4_1." in card.text
     assert "10.1109/TMI.2014.2377694" in card.text
     assert "$" not in card.text
+    assert not list((tmp_path / "out").glob("*.png"))  # a patient's slices are shown only when that is asked for
+    assert "![" not in card.text
+
+
+def test_cli_card_has_statistics_of_each_split(brats_dir, tmp_path):
+    run(brats_dir, tmp_path / "out", "--slices", "all")
+    lines = DatasetCard.load(tmp_path / "out" / "README.md").text.split("## Statistics")[1].splitlines()
+    table = {cells[1]: cells[2:-1] for line in lines if len(cells := [cell.strip() for cell in line.split("|")]) > 2}
+    splits = datasets.load_dataset(str(tmp_path / "out"))
+    assert table[""] == list(splits) == ["train", "validation", "test"]
+    # Two of five slices show tumour: 4 voxels, of which NCR/NET and ET are 2, and 1 voxel; a voxel has 9 mm3.
+    expected = {
+        "share of slices with tumour": "40%",
+        "whole tumour (pixels in a slice that shows it)": "2 (1 to 4)",
+        "whole tumour (ml)": "0.0",
+        "tumour core (pixels in a slice that shows it)": "2",
+        "enhancing tumour (pixels in a slice that shows it)": "1",
+        "width of the head (pixels)": "6",
+        "height of the head (pixels)": "9",
+        "voxels from left to right (mm)": "1.50",
+        "voxels from front to back (mm)": "2.00",
+        "voxels from feet to head (mm)": "3.00",
+    }
+    for name, value in expected.items():
+        assert table[name] == [value] * 3, name
+    for name in ("t1", "flair"):
+        for value, rows in zip(table[f"`{name}`, mean grey value of the head"], splits.values(), strict=True):
+            slices = [np.asarray(row[name]) for row in rows if row["wt_pixels"] == 4]
+            means = sorted(pixels[pixels > 0].mean() for pixels in slices)
+            median = statistics.median(means)
+            assert value in (f"{median:.0f}", f"{median:.0f} ({means[0]:.0f} to {means[-1]:.0f})")
+    grades = [cell for cell in table["sessions by grade"] if cell]
+    assert sum(int(part.split()[1]) for cell in grades for part in cell.split(", ")) == 5
+    run(brats_dir, tmp_path / "some", "--slices", "2", "--show_slices")
+    card = (tmp_path / "some" / "README.md").read_text()
+    assert "(ml)" not in card  # of a part of a tumour
+    assert "![Slices of a few patients, with the outlines of the tumour](card_slices.png)" in card
+    assert (tmp_path / "some" / "card_slices.png").is_file()
 
 
 def test_cli_card_of_the_decathlon_states_its_licence(brats_dir, tmp_path):
@@ -663,6 +703,20 @@ def test_cli_card_of_a_phantom_has_neither_terms_nor_citation_of_brats(tmp_path)
     assert "cut from 4 scanning sessions of 4 patients made up in the layout" in card.text
     for absent in ("experts", "do not pass them on", "Citation", "bibtex", "10.1109", "$"):
         assert absent not in card.text, absent
+    # A row for each of the three training patients: four contrasts, and outlines on FLAIR, all enlarged five times.
+    assert "![Slices of a few patients, with the outlines of the tumour](card_slices.png)" in card.text
+    with PIL.Image.open(tmp_path / "out" / "card_slices.png") as picture:
+        pixels = np.asarray(picture)
+    assert pixels.shape == (2 * 160 + GAP, 5 * 160 + 4 * GAP, 3)
+    rows = datasets.load_dataset(str(tmp_path / "out"), split="train").sort("wt_pixels", reverse=True)
+    for top, row in zip((0, 160 + GAP), (rows[0], rows[-1]), strict=True):
+        panels = [pixels[top : top + 160, left : left + 160] for left in range(0, 5 * (160 + GAP), 160 + GAP)]
+        for panel, name in zip(panels, MODALITIES, strict=False):
+            np.testing.assert_array_equal(panel[2::5, 2::5, 0], np.asarray(row[name]), err_msg=name)
+        outlined = (panels[4] == COLOURS[0]).all(axis=-1)
+        whole_tumour = np.kron(np.asarray(row["mask"]) > 0, np.ones((5, 5), bool))
+        assert outlined.any()
+        assert not (outlined & ~whole_tumour).any()
     builder = BratsSlices(data_dir=str(cohort))
     assert (builder.info.citation, builder.info.homepage) == ("", "")
     (cohort / "Phantom_001").rename(cohort / "BraTS20_Training_001")  # beside a scan of the challenge

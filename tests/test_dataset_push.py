@@ -13,7 +13,7 @@ import pytest
 from loopback_hub import LoopbackHub
 
 from dataset_scripts.brats_slices.__main__ import main
-from dataset_scripts.brats_slices.publish import upload_command
+from dataset_scripts.brats_slices.publish import CARD_PICTURE, upload_command
 from dataset_scripts.phantom import write_phantom_cohort
 
 
@@ -46,7 +46,8 @@ for column in columns:
 np.savez("arrays.npz", **arrays)
 card = DatasetCard.load(repo)
 card.validate(repo_type="dataset")
-print(json.dumps({"rows": rows, "card": card.data.to_dict(), "text": card.text}))
+source = load_dataset(repo, split="train").cache_files[0]["filename"]
+print(json.dumps({"rows": rows, "card": card.data.to_dict(), "text": card.text, "source": source}))
 """
 # Several runs of the command in one process, for it takes seconds to start. The client waits between its attempts.
 PUSHES = """
@@ -159,6 +160,8 @@ def test_a_push_is_private_and_loads_without_the_checkout(hub, cohort, tmp_path,
         np.testing.assert_array_equal(found[f"stream {column}"], expected[f"train {column}"][:3])
 
     assert (facts["card"]["license"], facts["card"]["license_name"]) == ("other", "brats-data-use")
+    # By this folder a model card tells the revision.
+    assert Path(facts["source"]).parent.name == hub.commits("datasets", REPO)[0].sha
     entries = facts["card"]["configs"][0]["data_files"]
     assert entries == [{"split": split, "path": f"data/{split}-*"} for split in ("train", "validation", "test")]
     assert re.search(r"do not pass them on\. Keep this data set\s+private", facts["text"])
@@ -207,24 +210,26 @@ def test_public_without_a_repository_is_a_usage_error(cohort, tmp_path, capsys):
 
 def test_a_push_replaces_the_data_of_a_repository_and_public_scans_go_to_any(hub, cohort, tmp_path):
     stale = {STALE: b"PAR1", FILES[3]: b"PAR1", "README.md": b"# Old\n", "notes.txt": b"mine"}
+    stale[CARD_PICTURE] = b"a patient that was shown before"
     hub.create("datasets", "tester/public", stale)
     hub.create("datasets", "tester/private", stale, private=True)
     repos = ["new", "tester/public", "tester/private"]  # without a namespace: the user's own
     calls = [{"arguments": push_options(cohort, "--public", repo=repo, output_dir=repo)} for repo in repos]
-    again = push_options(cohort, "--plane", "coronal", repo="tester/private", output_dir="again")
+    again = push_options(cohort, "--plane", "coronal", "--show_slices", repo="tester/private", output_dir="again")
     assert run_pushes(hub, tmp_path / "push", *calls, {"arguments": again}) == [None] * 4
 
     found = {name: repo.private for (_, name), repo in hub.repos.items()}
     assert found == {"tester/public": False, "tester/private": True, "tester/new": False}
     assert hub.files("datasets", "tester/new") == sorted(FILES)
-    for repo in ("tester/public", "tester/private"):
-        assert hub.files("datasets", repo) == sorted([*FILES, "notes.txt"])
+    for repo, more in (("tester/public", []), ("tester/private", [CARD_PICTURE])):
+        assert hub.files("datasets", repo) == sorted([*FILES, "notes.txt", *more])
         assert hub.file("datasets", repo, "notes.txt") == b"mine"
     last = {"tester/new": "new", "tester/public": "tester/public", "tester/private": "again"}
     for repo, folder in last.items():
         for name in FILES[1:]:
             assert hub.file("datasets", repo, name) == (tmp_path / "push" / folder / name).read_bytes()
         card = hub.file("datasets", repo, "README.md").decode()
+        assert (f"]({CARD_PICTURE})" in card) == (folder == "again")
         assert f'load_dataset("{repo}")' in card
         if folder != "again":
             assert "license: unknown\n" in card

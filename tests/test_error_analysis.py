@@ -25,7 +25,7 @@ from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.ensemble_sam2unet import Sam2UNetEnsemble
 from sam2unet_hf.finetuning import run_segmentation
-from sam2unet_hf.finetuning.plots import image_to_show
+from sam2unet_hf.overlays import image_to_show
 from sam2unet_hf.scans_sam2unet import Volume
 from sam2unet_hf.training import ImageRows, SegmentationMetrics, SegmentationTransform
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, VolumeSegmentation

@@ -383,6 +383,8 @@ print(json.dumps({"url": url, "license": loaded.data.license, "text": loaded.tex
 
 def test_cards(hub, tmp_path):
     hub.create("models", REPO)
+    scores, metrics = "model-index:\n- name: a\n  results: [{task: {type: c}, ", "[{type: dice, value: 0.5}]"
+    dataset, refusal = "dataset: {name: B, type: me/b, config: d}", '- Error: "model-index[0].results[0]'
     bad = {
         "license: my own": '- Error: "license" must be one of [apache-2.0, mit, openrail, ',
         "license: 2.0": '- Error: "license" must be one of [apache-2.0, mit, openrail, ',
@@ -390,8 +392,12 @@ def test_cards(hub, tmp_path):
         "language: English": '- Error: "language" with value "English" is not valid',
         "datasets:\n- /home/me/brats": '- Error: "datasets" with value "/home/me/brats" is not valid',
         "model-index: none": '- Error: "model-index" must be an array',
+        f"{scores}dataset: {{name: B}}, metrics: {metrics}}}]": f'{refusal}.dataset.type" is required',
+        f"{scores}dataset: {{name: B, type: b c}}, metrics: {metrics}}}]": f'{refusal}.dataset.type" with value "b c"',
+        f"{scores}{dataset}, metrics: [{{type: dice}}]}}]": f'{refusal}.metrics[0].value" is required',
     }
     good = ["license:\n- mit\n- other", "language: en\ndatasets: tester/d"]
+    good.append(f"{scores}{dataset}, metrics: {metrics}}}]")
     texts = [f"---\n{text}\n---\n# Data\n" for text in [*good, *bad]]
     result = run(hub, CARDS.replace("input()", repr(json.dumps(texts))), tmp_path)
     assert result["url"] == f"{hub.url}/tester/m/commit/{hub.commits('models', REPO)[0].sha}"

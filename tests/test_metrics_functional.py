@@ -276,6 +276,14 @@ def test_distances_are_those_of_scipy(shape, mask_kind, monkeypatch):
         monkeypatch.setattr(distances, "_DENSE", dense)
         squared = distances.squared_distance(mask)
         assert np.array_equal(np.minimum(squared, 255**2), np.minimum(np.square(expected).round(), 255**2))
+    # Where only some are needed, however few and far, their distances are the same.
+    monkeypatch.setattr(distances, "_FEW", 1)
+    for share in (0.001, 0.3):
+        needed = np.random.default_rng(1).random(shape) < share
+        squared = distances.squared_distance(mask, needed)
+        assert np.array_equal(
+            np.minimum(squared, 255**2)[needed], np.minimum(np.square(expected).round(), 255**2)[needed]
+        )
     # All pixels around the mask have their nearest one in it, and of several the one that SciPy names.
     framed = np.pad(mask, distances.FRAME)
     at, nearest = distances.nearest_pixels(mask)
@@ -297,6 +305,21 @@ def test_masks_that_fill_much_of_the_image_agree_with_py_sod_metrics(size, share
     for mask in (field > np.quantile(field, 1 - share), left):
         prediction = make_prediction("smooth", mask, generator)
         assert_agree(result(prediction, mask), field_result(prediction, mask, normalize=False))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (9, 7), (353, 351), (200, 200)])
+@pytest.mark.parametrize("mask_kind", ["empty", "full", "pixel", "row", "smooth"])
+def test_maps_of_few_levels_agree_with_py_sod_metrics(shape, mask_kind):
+    # Trained networks give maps that are almost all 0 and 255, whose levels are counted and whose errors are weighted
+    # in other ways.
+    generator = np.random.default_rng(0)
+    mask = make_mask(mask_kind, shape, generator)
+    grey = ndimage.gaussian_filter(mask * 255.0, 1)
+    rare = generator.random(shape) < 0.01
+    for prediction in (grey, np.where(rare, 128, grey), np.where(rare, 255 - grey, 255 * mask), np.zeros(shape)):
+        prediction = prediction.round().astype(np.uint8)
+        theirs = field_result(prediction, mask.astype(np.uint8) * 255, normalize=True)
+        assert_agree(result(prediction, mask, **MINMAX), theirs)
 
 
 def test_stretched_probabilities_are_those_of_minmax():

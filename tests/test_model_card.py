@@ -10,14 +10,16 @@ import pytest
 import torch
 import yaml
 from common import BRATS_REGIONS, CODE, small_backbone_config, small_model
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from huggingface_hub import ModelCard
-from loopback_hub import LoopbackHub
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from loopback_hub import LoopbackHub, read_card
 from PIL import Image
 from transformers import TrainingArguments
 
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
+from sam2unet_hf.card_scores import eval_results
 from sam2unet_hf.clean_up_sam2unet import CleanUp, RegionRule
 from sam2unet_hf.hub import CHECKPOINT_FILES, files_to_push, have_equal_weights, main
 from sam2unet_hf.metrics.functional import METRICS
@@ -33,6 +35,7 @@ from sam2unet_hf.model_card import (
 from sam2unet_hf.patient_table import COLUMN_TITLES, WORST, PatientTable, score_patient
 from sam2unet_hf.training import ImageRows, Sam2UNetTrainer, SegmentationMetrics, SegmentationTransform
 from sam2unet_hf.training.augmentation import augmentation
+from sam2unet_hf.training.run_record import dataset_revision
 
 
 ROOT = Path(__file__).parent.parent
@@ -174,6 +177,56 @@ def test_the_table_of_patients_names_none(folder):
     assert "were not tested" not in text.split("## Limits")[1]
     (folder / "test_dir_patients.json").unlink()
     assert "preprocessings were not tested" in render_model_card(folder).replace("\n  ", " ")
+
+
+def test_scores_of_patients_are_in_the_front_matter_apart_from_those_of_images(folder):
+    revision = "0123456789" * 4
+    dataset = {"id": "tester/slices", "name": "Our slices", "revision": revision}
+    info = add_run(folder, dataset=dataset, data={"configuration": "axial"})
+    table = PatientTable()
+    for patient, dice in (("a", 0.1), ("b", 0.2), ("c", 0.4)):
+        for_region = {"volume_dice": dice, "hausdorff95_mm": 10 * dice, "reference_ml": 5, "predicted_ml": 4.5}
+        table.add(patient, {"WT": for_region, "ET": {**for_region, "volume_dice": dice / 3}})
+    table.write(folder, "test_patients")
+    table.write(folder, "test_dir_patients")  # of other data, which have no name
+    text = render_model_card(folder)
+    assert read_card(text) == (yaml.safe_load(text.split("---")[1]), [], [])
+    results = ModelCard(text).data.eval_results
+    assert model_index_to_eval_results(eval_results_to_model_index("a", results)) == ("a", results)
+    place = {(r.task_type, r.dataset_type, r.dataset_config, r.dataset_split, r.dataset_revision) for r in results}
+    assert place == {("image-segmentation", "tester/slices", "axial", "test", revision)}
+    of_patients = {(r.metric_type, r.metric_name): r.metric_value for r in results[len(info["results"]["test"]) :]}
+    summary = table.summary()
+    assert of_patients == {
+        (column, f"{title}, {region}, mean over 3 patients"): summary[region][column]["mean"]
+        for region in ("WT", "ET")
+        for column, title in (("volume_dice", "Dice"), ("hausdorff95_mm", "95 % Hausdorff distance (mm)"))
+    }
+    assert len({(r.metric_type, r.metric_name) for r in results}) == len(results)
+
+    # Of an ensemble there are patients out of fold alone, which belong to no split.
+    table.write(folder)
+    of_ensemble = {"dataset": dataset, "results": {}}
+    found = eval_results(of_ensemble, ["WT", "ET"], {"patients.json": folder / "patients.json"})
+    assert [r.metric_name for r in found][:1] == ["Dice, WT, mean over 3 patients out of fold"]
+    assert {(r.dataset_split, r.metric_value) for r in found if r.metric_type == "volume_dice"} == {
+        (None, summary[region]["volume_dice"]["mean"]) for region in ("WT", "ET")
+    }
+    # Without scores of images those of the test patients go before those of the validation patients.
+    files = {f"{split}_patients.json": folder / "test_patients.json" for split in ("validation", "test")}
+    assert {r.dataset_split for r in eval_results(of_ensemble, ["WT"], files)} == {"test"}
+    assert eval_results({"dataset": {}}, ["WT"], files) == []
+    assert eval_results({"dataset": dataset}, ["WT"], {}) == []
+
+
+def test_the_commit_of_a_data_set_is_known_from_where_it_was_loaded(tmp_path):
+    rows = Dataset.from_dict({"image": [Image.new("L", (9, 9))], "mask": [Image.new("L", (9, 9))]})
+    assert dataset_revision(rows, "tester/slices") is None
+    for commit, expected in (("ab" * 20, "ab" * 20), ("ab" * 8, None)):  # of the Hub, and of a folder
+        rows.save_to_disk(tmp_path / commit)
+        loaded = load_from_disk(tmp_path / commit)
+        assert dataset_revision(ImageRows(loaded), "tester/slices") == expected
+        assert dataset_revision(loaded, None) is None
 
 
 def test_the_card_names_the_rules_of_the_clean_up(folder):

@@ -127,6 +127,18 @@ def test_make_phantom_case_takes_a_generator():
         np.testing.assert_array_equal(volume, from_generator[name])
 
 
+def test_make_phantom_case_at_another_time_has_another_tumour_in_the_same_brain():
+    case = make_phantom_case(7, SMALL_SHAPE)
+    earlier = make_phantom_case(7, SMALL_SHAPE, tumour_growth=0.4)
+    sizes = [np.count_nonzero(drawn["seg"]) for drawn in (earlier, case)]
+    assert 0.3 < sizes[0] / sizes[1] < 0.5
+    heads = [drawn["t1"] > 0 for drawn in (earlier, case)]
+    assert np.count_nonzero(heads[0] != heads[1]) < 0.1 * np.count_nonzero(heads[1])
+    assert np.count_nonzero((earlier["seg"] > 0) & (case["seg"] > 0)) > 0.7 * sizes[0]
+    with pytest.raises(ValueError, match="`tumour_growth` must be above 0, got 0"):
+        make_phantom_case(7, SMALL_SHAPE, tumour_growth=0)
+
+
 def test_make_phantom_case_is_skull_stripped(cases):
     for case in cases:
         brain = case["t1"] > 0

@@ -10,7 +10,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from sam2unet_hf import Sam2UNetImageProcessor
+from sam2unet_hf import Sam2UNetImageProcessor, overlays
 from sam2unet_hf.ensemble_sam2unet import Sam2UNetEnsemble
 from sam2unet_hf.finetuning import plots
 from sam2unet_hf.finetuning.predictions import name_ranks, rows_to_show, show_cases
@@ -117,7 +117,7 @@ def test_of_several_modalities_one_is_shown_by_name(transform, tmp_path, titles)
 def test_grey_pictures_stay_grey(mode):
     grey = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8) * 5)
     picture = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
-    shown = plots.image_to_show(picture, ["image"])
+    shown = overlays.image_to_show(picture, ["image"])
     assert shown.ndim == 2
     if mode == "I;16":
         assert shown.max() > 255

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ["sam2unet_hf", "dataset_scripts"]
+PACKAGES = ["sam2unet_hf", "sam2unet_command", "dataset_scripts"]
 ALLOWED_IMPORTS = {"PIL", "huggingface_hub", "numpy", "safetensors", "torch", "torchvision", "transformers"}
 # Those that read scans, whom nobody asks to segment pictures.
 SCAN_IMPORTS = {"isal", "nibabel", "scipy", "tqdm"}

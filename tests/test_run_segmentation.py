@@ -11,6 +11,7 @@ from common import small_backbone_config, small_model
 from datasets import Dataset, DatasetDict
 from PIL import Image
 from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from dataset_scripts.brats_slices.__main__ import main as write_brats_slices
@@ -94,8 +95,18 @@ def test_brats_folder_to_checkpoint_scores_and_pictures(few_patients, checkpoint
     results = run_segmentation.main(
         ["--brats_dir", str(few_patients), "--slices", "tumor", "--min_tumor_pixels", "5", "--do_predict"]
         + ["--model_name_or_path", checkpoint(), "--num_train_epochs", "2", "--output_dir", str(output_dir), *QUICK]
+        + ["--report_to", "tensorboard"]
     )
     assert results == json.loads((output_dir / "all_results.json").read_text())
+    (events,) = (output_dir / "runs").iterdir()
+    assert events.name == json.loads((output_dir / "run.json").read_text())["training_arguments"]["run_name"]
+    found = EventAccumulator(str(events), size_guidance={"images": 0})
+    found.Reload()
+    assert [picture.step for picture in found.Images("eval/prediction_1")] == [
+        score.step for score in found.Scalars("eval/dice")
+    ]
+    for split in ("eval", "test"):
+        assert found.Scalars(f"{split}/dice")[-1].value == pytest.approx(results[f"{split}_dice"], rel=1e-6)
     for split in ("eval", "test"):
         assert 0 <= results[f"{split}_dice"] <= 1
         assert results[f"{split}_iou"] <= results[f"{split}_dice"]
@@ -637,7 +648,8 @@ def test_nothing_to_resume_from(tmp_path):
     ],
 )
 def test_arguments_that_exclude_each_other(arguments, match, capsys, monkeypatch):
-    monkeypatch.setattr("arguments.get_available_reporting_integrations", lambda: ["wandb"])
+    name = "sam2unet_hf.finetuning.arguments.get_available_reporting_integrations"
+    monkeypatch.setattr(name, lambda: ["wandb"])
     with pytest.raises(SystemExit):
         run_segmentation.main(arguments)
     assert match in capsys.readouterr().err

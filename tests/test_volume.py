@@ -401,9 +401,12 @@ def test_command_writes_into_its_folder_whatever_a_checkpoint_names_its_regions(
     processor.save_pretrained(tmp_path / "model")
     folder = find_cases(cohort)[0].folder
     out = tmp_path / "a" / "b" / "out"
-    main([str(tmp_path / "model"), str(folder), "-o", str(out), "--probabilities", "--device", "cpu"])
-    endings = ("_.._.._.._WT_probability", "__ET_probability", "_seg")
-    assert {path.name for path in out.iterdir()} == {f"{folder.name}{ending}.nii.gz" for ending in endings}
+    main([str(tmp_path / "model"), str(folder), "-o", str(out), "--probabilities", "--lesions", "--device", "cpu"])
+    endings = ("_.._.._.._WT_probability.nii.gz", "__ET_probability.nii.gz", "_seg.nii.gz", "_lesions.csv")
+    assert {path.name for path in out.iterdir()} == {f"{folder.name}{ending}" for ending in endings}
+    table = (out / f"{folder.name}_lesions.csv").read_text().splitlines()
+    assert table[0].startswith("region,lesion,inside,volume_ml,diameter_mm,perpendicular_mm")
+    assert any(line.startswith("../../../WT,1,,") for line in table)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "model"]
     with pytest.raises(SystemExit, match=f"{folder.name} was named before, and would be written to the same file"):
         main([str(tmp_path / "model"), str(folder), str(folder), "-o", str(out)])

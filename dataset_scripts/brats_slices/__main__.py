@@ -18,12 +18,13 @@ from .publish import prepare_repository, push_dataset, write_dataset
 logger = logging.getLogger(__package__)  # of all modules here: what they say goes to the terminal
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(
+    argv: Sequence[str] | None = None, prog: str = "python -m dataset_scripts.brats_slices"
+) -> argparse.Namespace:
     """Read the command line; the options of the data set have the names of `BratsSlicesConfig`."""
     parser = argparse.ArgumentParser(
-        prog="python -m dataset_scripts.brats_slices",
+        prog=prog,
         description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--brats_dir", required=True, help="folder that holds the cases, at any depth")
     parser.add_argument("--output_dir", required=True, type=Path, help="new folder for the data set")
@@ -35,21 +36,30 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "private one stays private",
     )
     parser.add_argument(
+        "--show_slices",
+        action="store_true",
+        help="show slices of a few patients in the card, to all who may see the data set; those of a phantom are "
+        "shown anyway",
+    )
+    parser.add_argument(
         "--modalities", nargs="+", choices=MODALITIES, help="a column each; by default those that every case has"
     )
     parser.add_argument(
         "--slices",
         nargs="+",
         default=["95"],
-        help="indices, `all`, `head` for those that show the head, or `tumor` for those that show enough of it",
+        help="indices, `all`, `head` for those that show the head, or `tumor` for those that show enough of it; "
+        "default: 95",
     )
-    parser.add_argument("--min_tumor_pixels", type=int, default=1, help="how much is enough for `--slices tumor`")
-    parser.add_argument("--plane", default="axial", choices=sorted(PLANES), help="how to cut")
+    parser.add_argument(
+        "--min_tumor_pixels", type=int, default=1, help="how much is enough for `--slices tumor`; default: 1"
+    )
+    parser.add_argument("--plane", default="axial", choices=sorted(PLANES), help="how to cut; default: axial")
     parser.add_argument(
         "--labels", choices=list(NUMBERINGS), help="what the labels of the masks mean; by default what the names tell"
     )
-    parser.add_argument("--seed", type=int, default=0, help="chooses the split")
-    parser.add_argument("--num_proc", type=int, default=1, help="number of processes")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the split; default: 0")
+    parser.add_argument("--num_proc", type=int, default=1, help="number of processes; default: 1")
     parser.add_argument("--skip_bad_cases", action="store_true", help="leave out and list cases that cannot be used")
     args = parser.parse_args(argv)
     if args.public and not args.push_to_hub:
@@ -63,16 +73,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line tool."""
+def main(argv: Sequence[str] | None = None, prog: str = "python -m dataset_scripts.brats_slices") -> None:
+    """Run the command line tool, whose usage calls it `prog`."""
     logger.handlers = [logging.StreamHandler()]
     logger.setLevel(logging.INFO)
-    args = parse_args(argv)
+    args = parse_args(argv, prog)
     try:
         builder = BratsSlices(data_dir=args.brats_dir, **{name: getattr(args, name) for name in OPTIONS})
         url = prepare_repository(args.push_to_hub, args.public) if args.push_to_hub else None
         repo_id = url.repo_id if url else None
-        skipped = write_dataset(builder, args.output_dir, args.num_proc, repo_id, args.public)
+        skipped = write_dataset(builder, args.output_dir, args.num_proc, repo_id, args.public, args.show_slices)
         counts = ", ".join(f"{split.num_examples} {name}" for name, split in builder.info.splits.items())
         n_used = len({case.case_id for case in builder.config.cases} - set(skipped))
         logger.info(

@@ -13,15 +13,16 @@ from pathlib import Path
 import filelock
 import huggingface_hub
 import numpy as np
-import pyarrow.parquet as pq
 from datasets.info import DatasetInfosDict
 from huggingface_hub.errors import HTTPError  # of its HTTP library, which is not the same in all versions
+from PIL import Image
 
 from sam2unet_hf.cases_sam2unet import patient_of
 from sam2unet_hf.model_card import counted
 
 from ..phantom import is_phantom
 from .brats_slices import OPTIONS, BratsSlices, citation_of
+from .card_facts import describe_split, draw_card_picture, read_columns, statistics_table
 
 
 logger = logging.getLogger(__name__)
@@ -50,16 +51,33 @@ PHANTOM_TERMS = {
     "source": "made up in the layout of the Brain Tumor Segmentation (BraTS) challenge",
     "terms": "No scan is of a person: `dataset_scripts.phantom` drew them, and they may be passed on.",
 }
+CARD_PICTURE = "card_slices.png"
+# What a push replaces, so that no picture of an earlier one stays in the repository.
+REPLACED = ["data/*", CARD_PICTURE]
+PICTURE_TEXT = """## Slices
+
+![Slices of a few patients, with the outlines of the tumour]({picture})
+
+A row for each of a few {split} patients: {columns}, and the outlines of whole tumour (vermilion), tumour core (blue)
+and enhancing tumour (yellow).
+
+"""
 LOCK = "building.lock"  # in the folder that becomes the data set
 SIZE_CATEGORIES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (float("inf"), "100K<n<1M"))  # the Hub's
 
 
 def write_dataset(
-    builder: BratsSlices, output_dir: Path, num_proc: int = 1, repo_id: str | None = None, public: bool = False
+    builder: BratsSlices,
+    output_dir: Path,
+    num_proc: int = 1,
+    repo_id: str | None = None,
+    public: bool = False,
+    show_slices: bool = False,
 ) -> dict[str, str]:
     """Build a data set and write it to a new or empty folder, which appears whole or not at all.
 
-    The card names `repo_id`, where the data set will be on the Hub, and says whether the scans may be passed on.
+    The card names `repo_id`, where the data set will be on the Hub, and says whether the scans may be passed on. It
+    shows slices of a phantom, and of patients only with `show_slices`.
     Returns why cases have no rows, by case id.
     """
     output_dir = Path(os.path.abspath(output_dir))
@@ -83,7 +101,11 @@ def write_dataset(
             name = path.stem.removeprefix(f"{builder.dataset_name}-")
             path.rename(whole / "data" / f"{name if '-of-' in name else f'{name}-00000-of-00001'}.parquet")
         skipped = builder.skipped_cases
-        card = render_card(builder, whole / "data", skipped, repo_id or output_dir.name, public)
+        picture = None
+        if show_slices or has_phantom_alone(builder):
+            picture = whole / CARD_PICTURE
+            draw_slices(builder, whole / "data").save(picture)
+        card = render_card(builder, whole / "data", skipped, repo_id or output_dir.name, public, picture)
         (whole / "README.md").write_text(card, encoding="utf-8")
         if output_dir.exists():
             output_dir.rmdir()
@@ -103,18 +125,58 @@ def _remove_leftovers(folder: Path, prefix: str) -> None:
         shutil.rmtree(lock.parent, ignore_errors=True)
 
 
-def render_card(builder: BratsSlices, data_folder: Path, skipped: dict[str, str], load_path: str, public: bool) -> str:
+def has_phantom_alone(builder: BratsSlices) -> bool:
+    """Whether no scan is of a person."""
+    return all(is_phantom(case.case_id) for case in builder.config.cases)
+
+
+def files_of_splits(builder: BratsSlices, data_folder: Path) -> dict[str, list[Path]]:
+    """Return the Parquet files of each split, in order."""
+    return {split: sorted(data_folder.glob(f"{split}-*")) for split in builder.info.splits}
+
+
+def first_split(builder: BratsSlices) -> str:
+    """Return the split whose slices the card may show."""
+    return next(iter(builder.info.splits))
+
+
+def draw_slices(builder: BratsSlices, data_folder: Path) -> Image.Image:
+    """Draw slices of a few patients."""
+    regions_of = {case.case_id: case.regions for case in builder.config.cases}
+    paths = files_of_splits(builder, data_folder)[first_split(builder)]
+    return draw_card_picture(paths, builder.config.columns, regions_of)
+
+
+def describe_picture(builder: BratsSlices, picture: Path) -> str:
+    """Return the section of the card that shows the slices."""
+    split = first_split(builder)
+    split = "training" if split == "train" else split
+    columns = ", ".join(f"`{name}`" for name in builder.config.columns)
+    return PICTURE_TEXT.format(picture=picture.name, split=split, columns=columns)
+
+
+def render_card(
+    builder: BratsSlices,
+    data_folder: Path,
+    skipped: dict[str, str],
+    load_path: str,
+    public: bool,
+    picture: Path | None = None,
+) -> str:
     """Fill the template of the card with the options and with what the Parquet files hold."""
     config, info = builder.config, builder.info.copy()
     terms = PUBLIC_TERMS if public else PRIVATE_TERMS
     if all(case.decathlon for case in config.cases):
         terms = DECATHLON_TERMS
-    elif all(is_phantom(case.case_id) for case in config.cases):
+    elif has_phantom_alone(builder):
         terms = PHANTOM_TERMS
     citation = citation_of(case.case_id for case in config.cases)
-    counts = {}
-    for split in info.splits:
-        table = pq.ParquetDataset(list(data_folder.glob(f"{split}-*"))).read(columns=["case_id", "wt_pixels"])
+    counts, facts = {}, {}
+    # A volume is known where all slices that may show the tumour are there.
+    is_whole = config.slices in ("all", "head") or (config.slices == "tumor" and config.min_tumor_pixels == 1)
+    for split, paths in files_of_splits(builder, data_folder).items():
+        facts[split] = describe_split(paths, config.columns, is_whole)
+        table = read_columns(paths, ["case_id", "wt_pixels"])
         cases = set(table["case_id"].to_pylist())
         n_patients = len(set(map(patient_of, cases)))
         counts[split] = (n_patients, len(cases), len(table), np.count_nonzero(table["wt_pixels"]))
@@ -139,6 +201,8 @@ def render_card(builder: BratsSlices, data_folder: Path, skipped: dict[str, str]
         sessions=counted(n_cases, "scanning session"),
         patients=counted(n_patients, "patient"),
         load_path=load_path,
+        statistics=statistics_table(facts),
+        slices="" if picture is None else describe_picture(builder, picture),
         split_rows="\n".join(f"| {split} | {' | '.join(map(str, row))} |" for split, row in counts.items()),
         image_columns=", ".join(f"`{name}`" for name in config.columns),
         version=builder.VERSION,
@@ -172,7 +236,7 @@ def push_dataset(folder: Path, repo_id: str, public: bool) -> None:
     """Upload what `write_dataset` wrote, in place of the data that is in the repository."""
     try:
         huggingface_hub.HfApi().upload_folder(
-            repo_id=repo_id, repo_type="dataset", folder_path=folder, delete_patterns="data/*"
+            repo_id=repo_id, repo_type="dataset", folder_path=folder, delete_patterns=REPLACED
         )
     except (RuntimeError, ValueError, OSError, HTTPError) as err:
         command = upload_command(folder, repo_id, public)
@@ -181,5 +245,6 @@ def push_dataset(folder: Path, repo_id: str, public: bool) -> None:
 
 def upload_command(folder: Path, repo_id: str, public: bool) -> str:
     """Return the shell command that does what `push_dataset` does."""
-    words = ["hf", "upload", repo_id, os.path.abspath(folder), "--repo-type", "dataset", "--delete", "data/*"]
+    words = ["hf", "upload", repo_id, os.path.abspath(folder), "--repo-type", "dataset"]
+    words += [word for pattern in REPLACED for word in ("--delete", pattern)]
     return shlex.join(words if public else [*words, "--private"])

@@ -62,7 +62,9 @@ def _head_points(shape: Sequence[int], spacing_mm: float) -> tuple[np.ndarray, n
 
 
 def make_phantom_case(
-    seed: int | Sequence[int] | np.random.Generator, shape: Sequence[int] = DEFAULT_SHAPE
+    seed: int | Sequence[int] | np.random.Generator,
+    shape: Sequence[int] = DEFAULT_SHAPE,
+    tumour_growth: float = 1.0,
 ) -> dict[str, np.ndarray]:
     """Draw one patient.
 
@@ -70,19 +72,22 @@ def make_phantom_case(
         seed: Anything `numpy.random.default_rng` takes; equal seeds give equal patients. The anatomy does not depend
             on `shape`, only its sampling and the noise do.
         shape: Voxels to the left, to the back and up. The voxels are cubes of `240 / shape[0]` mm.
+        tumour_growth: Factor on the volume of the tumour, above 0, to draw the same patient at another time.
 
     Returns:
         `t1`, `t1ce`, `t2`, `flair` (0 outside the brain, positive inside) and `seg` (0 background, 1 necrotic and
         non-enhancing core, 2 oedema, 4 enhancing tumour), all int16 of shape `shape`.
 
     Raises:
-        ValueError: If the brain does not fit into `shape`.
+        ValueError: If the brain does not fit into `shape`, or `tumour_growth` is not above 0.
     """
+    if not tumour_growth > 0:
+        raise ValueError(f"`tumour_growth` must be above 0, got {tumour_growth}.")
     voxel_mm = _voxel_size_mm(shape)
     rng = np.random.default_rng(seed)
     side = rng.choice([-1, 1])
     centre = column([side * rng.uniform(20, 42), rng.uniform(-45, 48), rng.uniform(-8, 42)])
-    fraction = float(np.exp(rng.uniform(*np.log(TUMOUR_FRACTION))))  # as many small as large ones
+    fraction = tumour_growth * float(np.exp(rng.uniform(*np.log(TUMOUR_FRACTION))))  # as many small as large ones
     push_mm = 45 * fraction ** (1 / 3)
     scales = rng.uniform(150, 450, size=len(INTENSITIES))
     intensities = np.array(list(INTENSITIES.values()))

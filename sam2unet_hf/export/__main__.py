@@ -33,9 +33,9 @@ def load_checkpoint(source: str) -> tuple[Sam2UNetForSemanticSegmentation, Sam2U
     return model, processor
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None, prog: str = "python -m sam2unet_hf.export") -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m sam2unet_hf.export", description=__doc__)
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="SAM2-UNet: Hub id or folder")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="ONNX file to write")
     parser.add_argument(
@@ -60,11 +60,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+def main(argv: Sequence[str] | None = None, prog: str = "python -m sam2unet_hf.export") -> None:
+    """Run the command line, whose usage calls it `prog`."""
     logger.handlers = [logging.StreamHandler()]
     logger.setLevel(logging.INFO)
-    args = parse_args(argv)
+    args = parse_args(argv, prog)
     try:
         require_onnx()
         model, processor = load_checkpoint(args.model)

@@ -34,7 +34,7 @@ def require_onnx() -> None:
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f'ONNX export needs {", ".join(missing)}, not installed. Run: pip install "sam2unet-hf[onnx]"'
+            f"ONNX export needs {', '.join(missing)}, not installed. Run: pip install {' '.join(missing)}"
         )
 
 

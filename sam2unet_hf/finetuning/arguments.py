@@ -198,13 +198,16 @@ class SegmentationTrainingArguments(TrainingArguments):
     augmentation: list[str] = option(
         ["flips"], "Random changes of training images, or none.", choices=("none", *AUGMENTATIONS)
     )
+    report_to: list[str] = option(
+        ["none"], "Trackers that get losses, scores and pictures of the run: tensorboard, trackio, wandb or others."
+    )
     trainable_only: bool = option(
         False, "Save checkpoints without the encoder, which is fetched from --sam2_checkpoint when loaded again."
     )
     share_predictions: bool = option(
         False,
-        "Show predictions.png, and with it images of your data, in the model card, and upload it with "
-        "--push_to_hub. The phantom's is always shown.",
+        "Show predictions.png, and with it images of your data, in the model card, upload it with --push_to_hub, and "
+        "let W&B and Spaces of trackio have pictures. Those of the phantom are always shown.",
     )
     license: str | None = option(None, "Licence of the weights for the model card, as the Hub names it.")
     overwrite_output_dir: bool = option(False, "Replace the run in the output folder.")

@@ -1,4 +1,4 @@
-"""Help of `run_segmentation.py`: `--help` lists the options that most runs need, `--help-all` all of them."""
+"""Help of `run_segmentation.py`: `--help` lists the options of most runs, on a screen, `--help-all` all of them."""
 
 import dataclasses
 import shutil
@@ -13,19 +13,28 @@ from transformers import TrainingArguments
 HELP = ("-h", "--help")
 HELP_ALL = ("--help-all", "--help_all")
 
-# What `--help` lists; `--help-all` adds the others.
+# What `--help` lists, and what `--help-all` adds, besides options of none of these groups.
 GROUPS = {
-    "Data": "brats_dir dataset_name test_dir test_split modalities regions labels group_by folds fold num_proc "
-    "skip_bad_cases streaming",
-    "Model": "sam2_checkpoint model_name_or_path preset freeze_encoder",
-    "Recipe, and what it sets unless given": "recipe slices neighbours head_crop_size foreground_share image_size "
-    "augmentation iou_over_batch ema_decay num_train_epochs per_device_train_batch_size per_device_eval_batch_size "
-    "learning_rate weight_decay warmup_steps bf16 metric_for_best_model",
-    "Training": "do_train max_steps gradient_accumulation_steps activation_checkpointing dataloader_num_workers "
-    "torch_compile use_cpu seed",
-    "Output": "output_dir overwrite_output_dir resume_from_checkpoint save_total_limit trainable_only do_predict "
-    "report_to",
-    "Hub": "push_to_hub hub_model_id hub_private_repo license share_predictions",
+    "Data": (
+        "brats_dir dataset_name modalities regions folds",
+        "test_dir test_split labels group_by fold num_proc skip_bad_cases streaming",
+    ),
+    "Model": ("sam2_checkpoint model_name_or_path preset", "freeze_encoder"),
+    "Recipe, and what it sets unless given": (
+        "recipe slices num_train_epochs per_device_train_batch_size learning_rate",
+        "augmentation neighbours head_crop_size foreground_share image_size iou_over_batch ema_decay "
+        "per_device_eval_batch_size weight_decay warmup_steps bf16 metric_for_best_model",
+    ),
+    "Training": (
+        "do_train",
+        "use_cpu max_steps gradient_accumulation_steps activation_checkpointing dataloader_num_workers "
+        "torch_compile seed",
+    ),
+    "Output": (
+        "output_dir overwrite_output_dir do_predict",
+        "resume_from_checkpoint save_total_limit trainable_only report_to",
+    ),
+    "Hub": ("push_to_hub", "hub_model_id hub_private_repo license share_predictions"),
 }
 INDENT = 34
 TRANSFORMERS = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -46,7 +55,7 @@ def describe_options(parser: ArgumentParser, arguments: Sequence[type[Any]], has
         has_all: Whether to list all of them.
     """
     fields = {field.name: field for kind in arguments for field in dataclasses.fields(kind) if field.init}
-    groups = {title: names.split() for title, names in GROUPS.items()}
+    groups = {title: [*usual.split(), *(rare.split() if has_all else ())] for title, (usual, rare) in GROUPS.items()}
     if has_all:
         listed = {name for names in groups.values() for name in names}
         groups["Further options"] = [name for name in fields if name not in listed]

@@ -41,12 +41,14 @@ def name_of_source(source: str) -> str:
     return Path(source).resolve().name if Path(source).exists() else source
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, SegmentationTrainingArguments]:
-    """Read the command line, with the defaults of the recipe."""
+def parse_arguments(
+    argv: list[str] | None, prog: str | None = None
+) -> tuple[ModelArguments, DataArguments, SegmentationTrainingArguments]:
+    """Read the command line, with the defaults of the recipe; its usage calls it `prog`, or by its file."""
     argv = sys.argv[1:] if argv is None else list(argv)
     # Usage that lists every option would hide what is wrong, and the help shows the defaults of the recipe.
     usage = "%(prog)s [--OPTION VALUE ...], options are listed by --help"
-    parser = HfArgumentParser(ARGUMENTS, usage=usage, add_help=False, allow_abbrev=False)
+    parser = HfArgumentParser(ARGUMENTS, prog=prog, usage=usage, add_help=False, allow_abbrev=False)
     has_all = wants_help(argv)
     argv = [word for word in argv if word not in (*HELP, *HELP_ALL)]
     if not is_main_process():
@@ -79,7 +81,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
     parser.set_defaults(recipe=recipe, dataloader_num_workers=choose_num_workers(device), **defaults)
     name = to_file_name("phantom" if source is None else name_of_source(source), separator="-")
     kind = "-folds" if given.folds is not None else "" if given.do_train else "-evaluation"
-    parser.set_defaults(output_dir=f"runs/{name}{kind}")
+    # A project of trackio is published as a whole, so each data set has its own.
+    parser.set_defaults(output_dir=f"runs/{name}{kind}", project=f"sam2unet-{name}")
     if given.folds is not None:  # the patients that a fold is scored on must not choose its epoch
         parser.set_defaults(load_best_model_at_end=False)
     if has_all is not None:

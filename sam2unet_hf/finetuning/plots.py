@@ -9,19 +9,21 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sam2unet_hf import overlays
+
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 - after the choice of backend
 
 
 # One colour per region, which the colour-blind can tell apart too (Okabe and Ito).
-COLOURS = ("#D55E00", "#56B4E9", "#F0E442", "#009E73", "#CC79A7")
+COLOURS = tuple("#{:02X}{:02X}{:02X}".format(*colour) for colour in overlays.COLOURS)
 
 
 class ShownCase(NamedTuple):
     """An image with its label maps, the reference and a prediction, of shape `(height, width)`.
 
-    The image is as `image_to_show` returns it.
+    The image is as `overlays.image_to_show` returns it.
     """
 
     title: str
@@ -96,37 +98,13 @@ def grey_values(image: Image.Image | torch.Tensor) -> np.ndarray:
     return np.asarray(image.convert("RGB")).mean(axis=-1)
 
 
-def column_to_show(columns: Sequence[str]) -> str:
-    """Return the column of an image that pictures show, of several modalities FLAIR, else the first."""
-    return "flair" if "flair" in columns else columns[0]
-
-
-def image_to_show(image: Image.Image | torch.Tensor, columns: Sequence[str]) -> np.ndarray:
-    """Return what pictures show of an image that was made of these columns.
-
-    Args:
-        image: A picture, or a tensor with a channel per column, of shape `(columns, height, width)`.
-        columns: The names of the columns.
-
-    Returns:
-        Grey values `(height, width)` of a grey picture and of the column to show, else colours `(height, width, 3)`,
-        uint8.
-    """
-    if isinstance(image, torch.Tensor):
-        return image[list(columns).index(column_to_show(columns))].numpy()
-    if image.mode == "L" or image.mode.startswith(("I", "F")):
-        return np.asarray(image)
-    colours = np.asarray(image.convert("RGB"))
-    return colours[..., 0] if (colours == colours[..., :1]).all() else colours
-
-
 def name_of_image(columns: Sequence[str]) -> str:
     """Return the title of a panel that shows an image of these columns: the modality, if it is one of several."""
-    return "image" if len(columns) == 1 else f"image ({column_to_show(columns)})"
+    return "image" if len(columns) == 1 else f"image ({overlays.column_to_show(columns)})"
 
 
 def draw_image(axis: plt.Axes, image: np.ndarray) -> None:
-    """Draw an image as `image_to_show` returns it, a grey one over its range, without ticks."""
+    """Draw an image as `overlays.image_to_show` returns it, a grey one over its range, without ticks."""
     axis.imshow(image if image.ndim == 3 else image.astype(float), cmap="gray")
     axis.set(xticks=[], yticks=[])
 

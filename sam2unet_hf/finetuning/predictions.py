@@ -10,7 +10,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from sam2unet_hf.finetuning.case_names import case_names
-from sam2unet_hf.finetuning.plots import ShownCase, image_to_show
+from sam2unet_hf.finetuning.plots import ShownCase
+from sam2unet_hf.overlays import image_to_show
 from sam2unet_hf.pictures import write_label_map
 from sam2unet_hf.training import ImageRows, SegmentationTransform
 from sam2unet_hf.training.rows import size_of

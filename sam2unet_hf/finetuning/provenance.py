@@ -1,6 +1,7 @@
 """The folder of a run: whether a run in it is resumed, and its record with arguments, versions, commit and data."""
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import logging
@@ -75,6 +76,15 @@ def find_checkpoint(arguments: dict[str, Any], args: SegmentationTrainingArgumen
         check_same_arguments(output_dir, arguments)
         logger.warning("Going on with the unfinished run in %s from %s.", output_dir, Path(last_checkpoint).name)
     return last_checkpoint
+
+
+def name_for_trackers(checkpoint: str | None, args: SegmentationTrainingArguments) -> str:
+    """Return the name of a run in trackers: the one given, else that of the run that goes on, else a new one."""
+    record = None if checkpoint is None else read_record(Path(checkpoint).resolve().parent)
+    before = None if record is None else record["training_arguments"].get("run_name")
+    # The folder of a fold does not say of what it is a fold.
+    folder = "-".join(part for part in Path(args.output_dir).resolve().parts[-2:] if part != "runs")
+    return args.run_name or before or f"{folder}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
 def check_same_arguments(folder: Path, arguments: dict[str, Any]) -> None:

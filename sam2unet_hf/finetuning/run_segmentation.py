@@ -60,6 +60,7 @@ from sam2unet_hf.finetuning.provenance import (
     RESULTS_FILE,
     check_steps_left,
     find_checkpoint,
+    name_for_trackers,
     run_record,
     start_run,
     write_json,
@@ -75,6 +76,7 @@ from sam2unet_hf.training import (
     choose_head_crop_size,
 )
 from sam2unet_hf.training.resume import StopOnSigterm, last_complete_checkpoint
+from sam2unet_hf.training.trackers import PredictionPicturesCallback, begin_trackers, finish_trackers, log_patients
 
 
 logger = logging.getLogger("run_segmentation")
@@ -86,19 +88,19 @@ ModelBuilder = Callable[[dict[str, list[int]], int], PreTrainedModel]
 TIMINGS = ("_runtime", "_per_second", "_preparation_time")
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
+def main(argv: list[str] | None = None, prog: str | None = None) -> dict[str, float]:
     """Train and score as the command line says; return the content of `all_results.json`, in the main process."""
-    model_args, data_args, training_args = parse_arguments(argv)
+    model_args, data_args, training_args = parse_arguments(argv, prog)
     set_up_logging(is_muted=not training_args.should_log)
     if data_args.folds is not None:
         return run_folds(run_training, model_args, data_args, training_args)
     return run_training(model_args, data_args, training_args)
 
 
-def run_command(argv: list[str] | None = None) -> None:
-    """Run as a command, in one process or as one of several."""
+def run_command(argv: list[str] | None = None, prog: str | None = None) -> None:
+    """Run as a command, in one process or as one of several; its usage calls it `prog`, or by its file."""
     with report_error_once():
-        main(argv)
+        main(argv, prog)
         PartialState().destroy_process_group()
 
 
@@ -190,6 +192,12 @@ def run_training(
             trainer.get_optimizer_cls_and_kwargs(training_args, model)
     if checkpoint is not None and training_args.do_train:
         check_steps_left(trainer, checkpoint, arguments)
+    if training_args.report_to:
+        resumed = checkpoint if training_args.do_train else None
+        begin_trackers(trainer, name_for_trackers(resumed, training_args), resumed)
+        if "validation" in evaluation:  # the phantom's images may be shown to anybody
+            may_share = training_args.share_predictions or not (data_args.dataset_name or data_args.brats_dir)
+            trainer.add_callback(PredictionPicturesCallback(trainer, share=may_share))
     known = KnownPatients(data, data_args, training_args, model_args.model_name_or_path)
     # An older run is removed only once data, model and Trainer exist, so that a mistyped option does not cost it.
     if training_args.process_index == 0:
@@ -238,9 +246,10 @@ def run_training(
     for split in (*own, COHORT) if COHORT in evaluation else own:
         rows, (dice, patient_counts) = evaluation[split], found[split]
         table = score_split(trainer, model, processor, rows, patient_counts, split)
+        scored_as = "eval" if split == "validation" else split
+        log_patients(trainer, table, scored_as)
         if not trainer.is_world_process_zero():
             continue
-        scored_as = "eval" if split == "validation" else split
         said += describe_split_scores(results, scored_as, len(rows), table, list(regions))
         to_show: Any = rows.transform
         rows = rows.with_transform(None)
@@ -259,6 +268,7 @@ def run_training(
     if training_args.do_train and build_model is None:
         write_card = trainer.push_to_hub if training_args.push_to_hub else trainer.create_model_card
         write_card(**card_arguments(images, model_args, data_args, training_args, describe_split(images, data_args)))
+    finish_trackers(trainer)
     if not trainer.is_world_process_zero():
         return {}
     write_json(output_dir / RESULTS_FILE, results)

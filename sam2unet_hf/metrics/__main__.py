@@ -325,10 +325,12 @@ def _write_table(scores: Mapping[str, float], regions: Mapping[str, Sequence[int
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the command line; return what it writes as JSON."""
+def main(argv: Sequence[str] | None = None, prog: str = "python -m sam2unet_hf.metrics") -> dict[str, Any]:
+    """Run the command line, whose usage calls it `prog`; return what it writes as JSON."""
     parser = argparse.ArgumentParser(
-        prog="python -m sam2unet_hf.metrics", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog,
+        description=(__doc__ or "").replace("python -m sam2unet_hf.metrics", prog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--pred_dir", type=Path, required=True, help="folder of predictions: maps, masks or label ids")
     parser.add_argument("--ref_dir", type=Path, required=True, help="folder of masks with the same names")

@@ -4,6 +4,8 @@ SciPy's distance transform takes longer than all other metrics of an image toget
 much of the image, go faster ways with the same result.
 """
 
+import itertools
+
 import numpy as np
 from scipy import ndimage
 
@@ -16,10 +18,16 @@ _SMALL = 128
 _DENSE = 0.25
 # The longest side of images in which all squared distances are exact in single precision.
 _LARGEST = 1300
-# Squares of distances up to here fit 16 bits, of which processors compare most at once.
+# Squares of distances up to here fit 16 bits, of which processors compare many at once.
 _FAR = 255
-# More than any rank in `nearest_pixels`.
-_NOT_NEAR = 2**15
+# After how many steps of `_by_steps` settled pixels are left behind.
+_STOPS = (0, 8, 24, 48, 80, 128, 192, _FAR)
+# Up to which share of needed pixels the walk is faster from a mask of any size, since it ends at the last of them.
+_FEW = 0.125
+# What `nearest_pixels` adds to the rank of a pixel by its columns to the right. Of pixels that are equally
+# near, none is 2 and another 4 columns away, so that these may add the same.
+_TIES = {-4: 2, -3: 0, -2: 2, -1: 4, 0: 5, 1: 7, 2: 9, 3: 11, 4: 9}
+_PER_SQUARE = 13  # more than the largest of `_TIES`, and 1 for a pixel below
 
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
@@ -37,20 +45,23 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
-def squared_distance(mask: np.ndarray) -> np.ndarray:
+def squared_distance(mask: np.ndarray, needed: np.ndarray | None = None) -> np.ndarray:
     """Return the squared distance of each pixel to the nearest one of the mask.
 
     Args:
         mask: Boolean, of shape `(height, width)`, with at least one pixel.
+        needed: Boolean of the same shape, where the distance is needed; everywhere by default.
 
     Returns:
-        Integers of the same shape. Distances of 255 pixels and more may be given as 255.
+        Integers of the same shape. Distances of 255 pixels and more may be given as 255. Where none is needed, they
+        may be too large.
     """
+    few = needed is not None and np.count_nonzero(needed) <= _FEW * needed.size
+    if few or np.count_nonzero(mask) >= _DENSE * mask.size:
+        return _by_steps(mask, needed if few else None)
     box = bounding_box(mask)
     if min(axis.stop - axis.start for axis in box) <= _SMALL and max(mask.shape) <= _LARGEST:
         return _of_small_mask(mask, box)
-    if np.count_nonzero(mask) >= _DENSE * mask.size:
-        return _of_dense_mask(mask)
     nearest = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
     rows, columns = nearest
     rows -= np.arange(mask.shape[0], dtype=np.int32)[:, None]
@@ -124,8 +135,8 @@ def _of_small_mask(mask: np.ndarray, box: tuple[slice, slice]) -> np.ndarray:
     return result
 
 
-def _of_dense_mask(mask: np.ndarray) -> np.ndarray:
-    """Walk away from the mask, first within columns, then to the sides, until no pixel comes nearer."""
+def _by_steps(mask: np.ndarray, needed: np.ndarray | None) -> np.ndarray:
+    """Walk away from the mask, first within columns, then to the sides, until no needed pixel comes nearer."""
     height, width = mask.shape
     # Rows lie end to end, and a column that stays far keeps them apart.
     flat = np.full(1 + height * (width + 1), _FAR, dtype=np.uint16)
@@ -133,30 +144,38 @@ def _of_dense_mask(mask: np.ndarray) -> np.ndarray:
     np.multiply(~mask, np.uint16(_FAR), out=rows[:, :-1])
     walls = np.arange(0, flat.size, width + 1)
     # Any distance is the sum of some of 1, 2, 4, 8, ...
+    farther = np.empty_like(rows)
     step = 1
     while step < min(height, _FAR):
-        farther = rows + np.uint16(step)
-        from_above = np.minimum(rows[step:], farther[:-step])
+        np.add(rows, np.uint16(step), out=farther)
+        np.minimum(rows[step:], farther[:-step], out=rows[step:])
         np.minimum(rows[:-step], farther[step:], out=rows[:-step])
-        np.minimum(rows[step:], from_above, out=rows[step:])
         step *= 2
     flat *= flat
+    in_column = None if needed is None else rows.copy()
     # A square is the sum of the first of 1, 3, 5, 7, ..., so each step to the side costs one of them.
     moved = np.empty(flat.size - 2, dtype=np.uint16)
     left_behind: list[tuple[np.ndarray, np.ndarray]] = []
-    for start in range(0, _FAR, 24):
-        steps = range(start, min(start + 24, _FAR))
+    for start, stop in itertools.pairwise(_STOPS):
         moved = moved[: flat.size - 2]
-        for step in steps:
+        for step in range(start, stop):
             np.minimum(flat[:-2], flat[2:], out=moved)
-            moved += np.uint16(2 * step + 1)
+            np.add(moved, np.uint16(2 * step + 1), out=moved)
             np.minimum(flat[1:-1], moved, out=flat[1:-1])
             flat[walls] = _FAR**2
         # Go on with what more steps may still bring nearer, the pixels beside it, and walls where others are left out.
-        unsettled = flat > (steps.stop + 1) ** 2
+        unsettled = flat > (stop + 1) ** 2
         unsettled[walls] = False
         if not unsettled.any():
             break
+        if needed is not None and in_column is not None and stop == _STOPS[1]:
+            row, column = np.nonzero(unsettled[1:].reshape(rows.shape)[:, :-1] & needed)
+            if row.size <= height:
+                # Look for the nearest column of each of the few that are left.
+                squares = np.square(np.arange(width, dtype=np.int32) - column.astype(np.int32)[:, None])
+                squares += in_column[row, :-1]
+                rows[row, column] = np.minimum(squares.min(axis=1, initial=_FAR**2), _FAR**2)
+                break
         beside = _with_neighbours(unsettled)
         beside[walls] = False
         kept = _with_neighbours(beside)
@@ -181,6 +200,20 @@ def _with_neighbours(pixels: np.ndarray) -> np.ndarray:
     return grown
 
 
+def _ranks() -> tuple[np.ndarray, np.ndarray]:
+    """Return how many rows below and columns to the right a pixel of each rank in `nearest_pixels` lies."""
+    below, right = np.zeros(256, dtype=np.intp), np.zeros(256, dtype=np.intp)
+    for down, (column, tie) in itertools.product(range(-FRAME, FRAME + 1), _TIES.items()):
+        square = down**2 + column**2
+        if square <= 2 * REACH**2:
+            rank = _PER_SQUARE * square + tie + (down > 0)
+            below[rank], right[rank] = down, column
+    return below, right
+
+
+_BELOW, _RIGHT = _ranks()
+
+
 def nearest_pixels(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return where all pixels are that the Gaussian reaches from the mask, and where the nearest one of the mask is.
 
@@ -194,32 +227,35 @@ def nearest_pixels(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         Two arrays of one length, places in the flattened mask with a frame of `FRAME` pixels around it.
     """
     height, width = (size + 2 * FRAME for size in mask.shape)
-    # A pixel of the mask has the rank 32 * squared distance + 2 * (columns to the right + 4) + (1 if it is below).
-    framed = np.full((height, width), _NOT_NEAR, dtype=np.uint16)
-    np.multiply(~mask, np.uint16(_NOT_NEAR), out=framed[FRAME:-FRAME, FRAME:-FRAME])
+    # A pixel of the mask has the rank 13 * squared distance + tie of its column + (1 if it is below), at most 255 if
+    # it is near enough. What is left of 255 is kept, 0 for all others.
+    framed = np.zeros((height, width), dtype=np.uint8)
+    np.multiply(mask, np.uint8(255), out=framed[FRAME:-FRAME, FRAME:-FRAME])
     in_column = framed[FRAME:-FRAME].copy()
     moved = np.empty_like(in_column)
     for step in range(1, FRAME + 1):
-        np.add(framed[FRAME + step : height - FRAME + step], np.uint16(1), out=moved)
-        np.minimum(moved, framed[FRAME - step : -FRAME - step], out=moved)
-        moved += np.uint16(32 * step**2)
-        np.minimum(in_column, moved, out=in_column)
+        left = 255 - _PER_SQUARE * step**2
+        for rows, value in ((framed[FRAME - step : -FRAME - step], left), (framed[FRAME + step :], left - 1)):
+            np.bitwise_and(rows[: mask.shape[0]], np.uint8(value), out=moved)
+            np.maximum(in_column, moved, out=in_column)
     # Rows lie end to end, and the frame keeps them apart.
-    flat = in_column.ravel()
-    rank = flat + np.uint16(2 * FRAME)
-    inner, moved = rank[FRAME:-FRAME], moved.ravel()[: -2 * FRAME]
-    for step in (*range(-FRAME, 0), *range(1, FRAME + 1)):
-        to_the_right = flat[FRAME + step : flat.size - FRAME + step]
-        np.add(to_the_right, np.uint16(32 * step**2 + 2 * (step + FRAME)), out=moved)
-        np.minimum(inner, moved, out=inner)
-    rank.reshape(in_column.shape)[:, :FRAME] = rank.reshape(in_column.shape)[:, -FRAME:] = _NOT_NEAR
-    # The mask itself has ranks below 32, from which the difference turns into a large number.
-    at = np.flatnonzero(rank - np.uint16(32) < 32 * 2 * REACH**2)
-    ranks = rank.take(at).astype(np.int32)
-    right, below = (ranks >> 1 & 15) - FRAME, ranks & 1
-    down = np.sqrt((ranks >> 5) - right * right).astype(np.int32) * (2 * below - 1)
+    flat, moved = in_column.ravel(), moved.ravel()
+    best = np.zeros_like(flat)
+    inner = best[FRAME:-FRAME]
+    for step, tie in _TIES.items():
+        cost = _PER_SQUARE * step**2 + tie
+        # Do not go below 0. NumPy compares with an array much faster than with a number.
+        moved.fill(cost)
+        np.maximum(flat, moved, out=moved)
+        np.subtract(moved, np.uint8(cost), out=moved)
+        np.maximum(inner, moved[FRAME + step : flat.size - FRAME + step], out=inner)
+    rows = best.reshape(in_column.shape)
+    rows[:, :FRAME] = rows[:, -FRAME:] = 0
+    # The mask itself has the lowest rank. That of 0 turns into a large number.
+    at = np.flatnonzero(best - np.uint8(1) < 254 - _TIES[0])
+    rank = np.uint8(255) - best.take(at)
     at += FRAME * width
-    return at, at + down * width + right
+    return at, at + (_BELOW * width + _RIGHT).take(rank)
 
 
 __all__ = ["FRAME", "REACH", "bounding_box", "nearest_pixels", "squared_distance"]

@@ -6,6 +6,7 @@ from .metrics import SegmentationMetrics
 from .rows import ImageRows, choose_head_crop_size
 from .run_record import HYPERPARAMETERS
 from .streaming import ParquetRows, RowGroupSampler, open_parquet
+from .trackers import PredictionPicturesCallback
 from .trainer import Sam2UNetTrainer
 
 
@@ -14,6 +15,7 @@ __all__ = [
     "HYPERPARAMETERS",
     "ImageRows",
     "ParquetRows",
+    "PredictionPicturesCallback",
     "RowGroupSampler",
     "Sam2UNetTrainer",
     "SegmentationMetrics",

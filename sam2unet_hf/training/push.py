@@ -20,7 +20,7 @@ from ..model_card import TRAINING_INFO
 from ..weights_sam2unet import is_local_source
 from .data import transform_of
 from .metrics import SegmentationMetrics
-from .run_record import all_show_foreground, hyperparameters, scores_by_split
+from .run_record import all_show_foreground, dataset_revision, hyperparameters, scores_by_split
 
 
 logger = logging.getLogger(__name__)
@@ -154,6 +154,7 @@ class HubTrainer(Trainer):
             value[0] if isinstance(value := card.get(key), list) and value else value
             for key in ("dataset", "dataset_tags", "dataset_args")
         )
+        revision = dataset_revision(self.train_dataset, cast("str | None", hub_id))
         rows = dict(card.get("data", {})) | ({"configuration": configuration} if configuration else {})
         for title, images in (("training images", self.train_dataset), ("validation images", self.eval_dataset)):
             if isinstance(images, Sized) and not isinstance(images, dict):
@@ -164,7 +165,7 @@ class HubTrainer(Trainer):
             **{key: card.get(key) for key in ("license", "model_name")},
             "finetuned_from": None if is_local_source(card.get("finetuned_from")) else card.get("finetuned_from"),
             "tags": [tags] if isinstance(tags := card.get("tags", []), str) else tags,
-            "dataset": {"id": hub_id, "name": name, "citation": card.get("data_citation")},
+            "dataset": {"id": hub_id, "name": name, "citation": card.get("data_citation"), "revision": revision},
             "data": rows,
             "recipe": self.hyperparameters(),
             "results": scores_by_split(self.args, self.state, self.final_scores, names),

@@ -1,7 +1,9 @@
 """What a model card tells of a run: its hyperparameters and scores."""
 
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,6 +106,14 @@ def all_show_foreground(rows: Any, regions: Mapping[str, Sequence[int]]) -> bool
         return None
     ids = torch.tensor([label_id for label_ids in regions.values() for label_id in label_ids])
     return all(torch.isin(transform.to_label_ids(rows.mask(index)), ids).any() for index in range(len(rows)))
+
+
+def dataset_revision(rows: Any, hub_id: str | None) -> str | None:
+    """Return the commit of the data set of the Hub that rows were loaded from, if they tell it."""
+    files = getattr(getattr(rows, "rows", rows), "cache_files", None)
+    # `datasets` names the folder of what it has loaded from the Hub after the commit.
+    folder = Path(files[0]["filename"]).parent.name if files and hub_id else ""
+    return folder if re.fullmatch("[0-9a-f]{40}", folder) else None
 
 
 def scores_by_split(
