@@ -6,10 +6,14 @@ segmentation_models_pytorch has them in the encoder alone. Mask R-CNN is torchvi
 pyramid.
 """
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from scipy import ndimage
 from torch import nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn
@@ -17,8 +21,9 @@ from torchvision.ops import masks_to_boxes
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sam2unet_hf import Sam2UNetForSemanticSegmentation
+from sam2unet_hf.crop_sam2unet import OUTSIDE_LOGIT
 from sam2unet_hf.modeling_sam2unet import Sam2UNetOutput
-from sam2unet_hf.regions_sam2unet import default_ignore_index
+from sam2unet_hf.regions_sam2unet import default_ignore_index, regions_from_pairs
 
 
 Labels = torch.Tensor | Sequence[torch.Tensor] | None
@@ -27,29 +32,44 @@ STRIDE = 32
 
 
 class BaselineConfig(PreTrainedConfig):
-    """A system other than SAM2-UNet, its regions, one channel each, and ImageNet weights of its encoder, if any."""
+    """A system other than SAM2-UNet, its regions, one output each, its channels, and ImageNet weights if any."""
 
     model_type = "segmentation_baseline"
 
     system: str = "unet"
-    regions: dict[str, list[int]] | None = None
+    regions: Any = None
+    num_channels: int = 3
     weights: str | None = None
     # Train with the loss of SAM2-UNet for one output.
     auxiliary_loss_weights: tuple = ()
     weight_bce: bool = False
     iou_over_batch: bool = False
     ignore_index: int = 255
+    freeze_encoder: bool = False
+
+    def __post_init__(self, **kwargs: Any):
+        self.regions = regions_from_pairs(self.regions or {"WT": [1, 2, 3]})
+        super().__post_init__(**kwargs)
+
+    @property
+    def backbone_config(self) -> "BaselineConfig":
+        """The configuration that knows the channels, which volume inference asks for; there is only one."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON, with `regions` as pairs to keep their order."""
+        return {**super().to_dict(), "regions": [[name, ids] for name, ids in self.regions.items()]}
 
 
-def build_network(system: str, num_regions: int, weights: str | None) -> nn.Module:
+def build_network(system: str, num_regions: int, num_channels: int, weights: str | None) -> nn.Module:
     """Build the network of a system; `weights` are `"imagenet"` or none, and ResUNet has none."""
     if system == "maskrcnn":
         # Leave the images as they are, because the image processor normalises and resizes them.
-        return maskrcnn_resnet50_fpn(
+        network = maskrcnn_resnet50_fpn(
             weights_backbone=None if weights is None else "IMAGENET1K_V1",
             num_classes=num_regions + 1,
-            image_mean=[0.0] * 3,
-            image_std=[1.0] * 3,
+            image_mean=[0.0] * num_channels,
+            image_std=[1.0] * num_channels,
             # Propose fewer boxes than for photographs, because a slice shows few tumours.
             rpn_post_nms_top_n_train=256,
             rpn_post_nms_top_n_test=256,
@@ -58,17 +78,31 @@ def build_network(system: str, num_regions: int, weights: str | None) -> nn.Modu
             box_score_thresh=0.0,
             box_detections_per_img=20,
         )
+        widen(network.backbone.body, num_channels)
+        return network
     if system == "resunet":
         from monai.networks.nets import UNet
 
         channels = (64, 128, 256, 512, 1024)
-        network = UNet(2, 3, channels[0], channels, strides=(2, 2, 2, 2), num_res_units=2, norm="BATCH")
+        network = UNet(2, num_channels, channels[0], channels, strides=(2, 2, 2, 2), num_res_units=2, norm="BATCH")
         # End with a convolution, as the paper does: the last unit normalises its output channels, and with one channel
         # per region this would bound the logits and leave the background near 0.5.
         return nn.Sequential(network, nn.BatchNorm2d(channels[0]), nn.PReLU(), nn.Conv2d(channels[0], num_regions, 1))
     import segmentation_models_pytorch as smp
 
-    return smp.create_model(system, encoder_weights=weights, classes=num_regions)
+    return smp.create_model(system, encoder_weights=weights, in_channels=num_channels, classes=num_regions)
+
+
+def widen(resnet: nn.Module, num_channels: int) -> None:
+    """Let a ResNet see images of other than three channels, as segmentation_models_pytorch does with its encoders."""
+    first = resnet.conv1
+    if num_channels == first.in_channels:
+        return
+    options = {name: getattr(first, name) for name in ("kernel_size", "stride", "padding")}
+    resnet.conv1 = nn.Conv2d(num_channels, first.out_channels, bias=False, **options)
+    repeated = torch.arange(num_channels) % first.in_channels
+    with torch.no_grad():
+        resnet.conv1.weight.copy_(first.weight[:, repeated] * first.in_channels / num_channels)
 
 
 class Baseline(PreTrainedModel):
@@ -79,7 +113,7 @@ class Baseline(PreTrainedModel):
 
     def __init__(self, config: BaselineConfig):
         super().__init__(config)
-        self.network = build_network(config.system, len(config.regions), config.weights)
+        self.network = build_network(config.system, len(config.regions), config.num_channels, config.weights)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Keep the initial weights of the network's library."""
@@ -87,12 +121,30 @@ class Baseline(PreTrainedModel):
     region_masks = Sam2UNetForSemanticSegmentation.region_masks
     compute_loss = Sam2UNetForSemanticSegmentation.compute_loss
 
-    def forward(self, pixel_values: torch.Tensor, labels: Labels = None) -> Sam2UNetOutput:
-        """Segment images of shape `(batch_size, 3, height, width)`; labels are as those of SAM2-UNet."""
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: Labels = None,
+        pixel_mask: torch.Tensor | None = None,
+        crop_boxes: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Sam2UNetOutput:
+        """Segment images of shape `(batch_size, num_channels, height, width)`, all arguments as those of SAM2-UNet.
+
+        Options of outputs that a baseline has not, such as `output_auxiliary_logits`, change nothing.
+        """
         height, width = pixel_values.shape[-2:]
         padded = F.pad(pixel_values, (0, -width % STRIDE, 0, -height % STRIDE))
-        logits = self.network(padded)[..., :height, :width]
-        return Sam2UNetOutput(loss=None if labels is None else self.compute_loss([logits], labels), logits=logits)
+        return self.make_output(self.network(padded)[..., :height, :width], labels, pixel_mask, crop_boxes)
+
+    def make_output(
+        self, logits: torch.Tensor, labels: Labels, pixel_mask: torch.Tensor | None, crop_boxes: torch.Tensor | None
+    ) -> Sam2UNetOutput:
+        """Return logits, background outside `pixel_mask`, with their loss."""
+        if pixel_mask is not None:
+            logits = logits.masked_fill(~pixel_mask.bool().unsqueeze(1), OUTSIDE_LOGIT)
+        loss = None if labels is None else self.compute_loss([logits], labels)
+        return Sam2UNetOutput(loss=loss, logits=logits, crop_boxes=crop_boxes)
 
 
 def instances(masks: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -122,7 +174,14 @@ class MaskRCNNBaseline(Baseline):
     The probability of a pixel is the maximum over instances of mask probability times score.
     """
 
-    def forward(self, pixel_values: torch.Tensor, labels: Labels = None) -> Sam2UNetOutput:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: Labels = None,
+        pixel_mask: torch.Tensor | None = None,
+        crop_boxes: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Sam2UNetOutput:
         """Segment as [`Baseline.forward`] does, but return no logits in training mode with labels: there are none."""
         height, width = pixel_values.shape[-2:]
         # The network resizes images to these sizes; set those of the images.
@@ -141,15 +200,45 @@ class MaskRCNNBaseline(Baseline):
             weighted = detection["masks"][:, 0] * detection["scores"][:, None, None]
             for label in detection["labels"].unique().tolist():
                 image[label - 1] = weighted[detection["labels"] == label].amax(dim=0)
-        logits = torch.logit(probabilities, eps=1e-6)
-        return Sam2UNetOutput(loss=None if labels is None else self.compute_loss([logits], labels), logits=logits)
+        return self.make_output(torch.logit(probabilities, eps=1e-6), labels, pixel_mask, crop_boxes)
 
 
-def build_baseline(system: str, regions: dict[str, list[int]], weights: str | None = None) -> Baseline:
+def build_baseline(
+    system: str,
+    regions: dict[str, list[int]],
+    num_channels: int = 3,
+    weights: str | None = None,
+    iou_over_batch: bool = False,
+) -> Baseline:
     """Build a system other than SAM2-UNet, or exit if its library is missing."""
-    model_class = MaskRCNNBaseline if system == "maskrcnn" else Baseline
+    return make_baseline(
+        BaselineConfig(
+            system=system,
+            regions=regions,
+            num_channels=num_channels,
+            weights=weights,
+            iou_over_batch=iou_over_batch,
+            ignore_index=default_ignore_index(regions),
+        )
+    )
+
+
+def load_baseline(folder: str | os.PathLike) -> Baseline:
+    """Load a system from a folder that `save_pretrained` wrote.
+
+    It is built before its weights are read, because `from_pretrained` builds without memory, in which the anchors of
+    Mask R-CNN would be lost.
+    """
+    model = make_baseline(BaselineConfig.from_pretrained(folder))
+    model.load_state_dict(load_file(Path(folder, "model.safetensors")))
+    return model.eval()
+
+
+def make_baseline(config: BaselineConfig) -> Baseline:
+    """Build the system of a configuration."""
     try:
-        ignore_index = default_ignore_index(regions)
-        return model_class(BaselineConfig(system=system, regions=regions, weights=weights, ignore_index=ignore_index))
+        return (MaskRCNNBaseline if config.system == "maskrcnn" else Baseline)(config)
     except ImportError as err:
-        raise SystemExit(f'{system} needs {err.name}. Install it with `pip install "sam2unet-hf[compare]"`.') from err
+        raise SystemExit(
+            f'{config.system} needs {err.name}. Install it with `pip install "sam2unet-hf[compare]"`.'
+        ) from err

@@ -1,298 +1,208 @@
 #!/usr/bin/env python
-"""Train and score SAM2-UNet and the five systems of its paper alike, and write the paper's table.
+"""Train SAM2-UNet, the five systems of its paper and nnU-Net on the same patients, and judge all by whole patients.
 
-python examples/compare_models.py --quick
-python examples/compare_models.py --data my_slices --minutes 12
-python examples/compare_models.py --data my_slices --seeds 0 1 2 --sam2_checkpoint facebook/sam2-hiera-large
+python examples/compare_models.py --steps 60 --folds 2 --systems sam2unet unet
+python examples/compare_models.py --brats_dir BraTS2020_TrainingData --folds 3 --minutes 20
+python examples/compare_models.py --brats_dir BraTS2020_TrainingData --folds 3 --minutes 20 --fold 1 --recipe volume
 
-All systems get the same splits, transforms, optimiser and number of steps, or as many steps as fit into the same time.
-A comparison that was stopped resumes when the same command is run on the same data.
+Every fold is left out once: a system is trained on all other patients for the same time, turned into steps by timing
+some, and segments those of the fold as volumes. All but nnU-Net are trained once with the input of each recipe.
+Further options are those of run_segmentation.py, such as --modalities, --regions, --bf16 and --use_cpu, and count for
+all systems. A comparison that was stopped goes on by the same command.
 """
 
 import argparse
 import json
 import logging
-import resource
-import shutil
-import statistics
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import transformers
-from baselines import build_baseline
-from benchmarks.timing import count_flops, time_in_turn
-from comparison_data import ComparisonData
-from comparison_report import SYSTEMS, write_report
-from transformers import PreTrainedModel, set_seed
+from comparison_report import write_report
+from datasets import concatenate_datasets
+from filelock import FileLock
+from systems import CONFIGURATIONS, SYSTEMS, NNUNetSystem, SliceSystem, System, Task
 
-from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation
-from sam2unet_hf.configuration_sam2unet import PRESETS
-from sam2unet_hf.finetuning.arguments import SegmentationTrainingArguments
+from sam2unet_hf.cases_sam2unet import find_cases
+from sam2unet_hf.finetuning.data_sources import (
+    DEFAULT_MODALITIES,
+    find_columns,
+    find_regions,
+    load_folds,
+    scans_folder,
+)
+from sam2unet_hf.finetuning.parsing import parse_arguments, requested_regions
+from sam2unet_hf.finetuning.processes import set_up_logging
 from sam2unet_hf.finetuning.provenance import changed_values, fingerprint, write_json
-from sam2unet_hf.scans_sam2unet import MODALITIES
-from sam2unet_hf.training import Sam2UNetTrainer, SegmentationMetrics
-from sam2unet_hf.training.augmentation import AUGMENTATIONS
-from sam2unet_hf.training.resume import last_complete_checkpoint
+from sam2unet_hf.finetuning.recipes import RECIPES
 
 
 logger = logging.getLogger("compare_models")
 
-# Options of `SegmentationMetrics` by protocol of scoring the test images.
-PROTOCOLS = {"plain": {"zero_division": 1.0}, "paper": {"zero_division": 0.0, "normalize": "minmax"}}
-QUICK = {"steps": 60, "image_size": 96, "batch_size": 8, "learning_rate": ["5e-4"], "evaluations": 3, "warmup": 10}
-# Arguments that may differ when a comparison resumes.
-RESUMABLE_ARGUMENTS = ("systems", "seeds", "output_dir", "measure", "allow_leaks")
-LEAST_VALUES = {"steps": 1, "image_size": 64, "batch_size": 2, "evaluations": 1, "warmup": 0, "num_workers": 0}
-SAM2UNET_ONLY = ("sam2_checkpoint", "preset", "freeze_encoder")
+RECORD = "comparison.json"
+# What a recipe needs here besides: the paper's slice 95 alone of each patient is too little to segment patients by,
+# and DeepLabV3 trains on no single image.
+DEFAULTS = {
+    "volume": [],
+    "paper": ["--slices", "tumor", "--min_tumor_pixels", "20", "--per_device_train_batch_size", "4"],
+}
+# Options of `run_segmentation.py` that a comparison sets itself.
+OWN_OPTIONS = ("max_steps", "num_train_epochs", "eval_strategy", "save_strategy", "save_steps", "do_train", "test_dir")
+OWN_OPTIONS += ("dataset_name", "model_name_or_path", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub")
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder of the builder, or Hub id; default: a phantom")
-    parser.add_argument("--allow_leaks", action="store_true", help="accept splits that share a patient or an image")
-    parser.add_argument("--group_by", help="what tells the patients of --data, as in run_segmentation.py")
-    parser.add_argument("--binarize", action="store_true", help="take masks in black and white with blurred edges")
-    parser.add_argument("--regions", nargs="+", help="regions to segment, NAME=ID[,ID...] each, as there")
-    parser.add_argument(
-        "--modalities", nargs="+", choices=MODALITIES, help="one modality, or three as colours; default: flair"
+def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Read our options, and return them with those of `run_segmentation.py`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--folds", type=int, default=3, help="into how many the patients are dealt; default: 3")
+    parser.add_argument("--fold", type=int, help="train and score this one alone, counted from 0, as on a cluster")
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each system is trained once per seed")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument(
-        "--steps", type=int, default=7500, help="training steps of each system; default: 7500, the paper's 30 x 250"
-    )
-    length.add_argument("--minutes", type=float, help="training time of each system, turned into steps by timing some")
-    parser.add_argument("--image_size", type=int, default=352)
-    parser.add_argument("--batch_size", type=int, default=4, help="at least 2, for DeepLabV3's batch norm")
     parser.add_argument(
-        "--learning_rate", nargs="+", default=["1e-4"], help="a number, and SYSTEM=NUMBER for each exception"
+        "--recipe", nargs="+", default=list(RECIPES), choices=list(RECIPES), help="default: each, one after the other"
     )
-    names, changes = ["none", *AUGMENTATIONS], "random changes of training images"
-    parser.add_argument("--augmentation", nargs="+", default=["flips"], choices=names, help=changes)
-    parser.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
-    parser.add_argument("--evaluations", type=int, default=10, help="how often the best checkpoint is chosen")
-    parser.add_argument("--weights", choices=["imagenet"], help="pretrained encoders for the other systems")
-    parser.add_argument("--sam2_checkpoint", help="pretrained encoder of SAM2-UNet, frozen; default: from scratch")
-    parser.add_argument("--preset", default="tiny", choices=list(PRESETS), help="size of SAM2-UNet from scratch")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float, help="training time of each system and fold")
+    length.add_argument("--steps", type=int, help="training steps of each system and fold")
     parser.add_argument(
-        "--freeze_encoder", action="store_true", help="freeze the encoder even of a SAM2-UNet from scratch"
+        "--learning_rate", nargs="+", default=[], help="a number, SYSTEM=NUMBER for one system; default: the recipe's"
     )
-    parser.add_argument("--bf16", action="store_true", help="train and score under bfloat16 autocast")
-    parser.add_argument("--use_cpu", action="store_true", help="run on the CPU even if there is a GPU")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that load images")
-    parser.add_argument("--quick", action="store_true", help="train 60 steps at 96x96, which takes minutes")
+    parser.add_argument("--weights", choices=["imagenet"], help="pretrained encoders for the five baselines")
+    parser.add_argument(
+        "--mirrors",
+        choices=["own", "all", "none"],
+        default="own",
+        help="who averages over mirror images: nnU-Net, as it does by itself, all systems, or none; default: own",
+    )
+    parser.add_argument(
+        "--nnunet_memory_gb",
+        type=float,
+        help="GPU memory that nnU-Net plans its batches and patches for; default: its own, about 8, far too many "
+        "voxels a step for a CPU",
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/comparison"))
-    parser.add_argument("--measure", choices=list(SYSTEMS), help=argparse.SUPPRESS)
-    if "--quick" in (sys.argv[1:] if argv is None else argv):
-        parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)
-    if args.minutes is not None:
-        args.steps = None
-    if len(args.modalities or [""]) not in (1, 3):  # the encoders of all systems take three channels
-        parser.error(f"--modalities takes one modality or three, got {' '.join(args.modalities)}")
-    for name, least in LEAST_VALUES.items():
-        if (value := getattr(args, name)) is not None and not value >= least:
-            parser.error(f"--{name} must be at least {least}, got {value}")
-    if {"none", "strong"} & set(args.augmentation) and len(args.augmentation) > 1:
-        parser.error(f"--augmentation takes none and strong alone, got {' '.join(args.augmentation)}")
+    args, words = parser.parse_known_args(argv)
+    if args.folds < 2:
+        parser.error(f"--folds must be at least 2, got {args.folds}")
+    if args.fold is not None and not 0 <= args.fold < args.folds:
+        parser.error(f"--fold must be from 0 to {args.folds - 1}, got {args.fold}")
+    for name in ("minutes", "steps", "nnunet_memory_gb"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            parser.error(f"--{name} must be above 0, got {value:g}")
+    if taken := [name for name in OWN_OPTIONS if any(word.split("=")[0] == f"--{name}" for word in words)]:
+        parser.error(f"--{taken[0]} is an option of run_segmentation.py that a comparison sets itself: leave it out")
     try:
         learning_rate(args, "unet")
     except (KeyError, ValueError) as err:
         parser.error(f"--learning_rate takes one number and SYSTEM=NUMBER, got {' '.join(args.learning_rate)}: {err}")
-    return args
+    return args, words
 
 
-def learning_rate(args: argparse.Namespace, system: str) -> float:
-    """Return the learning rate of a system."""
+def learning_rate(args: argparse.Namespace, system: str) -> float | None:
+    """Return the learning rate of a system, or `None` for that of the recipe."""
     own = dict(text.split("=") for text in args.learning_rate if "=" in text)
-    if unknown := set(own) - set(SYSTEMS):
+    if unknown := own.keys() - SYSTEMS.keys():
         raise KeyError(*unknown)
-    (common,) = [text for text in args.learning_rate if "=" not in text]
-    return float(own.get(system, common))
+    common = [text for text in args.learning_rate if "=" not in text]
+    if len(common) > 1:
+        raise ValueError("there are several numbers")
+    rates = {name: float(rate) for name, rate in own.items()} | {"": float(common[0]) if common else None}
+    return rates.get(system, rates[""])
 
 
-def build_model(args: argparse.Namespace, system: str, regions: dict[str, list[int]]) -> PreTrainedModel:
-    """Build a system, whose output has one channel per region."""
-    if system != "sam2unet":
-        return build_baseline(system, regions, args.weights)
-    if args.sam2_checkpoint is not None:
-        return Sam2UNetForSemanticSegmentation.from_sam2(args.sam2_checkpoint, regions=regions)
-    config = Sam2UNetConfig.from_preset(args.preset, regions=regions, freeze_encoder=args.freeze_encoder)
-    return Sam2UNetForSemanticSegmentation(config)
+def words_of_recipe(args: argparse.Namespace, words: Sequence[str], recipe: str) -> list[str]:
+    """Return the options of `run_segmentation.py` for the runs of a recipe; those that are given come last and win."""
+    return ["--recipe", recipe, "--folds", str(args.folds), *DEFAULTS[recipe], *words]
 
 
-def time_step(model: PreTrainedModel, batches: Iterator[dict[str, Any]], bf16: bool) -> float:
-    """Return the median seconds of a training step, loading included."""
-    device = model.device.type
-    model.train()
-    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad])
+def read_task(args: argparse.Namespace, words: dict[str, list[str]]) -> tuple[Task, dict[str, Any]]:
+    """Return what the systems share, and what tells whether it is the same again: the folds, and the data by recipe.
 
-    def step() -> None:
-        batch = next(batches)
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            loss = model(batch["pixel_values"].to(device), labels=batch["labels"].to(device)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return statistics.median(time_in_turn({"step": step}, 5, device, warmup=2)["step"])
-
-
-def measure(args: argparse.Namespace, system: str) -> dict[str, float]:
-    """Measure what a system costs; call it in a new process, because the peak memory is that of the process."""
-    data = ComparisonData(args)
-    set_seed(0)
-    device = "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
-    model = build_model(args, system, data.regions).to(device).eval()
-    image = torch.randn(1, 3, args.image_size, args.image_size, device=device)
-
-    # Do not use inference mode, because the model is trained next, which fails with inference tensors that it keeps.
-    @torch.no_grad()
-    def segment() -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
-            model(image)
-
-    costs = {
-        "parameters": model.num_parameters(),
-        "trained_parameters": model.num_parameters(only_trainable=True),
-        "flops": count_flops(model, image),
-        "seconds_per_image": statistics.median(time_in_turn({"image": segment}, 5, device, warmup=2)["image"]),
-        "seconds_per_step": time_step(model, data.training_batches(args.batch_size, args.num_workers), args.bf16),
-    }
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {**costs, "peak_memory_gb": (torch.cuda.max_memory_allocated() if device == "cuda" else peak) / 1e9}
-
-
-def measure_costs(args: argparse.Namespace, system: str, argv: Sequence[str]) -> dict[str, float]:
-    """Return what a system costs and how many steps it trains; measure it if `costs.json` does not tell."""
-    path = args.output_dir / system / "costs.json"
-    if not path.exists():
-        logger.info("%s: measuring what it costs.", SYSTEMS[system].name)
-        command = [sys.executable, __file__, *argv, "--measure", system]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # nosec B603 # this script
-        if done.returncode:
-            raise SystemExit(f"{SYSTEMS[system].name} could not be run, see above.")
-        costs = json.loads(done.stdout.splitlines()[-1])
-        costs["steps"] = args.steps or max(1, round(60 * args.minutes / costs["seconds_per_step"]))
-        write_json(path, costs, sort_keys=False)
-    return json.loads(path.read_text())
-
-
-def run(args: argparse.Namespace, data: ComparisonData, system: str, seed: int, steps: int) -> None:
-    """Train and score a system, or resume it, and write `result.json` and `examples.npz` into its folder."""
-    folder = args.output_dir / system / f"seed-{seed}"
-    if (folder / "result.json").exists():
-        logger.info("%s, seed %d: finished before.", SYSTEMS[system].name, seed)
-        return
-    every = max(1, steps // args.evaluations)
-    training_args = SegmentationTrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
-        learning_rate=learning_rate(args, system),
-        warmup_steps=min(args.warmup, steps // 5),
-        eval_strategy="steps",
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,  # the best and the last; of one, transformers removes the last when training ends
-        logging_steps=max(1, steps // 100),
-        dataloader_drop_last=True,
-        dataloader_num_workers=args.num_workers,
-        dataloader_pin_memory=not args.use_cpu,
-        bf16=args.bf16,
-        use_cpu=args.use_cpu,
-        seed=seed,
-        report_to="none",
-    )
-    set_seed(seed)
-    from_scratch = (args.sam2_checkpoint if system == "sam2unet" else args.weights) is None
-    trainer = Sam2UNetTrainer(
-        build_model(args, system, data.regions),
-        training_args,
-        batch_norm_images=128 if from_scratch else 0,
-        train_dataset=data.train(),
-        eval_dataset=data.evaluation("validation"),
-        processing_class=data.processor,
-    )
-    logger.info("%s, seed %d: %d steps.", SYSTEMS[system].name, seed, steps)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-    keys = ("step", "loss", "eval_dice", "eval_loss")
-    curve = [{key: entry[key] for key in keys if key in entry} for entry in trainer.state.log_history]
-    scores = {}
-    for protocol, options in PROTOCOLS.items():
-        trainer.compute_metrics = SegmentationMetrics(list(data.regions), **options)
-        found = trainer.evaluate(data.evaluation("test"), metric_key_prefix="test")
-        scores[protocol] = {key.removeprefix("test_"): value for key, value in found.items()}
-    np.savez_compressed(folder / "examples.npz", **data.predict_examples(trainer.model))
-    trainer.save_model()
-    result = {"steps": steps, "best_step": trainer.state.best_global_step, "scores": scores, "curve": curve}
-    write_json(folder / "result.json", result, sort_keys=False)
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-
-
-def check_arguments(args: argparse.Namespace) -> dict[Path, dict[str, Any]]:
-    """Return the arguments to note of each system by path, or exit if a system was begun with others."""
-    notes = {}
-    for system in args.systems:
-        path = args.output_dir / system / "arguments.json"
-        skipped = RESUMABLE_ARGUMENTS if system == "sam2unet" else (*RESUMABLE_ARGUMENTS, *SAM2UNET_ONLY)
-        now = {key: value for key, value in vars(args).items() if key not in skipped}
-        now["learning_rate"] = learning_rate(args, system)
-        before = json.loads(path.read_text()) if path.exists() else now
-        before = {key: value for key, value in before.items() if key in now}
-        if changed := changed_values(before, now):
+    The folds of all recipes must be of the same patients.
+    """
+    names: dict[str, list[list[str]]] = {}
+    prints: dict[str, list[str]] = {}
+    for recipe, own_words in words.items():
+        model_args, data_args, training_args = parse_arguments(own_words)
+        folds = load_folds(data_args)
+        names[recipe] = [fold.cases for fold in folds]
+        prints[recipe] = [fingerprint(fold.rows) for fold in folds]
+    first, *others = names
+    for other in others:
+        if names[other] != names[first]:
             raise SystemExit(
-                f"{path.parent} holds a run with other values of {', '.join(changed)}: "
-                f"{', '.join(f'{key}={value}' for key, value in changed.items())}. Choose another --output_dir."
+                f"The folds of --recipe {first} and {other} are of different patients, because a patient has no slice "
+                "for one of them. Compare one recipe at a time, or pass other --slices."
             )
-        notes[path] = now
-    return notes
+    rows = {"train": concatenate_datasets([fold.rows for fold in folds])}
+    requested = requested_regions(model_args, data_args)
+    regions = find_regions(rows, *find_columns(rows, data_args), requested, data_args.labels).regions
+    cases = {case.case_id: case for case in find_cases(scans_folder(data_args), data_args.labels)}
+    task = Task(
+        args.output_dir,
+        [[cases[name] for name in fold] for fold in names[first]],
+        data_args.modalities or DEFAULT_MODALITIES,
+        regions,
+        training_args.device.type,
+        args.mirrors,
+        args.nnunet_memory_gb,
+    )
+    return task, {"folds": {f"fold_{fold}": own for fold, own in enumerate(names[first])}, "data": prints}
 
 
-def check_data(data: ComparisonData, notes: dict[Path, dict[str, Any]]) -> None:
-    """Note arguments and data of each system, or exit and note nothing if a system was begun on other data."""
-    now = {split: fingerprint(rows) for split, rows in data.splits.items()}
-    for path in notes:
-        before = json.loads(path.read_text()).get("fingerprints") if path.exists() else now
-        if before is None:
-            logger.warning("%s does not tell which data its run began on. The data of now is taken for it.", path)
-        elif changed := changed_values(before, now):
+def note_comparison(folder: Path, record: dict[str, Any]) -> None:
+    """Write what the comparison is of, or exit if the folder holds another one."""
+    path = folder / RECORD
+    before = json.loads(path.read_text()) if path.exists() else {}
+    common = {part: {**before.get(part, {}), **own} for part, own in record.items()}
+    for part, own in record.items():
+        known = {name: value for name, value in before.get(part, {}).items() if name in own}
+        if known and (changed := changed_values(known, {name: own[name] for name in known})):
+            values = ", ".join(f"{name}={value}" for name, value in changed.items())
             raise SystemExit(
-                f"{path.parent} holds a run on other data: it differs in the split {', '.join(changed)}. "
-                "Choose another --output_dir."
+                f"{folder} holds a comparison with other {part}: {values}. Choose another --output_dir, or go on with "
+                "those."
             )
-    for path, arguments in notes.items():
-        write_json(path, {**arguments, "fingerprints": now}, sort_keys=False)
+    write_json(path, common, sort_keys=False)
+
+
+def make_systems(args: argparse.Namespace, words: dict[str, list[str]], task: Task) -> list[System]:
+    """Return all that is compared: the systems of slices with each recipe, and nnU-Net."""
+    systems: list[System] = []
+    for recipe, own_words in words.items():
+        for key in args.systems:
+            if key not in CONFIGURATIONS:
+                rate = learning_rate(args, key)
+                options = own_words if rate is None else [*own_words, "--learning_rate", str(rate)]
+                systems.append(SliceSystem(key, recipe, task, options, args.weights))
+    return systems + [NNUNetSystem(key, task) for key in args.systems if key in CONFIGURATIONS]
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr)
-    if args.measure is not None:
-        print(json.dumps(measure(args, args.measure)))
-        return
+    args, words = parse_args(argv)
+    set_up_logging()
     transformers.utils.logging.set_verbosity_error()
-    notes = check_arguments(args)
-    data = ComparisonData(args)
-    if (count := len(data.images["train"])) < args.batch_size:
-        raise SystemExit(f"--batch_size {args.batch_size} is more than there are training images, {count}. Lower it.")
-    check_data(data, notes)
-    # Measure all systems before training any, because it shows a missing library within minutes.
-    costs = {system: measure_costs(args, system, argv) for system in args.systems}
-    for seed in args.seeds:
-        for system in args.systems:
-            run(args, data, system, seed, int(costs[system]["steps"]))
-    write_report(args, data, costs, f"python examples/compare_models.py {' '.join(argv)}".strip())
+    by_recipe = {recipe: words_of_recipe(args, words, recipe) for recipe in args.recipe}
+    task, record = read_task(args, by_recipe)
+    systems = make_systems(args, by_recipe, task)
+    names = ("minutes", "steps", "weights", "mirrors", "nnunet_memory_gb")
+    record["options"] = {name: getattr(args, name) for name in names} | {"regions": task.regions}
+    # Several processes may each run a part of the same comparison.
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(args.output_dir / ".lock"):
+        note_comparison(args.output_dir, record)
+        for system in systems:
+            system.check()
+        # Measure all systems before training any, because it shows a missing library within minutes.
+        costs = [system.costs(args.steps, args.minutes) for system in systems]
+    for fold in range(args.folds) if args.fold is None else [args.fold]:
+        for system, own in zip(systems, costs, strict=True):
+            system.run(fold, own["steps"])
+    write_report(args, systems, f"python examples/compare_models.py {' '.join(argv)}".strip())
 
 
 if __name__ == "__main__":

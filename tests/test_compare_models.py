@@ -1,22 +1,17 @@
-"""The comparison of six systems: each behind the same interface, trained and scored alike, and resumable."""
+"""The comparison of systems: each behind the same interface, trained and scored alike by patients, and resumable."""
 
 import csv
 import json
-import os
-import signal
-import subprocess
+import shutil
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 import torch
-import transformers
-from common import small_backbone_config
-from PIL import Image
+from common import small_backbone_config, small_config
+from torch import nn
 
 
 pytest.importorskip("segmentation_models_pytorch")
@@ -25,31 +20,20 @@ pytest.importorskip("monai")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import compare_models  # noqa: E402 - the scripts are no package
-from baselines import build_baseline, instances  # noqa: E402
+import nnunet_files  # noqa: E402
+import systems  # noqa: E402
+from baselines import build_baseline, instances, load_baseline  # noqa: E402
 
-from dataset_scripts.brats_slices import BratsSlices  # noqa: E402
-from dataset_scripts.brats_slices.__main__ import write_dataset  # noqa: E402
 from dataset_scripts.phantom import write_phantom_cohort  # noqa: E402
+from sam2unet_hf import Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor  # noqa: E402
+from sam2unet_hf.cases_sam2unet import find_cases  # noqa: E402
+from sam2unet_hf.metrics.volume_functional import count_voxels, dice  # noqa: E402
+from sam2unet_hf.scans_sam2unet import read_volume  # noqa: E402
 from sam2unet_hf.training import SegmentationMetrics  # noqa: E402
 
 
 REGIONS = {"WT": [1, 2, 3], "ET": [3]}
-BASELINES = [system for system in compare_models.SYSTEMS if system != "sam2unet"]
-
-
-@pytest.fixture(scope="module")
-def slices(tmp_path_factory):
-    """A data set of a phantom."""
-    folder = tmp_path_factory.mktemp("slices")
-    write_phantom_cohort(folder / "brats", 6, (64, 64, 42))
-    builder = BratsSlices(data_dir=str(folder / "brats"), slices="tumor", min_tumor_pixels=20)
-    write_dataset(builder, folder / "parquet")
-    return str(folder / "parquet")
-
-
-def arguments(slices, *options):
-    small = ["--image_size", "64", "--batch_size", "2", "--use_cpu", "--learning_rate", "1e-3", "--warmup", "0"]
-    return ["--data", slices, *small, *options]
+BASELINES = [key for key in systems.SYSTEMS if key != "sam2unet" and key not in systems.CONFIGURATIONS]
 
 
 def label_maps():
@@ -64,8 +48,8 @@ def label_maps():
 
 @pytest.mark.parametrize("system", BASELINES)
 def test_baseline_gives_one_channel_per_region_at_the_size_of_the_input(system):
-    model = build_baseline(system, REGIONS)
-    pixel_values = torch.randn(2, 3, 72, 100)
+    model = build_baseline(system, REGIONS, num_channels=4)
+    pixel_values = torch.randn(2, 4, 72, 100)
     assert model.train()(pixel_values, labels=torch.ones(2, 72, 100, dtype=torch.long)).loss.requires_grad
     with torch.no_grad():
         in_training = model(pixel_values)
@@ -76,46 +60,26 @@ def test_baseline_gives_one_channel_per_region_at_the_size_of_the_input(system):
     assert output.loss.isfinite()
 
 
-def test_patients_in_two_splits_are_refused_unless_allowed(slices, tmp_path):
-    rows = datasets.load_dataset(slices)["train"]
-    for split in ("train", "validation", "test"):
-        rows.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
-    with pytest.raises(SystemExit, match=r"Patient Phantom_\d+ is in the splits train .* --allow_leaks"):
-        compare_models.ComparisonData(compare_models.parse_args(arguments(str(tmp_path))))
-    data = compare_models.ComparisonData(compare_models.parse_args(arguments(str(tmp_path), "--allow_leaks")))
-    assert len(data.splits["test"]) == len(rows)
-
-
-def test_three_modalities_are_the_three_channels_of_all_systems(slices, capsys):
-    modalities = ["t1ce", "t2", "flair"]
-    data = compare_models.ComparisonData(compare_models.parse_args(arguments(slices, "--modalities", *modalities)))
-    row, image = data.splits["test"][0], data.images["test"][0]["image"]
-    assert np.array_equal(image, np.stack([row[name] for name in modalities]))
-    assert next(data.training_batches(2))["pixel_values"].shape[1] == 3
-    example = data.examples[0]
-    shown = data.splits["test"][example.row]
-    assert np.array_equal(example.image, np.asarray(shown["flair"]))
-    assert data.image_title == "image (flair)"
-    with pytest.raises(SystemExit):
-        compare_models.parse_args(arguments(slices, "--modalities", "t1ce", "t2"))
-    assert "--modalities takes one modality or three, got t1ce t2" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("system", list(compare_models.SYSTEMS))
-def test_loss_falls_on_the_phantom(system, slices):
-    args = compare_models.parse_args(arguments(slices))
-    data = compare_models.ComparisonData(args)
-    transformers.set_seed(0)
-    model = compare_models.build_model(args, system, data.regions).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4 if system == "maskrcnn" else 2e-3, fused=True)
+@pytest.mark.parametrize("system", ["sam2unet", *BASELINES])
+def test_loss_falls_where_the_image_shows_the_region(system):
+    torch.manual_seed(0)
+    if system == "sam2unet":
+        model = Sam2UNetForSemanticSegmentation(small_config(regions={"WT": [1]}))
+    else:
+        model = build_baseline(system, {"WT": [1]}, num_channels=1 if system == "maskrcnn" else 3)
+    num_channels = model.config.backbone_config.num_channels
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=5e-4 if system == "maskrcnn" else 2e-3, fused=True)
     losses = []
-    for _, batch in zip(range(12), data.training_batches(args.batch_size), strict=False):
-        loss = model(**batch).loss
+    for step in range(9):
+        labels = torch.zeros(2, 64, 64, dtype=torch.long)
+        labels[0, 10 + step : 40, 20:50] = labels[1, 5:30, 4 * step : 50] = 1
+        images = (2.0 * labels[:, None] + 0.3 * torch.randn(2, 1, 64, 64)).expand(-1, num_channels, -1, -1)
+        loss = model(pixel_values=images, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
 
 
 @pytest.mark.parametrize("system", BASELINES)
@@ -144,6 +108,24 @@ def test_a_perfect_network_scores_dice_1(system, monkeypatch):
     assert output.loss < 0.35
 
 
+def test_a_baseline_is_loaded_as_it_was_saved_and_finds_nothing_outside_the_window(tmp_path):
+    regions = {"ET": [3], "WT": [1, 2, 3]}  # not in the order of the alphabet, in which JSON files have keys
+    model = build_baseline("unet", dict(reversed(regions.items())), num_channels=4, iou_over_batch=True).eval()
+    model.save_pretrained(tmp_path)
+    loaded = load_baseline(tmp_path)
+    assert list(loaded.config.regions) == ["WT", "ET"]
+    assert loaded.config.iou_over_batch
+    images, inside = torch.randn(1, 4, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool)
+    inside[:, :30] = True
+    boxes = torch.tensor([[0, 0, 64, 64]])
+    with torch.no_grad():
+        found = loaded(images, pixel_mask=inside, crop_boxes=boxes)
+        expected = model(images).logits
+    assert torch.equal(found.logits[:, :, :30], expected[:, :, :30])
+    assert (found.logits[:, :, 30:] < -100).all()
+    assert found.crop_boxes is boxes
+
+
 def test_instances_are_connected_components():
     model = build_baseline("unet", REGIONS)
     empty, filled = (instances(masks) for masks in model.region_masks(label_maps())[0])
@@ -168,127 +150,165 @@ def test_mask_rcnn_weights_its_masks_by_their_scores(monkeypatch):
     assert second[0, [5, 20]].tolist() == pytest.approx([0.25, 0], abs=1e-5)
 
 
-def test_minutes_become_steps_and_a_finished_system_is_not_run_again(slices, tmp_path, monkeypatch):
-    """One comparison of two systems, from the data to the tables."""
-    monkeypatch.setattr(compare_models, "time_step", lambda *args: 0.5)
-    monkeypatch.setattr(
-        "sam2unet_hf.configuration_sam2unet.preset_backbone_config",
-        lambda preset, num_channels: small_backbone_config(num_channels=num_channels),
+# A whole comparison
+
+
+@pytest.fixture(scope="module")
+def brats_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("comparison") / "brats"
+    write_phantom_cohort(folder, 4, (32, 32, 21))
+    return folder
+
+
+def small_network(system, num_regions, num_channels, weights):
+    return nn.Sequential(
+        nn.Conv2d(num_channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, num_regions, 1)
     )
-    measured = []
 
-    def measure_here(command, **kwargs):
-        measured.append(command[-1])
-        costs = compare_models.measure(compare_models.parse_args(command[2:]), command[-1])
-        return SimpleNamespace(returncode=0, stdout=json.dumps(costs))
 
-    monkeypatch.setattr(compare_models.subprocess, "run", measure_here)
-    argv = arguments(slices, "--systems", "sam2unet", "unet", "--minutes", "0.05", "--evaluations", "2")
-    argv += ["--output_dir", str(tmp_path / "out")]
-    compare_models.main(argv)
-    assert measured == ["sam2unet", "unet"]
-    text = (tmp_path / "out" / "comparison.md").read_text()
-    assert "| U-Net | 24.44 M | 24.44 M |" in text
-    assert text.count(" | 6 | ") == 2  # 0.05 minutes of 0.5 s
-    rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))
-    assert [row["system"] for row in rows] == ["sam2unet", "unet"]
-    for row in rows:
-        assert row["steps"] == "6"
-        assert 0 < float(row["paper_mean_dice"]) < 1
-        assert f"| {float(row['plain_dice']):.3f} | {float(row['plain_iou']):.3f} |" in text
-    for picture in ("comparison.png", "learning_curves.png", "systems.png"):
-        assert (tmp_path / "out" / picture).stat().st_size > 10_000
+@pytest.fixture(scope="module")
+def quick():
+    """Make systems and images small, and measure in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "sam2unet_hf.configuration_sam2unet.preset_backbone_config",
+            lambda preset, num_channels: small_backbone_config(num_channels=num_channels),
+        )
+        patch.setattr("baselines.build_network", small_network)
+        # Drawing takes as long as training.
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **kwargs: Path(path).touch())
+        patch.setattr(systems, "WARMUP_STEPS", 1)
+        patch.setattr(systems, "TIMED_STEPS", 1)
+        patch.setattr(systems.SliceSystem, "measure", systems.measure_steps)
+        paper = [*compare_models.DEFAULTS["paper"], "--image_size", "64", "--min_tumor_pixels", "1"]
+        patch.setitem(compare_models.DEFAULTS, "paper", paper)
+        yield patch
+
+
+def arguments(brats_dir, *options):
+    words = ["--brats_dir", str(brats_dir), "--output_dir", str(brats_dir.parent / "out"), "--folds", "2"]
+    words += ["--steps", "2", "--use_cpu", "--disable_tqdm", "true", "--batch_norm_images", "4", "--bf16", "false"]
+    return [*words, "--per_device_train_batch_size", "4", "--regions", "WT=1,2,3", "ET=3", *options]
+
+
+@pytest.fixture(scope="module")
+def compared(brats_dir, quick):
+    """Two systems with the input of the volume recipe and one with the paper's, fold by fold; their folder."""
+    out, volume = brats_dir.parent / "out", ["--recipe", "volume", "--systems", "sam2unet", "unet"]
+    compare_models.main(arguments(brats_dir, *volume, "--fold", "1"))
+    assert not (out / "comparison.md").exists()  # there is no table of some of the patients
+    compare_models.main(arguments(brats_dir, *volume))
+    compare_models.main(arguments(brats_dir, "--recipe", "paper", "--systems", "unet"))
+    return out
+
+
+PROCESSED = ("volume/sam2unet", "volume/unet", "paper/unet")
+
+
+def test_all_systems_are_judged_by_the_patients_that_they_were_not_trained_on(compared, brats_dir):
+    folds = json.loads((compared / "comparison.json").read_text())["folds"]
+    cases = {case.case_id: case for case in find_cases(brats_dir)}
+    assert sorted(sum(folds.values(), [])) == sorted(cases)
+    for system in PROCESSED:
+        for fold, names in folds.items():
+            folder = compared / system / fold
+            known = json.loads((folder / "splits.json").read_text())
+            assert not {*known["train"]} & {*names}
+            rows = list(csv.DictReader((folder / "patients.csv").open()))
+            assert [(row["patient"], row["region"]) for row in rows] == [(n, r) for n in names for r in REGIONS]
+            for row in rows:
+                found = read_volume(folder / "segmentations" / f"{row['patient']}.nii.gz").voxels
+                reference = cases[row["patient"]].read_mask().voxels
+                masks = (np.isin(volume, REGIONS[row["region"]]) for volume in (found, reference))
+                assert float(row["volume_dice"]) == pytest.approx(dice(count_voxels(*masks)))
+
+
+def test_systems_of_slices_see_the_input_of_the_recipe(compared):
+    made = {system: Sam2UNetImageProcessor.from_pretrained(compared / system / "fold_0") for system in PROCESSED}
+    assert made["volume/sam2unet"].head_crop_size == made["volume/unet"].head_crop_size is not None
+    assert made["volume/unet"].neighbours == 1
+    assert made["paper/unet"].head_crop_size is None
+    assert made["paper/unet"].size == {"height": 64, "width": 64}
+    runs = [json.loads((compared / system / "fold_0" / "run.json").read_text())["arguments"] for system in PROCESSED]
+    assert [(run["ema_decay"], run["iou_over_batch"], run["foreground_share"]) for run in runs] == [
+        *2 * [(0.99, True, 0.67)],
+        (0.0, None, None),
+    ]
+    config = load_baseline(compared / "volume" / "unet" / "fold_0").config
+    assert config.iou_over_batch
+    assert config.num_channels == 3
+
+
+def test_a_comparison_that_has_finished_is_not_run_again_and_others_are_refused(compared, brats_dir, monkeypatch):
+    """The same folder takes the same comparison, of the same data, alone."""
 
     def never(*args, **kwargs):
         raise AssertionError("run again")
 
-    monkeypatch.setattr(compare_models.Sam2UNetTrainer, "train", never)
-    compare_models.main(argv)
-    assert (tmp_path / "out" / "comparison.md").read_text() == text
-    with pytest.raises(SystemExit, match="other values of image_size: image_size=64"):
-        compare_models.main([*argv, "--image_size", "96"])
+    monkeypatch.setattr(systems, "run_training", never)
+    monkeypatch.setattr(systems, "Sam2UNetVolumePipeline", never)
+    monkeypatch.setattr(systems.SliceSystem, "measure", never)
+    both = ["--recipe", "volume", "paper", "--systems", "sam2unet", "unet"]
+    with pytest.raises(AssertionError, match="run again"):  # SAM2-UNet with the paper's input is missing
+        compare_models.main(arguments(brats_dir, *both))
+    volume = arguments(brats_dir, "--recipe", "volume", "--systems", "sam2unet", "unet")
+    compare_models.main(volume)
+    report = (compared / "comparison.md").read_text()
+    assert "4 patients in 2 folds of 2, 2" in report
+    with (compared / "comparison.csv").open() as file:
+        scores = [row for row in csv.DictReader(file) if (row["system"], row["region"]) == ("unet", "WT")]
+    means = [np.mean([float(row["volume_dice"]) for row in scores if row["fold"] == fold]) for fold in "01"]
+    assert f"| U-Net | volume | {np.mean(means):.3f} | {np.std(means, ddof=1):.3f} |" in report
+    with pytest.raises(SystemExit, match="with other options: mirrors=own"):
+        compare_models.main([*volume, "--mirrors", "all"])
+    with pytest.raises(SystemExit, match="with other folds: .*--output_dir"):
+        compare_models.main([*volume, "--split_seed", "1"])
+    with pytest.raises(SystemExit, match="run with other values of learning_rate"):
+        compare_models.main([*volume, "--learning_rate", "1e-4", "unet=1e-3"])
+    note = json.loads((compared / "comparison.json").read_text())
+    note["data"]["volume"][0] = "another scan"
+    (compared / "comparison.json").write_text(json.dumps(note))
+    with pytest.raises(SystemExit, match="with other data: volume="):
+        compare_models.main(volume)
 
 
-@pytest.fixture
-def rebuilt(tmp_path, monkeypatch):
-    """Arguments of a comparison that does no work, and a function that changes a test image."""
-    folder = tmp_path / "slices"
-    for number, split in enumerate(("train", "validation", "test")):
-        for kind, value in (("images", 50 * number + 10), ("masks", 255)):
-            (folder / split / kind).mkdir(parents=True)
-            image = np.zeros((16, 16), dtype=np.uint8)
-            image[4:8] = value
-            Image.fromarray(image).save(folder / split / kind / "0.png")
-            if split == "train":  # as many as a batch takes
-                Image.fromarray(image[:, :12]).save(folder / split / kind / "1.png")
-    monkeypatch.setattr(compare_models, "measure_costs", lambda *args: {"steps": 1})
-    monkeypatch.setattr(compare_models, "run", lambda *args: None)
-    monkeypatch.setattr(compare_models, "write_report", lambda *args: None)
-
-    def rebuild():
-        path = folder / "test" / "images" / "0.png"
-        Image.open(path).rotate(90).save(path)
-
-    return arguments(str(folder), "--output_dir", str(tmp_path / "out")), rebuild
+def test_a_fold_that_was_stopped_goes_on_without_training_a_step_again(compared, brats_dir, tmp_path, monkeypatch):
+    """Training, segmenting and scoring each go on where they were."""
+    shutil.copytree(compared / "volume" / "unet", tmp_path / "volume" / "unet")
+    folder = tmp_path / "volume" / "unet" / "fold_1"
+    before = (folder / "patients.csv").read_bytes()
+    (folder / "patients.json").unlink()
+    stopped, seconds = next(iter(json.loads((folder / "seconds.json").read_text()).items()))
+    (folder / "seconds.json").write_text(json.dumps({stopped: seconds}))
+    monkeypatch.setattr(systems, "run_training", None)
+    note = json.loads((compared / "comparison.json").read_text())
+    cases = {case.case_id: case for case in find_cases(brats_dir)}
+    folds = [[cases[name] for name in fold] for fold in note["folds"].values()]
+    task = systems.Task(tmp_path, folds, ["flair"], REGIONS, "cpu", "own", None)
+    system = systems.SliceSystem("unet", "volume", task, [])
+    system.run(1, 2)
+    assert (folder / "patients.csv").read_bytes() == before
+    assert json.loads((folder / "seconds.json").read_text())[stopped] == seconds
 
 
-def test_data_rebuilt_under_the_same_name_is_refused(rebuilt, tmp_path):
-    argv, rebuild = rebuilt
-    compare_models.main([*argv, "--systems", "unet"])
-    path = tmp_path / "out" / "unet" / "arguments.json"
-    noted = path.read_text()
-    assert list(json.loads(noted)["fingerprints"]) == ["train", "validation", "test"]
-    compare_models.main([*argv, "--systems", "unet"])
-    rebuild()
-    with pytest.raises(SystemExit, match="/unet holds a run on other data: .* the split test. .* --output_dir"):
-        compare_models.main([*argv, "--systems", "resunet", "unet"])
-    # Nothing is noted of a comparison that was refused.
-    assert path.read_text() == noted
-    assert not (tmp_path / "out" / "resunet").exists()
-
-
-def test_a_comparison_that_noted_no_data_goes_on(rebuilt, tmp_path, caplog):
-    argv, rebuild = rebuilt
-    argv += ["--systems", "unet"]
-    compare_models.main(argv)
-    path = tmp_path / "out" / "unet" / "arguments.json"
-    noted = json.loads(path.read_text())
-    del noted["fingerprints"]
-    path.write_text(json.dumps(noted))
-    compare_models.main(argv)
-    assert "does not tell which data" in caplog.text
-    rebuild()
-    with pytest.raises(SystemExit, match="other data"):
-        compare_models.main(argv)
-
-
-def test_arguments_are_checked_before_data_is_read_and_measuring_checks_none(rebuilt, monkeypatch):
-    argv, _ = rebuilt
-    argv += ["--systems", "unet"]
-    compare_models.main(argv)
-
-    def never(*args):
-        raise AssertionError("slow work")
-
-    monkeypatch.setattr(compare_models, "fingerprint", never)
-    monkeypatch.setattr(compare_models, "measure", lambda *args: {})
-    compare_models.main([*argv, "--measure", "unet"])
-    monkeypatch.setattr(compare_models, "ComparisonData", never)
-    with pytest.raises(SystemExit, match="other values of image_size"):
-        compare_models.main([*argv, "--image_size", "96"])
+def test_minutes_become_steps():
+    task = systems.Task(Path("nowhere"), [], ["flair"], REGIONS, "cpu", "own", None)
+    assert systems.steps_in(0.05, 0.5) == 6
+    assert systems.steps_in(0.001, 0.5) == 1
+    assert systems.SliceSystem("unet", "volume", task, []).folder == Path("nowhere/volume/unet")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--learning_rate", "1e-4", "net=1e-3"], "--learning_rate takes one number"),
-        (["--learning_rate", "unet=1e-3"], "--learning_rate takes one number"),
-        (["--batch_size", "1"], "--batch_size must be at least 2, got 1"),
-        (["--steps", "0"], "--steps must be at least 1, got 0"),
-        (["--evaluations", "0"], "--evaluations must be at least 1, got 0"),
-        (["--image_size", "32"], "--image_size must be at least 64, got 32"),
-        (["--num_workers", "-1"], "--num_workers must be at least 0, got -1"),
-        (["--augmentation", "none", "flips"], "--augmentation takes none and strong alone, got none flips"),
+        ([], "one of the arguments --minutes --steps is required"),
+        (["--steps", "0"], "--steps must be above 0, got 0"),
+        (["--minutes", "5", "--learning_rate", "1e-4", "net=1e-3"], "--learning_rate takes one number"),
+        (["--minutes", "5", "--learning_rate", "1e-4", "1e-3"], "--learning_rate takes one number"),
+        (["--minutes", "5", "--folds", "1"], "--folds must be at least 2, got 1"),
+        (["--minutes", "5", "--fold", "3"], "--fold must be from 0 to 2, got 3"),
+        (["--minutes", "5", "--max_steps", "5"], "--max_steps is an option of run_segmentation.py"),
+        (["--minutes", "5", "--dataset_name", "slices"], "--dataset_name is an option of run_segmentation.py"),
     ],
 )
 def test_bad_options(options, message, capsys):
@@ -297,75 +317,61 @@ def test_bad_options(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_batch_larger_than_the_training_images_is_refused(rebuilt):
-    argv, _ = rebuilt
-    with pytest.raises(SystemExit, match="--batch_size 4 is more than there are training images, 2. Lower it."):
-        compare_models.main([*argv, "--batch_size", "4"])
-    assert not Path(argv[argv.index("--output_dir") + 1]).exists()
-
-
 def test_learning_rate_of_one_system():
-    args = compare_models.parse_args(["--learning_rate", "1e-4", "unet=1e-3"])
+    args, words = compare_models.parse_args(["--steps", "5", "--learning_rate", "1e-4", "unet=1e-3", "--bf16"])
     assert [compare_models.learning_rate(args, system) for system in ("unet", "resunet")] == [1e-3, 1e-4]
+    assert words == ["--bf16"]
+    args, _ = compare_models.parse_args(["--steps", "5"])
+    assert compare_models.learning_rate(args, "unet") is None
 
 
-def test_a_comparison_stopped_while_scoring_trains_no_step_again(slices, tmp_path, monkeypatch):
-    argv = arguments(slices, "--systems", "sam2unet", "--steps", "4", "--evaluations", "4")
-    args = compare_models.parse_args([*argv, "--output_dir", str(tmp_path)])
-    data = compare_models.ComparisonData(args)
-    trainer_class, folder = compare_models.Sam2UNetTrainer, tmp_path / "sam2unet" / "seed-0"
-    evaluate, training_step = trainer_class.evaluate, trainer_class.training_step
-    trained, stops = [], [True, False]
-
-    def evaluate_or_stop(self, *positional, metric_key_prefix="eval", **options):
-        if metric_key_prefix == "test" and stops.pop(0):
-            raise KeyboardInterrupt
-        # The first checkpoint is the best one.
-        found = evaluate(self, *positional, metric_key_prefix=metric_key_prefix, **options)
-        return {**found, "eval_dice": 1 / self.state.global_step} if metric_key_prefix == "eval" else found
-
-    def train_and_count(self, *positional):
-        trained.append(self.state.global_step)
-        return training_step(self, *positional)
-
-    monkeypatch.setattr(trainer_class, "evaluate", evaluate_or_stop)
-    monkeypatch.setattr(trainer_class, "training_step", train_and_count)
-    with pytest.raises(KeyboardInterrupt):
-        compare_models.run(args, data, "sam2unet", 0, 4)
-    assert trained == [0, 1, 2, 3]
-    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-4"]
-    stops.append(False)
-    compare_models.run(args, data, "sam2unet", 0, 4)
-    assert trained == [0, 1, 2, 3]
-    result = json.loads((folder / "result.json").read_text())
-    assert result["best_step"] == 1
-    assert [entry["step"] for entry in result["curve"] if "eval_dice" in entry] == [1, 2, 3, 4]
-    assert not list(folder.glob("checkpoint-*"))
+# nnU-Net
 
 
-@pytest.mark.slow
-def test_a_comparison_killed_three_times_ends_like_one_that_was_not(slices, tmp_path):
-    options = ["--systems", "sam2unet", "unet", "--steps", "8", "--evaluations", "4", "--seeds", "0", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+def test_nnunet_has_labels_without_gaps_and_regions_from_the_outermost_inward():
+    assert nnunet_files.describe_labels({"WT": [1, 2, 3]}) == {"labels": {"background": 0, "WT": 1}}
+    nested = nnunet_files.describe_labels({"ET": [3], "WT": [1, 2, 3, 4], "TC": [1, 3]})
+    assert nested["labels"] == {"background": 0, "WT": [1, 2, 3], "TC": [2, 3], "ET": 3}
+    assert nested["regions_class_order"] == [1, 2, 3]
+    assert nnunet_files.describe_labels({"A": [2], "B": [5]}) == {"labels": {"background": 0, "A": 1, "B": 2}}
 
-    def start(folder):
-        command = [sys.executable, str(EXAMPLES / "compare_models.py"), *arguments(slices, *options)]
-        log = (tmp_path / "log").open("a")
-        return subprocess.Popen([*command, "--output_dir", str(folder)], env=environment, stdout=log, stderr=log)
 
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(whole).wait() == 0
-    # While the first system trains, after its last step, and in another seed of the second system.
-    points = ("sam2unet/seed-0/checkpoint-2", "sam2unet/seed-0/checkpoint-8", "unet/seed-1/checkpoint-4")
-    for point in points:
-        process = start(killed)
-        deadline = time.monotonic() + 300
-        while not (killed / point).exists():
-            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (killed / "comparison.md").exists()
-    assert start(killed).wait() == 0
-    assert (killed / "comparison.csv").read_text() == (whole / "comparison.csv").read_text()
+def test_label_maps_go_to_nnunet_and_back(brats_dir, tmp_path):
+    regions = {"WT": [1, 2, 3], "ET": [3]}
+    (case, *others) = find_cases(brats_dir)
+    nnunet_files.write_raw(tmp_path, [case], ["t2", "flair"], regions)
+    raw = tmp_path / "raw" / nnunet_files.DATASET
+    scan = read_volume(raw / "imagesTr" / f"{case.case_id}_0001.nii.gz")
+    assert np.array_equal(scan.voxels, case.read_images(["flair"])[0].voxels)
+    found = nnunet_files.read_segmentation(raw / "labelsTr" / f"{case.case_id}.nii.gz", regions)
+    reference = case.read_mask().to_file_grid(case.read_mask().voxels)
+    for label_ids in regions.values():
+        assert np.array_equal(np.isin(found, label_ids), np.isin(reference, label_ids))
+    assert set(np.unique(found)) == {0, 1, 3}
+
+
+def test_nnunet_is_named_where_it_is_not_installed(brats_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(nnunet_files, "is_installed", lambda: False)
+    options = ["--systems", "nnunet_2d", "--recipe", "volume", "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match="nnunet_2d needs nnunetv2. Install it with"):
+        compare_models.main(arguments(brats_dir, *options))
+
+
+@pytest.mark.skipif(not nnunet_files.is_installed(), reason="needs nnunetv2")
+def test_nnunet_is_trained_and_judged_like_the_others(brats_dir, tmp_path):
+    options = ["--systems", "nnunet_2d", "--recipe", "volume", "--nnunet_memory_gb", "0.2", "--mirrors", "none"]
+    options += ["--output_dir", str(tmp_path), "--steps", "2"]
+    compare_models.main(arguments(brats_dir, *options, "--fold", "0"))
+    folder = tmp_path / "own" / "nnunet_2d"
+    splits = json.loads(
+        (tmp_path / "nnunet" / "preprocessed" / nnunet_files.DATASET / "splits_final.json").read_text()
+    )
+    names = json.loads((tmp_path / "comparison.json").read_text())["folds"]
+    assert [split["val"] for split in splits] == list(names.values())
+    rows = json.loads((folder / "fold_0" / "patients.json").read_text())["patients"]
+    assert [(row["patient"], row["region"]) for row in rows] == [(n, r) for n in names["fold_0"] for r in REGIONS]
+    checkpoint = torch.load(
+        next((tmp_path / "nnunet" / "results").rglob("checkpoint_final.pth")), weights_only=False, map_location="cpu"
+    )
+    assert checkpoint["current_epoch"] == 2
+    assert json.loads((folder / "costs.json").read_text())["steps"] == 2

@@ -17,9 +17,7 @@ from sam2unet_hf.training import augmentation
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import compare_models  # noqa: E402 - the scripts are no package
 import error_analysis  # noqa: E402
-from comparison_data import ComparisonData  # noqa: E402
 
 
 GREY = np.random.default_rng(0).integers(0, 4096, (8, 9))
@@ -142,13 +140,3 @@ def test_images_of_12_bits_from_training_to_scores(tmp_path, recwarn, caplog):
         run_segmentation.main([*scored, other, "--output_dir", str(tmp_path / "scored"), *QUICK])
     run_segmentation.main([*start, "--white_level", "65535", "--output_dir", str(tmp_path / "other_run")])
     assert Sam2UNetImageProcessor.from_pretrained(tmp_path / "other_run").white_level == 65535
-
-
-def test_a_comparison_chooses_the_level_too(tmp_path):
-    pytest.importorskip("segmentation_models_pytorch")
-    args = compare_models.parse_args(
-        ["--data", write_12_bit(tmp_path), "--image_size", "64", "--augmentation", "gamma"]
-    )
-    data = ComparisonData(args)
-    assert data.processor.white_level == 4095
-    assert data.train()[0]["pixel_values"].max() > 1

@@ -19,20 +19,21 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # that of the examples
 import bench_window
 import nibabel
+import nnunet_files
 import torch
 from bench_flops import matmul_rate
 from bench_model import PaddedEncoder, ReferenceVariant, build, forward_pass
@@ -47,7 +48,6 @@ from sam2unet_hf.volume import Sam2UNetVolumePipeline
 
 
 FAMILIES = ("ours", "compiled", "transformers", "reference", "onnxruntime", "openvino", "nnunet")
-DATASET = "Dataset001_BraTS"  # nnU-Net's rule for names
 
 
 @dataclass(frozen=True)
@@ -165,34 +165,14 @@ def volume(args: argparse.Namespace, batch_size: int, dtype: str, mirrored: bool
 
 def set_up_nnunet(folder: Path) -> None:
     """Tell nnU-Net, before it is imported, where its files lie, and how many processes and threads it may have."""
-    names = ("raw", "preprocessed", "results")
-    os.environ.update({f"nnUNet_{name}": str(folder / "nnunet" / name) for name in names})
-    os.environ["nnUNet_def_n_proc"] = str(torch.get_num_threads())
+    os.environ.update(nnunet_files.environment(folder / "nnunet"))
 
 
 def plan_nnunet(args: argparse.Namespace) -> None:
-    """Let nnU-Net plan its networks for all cases that have a mask."""
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
-
-    raw = args.folder / "nnunet" / "raw" / DATASET
-    (raw / "imagesTr").mkdir(parents=True)
-    (raw / "labelsTr").mkdir()
+    """Let nnU-Net plan its networks for all cases that have a mask, for whole tumour."""
     cases = [case for case in find_cases(args.brats_dir) if {args.modality, "seg"} <= case.files.keys()]
-    ending = "".join(cases[0].path("seg").suffixes[-2:]) if cases[0].path("seg").suffix == ".gz" else ".nii"
-    for case in cases:
-        (raw / "imagesTr" / f"{case.case_id}_0000{ending}").symlink_to(case.path(args.modality).resolve())
-        # Planning asks where the labels are above 0 alone, which is whole tumour.
-        (raw / "labelsTr" / f"{case.case_id}{ending}").symlink_to(case.path("seg").resolve())
-    dataset = {
-        "channel_names": {"0": args.modality},
-        "labels": {"background": 0, "whole tumour": 1},
-        "numTraining": len(cases),
-        "file_ending": ending,
-    }
-    (raw / "dataset.json").write_text(json.dumps(dataset))
-    with contextlib.redirect_stdout(sys.stderr):
-        extract_fingerprints([1], num_processes=torch.get_num_threads(), verbose=False, show_progress_bar=False)
-        plan_experiments([1])
+    nnunet_files.write_raw(args.folder / "nnunet", cases, [args.modality], {"WT": [1, 2, 3]})
+    nnunet_files.run_worker(args.folder / "nnunet", "cpu", "plan")
 
 
 def nnunet(args: argparse.Namespace, batch_size: int, configuration: str, mirrored: bool) -> Competitor:
@@ -201,7 +181,7 @@ def nnunet(args: argparse.Namespace, batch_size: int, configuration: str, mirror
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    plans = PlansManager(str(args.folder / "nnunet" / "preprocessed" / DATASET / "nnUNetPlans.json"))
+    plans = PlansManager(str(args.folder / "nnunet" / "preprocessed" / nnunet_files.DATASET / "nnUNetPlans.json"))
     planned = plans.get_configuration(configuration)
     torch.manual_seed(0)
     network = get_network_from_plans(
@@ -212,7 +192,7 @@ def nnunet(args: argparse.Namespace, batch_size: int, configuration: str, mirror
         output_channels=2,
         deep_supervision=False,
     )
-    dataset = json.loads((args.folder / "nnunet" / "raw" / DATASET / "dataset.json").read_text())
+    dataset = json.loads((args.folder / "nnunet" / "raw" / nnunet_files.DATASET / "dataset.json").read_text())
     with contextlib.redirect_stdout(sys.stderr):
         predictor = nnUNetPredictor(use_mirroring=mirrored, device=torch.device("cpu"), allow_tqdm=False)
     axes = tuple(range(len(planned.patch_size)))
@@ -354,10 +334,7 @@ def set_up(args: argparse.Namespace) -> None:
         if {"onnxruntime", "openvino"} & set(args.rivals) and not IMAGES["onnxruntime float32"].missing:
             export_onnx(model, args.folder / "model.onnx", image_size=(args.image_size, args.image_size))
     if args.brats_dir and "nnunet" in args.rivals and not CASE["nnU-Net 2d"].missing:
-        # nnU-Net reads its folders from the environment, of a process that is then gone.
-        options = {"initializer": set_up_nnunet, "initargs": (args.folder,)}
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), **options) as pool:
-            pool.submit(plan_nnunet, args).result()
+        plan_nnunet(args)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -55,6 +55,14 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def step_clock(device: str) -> Callable[[], float]:
+    """Return the clock for steps of a training: on a CPU with one thread that of the processor time.
+
+    It is the time of the wall where the process has a core of its own, and other processes do not change it.
+    """
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
 def time_in_turn(
     competitors: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", warmup: int = 1
 ) -> dict[str, list[float]]:

@@ -3,7 +3,7 @@
 import functools
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from sam2unet_hf import Sam2UNetConfig, Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor
 from sam2unet_hf.finetuning.arguments import (
@@ -81,6 +81,9 @@ from sam2unet_hf.training.trackers import PredictionPicturesCallback, begin_trac
 
 logger = logging.getLogger("run_segmentation")
 
+# Builds a model for regions, name -> label ids, and images of so many channels.
+ModelBuilder = Callable[[dict[str, list[int]], int], PreTrainedModel]
+
 # Suffixes of metrics that differ when the same run is repeated.
 TIMINGS = ("_runtime", "_per_second", "_preparation_time")
 
@@ -106,10 +109,18 @@ def run_training(
     data_args: DataArguments,
     training_args: SegmentationTrainingArguments,
     before_start: Callable[[], None] | None = None,
+    build_model: ModelBuilder | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, float]:
     """Train and score a model, or score it alone; return the content of `all_results.json`, in the main process.
 
-    `before_start` is called in the main process before anything is written, once data, model and Trainer exist.
+    Args:
+        model_args: Which model to start from.
+        data_args: Where images and masks come from.
+        training_args: How it is trained.
+        before_start: Called in the main process before anything is written, once data, model and Trainer exist.
+        build_model: Builds another model than SAM2-UNet, to compare both. It must have the same outputs.
+        callbacks: Of the Trainer.
     """
     output_dir = Path(training_args.output_dir)
     requested = requested_regions(model_args, data_args)
@@ -138,7 +149,7 @@ def run_training(
     set_seed(training_args.seed)
     first = images["train"] if images else cohort.images
     image_options = choose_image_options(model_args, first)
-    model, processor = load_model(model_args, regions, **image_options)
+    model, processor = load_model(model_args, regions, build_model, **image_options)
     note_scans(processor, first.image_columns, data_args, training_args)
     options = {"has_trained": not training_args.do_train, "is_sample": data_args.streaming}
     fit_white_level(processor, facts.brightest, data_args.white_level, **options)
@@ -174,6 +185,7 @@ def run_training(
             train_dataset=train_dataset,
             eval_dataset=evaluation.get("validation", evaluation.get(COHORT)),
             processing_class=processor,
+            callbacks=list(callbacks),
         )
         set_up_console(trainer, list(regions))
         if training_args.do_train:
@@ -217,6 +229,7 @@ def run_training(
         keep("train", metrics)
         start = model_args.model_name_or_path or model_args.sam2_checkpoint
         start = f"from {start}" if start else f"{model_args.preset} from scratch"
+        start = start if build_model is None else "another model"
         said += describe_training(trainer, metrics["train_runtime"], start)
     # The curves leave out the final evaluation, which belongs to an earlier epoch, that of the best checkpoint.
     history = list(trainer.state.log_history)
@@ -251,8 +264,8 @@ def run_training(
     if training_args.do_train and trainer.is_world_process_zero():
         plot_training_curve(history, output_dir / "training_curve.png")
 
-    # Model card and Hub
-    if training_args.do_train:
+    # Model card and Hub, which are of SAM2-UNet alone
+    if training_args.do_train and build_model is None:
         write_card = trainer.push_to_hub if training_args.push_to_hub else trainer.create_model_card
         write_card(**card_arguments(images, model_args, data_args, training_args, describe_split(images, data_args)))
     finish_trackers(trainer)
@@ -300,13 +313,18 @@ def note_scans(
 
 
 def load_model(
-    args: ModelArguments, regions: dict[str, list[int]], **image_options: Any
-) -> tuple[Sam2UNetForSemanticSegmentation, Sam2UNetImageProcessor]:
+    args: ModelArguments,
+    regions: dict[str, list[int]],
+    build_model: ModelBuilder | None = None,
+    **image_options: Any,
+) -> tuple[Any, Sam2UNetImageProcessor]:
     """Load or build the model and its image processor for regions, name -> label ids, and images, which must fit."""
     if args.image_size is not None:
         image_options["size"] = {"height": args.image_size, "width": args.image_size}
     with exit_on(ValueError, prefix="--head_crop_size: "):
         processor = Sam2UNetImageProcessor(regions=regions, **image_options)
+    if build_model is not None:
+        return build_model(regions, processor.num_channels), processor
     if args.model_name_or_path is not None:
         with exit_on(OSError, ValueError, prefix="--model_name_or_path: "):
             model = Sam2UNetForSemanticSegmentation.from_pretrained(args.model_name_or_path)

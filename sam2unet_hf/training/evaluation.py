@@ -5,11 +5,16 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..crop_sam2unet import crop
 from ..modeling_sam2unet import Sam2UNetForSemanticSegmentation
 from .streaming import ParquetRows, RowGroupSampler
+
+
+def computes_own_loss(model: Any) -> bool:
+    """Whether a model computes its loss from outputs as SAM2-UNet does, so that each image can have its own."""
+    return isinstance(model, PreTrainedModel) and hasattr(model, "compute_loss")
 
 
 def losses_of_images(
@@ -22,12 +27,12 @@ def losses_of_images(
 
     Args:
         model: Computes the loss.
-        outputs: Its output, with auxiliary logits.
+        outputs: Its output, with auxiliary logits if it has such.
         labels: Label maps of whole images, `(batch_size, height, width)` or a list of `(height, width)`.
         crop_boxes: Where each window lies in its image, of shape `(batch_size, 4)`; whole images by default.
     """
     masks = labels if crop_boxes is None else map(crop, labels, crop_boxes.tolist())
-    images = zip(masks, outputs.logits, *outputs.auxiliary_logits, strict=True)
+    images = zip(masks, outputs.logits, *(outputs.auxiliary_logits or ()), strict=True)
     return torch.stack([model.compute_loss([part[None] for part in image], mask[None]) for mask, *image in images])
 
 

@@ -19,7 +19,7 @@ from ..modeling_sam2unet import Sam2UNetForSemanticSegmentation
 from .averaging import AVERAGE, WeightAverage, check_averaging
 from .batch_norm import batch_norm_loader, estimate_batch_norm
 from .data import SegmentationTransform, collate, transform_of
-from .evaluation import MixedPrecision, evaluation_order, losses_of_images, reorder
+from .evaluation import MixedPrecision, computes_own_loss, evaluation_order, losses_of_images, reorder
 from .loaders import LoaderTrainer, foreground_share_of
 from .metrics import SegmentationMetrics, check_best_metric
 from .patients import find_patients
@@ -342,7 +342,7 @@ class Sam2UNetTrainer(LoaderTrainer):
         if not (self.is_in_train or self.args.bf16_full_eval or self.args.fp16_full_eval):
             self.mixed_precision.leave(model, self.accelerator)
         own_model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        if isinstance(own_model, Sam2UNetForSemanticSegmentation) and self.compute_loss_func is None:
+        if computes_own_loss(own_model) and self.compute_loss_func is None:
             inputs = send_to_device(inputs, self.args.device)
             labels, crop_boxes = inputs["labels"], inputs.get("crop_boxes")
             crops = {name: inputs[name] for name in ("pixel_mask", "crop_boxes") if name in inputs}
