@@ -240,5 +240,5 @@ def make_baseline(config: BaselineConfig) -> Baseline:
         return (MaskRCNNBaseline if config.system == "maskrcnn" else Baseline)(config)
     except ImportError as err:
         raise SystemExit(
-            f'{config.system} needs {err.name}. Install it with `pip install "sam2unet-hf[compare]"`.'
+            f'{config.system} needs {err.name}. Install it with `pip install -e ".[compare]"` in this checkout.'
         ) from err

@@ -324,8 +324,8 @@ class NNUNetSystem(System):
         """Exit if it is not installed; write its data set and let it plan, once."""
         if not nnunet_files.is_installed():
             raise SystemExit(
-                f'{self.key} needs nnunetv2. Install it with `pip install "sam2unet-hf[rivals]"`, in an environment '
-                "of its own because it needs an older timm, or leave it out of --systems."
+                f'{self.key} needs nnunetv2. Install it with `pip install -e ".[rivals]"` in this checkout, in an '
+                "environment of its own because it needs an older timm, or leave it out of --systems."
             )
         splits = self.files / "preprocessed" / nnunet_files.DATASET / "splits_final.json"
         if not splits.exists():

@@ -21,6 +21,7 @@ from .command_line import ModelParser, make_output_dir
 from .devices import default_device, device_name, fast_dtype
 from .labels_sam2unet import NUMBERINGS, check_enhancing_label
 from .lesions import measure_lesions, save_lesions
+from .model_card import counted
 from .patient_checks import describe_known_patients, describe_other_modalities, read_splits, why_implausible
 from .patient_table import PATIENT_METRICS, PatientTable, score_patient
 from .scans_sam2unet import MODALITIES, PLANES, ScanError, check_same_grid, to_grey
@@ -243,7 +244,7 @@ def main(argv: list[str] | None = None, prog: str = PROG, is_scored: bool = Fals
     except OSError as err:  # a full disk
         raise SystemExit(f"The table of patients could not be written: {err}") from err
     if written:
-        logger.info("Scores of %d patients: %s.", len(table.dice), ", ".join(map(str, written)))
+        logger.info("Scores of %s: %s.", counted(len(table.dice), "patient"), ", ".join(map(str, written)))
     if failed:
         raise SystemExit(f"{failed} of {len(cases)} cases could not be segmented or scored, see above.")
 

@@ -244,14 +244,8 @@ def rivals_of_images(tmp_path_factory):
     return args, competitor.run(), competitor.flops()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if rival.family == "compiled" else name
-        for name, rival in bench_rivals.IMAGES.items()
-        if name != "ours float32"
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in bench_rivals.IMAGES if name != "ours float32"])
 def test_rivals_compute_the_same_masks_of_the_same_images(name, rivals_of_images):
     rival = bench_rivals.IMAGES[name]
     if rival.missing:
@@ -274,6 +268,7 @@ def brats_dir(tmp_path):
     return write_phantom_cohort(tmp_path / "brats", 3, (40, 40, 26))
 
 
+@pytest.mark.slow
 def test_rival_benchmark_leaves_out_by_name_what_is_not_installed(brats_dir, tmp_path, monkeypatch):
     fork_instead_of_spawn(monkeypatch)
     find_spec = importlib.util.find_spec

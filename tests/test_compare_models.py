@@ -60,7 +60,11 @@ def test_baseline_gives_one_channel_per_region_at_the_size_of_the_input(system):
     assert output.loss.isfinite()
 
 
-@pytest.mark.parametrize("system", ["sam2unet", *BASELINES])
+# A step of Mask R-CNN takes ten times as long.
+@pytest.mark.parametrize(
+    "system",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "maskrcnn")) for name in ["sam2unet", *BASELINES]],
+)
 def test_loss_falls_where_the_image_shows_the_region(system):
     torch.manual_seed(0)
     if system == "sam2unet":

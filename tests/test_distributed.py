@@ -165,6 +165,7 @@ def test_two_processes_score_as_one_does_to_the_last_bit(torchrun, arguments, tm
     assert scores == scores_of(tmp_path)
 
 
+@pytest.mark.slow
 def test_accelerate_launch_resumes_and_ends_as_torchrun(torchrun, folder, arguments, start):
     output_dir, _ = torchrun
     checkpoint = ["--resume_from_checkpoint", output_dir / "checkpoint-3"]

@@ -318,9 +318,11 @@ def test_scans_are_trained_by_the_recipe_for_volumes_and_options_win(monkeypatch
 )
 def test_volumes_are_trained_in_bfloat16_on_devices_that_have_it(monkeypatch, tmp_path, devices, options, expected):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("arguments.default_device", lambda: "cuda")
-    monkeypatch.setattr("arguments.has_bfloat16", devices.__contains__)
-    monkeypatch.setattr("arguments.choose_num_workers", lambda device: 3 if device == "cuda" else 0)
+    for module in ("arguments", "parsing"):
+        monkeypatch.setattr(f"sam2unet_hf.finetuning.{module}.default_device", lambda: "cuda")
+    monkeypatch.setattr("sam2unet_hf.finetuning.parsing.has_bfloat16", devices.__contains__)
+    workers = {"cuda": 3, "cpu": 0}.get
+    monkeypatch.setattr("sam2unet_hf.finetuning.parsing.choose_num_workers", workers)
     *_, args = parse_arguments(options)
     assert args.bf16 is expected
     assert args.dataloader_num_workers == (0 if "--use_cpu" in options else 3)
