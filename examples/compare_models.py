@@ -23,7 +23,7 @@ import transformers
 from comparison_report import write_report
 from datasets import concatenate_datasets
 from filelock import FileLock
-from systems import CONFIGURATIONS, SYSTEMS, NNUNetSystem, SliceSystem, System, Task
+from systems import CONFIGURATIONS, OPTIONS_OF_FOLDS, SYSTEMS, NNUNetSystem, SliceSystem, System, Task
 
 from sam2unet_hf.cases_sam2unet import find_cases
 from sam2unet_hf.finetuning.data_sources import (
@@ -49,7 +49,7 @@ DEFAULTS = {
     "paper": ["--slices", "tumor", "--min_tumor_pixels", "20", "--per_device_train_batch_size", "4"],
 }
 # Options of `run_segmentation.py` that a comparison sets itself.
-OWN_OPTIONS = ("max_steps", "num_train_epochs", "eval_strategy", "save_strategy", "save_steps", "do_train", "test_dir")
+OWN_OPTIONS = ("max_steps", "num_train_epochs", "save_steps", *OPTIONS_OF_FOLDS, "do_train", "test_dir", "streaming")
 OWN_OPTIONS += ("dataset_name", "model_name_or_path", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub")
 
 
@@ -191,6 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     systems = make_systems(args, by_recipe, task)
     names = ("minutes", "steps", "weights", "mirrors", "nnunet_memory_gb")
     record["options"] = {name: getattr(args, name) for name in names} | {"regions": task.regions}
+    record["options"]["device"] = task.device  # for which steps were timed
     # Several processes may each run a part of the same comparison.
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(args.output_dir / ".lock"):

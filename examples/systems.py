@@ -63,6 +63,15 @@ SYSTEMS = {
     "nnunet_2d": Facts("nnU-Net 2-D"),
     "nnunet_3d": Facts("nnU-Net 3-D"),
 }
+# Options of `run_segmentation.py` that are the same for all folds.
+OPTIONS_OF_FOLDS = {
+    "eval_strategy": "no",  # no patient chooses a checkpoint
+    "load_best_model_at_end": "false",
+    "save_strategy": "steps",
+    "save_total_limit": 1,
+    "dataloader_drop_last": "true",  # DeepLabV3 trains on no single image
+    "report_to": "none",
+}
 CONFIGURATIONS = {"nnunet_2d": "2d", "nnunet_3d": "3d_fullres"}
 
 
@@ -76,7 +85,8 @@ class Task:
         modalities: Those of the scans that are seen.
         regions: What is segmented, region name -> label ids.
         device: `"cpu"` or `"cuda"`.
-        mirrors: `"all"` average over mirror images, `"none"` do, or nnU-Net alone as it does by itself, `"own"`.
+        mirrors: `"all"`: all systems average over mirror images; `"none"`: no system does; `"own"`: nnU-Net alone
+            does, as by itself.
         memory_gb: What nnU-Net's planner may use, by default as much as it takes by itself.
     """
 
@@ -231,13 +241,10 @@ class SliceSystem(System):
 
     def arguments(self, fold: int, steps: int, folder: Path | None = None) -> tuple[Any, Any, Any]:
         """Return the arguments of the run of a fold, as its command line would give them."""
-        words = [*self.words, "--fold", str(fold), "--max_steps", str(steps)]
-        words += ["--output_dir", str(folder or self.fold_folder(fold))]
-        words += ["--eval_strategy", "no", "--load_best_model_at_end", "false"]  # no patient chooses a checkpoint
-        words += ["--save_strategy", "steps", "--save_steps", str(max(1, steps // CHECKPOINTS))]
-        words += ["--save_total_limit", "1", "--dataloader_drop_last", "true"]  # DeepLabV3 trains on no single image
-        words += ["--report_to", "none"]
-        arguments = parse_arguments(words)
+        every = max(1, steps // CHECKPOINTS)
+        own = {"fold": fold, "max_steps": steps, "output_dir": folder or self.fold_folder(fold), "save_steps": every}
+        words = [f"--{name}={value}" for name, value in (own | OPTIONS_OF_FOLDS).items()]
+        arguments = parse_arguments([*self.words, *words])
         args = arguments[-1]
         args.warmup_steps = min(args.warmup_steps, steps // 5)
         return arguments

@@ -60,7 +60,7 @@ def describe_commands() -> str:
             "sam2unet COMMAND --help lists the options of a command. A first try, in about ten minutes:",
             "  sam2unet train                          # on the phantom, into runs/phantom",
             "  sam2unet phantom --output_dir phantom   # the same scans as files",
-            "  sam2unet score runs/phantom phantom -o segmentations",
+            "  sam2unet score runs/phantom phantom/Phantom_001 -o segmentations   # a test patient of that run",
             "  sam2unet info runs/phantom",
             "",
         ]
@@ -76,7 +76,9 @@ def why_unknown(name: str) -> str:
 
 
 def requirements_like(package: str) -> list[str]:
-    """Return what the extra needs that a package is of, as `pip install` takes it; nothing if it is of none."""
+    """Return the requirements of the extra that a package belongs to, as `pip install` takes them."""
+    if not package:
+        return []
     try:
         lines = metadata.requires("sam2unet-hf") or []
     except metadata.PackageNotFoundError:  # a checkout that is not installed

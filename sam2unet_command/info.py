@@ -24,9 +24,13 @@ def make_finder(model: str) -> Finder:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         return lambda file: None
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     def find(file: str) -> Path | None:
-        path = try_to_load_from_cache(model, file)
+        try:
+            path = try_to_load_from_cache(model, file)
+        except HFValidationError:  # a mistyped path, such as `../runs`
+            return None
         return Path(path) if isinstance(path, str) else None
 
     return find
@@ -64,9 +68,15 @@ def read_card_scores(find: Finder) -> dict[str, float]:
     if (path := find("README.md")) is None:
         return {}
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
+    try:
+        results = ModelCard.load(path).data.eval_results or []
+    except (TypeError, ValueError, YAMLError) as err:
+        reason = " ".join(str(err).split())
+        raise ValueError(f"{path} has a damaged header: {reason}. Write it anew by `sam2unet card`.") from err
     scores = {}
-    for result in ModelCard.load(path).data.eval_results or []:
+    for result in results:
         region = (result.metric_name or "").partition(", ")[2]
         scores["_".join(filter(None, (result.dataset_split, result.metric_type, region)))] = result.metric_value
     return scores
@@ -96,6 +106,8 @@ def describe_model(model: str) -> dict[str, Any]:
         raise FileNotFoundError(why_missing(model))
     if config.get("model_type") != "sam2unet":
         raise ValueError(f"{model} holds a model of type {config.get('model_type')!r}, not a SAM2-UNet. Name another.")
+    if (backbone := config.get("backbone_config")) is None or (regions := config.get("regions")) is None:
+        raise ValueError(f"{find(part + CONFIG)} lacks `backbone_config` or `regions`. Write or download it again.")
     processor, record = read_json(find, f"{part}{PROCESSOR}"), read_json(find, f"{part}run.json")
     options = record.get("arguments", {})
     size = {name: processor.get(name) for name in ("head_crop_size", "head_crop_scale")}
@@ -104,10 +116,10 @@ def describe_model(model: str) -> dict[str, Any]:
     return {
         "model": model,
         "members": members,
-        "preset": find_preset(config["backbone_config"]),
-        "regions": dict(config["regions"]),
+        "preset": find_preset(backbone),
+        "regions": dict(regions),
         "input": {
-            "channels": config["backbone_config"].get("num_channels", 3),
+            "channels": backbone.get("num_channels", 3),
             **{name: processor.get(name) for name in ("modalities", "neighbours", "plane")},
             **size,
         },
@@ -174,7 +186,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "sam2unet info") -> None
     args = parser.parse_args(argv)
     try:
         facts = describe_model(args.model)
-    except (KeyError, OSError, ValueError) as err:
-        reason = f"{args.model}: {CONFIG} lacks {err}" if isinstance(err, KeyError) else str(err)
-        raise SystemExit(reason) from err
+    except (OSError, ValueError) as err:
+        raise SystemExit(str(err)) from err
     sys.stdout.write((json.dumps(facts, indent=2) if args.json else as_text(facts)) + "\n")

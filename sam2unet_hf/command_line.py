@@ -11,7 +11,7 @@ class HelpAll(argparse.Action):
     """Print the help with the rare options of a [`CommandParser`], and end the command."""
 
     def __call__(self, parser: Any, *args: Any, **kwargs: Any):
-        """Do so."""
+        """Show the rare options in the help that is printed."""
         for action, text in parser.rare:
             action.help = text
         parser.print_help()

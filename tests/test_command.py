@@ -136,7 +136,11 @@ def test_the_size_of_an_encoder_is_told(preset):
         ({}, "holds no model: there is neither config.json nor ensemble.json"),
         ({"config.json": "{"}, r"config.json cannot be read: .*download it again"),
         ({"config.json": '{"model_type": "bert"}'}, "a model of type 'bert', not a SAM2-UNet"),
-        ({"config.json": '{"model_type": "sam2unet"}'}, "config.json lacks 'backbone_config'"),
+        ({"config.json": '{"model_type": "sam2unet"}'}, "config.json lacks `backbone_config`"),
+        (
+            {"config.json": small_config(regions=BRATS_REGIONS).to_json_string(), "README.md": "---\n{\n---\n"},
+            r"README.md has a damaged header: .*Write it anew by `sam2unet card`",
+        ),
     ],
 )
 def test_what_is_no_model_is_told(files, match, tmp_path):
@@ -146,9 +150,13 @@ def test_what_is_no_model_is_told(files, match, tmp_path):
         main(["info", str(tmp_path)])
 
 
-def test_a_mistyped_model_or_command_is_answered_by_what_was_meant(folder, capsys):
+def test_a_mistyped_model_or_command_is_answered_by_what_was_meant(folder, capsys, monkeypatch):
     with pytest.raises(SystemExit, match=r"no folder .*phantm.*Did you mean .*phantom\?"):
         main(["info", str(folder.with_name("phantm"))])
+    monkeypatch.chdir(folder.parent)
+    for typed in ("phantom-", "../phantom", f"../{folder.parent.name}/phantm"):  # no names of the Hub either
+        with pytest.raises(SystemExit, match="There is no folder"):
+            main(["info", typed])
     for name, meant in (("trian", "train"), ("predict", "segment"), ("Score", "score")):
         with pytest.raises(SystemExit) as end:
             main([name])
@@ -185,7 +193,7 @@ def test_a_missing_package_is_named_with_those_that_come_with_it(monkeypatch):
     lines = ["torch>=2.10", "accelerate>=1.10; extra == 'examples'", 'matplotlib>=3.9; extra == "examples"']
     monkeypatch.setattr("importlib.metadata.requires", lambda name: lines)
     assert requirements_like("matplotlib") == ["accelerate>=1.10", "matplotlib>=3.9"]
-    assert requirements_like("torch") == requirements_like("math") == []
+    assert requirements_like("torch") == requirements_like("math") == requirements_like("") == []
 
     def fail(module):
         raise ModuleNotFoundError("No module named 'accelerate'", name="accelerate.utils")

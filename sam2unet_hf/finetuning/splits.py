@@ -13,7 +13,7 @@ from sam2unet_hf.finetuning.image_folders import SPLITS
 from sam2unet_hf.model_card import counted
 
 
-logger = logging.getLogger("data_sources")
+logger = logging.getLogger("splits")
 
 
 def named_splits(data: DataSplits) -> dict[str, Any]:
