@@ -332,7 +332,7 @@ def test_rows_that_cannot_be_drawn_are_refused(tmp_path):
     for rows in (trainer.eval_dataset.with_transform(None), [1, 2]):
         with pytest.raises(ValueError, match="`rows` must be `ImageRows` with masks and a `SegmentationTransform`"):
             PredictionPicturesCallback(trainer, rows)
-    with pytest.raises(ValueError, match="`count` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`count` must be at least 1, got 0. Leave the callback out"):
         PredictionPicturesCallback(trainer, count=0)
     assert image_to_show(trainer.eval_dataset.with_transform(None)[0]["image"], ["flair"]).shape == (SIZE, SIZE)
 

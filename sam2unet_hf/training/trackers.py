@@ -113,7 +113,7 @@ class PredictionPicturesCallback(TrainerCallback):
                 "Pass the validation images as `ImageRows(...).with_transform(SegmentationTransform(...))`."
             )
         if count < 1:
-            raise ValueError(f"`count` must be at least 1, got {count}.")
+            raise ValueError(f"`count` must be at least 1, got {count}. Leave the callback out for no pictures.")
         self.trainer = trainer
         self.transform = transform
         self.rows = rows.with_transform(None)
