@@ -646,18 +646,26 @@ def test_cli_card_states_facts(brats_dir, tmp_path):
 
 
 def test_cli_card_has_statistics_of_each_split(brats_dir, tmp_path):
+    mask = np.zeros(SHAPE, np.uint8)  # large enough for volumes that one digit after the point tells apart
+    mask[1:7, 1:8, 2] = mask[1:7, 1:4, 3] = 2
+    mask[1:7, 1:3, 2], mask[1:7, 3, 2] = 1, 4
+    for path in brats_dir.rglob("*_seg.nii.gz"):
+        save(path, mask)
     run(brats_dir, tmp_path / "out", "--slices", "all")
     lines = DatasetCard.load(tmp_path / "out" / "README.md").text.split("## Statistics")[1].splitlines()
     table = {cells[1]: cells[2:-1] for line in lines if len(cells := [cell.strip() for cell in line.split("|")]) > 2}
     splits = datasets.load_dataset(str(tmp_path / "out"))
     assert table[""] == list(splits) == ["train", "validation", "test"]
-    # Two of five slices show tumour: 4 voxels, of which NCR/NET and ET are 2, and 1 voxel; a voxel has 9 mm3.
+    # Two of five slices show tumour: 42 voxels, of which 12 are NCR/NET and 6 ET, and 18 voxels.
+    voxel_ml = np.prod([1.5, 2.0, 3.0]) / 1000
+    volumes = {"whole tumour": "0.5", "tumour core": "0.2", "enhancing tumour": "0.1"}
+    assert list(volumes.values()) == [f"{voxels * voxel_ml:.1f}" for voxels in (60, 18, 6)]
     expected = {
         "share of slices with tumour": "40%",
-        "whole tumour (pixels in a slice that shows it)": "2 (1 to 4)",
-        "whole tumour (ml)": "0.0",
-        "tumour core (pixels in a slice that shows it)": "2",
-        "enhancing tumour (pixels in a slice that shows it)": "1",
+        "whole tumour (pixels in a slice that shows it)": "30 (18 to 42)",
+        **{f"{name} (ml)": volume for name, volume in volumes.items()},
+        "tumour core (pixels in a slice that shows it)": "18",
+        "enhancing tumour (pixels in a slice that shows it)": "6",
         "width of the head (pixels)": "6",
         "height of the head (pixels)": "9",
         "voxels from left to right (mm)": "1.50",
@@ -668,7 +676,7 @@ def test_cli_card_has_statistics_of_each_split(brats_dir, tmp_path):
         assert table[name] == [value] * 3, name
     for name in ("t1", "flair"):
         for value, rows in zip(table[f"`{name}`, mean grey value of the head"], splits.values(), strict=True):
-            slices = [np.asarray(row[name]) for row in rows if row["wt_pixels"] == 4]
+            slices = [np.asarray(row[name]) for row in rows if row["wt_pixels"] == 42]
             means = sorted(pixels[pixels > 0].mean() for pixels in slices)
             median = statistics.median(means)
             assert value in (f"{median:.0f}", f"{median:.0f} ({means[0]:.0f} to {means[-1]:.0f})")

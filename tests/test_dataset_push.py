@@ -117,9 +117,14 @@ def push_options(cohort, *options, repo=REPO, output_dir="out"):
 
 def run_pushes(hub, folder, *calls):
     """What each push ends with: `None`, or a message on one line or more that stands for a traceback."""
+    return run_pushes_and_read(hub, folder, *calls)[0]
+
+
+def run_pushes_and_read(hub, folder, *calls):
+    """What each push ends with, and what all of them wrote to the console."""
     calls = [{"token": "hf_write", "endpoint": hub.url, **call} for call in calls]
     done = run(hub, folder, ["-c", PUSHES], checkout=True, typed=json.dumps(calls))
-    return json.loads(done.stdout)
+    return json.loads(done.stdout), done.stderr
 
 
 def columns(dataset):
@@ -216,7 +221,12 @@ def test_a_push_replaces_the_data_of_a_repository_and_public_scans_go_to_any(hub
     repos = ["new", "tester/public", "tester/private"]  # without a namespace: the user's own
     calls = [{"arguments": push_options(cohort, "--public", repo=repo, output_dir=repo)} for repo in repos]
     again = push_options(cohort, "--plane", "coronal", "--show_slices", repo="tester/private", output_dir="again")
-    assert run_pushes(hub, tmp_path / "push", *calls, {"arguments": again}) == [None] * 4
+    ends, console = run_pushes_and_read(hub, tmp_path / "push", *calls, {"arguments": again})
+    assert ends == [None] * 4
+    # The commit before still has the picture; the last push found none, for the third had replaced it.
+    warned = re.findall(rf"The history of (\S+) still holds the `{CARD_PICTURE}` of an earlier push", console)
+    assert warned == ["tester/public", "tester/private"]
+    assert 'HfApi().super_squash_history("tester/private", repo_type="dataset")' in console
 
     found = {name: repo.private for (_, name), repo in hub.repos.items()}
     assert found == {"tester/public": False, "tester/private": True, "tester/new": False}

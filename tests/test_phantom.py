@@ -135,8 +135,9 @@ def test_make_phantom_case_at_another_time_has_another_tumour_in_the_same_brain(
     heads = [drawn["t1"] > 0 for drawn in (earlier, case)]
     assert np.count_nonzero(heads[0] != heads[1]) < 0.1 * np.count_nonzero(heads[1])
     assert np.count_nonzero((earlier["seg"] > 0) & (case["seg"] > 0)) > 0.7 * sizes[0]
-    with pytest.raises(ValueError, match="`tumour_growth` must be above 0, got 0"):
-        make_phantom_case(7, SMALL_SHAPE, tumour_growth=0)
+    for growth in (0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"`tumour_growth` must be a finite number above 0, got {growth}"):
+            make_phantom_case(7, SMALL_SHAPE, tumour_growth=growth)
 
 
 def test_make_phantom_case_is_skull_stripped(cases):

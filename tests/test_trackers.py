@@ -25,7 +25,7 @@ from sam2unet_hf.finetuning.provenance import name_for_trackers
 from sam2unet_hf.overlays import COLOURS, GAP, draw_outlines, image_to_show, side_by_side, stacked, to_rgb
 from sam2unet_hf.patient_table import PatientTable
 from sam2unet_hf.training import ImageRows, PredictionPicturesCallback, Sam2UNetTrainer, SegmentationTransform
-from sam2unet_hf.training.trackers import begin_trackers, choose_rows, finish_trackers, log_patients
+from sam2unet_hf.training.trackers import begin_trackers, choose_rows, find_trackers, finish_trackers, log_patients
 
 
 SIZE = 64  # pixels; pictures of it are enlarged four times
@@ -145,7 +145,7 @@ def test_a_run_in_tensorboard_and_trackio_goes_on_under_its_name(trackio, tmp_pa
     def run(checkpoint=None):
         trainer = make_trainer(tmp_path / "run", ["tensorboard", "trackio"])
         begin_trackers(trainer, "tumour 1", checkpoint)
-        trainer.add_callback(PredictionPicturesCallback(trainer, count=3))
+        trainer.add_callback(PredictionPicturesCallback(trainer, count=3, share=True))
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.evaluate()
         table = PatientTable()
@@ -286,22 +286,45 @@ def test_wandb_gets_pictures_only_if_they_may_leave_the_machine(wandb, tmp_path,
         np.testing.assert_array_equal(pictures[0]["eval/prediction_1"].pixels, expected_picture(trainer, 1))
 
 
-def test_a_push_does_not_publish_a_trackio_project_that_holds_pictures(trackio, tmp_path):
-    trainer = make_trainer(tmp_path, "trackio")
-    assert trainer.args.trackio_static_space_id is None  # transformers would make a public Space of the project
-    PredictionPicturesCallback(trainer, share=True)
-    assert trainer.args.trackio_static_space_id is None
-    PredictionPicturesCallback(trainer)
-    assert trainer.args.trackio_static_space_id is False
-    # Whoever names a Space has the scores there, and no pictures.
-    for options, variables in (({"trackio_static_space_id": "me/scores"}, {}), ({}, {"server": "https://x.hf.space"})):
-        trainer = make_trainer(tmp_path, "trackio", **options)
-        callback = PredictionPicturesCallback(trainer)
-        token = trackio.client.context_vars.current_server.set(variables.get("server"))
-        trainer.state.is_world_process_zero = True
-        callback.draw = lambda: pytest.fail("nobody looks at it")
-        callback.on_evaluate(trainer.args, trainer.state, trainer.control, metrics={"eval_loss": 1.0})
-        trackio.client.context_vars.current_server.reset(token)
+def test_a_push_does_not_publish_a_trackio_project_that_holds_pictures(trackio, tmp_path, monkeypatch):
+    synced = []
+
+    def sync(project, space_id, **options):
+        """Note what a Space would get: all that lies in the project."""
+        synced.append((space_id, trackio.storage.get_logs(project, "a"), trackio.storage.get_logs(project, "b")))
+        return space_id
+
+    monkeypatch.setattr(trackio.client, "sync", sync)
+
+    def run(name, share=False, **options):
+        trainer = make_trainer(
+            tmp_path / name, "trackio", project="patients", eval_steps=1, save_strategy="no", max_steps=1, **options
+        )
+        begin_trackers(trainer, name)
+        trainer.add_callback(PredictionPicturesCallback(trainer, count=1, share=share))
+        trainer.train()
+        trackio.client.context_vars.current_project.set("patients")  # as it is until the run ends
+        callback = find_trackers(trainer).trackio
+        callback.on_push_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+        finish_trackers(trainer)
+        return trainer
+
+    # A run that shares nothing, then one on the same project whose scores are to be published.
+    assert run("a").args.trackio_static_space_id is False  # transformers would make a public Space of the project
+    assert synced == []
+    run("b", trackio_static_space_id="me/scores")
+    ((space, *logs),) = synced
+    assert space == "me/scores"
+    assert not [key for log in logs for entry in log for key in entry if "prediction" in key]
+    assert not list(Path(os.environ["TRACKIO_DIR"], "media").glob("patients/**/*.*"))
+    for log in logs:
+        assert [entry for entry in log if "eval/dice" in entry]
+
+    # Pictures that may be shared do not make a Space of what other runs logged.
+    assert run("c", share=True).args.trackio_static_space_id is False
+    assert len(synced) == 1
+    assert [entry for entry in trackio.storage.get_logs("patients", "c") if "eval/prediction_1" in entry]
+    assert list(Path(os.environ["TRACKIO_DIR"], "media").glob("patients/**/*.*"))
 
 
 def test_rows_that_cannot_be_drawn_are_refused(tmp_path):
@@ -309,7 +332,7 @@ def test_rows_that_cannot_be_drawn_are_refused(tmp_path):
     for rows in (trainer.eval_dataset.with_transform(None), [1, 2]):
         with pytest.raises(ValueError, match="`rows` must be `ImageRows` with masks and a `SegmentationTransform`"):
             PredictionPicturesCallback(trainer, rows)
-    with pytest.raises(ValueError, match="`count` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`count` must be at least 1, got 0. Leave the callback out"):
         PredictionPicturesCallback(trainer, count=0)
     assert image_to_show(trainer.eval_dataset.with_transform(None)[0]["image"], ["flair"]).shape == (SIZE, SIZE)
 

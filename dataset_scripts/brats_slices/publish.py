@@ -52,7 +52,7 @@ PHANTOM_TERMS = {
     "terms": "No scan is of a person: `dataset_scripts.phantom` drew them, and they may be passed on.",
 }
 CARD_PICTURE = "card_slices.png"
-# What a push replaces, so that no picture of an earlier one stays in the repository.
+# What a push replaces, so that the repository shows nothing of an earlier one. Its history keeps all of it.
 REPLACED = ["data/*", CARD_PICTURE]
 PICTURE_TEXT = """## Slices
 
@@ -233,14 +233,25 @@ def prepare_repository(repo_id: str, public: bool) -> huggingface_hub.RepoUrl:
 
 
 def push_dataset(folder: Path, repo_id: str, public: bool) -> None:
-    """Upload what `write_dataset` wrote, in place of the data that is in the repository."""
+    """Upload what `write_dataset` wrote, in place of the data that is in the repository.
+
+    The history of the repository keeps what was replaced, so a warning names the remedy if there was a picture.
+    """
+    api = huggingface_hub.HfApi()
     try:
-        huggingface_hub.HfApi().upload_folder(
-            repo_id=repo_id, repo_type="dataset", folder_path=folder, delete_patterns=REPLACED
-        )
+        had_picture = api.file_exists(repo_id, CARD_PICTURE, repo_type="dataset")
+        api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder, delete_patterns=REPLACED)
     except (RuntimeError, ValueError, OSError, HTTPError) as err:
         command = upload_command(folder, repo_id, public)
         raise OSError(f"{err}\nThe data set is complete in `{folder}`. To upload it: {command}") from err
+    if had_picture:
+        logger.warning(
+            "The history of %s still holds the `%s` of an earlier push. If it shows patients, delete the repository, "
+            'or its history: huggingface_hub.HfApi().super_squash_history("%s", repo_type="dataset")',
+            repo_id,
+            CARD_PICTURE,
+            repo_id,
+        )
 
 
 def upload_command(folder: Path, repo_id: str, public: bool) -> str:

@@ -1,5 +1,6 @@
 """A cohort of made-up brain tumour scans in the layout of BraTS 2020."""
 
+import math
 import re
 import tempfile
 from collections.abc import Sequence
@@ -72,17 +73,19 @@ def make_phantom_case(
         seed: Anything `numpy.random.default_rng` takes; equal seeds give equal patients. The anatomy does not depend
             on `shape`, only its sampling and the noise do.
         shape: Voxels to the left, to the back and up. The voxels are cubes of `240 / shape[0]` mm.
-        tumour_growth: Factor on the volume of the tumour, above 0, to draw the same patient at another time.
+        tumour_growth: Finite factor on the volume of the tumour, above 0, to draw the same patient at another time.
 
     Returns:
         `t1`, `t1ce`, `t2`, `flair` (0 outside the brain, positive inside) and `seg` (0 background, 1 necrotic and
         non-enhancing core, 2 oedema, 4 enhancing tumour), all int16 of shape `shape`.
 
     Raises:
-        ValueError: If the brain does not fit into `shape`, or `tumour_growth` is not above 0.
+        ValueError: If the brain does not fit into `shape`, or `tumour_growth` is not finite and above 0.
     """
-    if not tumour_growth > 0:
-        raise ValueError(f"`tumour_growth` must be above 0, got {tumour_growth}.")
+    if not (math.isfinite(tumour_growth) and tumour_growth > 0):
+        raise ValueError(
+            f"`tumour_growth` must be a finite number above 0, got {tumour_growth}. Pass 1.0 for the tumour as it is."
+        )
     voxel_mm = _voxel_size_mm(shape)
     rng = np.random.default_rng(seed)
     side = rng.choice([-1, 1])

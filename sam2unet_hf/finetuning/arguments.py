@@ -207,7 +207,7 @@ class SegmentationTrainingArguments(TrainingArguments):
     share_predictions: bool = option(
         False,
         "Show predictions.png, and with it images of your data, in the model card, upload it with --push_to_hub, and "
-        "let W&B and Spaces of trackio have pictures. Those of the phantom are always shown.",
+        "let W&B and trackio have pictures. Those of the phantom are always shown.",
     )
     license: str | None = option(None, "Licence of the weights for the model card, as the Hub names it.")
     overwrite_output_dir: bool = option(False, "Replace the run in the output folder.")

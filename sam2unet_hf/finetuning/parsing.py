@@ -81,7 +81,8 @@ def parse_arguments(
     parser.set_defaults(recipe=recipe, dataloader_num_workers=choose_num_workers(device), **defaults)
     name = to_file_name("phantom" if source is None else name_of_source(source), separator="-")
     kind = "-folds" if given.folds is not None else "" if given.do_train else "-evaluation"
-    # A project of trackio is published as a whole, so each data set has its own.
+    # A project of trackio is published as a whole, so each data set has its own. Data sets in folders of the same name
+    # share one, which therefore holds no pictures of patients unless they may be shared.
     parser.set_defaults(output_dir=f"runs/{name}{kind}", project=f"sam2unet-{name}")
     if given.folds is not None:  # the patients that a fold is scored on must not choose its epoch
         parser.set_defaults(load_best_model_at_end=False)

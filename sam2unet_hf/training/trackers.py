@@ -61,6 +61,18 @@ def choose_rows(rows: ImageRows, count: int) -> list[int]:
     return choose_slices(list(map(str, case_ids)), tumour, count)
 
 
+def keep_trackio_private(trainer: Trainer) -> None:
+    """Keep transformers from publishing a trackio project with a push of the model, unless a Space is named for it.
+
+    The project may hold what other runs logged to it, which nobody wanted to publish with this model.
+
+    Args:
+        trainer: Its `trackio_static_space_id` becomes false where it is `None`, if it reports to trackio.
+    """
+    if find_trackers(trainer).trackio is not None and trainer.args.trackio_static_space_id is None:
+        trainer.args.trackio_static_space_id = False
+
+
 class PredictionPicturesCallback(TrainerCallback):
     """Sends pictures of a few validation images to TensorBoard, trackio and W&B after each evaluation.
 
@@ -70,14 +82,16 @@ class PredictionPicturesCallback(TrainerCallback):
     The main process alone predicts, by the model as it was scored, and no other process waits for it but for the next
     step of training. With FSDP and DeepSpeed, where a process holds a part of the weights, there are no pictures.
 
-    Pictures of patients stay on this machine unless `share` is true: without it W&B and Spaces of trackio get none,
-    and a push to the Hub does not publish the trackio project that holds them, as transformers would.
+    Pictures of patients stay on this machine unless `share` is true: without it W&B and trackio get none, a local
+    project of trackio neither, because trackio publishes a project as a whole, with the pictures of all its runs. A
+    push of the model publishes no trackio project, as transformers would, unless `trackio_static_space_id` names a
+    Space for it.
 
     Args:
         trainer: The Trainer; the callback is added by `trainer.add_callback`.
         rows: Validation images with masks and a [`SegmentationTransform`]; by default those of the Trainer.
         count: How many of them.
-        share: Whether the pictures may leave this machine.
+        share: Whether the pictures may leave this machine. Without it TensorBoard alone gets them.
 
     Raises:
         ValueError: If the rows are no [`ImageRows`] with masks and transform, or `count` is not positive.
@@ -99,25 +113,17 @@ class PredictionPicturesCallback(TrainerCallback):
                 "Pass the validation images as `ImageRows(...).with_transform(SegmentationTransform(...))`."
             )
         if count < 1:
-            raise ValueError(f"`count` must be at least 1, got {count}.")
+            raise ValueError(f"`count` must be at least 1, got {count}. Leave the callback out for no pictures.")
         self.trainer = trainer
         self.transform = transform
         self.rows = rows.with_transform(None)
         self.numbers = choose_rows(rows, count)
         self.share = share
         self._drawn: tuple[int, bool] | None = None
-        self._keep_trackio_private()
+        keep_trackio_private(trainer)
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             logger.warning("Trackers get no pictures, because each process holds a part of the weights.")
             self.numbers = []
-
-    def _keep_trackio_private(self) -> None:
-        """Keep transformers from publishing a trackio project with pictures that are not to be shared."""
-        args = self.trainer.args
-        if self.share or find_trackers(self.trainer).trackio is None:
-            return
-        if args.trackio_static_space_id is None:
-            args.trackio_static_space_id = False
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any):
         """Draw and send the pictures, unless another data set than the validation images was scored."""
@@ -166,18 +172,11 @@ class PredictionPicturesCallback(TrainerCallback):
         senders: list[Callable[[Sequence[np.ndarray], int], None]] = []
         if tensorboard is not None and (self.share or "://" not in str(tensorboard.logging_dir)):
             senders.append(self._send_to_tensorboard)
-        if trackio is not None and (self.share or not self._is_trackio_shared()):
+        if trackio is not None and self.share:
             senders.append(self._send_to_trackio)
         if wandb is not None and self.share:
             senders.append(self._send_to_wandb)
         return senders
-
-    def _is_trackio_shared(self) -> bool:
-        """Whether what trackio gets leaves this machine, at once or when the model is pushed."""
-        import trackio
-
-        is_remote = trackio.context_vars.current_server.get() is not None
-        return is_remote or self.trainer.args.trackio_static_space_id is not False
 
     def _send_to_tensorboard(self, pictures: Sequence[np.ndarray], step: int) -> None:
         writer = cast("Any", find_trackers(self.trainer).tensorboard).tb_writer
@@ -208,7 +207,8 @@ def begin_trackers(trainer: Trainer, name: str, checkpoint: str | None = None) -
     """Let trackers write a run under this name, and go on with the one that has it already.
 
     Nothing changes without TensorBoard, trackio or W&B. TensorBoard's files go into `runs/<name>` of the output
-    folder, unless `TENSORBOARD_LOGGING_DIR` names another.
+    folder, unless `TENSORBOARD_LOGGING_DIR` names another. A push of the model publishes no project of trackio, as
+    transformers would, unless `trackio_static_space_id` names a Space for it.
 
     Args:
         trainer: Has not begun to train.
@@ -219,6 +219,7 @@ def begin_trackers(trainer: Trainer, name: str, checkpoint: str | None = None) -
     args = trainer.args
     tensorboard, _, wandb = find_trackers(trainer)
     args.run_name = name
+    keep_trackio_private(trainer)
     if tensorboard is not None and tensorboard.logging_dir is None:
         tensorboard.logging_dir = str(Path(cast("str", args.output_dir), "runs", name))
     if tensorboard is not None and checkpoint is not None and trainer.is_world_process_zero():
