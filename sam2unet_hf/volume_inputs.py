@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from transformers.utils import CONFIG_NAME
+
 from .cases_sam2unet import BratsCase, count_dicom_files, find_cases, modality_of
+from .members_sam2unet import ENSEMBLE_FILE
 from .pictures import SCAN_SUFFIXES, first_file
 from .scans_sam2unet import MODALITIES
 
@@ -44,6 +47,7 @@ def name_inputs(arguments: Sequence[str], labels: str | None) -> dict[str, Input
             else:
                 _check_scan(path)
         except FileNotFoundError:  # there is no case
+            _refuse_models(path)
             _refuse_pictures(path)
             raise
         if twice := sorted(named.keys() & cases.keys()):
@@ -87,6 +91,12 @@ def _check_scan(path: str) -> None:
         raise SystemExit(f"{Path(path).name} is a mask by its name, not a scan. Name the scan, or the case's folder.")
     if count_dicom_files(path):
         raise SystemExit(f"{path} is a DICOM file: convert its series to NIfTI first, e.g. with dcm2niix.")
+
+
+def _refuse_models(path: str) -> None:
+    """Say what comes first where a model is named as a case."""
+    if any(Path(path, name).is_file() for name in (CONFIG_NAME, ENSEMBLE_FILE)):
+        raise SystemExit(f"{path} is a model, no case. Name the model first, then the cases: MODEL CASE -o OUT.")
 
 
 def _refuse_pictures(path: str) -> None:

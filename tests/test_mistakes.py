@@ -289,6 +289,11 @@ def test_a_picture_beside_links_to_scans_is_no_mistake(there, tmp_path):
         ),
         (
             volume.main,
+            "scans runs/data -o runs",
+            "runs/data is a model, no case. Name the model first, then the cases",
+        ),
+        (
+            volume.main,
             "runs/data nowhere -o runs",
             "nowhere does not exist. Pass the folder of one case or of many, or",
         ),

@@ -37,7 +37,7 @@ def run(name, folder, monkeypatch, parameters=None, threads=1):
         monkeypatch.setenv(variable, value)
     notebook = read(name)
     (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
-    cell.source += f"\n{parameters or str()}"  # which then hold, as with papermill
+    cell.source += f"\n{parameters or ''}"  # which then hold, as with papermill
     return NotebookClient(notebook, timeout=3000, resources={"metadata": {"path": str(folder)}}).execute()
 
 

@@ -84,7 +84,7 @@ class DataArguments:
 
     dataset_name: str | None = option(
         None,
-        "Hub id; folder written by `python -m dataset_scripts.brats_slices`; or folder with `images` and "
+        "Hub id; folder written by `sam2unet build`; or folder with `images` and "
         "`masks` in it, files paired by name, at its top or in train, validation and test.",
     )
     dataset_config_name: str | None = option(None, "Configuration of the data set.")

@@ -4,7 +4,7 @@ python -m sam2unet_hf.metrics --pred_dir predictions --ref_dir masks
 python -m sam2unet_hf.metrics --pred_dir runs/my_data/predictions --ref_dir my_data/masks --regions liver=1 lesion=2,3
 
 Masks in black and white are scored as the `eval.py` of the reference implementation does; masks and predictions of
-label ids, as `run_segmentation.py --do_predict` writes them, by region: one per id, or those of --regions.
+label ids, as `sam2unet train --do_predict` writes them, by region: one per id, or those of --regions.
 """
 
 import argparse
