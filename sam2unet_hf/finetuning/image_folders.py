@@ -102,8 +102,8 @@ def pair_images_and_masks(image_dir: Path, mask_dir: Path, split: str | None = N
         more = f" and {len(unpaired) - 5} more" if len(unpaired) > 5 else ""
         raise SystemExit(
             f"{len(unpaired)} files have no partner of the same name: {', '.join(unpaired[:5])}{more}. An image "
-            f"{image_dir / 'x.png'} needs a mask {mask_dir / 'x.png'}; x_mask.png is another name, while the ending may "
-            f"be any of {', '.join(IMAGE_SUFFIXES)}."
+            f"{image_dir / 'x.png'} needs a mask {mask_dir / 'x.png'}; x_mask.png is another name, while the ending "
+            f"may be any of {', '.join(IMAGE_SUFFIXES)}."
         )
     paths = {"image": list(map(str, images.values())), "mask": [str(masks[name]) for name in images]}
     features = {"image": datasets.Image(), "mask": datasets.Image(), "case_id": datasets.Value("string")}
