@@ -45,7 +45,8 @@ WARNING = (
 LIFETIME_S = 3600
 HELP = (
     "Untick a region or a lesion to take it out of the pictures, of the volumes and of the mask to download. Press a "
-    "lesion to see its slice and diameters: the longest in an axial slice, and the longest one at right angles."
+    "lesion to see its slice and diameters: the longest in an axial slice, and the longest one at right angles. Your "
+    "choice is kept for an hour after the last press of a checkbox or a lesion: download the mask before."
 )
 HAS_TIME_POINT = re.compile(r"BraTS-.+-\d+-\d{3}")
 ALL_INTERFACES = "0.0.0.0"  # nosec B104 # not the default
@@ -232,15 +233,17 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
             indices = [axial, coronal, sagittal]
             if event.hide is None:
                 if (lesion := state.select(event.lesion)) is None:
-                    return [gr.skip()] * (3 + len(sliders) + 2 * len(pictures))
+                    return [state, *[gr.skip()] * (3 + len(sliders) + 2 * len(pictures))]
                 left, posterior = np.mean(lesion.diameter, axis=0).round()
                 indices = [lesion.slice_index, posterior, left]
                 changed = [gr.skip()] * 3
             else:
-                state.hide(event.lesion, event.hide)
-                changed = [review_table.review_tables(state), *offer_downloads(state, enhancing_label)]
+                with state.lock:  # so that table and files are those of the same lesions
+                    state.hide(event.lesion, event.hide)
+                    changed = [review_table.review_tables(state), *offer_downloads(state, enhancing_label)]
             drawn = draw_pictures(state, PLANE_ORDER, modality, regions, opacity, *indices)
-            return [*changed, *map(int, indices), *drawn]
+            # Return the state, because Gradio deletes it an hour after the last event that did.
+            return [state, *changed, *map(int, indices), *drawn]
 
         def save(state, enhancing_label):
             return [gr.skip()] * 2 if state is None else offer_downloads(state, enhancing_label)
@@ -262,7 +265,7 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
         tables.click(
             press,
             [state, enhancing_label, modality, regions, opacity, *sliders],
-            [tables, *downloads, *sliders, *sum(pictures, [])],
+            [state, tables, *downloads, *sliders, *sum(pictures, [])],
             show_progress="hidden",
             queue=False,
             trigger_mode="multiple",

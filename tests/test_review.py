@@ -2,6 +2,8 @@
 
 import re
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from scan_files import make_segmentation, make_tumours
 
-from sam2unet_hf.lesions import number_lesions
+from sam2unet_hf.lesions import number_lesions, remove_lesions
 from sam2unet_hf.scans_sam2unet import ScanError
 
 
@@ -79,6 +81,32 @@ def test_what_is_left_is_downloaded_on_the_grid_of_the_scan(tmp_path):
         assert own.hidden == before, control
     state.hide("0-0-all", True)
     assert not saved().any()
+
+
+def test_two_presses_at_once_leave_the_table_and_the_file_alike(tmp_path, monkeypatch):
+    state = PageState([make_review(make_tumours(), tmp_path)])
+    (own,) = state.reviews
+    has_begun = threading.Event()
+
+    def remove_slowly_at_first(segmentation, keys):
+        left = remove_lesions(segmentation, keys)
+        if not has_begun.is_set():
+            has_begun.set()
+            time.sleep(0.3)
+        return left
+
+    monkeypatch.setattr(review, "remove_lesions", remove_slowly_at_first)
+    first, second = (
+        threading.Thread(target=state.hide, args=(control, True), daemon=True) for control in ("0-0-1", "0-0-2")
+    )
+    first.start()
+    assert has_begun.wait(10)
+    second.start()
+    for thread in (first, second):
+        thread.join(10)
+    assert own.hidden == {("WT", 1), ("WT", 2)}
+    assert not own.labels.any()
+    assert not labels_in(state.save(3)[0])[0].any()
 
 
 def test_the_list_of_lesions(tmp_path, monkeypatch):
@@ -214,20 +242,25 @@ def test_uploads_that_cannot_be_compared(tmp_path):
 
 def test_the_handler_of_the_table(tmp_path):
     page = app.build_page(lambda model: None, ["tiny"])
-    press = next(block.fn for block in page.fns.values() if getattr(block.fn, "__name__", "") == "press")
+    block = next(block for block in page.fns.values() if getattr(block.fn, "__name__", "") == "press")
+    press = block.fn
     state = PageState([make_review(make_tumours(), tmp_path)])
 
     def send(lesion, hide=None):
         return press(state, 3, "flair", ["WT"], 0.5, 1, 2, 3, gr.EventData(None, {"lesion": lesion, "hide": hide}))
 
-    table, download, earlier, *indices = send("0-0-1", hide=True)[:6]
+    kept, table, download, earlier, *indices = send("0-0-1", hide=True)[:7]
+    assert kept is state
     assert "removed" in table
     assert not earlier.visible
     assert np.count_nonzero(labels_in(download.value["path"])[0]) == 7
     assert indices == [1, 2, 3]
     changed = send("0-0-2")
     lesion = state.selected_lesion(0)
-    assert changed[3:6] == [lesion.slice_index, *np.mean(lesion.diameter, axis=0).round().astype(int)[::-1]]
-    assert len(changed) == len(send("0-0-nothing")) == 12
+    assert changed[4:7] == [lesion.slice_index, *np.mean(lesion.diameter, axis=0).round().astype(int)[::-1]]
+    assert len(changed) == len(send("0-0-nothing")) == len(block.outputs) == 13
+    # Gradio counts the hour from the last event that has the state among its outputs.
+    assert isinstance(block.outputs[0], gr.State)
+    assert changed[0] is send("0-0-nothing")[0] is state
     with pytest.raises(gr.Error, match="no longer kept"):
         press(None, 3, "flair", ["WT"], 0.5, 1, 2, 3, gr.EventData(None, {"lesion": "0-0-1", "hide": True}))
