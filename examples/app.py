@@ -48,7 +48,11 @@ HELP = (
     "lesion to see its slice and diameters: the longest in an axial slice, and the longest one at right angles. Your "
     "choice is kept for an hour after the last press of a checkbox or a lesion: download the mask before."
 )
-HAS_TIME_POINT = re.compile(r"BraTS-.+-\d+-\d{3}")
+# Names that tell the patient: those of BraTS from 2023 on, of 2017 to 2019, of 2020 and 2021, of the phantom and the
+# Decathlon.
+COHORT_NAME = re.compile(
+    r"BraTS-.+-\d+|BraTS1[789]_\w+_\d+|BraTS20_\w+_\d+|BraTS2021_\d+|Phantom_\d+|BRATS_\d+", re.IGNORECASE
+)
 ALL_INTERFACES = "0.0.0.0"  # nosec B104 # not the default
 LAUNCH: dict[str, Any] = {
     "state_session_capacity": 20,
@@ -67,6 +71,13 @@ def legend(regions: Sequence[str]) -> str:
     return f'<div class="legend">{squares}</div>'
 
 
+def known_patient(case_id: str) -> str | None:
+    """Return the patient that the name of a case of a known cohort tells, and `None` for other names."""
+    if not COHORT_NAME.fullmatch(case_id):
+        return None
+    return re.sub(r"\A(BraTS1[789]_.+)_\d+\Z", r"\1", patient_of(case_id), flags=re.IGNORECASE)
+
+
 def segment_uploads(
     segment: Sam2UNetVolumePipeline, uploads: Sequence[Sequence[str]], folder: Path, **options: Any
 ) -> list[CaseView]:
@@ -77,8 +88,9 @@ def segment_uploads(
         (folder / name).mkdir(exist_ok=True)
         cases.append(gather_case(paths, segment.modalities, folder / name))
     if len(cases) == 2:
-        patients = [patient_of(case.case_id) for case in cases]
-        if patients[0] != patients[1] and all(map(HAS_TIME_POINT.fullmatch, (case.case_id for case in cases))):
+        # All scans of a cohort may lie on one grid, so that the check of the space does not tell patients apart.
+        patients = [known_patient(case.case_id) for case in cases]
+        if None not in patients and patients[0] != patients[1]:
             raise ValueError(f"The scans are of two patients: {' and '.join(patients)}. Upload two scans of one.")
         check_same_space(*(case.read_images(segment.modalities[:1])[0] for case in cases))
     views = [segment_case(segment, case, **options) for case in cases]
@@ -87,12 +99,16 @@ def segment_uploads(
 
 
 def describe(reviews: Sequence[Review]) -> str:
-    """Say what was segmented, and where nothing was found."""
+    """Say what was segmented, where nothing was found, and whether two names may be of two patients."""
     times = [""] if len(reviews) == 1 else ["Earlier scan, ", "later scan, "]
-    return "; ".join(
+    text = "; ".join(
         f"{time}{review.view.name}: {'done' if review.lesions else 'no tumour found'}"
         for time, review in zip(times, reviews, strict=True)
     )
+    names = [review.view.name for review in reviews]
+    if len(names) == 2 and None in map(known_patient, names):
+        text += f". **Check that both are of one patient**, which the names {names[0]} and {names[1]} do not tell."
+    return text
 
 
 def draw_pictures(
@@ -144,7 +160,8 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
                     phantom = gr.Button("Phantom example", size="sm", min_width=120, elem_id="phantom")
                 with gr.Accordion("Compare with an earlier scan", open=False, elem_id="compare"):
                     earlier_files = upload(
-                        label="Earlier scans of the same patient, registered to those above", elem_id="earlier"
+                        label="Earlier scans of the same patient, registered to those above: upload those first",
+                        elem_id="earlier",
                     )
                     with gr.Row():
                         earlier_folder = folder_button("Earlier case folder")
@@ -272,9 +289,11 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
             api_visibility="private",
         )
         enhancing_label.input(save, [state, enhancing_label], downloads, **quiet)
-        folder.upload(lambda paths: paths, folder, files)
+        # Without the earlier scans that are there, because they may be those of the patient before.
+        files.upload(lambda: None, None, earlier_files, queue=False, show_progress="hidden", api_visibility="private")
+        folder.upload(lambda paths: (paths, None), folder, [files, earlier_files])
         earlier_folder.upload(lambda paths: paths, earlier_folder, earlier_files)
-        phantom.click(lambda: phantom_files()[0], None, files)
+        phantom.click(lambda: (phantom_files()[0], None), None, [files, earlier_files])
         two_phantoms.click(phantom_files, None, [files, earlier_files])
     return page
 

@@ -12,7 +12,7 @@ from review import LISTED, PageState, Review
 
 from sam2unet_hf.lesions import Lesion
 from sam2unet_hf.metrics.volume_functional import count_voxels, dice
-from sam2unet_hf.time_points import LesionChange, sums_of_products
+from sam2unet_hf.time_points import sums_of_products
 
 
 # Tells Python which box or button of the table was pressed, and shows the slices that a button jumps to.
@@ -149,7 +149,7 @@ def compared_rows(state: PageState, region: str) -> list[str]:
                 gone = " class='removed'" if review.is_hidden(lesion) else ""
                 parts.append(f"<div{gone}>{keep}{button(control, name)}<br>{sizes}</div>")
             cells.append("".join(parts))
-        change = LesionChange(region, *map(Review.shown, state.reviews, line))
+        change = state.change_of(region, line)
         is_hidden = not (change.earlier or change.later)
         if is_hidden:
             text = "hidden"
@@ -172,15 +172,21 @@ def lesion_table(state: PageState) -> str:
         rows += compared_rows(state, region) if is_compared else lesion_rows(state, state.reviews[0], region)
         control = f"{'01' if is_compared else '0'}-{index}-rest"
         if rest := state.lesions_of(control):
-            shown = [lesion for place, lesion in rest if not state.reviews[place].is_hidden(lesion)]
-            name = f"{len(rest)} smaller {'lesion' if len(rest) == 1 else 'lesions'} of {region}"
-            volume_ml = sum(lesion.volume_ml for _, lesion in rest)
-            cells = [f"<label>{box(control, bool(shown), name)} {html.escape(name)}</label>"]
+            found = [[lesion for at, lesion in rest if at == place] for place in range(len(state.reviews))]
+            left = list(map(Review.shown, state.reviews, found))
+            count = len(state.lines[region][LISTED:])  # a line of two time points is one lesion
+            name = f"{count} smaller {'lesion' if count == 1 else 'lesions'} of {region}"
+            label = f"<label>{box(control, any(left), name)} {html.escape(name)}</label>"
+            volumes, volumes_left = (
+                [sum(lesion.volume_ml for lesion in lesions) for lesions in sides] for sides in (found, left)
+            )
             if is_compared:
-                cells += ["", f"{volume_ml:.2f} ml in all"]
+                change = format_change(*volumes_left, "ml", 2) if any(left) else "hidden"
+                cells = [f"{label}<br>{volumes[0]:.2f} ml", f"{volumes[1]:.2f} ml", change]
             else:
-                cells += [f"{volume_ml:.2f}", f"up to {max(lesion.diameter_mm for _, lesion in rest):.1f}", ""]
-            rows.append(make_row(cells, not shown))
+                longest_mm = max(lesion.diameter_mm for _, lesion in rest)
+                cells = [label, f"{volumes[0]:.2f}", f"up to {longest_mm:.1f}", ""]
+            rows.append(make_row(cells, not any(left)))
     return make_table("lesions", header, rows, "compared" if is_compared else "") if rows else ""
 
 

@@ -189,6 +189,63 @@ def test_two_time_points_side_by_side(two):
     assert np.count_nonzero(later) == 20 * 12 * 7
 
 
+def test_smaller_lesions_of_two_time_points_are_counted_once(two, monkeypatch):
+    monkeypatch.setattr(review, "LISTED", 0)
+    monkeypatch.setattr("review_table.LISTED", 0)
+    row = rows_of(review_tables(two), "lesions")[1]
+    # One is there at both times, one is new and one is gone.
+    volumes = [own.left.volumes_ml["WT"] for own in two.reviews]
+    assert row[0] == ["3", "smaller", "lesions", "of", "WT", f"{volumes[0]:.2f}", "ml"]
+    assert row[1] == [f"{volumes[1]:.2f}", "ml"]
+    assert row[2][:2] == [f"{volumes[1] - volumes[0]:+.2f}", "ml"]
+    monkeypatch.setattr(review, "LISTED", 1)
+    monkeypatch.setattr("review_table.LISTED", 1)
+    rows = [row for row in rows_of(review_tables(two), "lesions") if "smaller" in row[0]]
+    assert rows[0][0][:5] == ["2", "smaller", "lesions", "of", "WT"]
+    two.hide("01-0-rest", True)
+    rows = [row for row in rows_of(review_tables(two), "lesions") if "smaller" in row[0]]
+    assert rows[0][2] == ["hidden"]
+
+
+def test_a_lesion_of_which_a_part_is_hidden(two):
+    (line,) = [line for line in two.lines["WT"] if all(line)]
+    assert two.change_of("WT", line).kind == "matched"
+    two.hide(f"1-0-{line[1][0].number}", True)
+    assert two.change_of("WT", line).kind == "gone"
+
+
+def test_patients_are_told_by_the_names_of_cohorts(two):
+    same = [("BraTS-GLI-00001-000", "BraTS-GLI-00001-001"), ("Brats18_CBICA_AAB_1", "Brats18_CBICA_AAB_2")]
+    assert all(app.known_patient(first) == app.known_patient(second) is not None for first, second in same)
+    names = "BraTS20_Training_001 BraTS20_Training_002 BraTS2021_00001 Brats17_TCIA_101_1 BraTS19_2013_10_1"
+    names += " Phantom_001 BRATS_001 BraTS-MET-00001-000"
+    assert len({app.known_patient(name) for name in names.split()} - {None}) == 8
+    assert app.known_patient("AX_FLAIR") is app.known_patient("Case") is None
+    assert app.describe(two.reviews).endswith("which the names Case and Case do not tell.")
+    two.reviews[0].view.name = two.reviews[1].view.name = "Phantom_031"
+    assert app.describe(two.reviews) == "Earlier scan, Phantom_031: done; later scan, Phantom_031: done"
+
+
+def test_new_scans_take_the_place_of_the_earlier_ones_too(monkeypatch):
+    monkeypatch.setattr(app, "phantom_files", lambda: (["later"], ["earlier"]))
+    page = app.build_page(lambda model: None, ["tiny"])
+    elements = {block.elem_id: block for block in page.blocks.values()}
+    files, earlier = elements["files"], elements["earlier"]
+
+    def handler(block, event):
+        (found,) = [one for one in page.fns.values() if (block._id, event) in one.targets]
+        return found
+
+    cleared = handler(files, "upload")
+    assert (cleared.outputs, cleared.fn()) == ([earlier], None)
+    example = handler(elements["phantom"], "click")
+    assert example.outputs == [files, earlier]
+    assert example.fn() == (["later"], None)
+    folders = [block for block in page.blocks.values() if isinstance(block, gr.UploadButton)]
+    found = next(handler(folder, "upload") for folder in folders if folder.label == "Case folder")
+    assert (found.outputs, found.fn(["a"])) == ([files, earlier], (["a"], None))
+
+
 def test_changes_in_words():
     assert format_change(10, 12.5, "ml", 1) == "+2.5&nbsp;ml (+25&nbsp;%)"
     assert format_change(10, 5, "ml", 1) == "\N{MINUS SIGN}5.0&nbsp;ml (\N{MINUS SIGN}50&nbsp;%)"
@@ -229,6 +286,11 @@ def test_uploads_that_cannot_be_compared(tmp_path):
     assert "`earlier/BraTS-GLI-00001-000-t2f.nii.gz`" in case_upload.explain_upload(raised.value, folder)
     _, run = segment(first, upload(scan, "BraTS-GLI-00002-000-t2f.nii.gz", "c"))
     with pytest.raises(ValueError, match="The scans are of two patients: BraTS-GLI-00001 and BraTS-GLI-00002"):
+        run()
+    _, run = segment(
+        upload(scan, "BraTS20_Training_001_flair.nii.gz", "f"), upload(scan, "BraTS20_Training_002_flair.nii.gz", "g")
+    )
+    with pytest.raises(ValueError, match="two patients: BraTS20_Training_001 and BraTS20_Training_002"):
         run()
     _, run = segment(upload((scan > 50).astype(np.uint8), "mask.nii.gz", "d"))
     with pytest.raises(ValueError, match="mask.nii.gz is no scan: it holds 2 different values, as a mask does"):
