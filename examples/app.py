@@ -114,9 +114,9 @@ def describe(reviews: Sequence[Review]) -> str:
 def draw_pictures(
     state: PageState, planes: Sequence[str], modality: str, regions: Sequence[str], opacity: float, *indices: float
 ) -> list[gr.Image]:
-    """Draw two pictures of each plane: model and expert, or the earlier and the later scan."""
+    """Draw two pictures of each plane: model and reference, or the earlier and the later scan."""
     drawn = []
-    labels_of_sides = ("Model", "Expert") if len(state.reviews) == 1 else ("Earlier", "Later")
+    labels_of_sides = ("Model", "Reference") if len(state.reviews) == 1 else ("Earlier", "Later")
     for plane, index in zip(planes, indices, strict=True):
         shown = [(review.view, review.labels) for review in state.reviews]
         if len(shown) == 1:
@@ -188,7 +188,7 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
             tables = gr.HTML(elem_id="review", js_on_load=review_table.ON_LOAD, apply_default_css=False)
             gr.Markdown(HELP, elem_classes="help")
             with gr.Row():
-                modality = gr.Dropdown([], label="Contrast", min_width=140)
+                modality = gr.Dropdown([], label="Modality", min_width=140)
                 regions = gr.CheckboxGroup([], label="Regions in the pictures", min_width=220, elem_id="regions")
                 opacity = gr.Slider(0, 1, 0.5, step=0.05, label="Opacity", min_width=180, elem_id="opacity")
             colours = gr.HTML()
@@ -198,7 +198,7 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
                 for plane in PLANE_ORDER:
                     with gr.Column(min_width=300):
                         sliders.append(gr.Slider(0, 1, 0, step=1, label=f"{plane.title()} slice", elem_id=plane))
-                        sides = ("model", "expert")
+                        sides = ("model", "reference")
                         with gr.Row(elem_classes="sides"):
                             pictures.append([image(elem_id=f"{plane}-{side}", min_width=140) for side in sides])
 
