@@ -45,9 +45,14 @@ WARNING = (
 LIFETIME_S = 3600
 HELP = (
     "Untick a region or a lesion to take it out of the pictures, of the volumes and of the mask to download. Press a "
-    "lesion to see its slice and diameters: the longest in an axial slice, and the longest one at right angles."
+    "lesion to see its slice and diameters: the longest in an axial slice, and the longest one at right angles. Your "
+    "choice is kept for an hour after the last press of a checkbox or a lesion: download the mask before."
 )
-HAS_TIME_POINT = re.compile(r"BraTS-.+-\d+-\d{3}")
+# Names that tell the patient: those of BraTS from 2023 on, of 2017 to 2019, of 2020 and 2021, of the phantom and the
+# Decathlon.
+COHORT_NAME = re.compile(
+    r"BraTS-.+-\d+|BraTS1[789]_\w+_\d+|BraTS20_\w+_\d+|BraTS2021_\d+|Phantom_\d+|BRATS_\d+", re.IGNORECASE
+)
 ALL_INTERFACES = "0.0.0.0"  # nosec B104 # not the default
 LAUNCH: dict[str, Any] = {
     "state_session_capacity": 20,
@@ -66,6 +71,13 @@ def legend(regions: Sequence[str]) -> str:
     return f'<div class="legend">{squares}</div>'
 
 
+def known_patient(case_id: str) -> str | None:
+    """Return the patient that the name of a case of a known cohort tells, and `None` for other names."""
+    if not COHORT_NAME.fullmatch(case_id):
+        return None
+    return re.sub(r"\A(BraTS1[789]_.+)_\d+\Z", r"\1", patient_of(case_id), flags=re.IGNORECASE)
+
+
 def segment_uploads(
     segment: Sam2UNetVolumePipeline, uploads: Sequence[Sequence[str]], folder: Path, **options: Any
 ) -> list[CaseView]:
@@ -76,8 +88,9 @@ def segment_uploads(
         (folder / name).mkdir(exist_ok=True)
         cases.append(gather_case(paths, segment.modalities, folder / name))
     if len(cases) == 2:
-        patients = [patient_of(case.case_id) for case in cases]
-        if patients[0] != patients[1] and all(map(HAS_TIME_POINT.fullmatch, (case.case_id for case in cases))):
+        # All scans of a cohort may lie on one grid, so that the check of the space does not tell patients apart.
+        patients = [known_patient(case.case_id) for case in cases]
+        if None not in patients and patients[0] != patients[1]:
             raise ValueError(f"The scans are of two patients: {' and '.join(patients)}. Upload two scans of one.")
         check_same_space(*(case.read_images(segment.modalities[:1])[0] for case in cases))
     views = [segment_case(segment, case, **options) for case in cases]
@@ -86,20 +99,24 @@ def segment_uploads(
 
 
 def describe(reviews: Sequence[Review]) -> str:
-    """Say what was segmented, and where nothing was found."""
+    """Say what was segmented, where nothing was found, and whether two names may be of two patients."""
     times = [""] if len(reviews) == 1 else ["Earlier scan, ", "later scan, "]
-    return "; ".join(
+    text = "; ".join(
         f"{time}{review.view.name}: {'done' if review.lesions else 'no tumour found'}"
         for time, review in zip(times, reviews, strict=True)
     )
+    names = [review.view.name for review in reviews]
+    if len(names) == 2 and None in map(known_patient, names):
+        text += f". **Check that both are of one patient**, which the names {names[0]} and {names[1]} do not tell."
+    return text
 
 
 def draw_pictures(
     state: PageState, planes: Sequence[str], modality: str, regions: Sequence[str], opacity: float, *indices: float
 ) -> list[gr.Image]:
-    """Draw two pictures of each plane: model and expert, or the earlier and the later scan."""
+    """Draw two pictures of each plane: model and reference, or the earlier and the later scan."""
     drawn = []
-    labels_of_sides = ("Model", "Expert") if len(state.reviews) == 1 else ("Earlier", "Later")
+    labels_of_sides = ("Model", "Reference") if len(state.reviews) == 1 else ("Earlier", "Later")
     for plane, index in zip(planes, indices, strict=True):
         shown = [(review.view, review.labels) for review in state.reviews]
         if len(shown) == 1:
@@ -143,7 +160,8 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
                     phantom = gr.Button("Phantom example", size="sm", min_width=120, elem_id="phantom")
                 with gr.Accordion("Compare with an earlier scan", open=False, elem_id="compare"):
                     earlier_files = upload(
-                        label="Earlier scans of the same patient, registered to those above", elem_id="earlier"
+                        label="Earlier scans of the same patient, registered to those above: upload those first",
+                        elem_id="earlier",
                     )
                     with gr.Row():
                         earlier_folder = folder_button("Earlier case folder")
@@ -170,7 +188,7 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
             tables = gr.HTML(elem_id="review", js_on_load=review_table.ON_LOAD, apply_default_css=False)
             gr.Markdown(HELP, elem_classes="help")
             with gr.Row():
-                modality = gr.Dropdown([], label="Contrast", min_width=140)
+                modality = gr.Dropdown([], label="Modality", min_width=140)
                 regions = gr.CheckboxGroup([], label="Regions in the pictures", min_width=220, elem_id="regions")
                 opacity = gr.Slider(0, 1, 0.5, step=0.05, label="Opacity", min_width=180, elem_id="opacity")
             colours = gr.HTML()
@@ -180,7 +198,7 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
                 for plane in PLANE_ORDER:
                     with gr.Column(min_width=300):
                         sliders.append(gr.Slider(0, 1, 0, step=1, label=f"{plane.title()} slice", elem_id=plane))
-                        sides = ("model", "expert")
+                        sides = ("model", "reference")
                         with gr.Row(elem_classes="sides"):
                             pictures.append([image(elem_id=f"{plane}-{side}", min_width=140) for side in sides])
 
@@ -232,15 +250,17 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
             indices = [axial, coronal, sagittal]
             if event.hide is None:
                 if (lesion := state.select(event.lesion)) is None:
-                    return [gr.skip()] * (3 + len(sliders) + 2 * len(pictures))
+                    return [state, *[gr.skip()] * (3 + len(sliders) + 2 * len(pictures))]
                 left, posterior = np.mean(lesion.diameter, axis=0).round()
                 indices = [lesion.slice_index, posterior, left]
                 changed = [gr.skip()] * 3
             else:
-                state.hide(event.lesion, event.hide)
-                changed = [review_table.review_tables(state), *offer_downloads(state, enhancing_label)]
+                with state.lock:  # so that table and files are those of the same lesions
+                    state.hide(event.lesion, event.hide)
+                    changed = [review_table.review_tables(state), *offer_downloads(state, enhancing_label)]
             drawn = draw_pictures(state, PLANE_ORDER, modality, regions, opacity, *indices)
-            return [*changed, *map(int, indices), *drawn]
+            # Return the state, because Gradio deletes it an hour after the last event that did.
+            return [state, *changed, *map(int, indices), *drawn]
 
         def save(state, enhancing_label):
             return [gr.skip()] * 2 if state is None else offer_downloads(state, enhancing_label)
@@ -262,16 +282,18 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
         tables.click(
             press,
             [state, enhancing_label, modality, regions, opacity, *sliders],
-            [tables, *downloads, *sliders, *sum(pictures, [])],
+            [state, tables, *downloads, *sliders, *sum(pictures, [])],
             show_progress="hidden",
             queue=False,
             trigger_mode="multiple",
             api_visibility="private",
         )
         enhancing_label.input(save, [state, enhancing_label], downloads, **quiet)
-        folder.upload(lambda paths: paths, folder, files)
+        # Without the earlier scans that are there, because they may be those of the patient before.
+        files.upload(lambda: None, None, earlier_files, queue=False, show_progress="hidden", api_visibility="private")
+        folder.upload(lambda paths: (paths, None), folder, [files, earlier_files])
         earlier_folder.upload(lambda paths: paths, earlier_folder, earlier_files)
-        phantom.click(lambda: phantom_files()[0], None, files)
+        phantom.click(lambda: (phantom_files()[0], None), None, [files, earlier_files])
         two_phantoms.click(phantom_files, None, [files, earlier_files])
     return page
 

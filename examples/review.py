@@ -2,6 +2,7 @@
 
 import re
 import tempfile
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,17 +70,22 @@ class Review:
 class PageState:
     """What one tab keeps: one or two time points, and the folder of files to download, deleted with the state.
 
+    Each press in the table runs in a thread of its own, so `hide` and `save` hold the lock, and so must a caller that
+    does several things with one state of the lesions.
+
     Attributes:
         reviews: The patient, at the earlier time point first if there are two.
-        lines: For each region its lesions line by line of the table: for each time point a list of lesions, those of
-            both that are the same.
+        lines: Region -> lines of its table. A line holds one list of lesions for each time point: a single lesion, or
+            with two time points all those that are one lesion.
         selected: Time point and key of the lesion whose diameters are drawn.
+        lock: Held while lesions are hidden or files are written; the same thread may take it again.
     """
 
     reviews: list[Review]
     folder: tempfile.TemporaryDirectory = field(default_factory=tempfile.TemporaryDirectory)
     selected: tuple[int, tuple[str, int]] | None = None
     lines: dict[str, list[tuple[list[Lesion], ...]]] = field(init=False)
+    lock: threading.RLock = field(init=False, default_factory=threading.RLock)
 
     def __post_init__(self):
         self.lines = {region: [] for region in self.regions}
@@ -98,12 +104,16 @@ class PageState:
 
     @property
     def modalities(self) -> list[str]:
-        """Contrasts that all time points have."""
+        """Modalities that all time points have."""
         return [name for name in self.reviews[0].view.grey if all(name in review.view.grey for review in self.reviews)]
+
+    def change_of(self, region: str, line: tuple[list[Lesion], ...]) -> LesionChange:
+        """Return what is not hidden of a line of the table of two time points."""
+        return LesionChange(region, *map(Review.shown, self.reviews, line))
 
     def changes(self, region: str) -> list[LesionChange]:
         """Return what is left of the lesions of a region at two time points, those that are the same together."""
-        kept = [LesionChange(region, *map(Review.shown, self.reviews, line)) for line in self.lines[region]]
+        kept = [self.change_of(region, line) for line in self.lines[region]]
         return [change for change in kept if change.earlier or change.later]
 
     def lesions_of(self, control: str) -> list[tuple[int, Lesion]]:
@@ -127,8 +137,9 @@ class PageState:
     def hide(self, control: str, hide: bool) -> None:
         """Hide the lesions that a control is for, or show them again."""
         lesions = self.lesions_of(control)
-        for place in sorted({place for place, _ in lesions}):
-            self.reviews[place].change([lesion.key for at, lesion in lesions if at == place], hide)
+        with self.lock:
+            for place in sorted({place for place, _ in lesions}):
+                self.reviews[place].change([lesion.key for at, lesion in lesions if at == place], hide)
 
     def select(self, control: str) -> Lesion | None:
         """Choose the lesion whose diameters are drawn, and return it."""
@@ -149,8 +160,9 @@ class PageState:
     def save(self, enhancing_label: int) -> list[str]:
         """Write what is left of the label map of each time point, and return the paths."""
         paths = []
-        for place, review in enumerate(self.reviews):
-            path = Path(self.folder.name, str(place), f"{review.view.name}_seg.nii.gz")
-            review.left.save(path, enhancing_label)
-            paths.append(str(path))
+        with self.lock:
+            for place, review in enumerate(self.reviews):
+                path = Path(self.folder.name, str(place), f"{review.view.name}_seg.nii.gz")
+                review.left.save(path, enhancing_label)
+                paths.append(str(path))
         return paths

@@ -1,6 +1,6 @@
 """The tables of the app, as HTML: regions and lesions of a patient, and what changed between two time points.
 
-Each box and each button names the lesions that it is for as `PageState.lesions_of` reads them.
+Each checkbox and each button names the lesions that it is for as `PageState.lesions_of` reads them.
 """
 
 import html
@@ -12,17 +12,17 @@ from review import LISTED, PageState, Review
 
 from sam2unet_hf.lesions import Lesion
 from sam2unet_hf.metrics.volume_functional import count_voxels, dice
-from sam2unet_hf.time_points import LesionChange, sums_of_products
+from sam2unet_hf.time_points import sums_of_products
 
 
-# Tells Python which box or button of the table was pressed, and shows the slices that a button jumps to.
+# Tells Python which checkbox or button of the table was pressed, and shows the slices that a button jumps to.
 ON_LOAD = """
 element.addEventListener("click", (event) => {
   const control = event.target.closest("[data-lesion]");
   if (!control || control.disabled) return;
-  const isBox = control.type === "checkbox";
-  trigger("click", {lesion: control.dataset.lesion, hide: isBox ? !control.checked : null});
-  if (!isBox) document.querySelector("#axial").scrollIntoView({behavior: "smooth"});
+  const isCheckbox = control.type === "checkbox";
+  trigger("click", {lesion: control.dataset.lesion, hide: isCheckbox ? !control.checked : null});
+  if (!isCheckbox) document.querySelector("#axial").scrollIntoView({behavior: "smooth"});
 });
 """
 MINUS = "\N{MINUS SIGN}"
@@ -45,8 +45,8 @@ def format_diameters(lesion: Lesion) -> str:
     return f"{lesion.diameter_mm:.1f}&nbsp;× {lesion.perpendicular_mm:.1f}"
 
 
-def box(control: str, is_kept: bool, name: str, goes_with: Lesion | None = None) -> str:
-    """Return a box that hides lesions; disabled if they are hidden with one that holds them."""
+def checkbox(control: str, is_kept: bool, name: str, goes_with: Lesion | None = None) -> str:
+    """Return a checkbox that hides lesions; disabled if they are hidden with one that holds them."""
     disabled = f' disabled title="hidden with {html.escape(goes_with.region)} {goes_with.number}"' if goes_with else ""
     checked = " checked" if is_kept else ""
     return f'<input type="checkbox" data-lesion="{control}" aria-label="keep {html.escape(name)}"{checked}{disabled}>'
@@ -71,14 +71,14 @@ def make_row(cells: Sequence[str], is_hidden: bool = False) -> str:
 
 
 def region_cell(state: PageState, region: str) -> tuple[str, bool]:
-    """Return the name of a region with the box that hides all of it, and whether none of it is left."""
+    """Return the name of a region with the checkbox that hides all of it, and whether none of it is left."""
     places = "".join(map(str, range(len(state.reviews))))
     control = f"{places}-{state.regions.index(region)}-all"
     lesions = state.lesions_of(control)
     shown = [lesion for place, lesion in lesions if not state.reviews[place].is_hidden(lesion)]
     if not lesions:
         return html.escape(region), False
-    return f"<label>{box(control, bool(shown), region)} {html.escape(region)}</label>", not shown
+    return f"<label>{checkbox(control, bool(shown), region)} {html.escape(region)}</label>", not shown
 
 
 def volume_table(state: PageState) -> str:
@@ -95,15 +95,15 @@ def volume_table(state: PageState) -> str:
     (review,) = state.reviews
     header, rows = ["region", "volume (ml)"], []
     if review.view.reference is not None:
-        header += ["expert (ml)", "Dice"]
+        header += ["reference (ml)", "Dice"]
     for region, volume in review.left.volumes_ml.items():
         cell, is_hidden = region_cell(state, region)
         cells = [cell, f"{volume:.1f}"]
         if review.view.reference is not None:
             masks = (np.isin(labels, review.view.regions[region]) for labels in (review.labels, review.view.reference))
             counts = count_voxels(*masks)
-            expert_ml = counts.reference * math.prod(review.view.spacing_mm) / 1000
-            cells += [f"{expert_ml:.1f}", f"{dice(counts):.3f}"]
+            reference_ml = counts.reference * math.prod(review.view.spacing_mm) / 1000
+            cells += [f"{reference_ml:.1f}", f"{dice(counts):.3f}"]
         rows.append(make_row(cells, is_hidden))
     return make_table("volumes", header, rows)
 
@@ -126,7 +126,7 @@ def lesion_rows(state: PageState, review: Review, region: str) -> list[str]:
     for ((lesion,),) in state.lines[region][:LISTED]:
         control, name = f"0-{number}-{lesion.number}", f"{region} {lesion.number}"
         cells = [
-            box(control, not review.is_hidden(lesion), name, review.goes_with(lesion)) + button(control, name),
+            checkbox(control, not review.is_hidden(lesion), name, review.goes_with(lesion)) + button(control, name),
             f"{lesion.volume_ml:.2f}",
             format_diameters(lesion),
             str(lesion.slice_index),
@@ -144,12 +144,12 @@ def compared_rows(state: PageState, region: str) -> list[str]:
             parts = []
             for lesion in lesions:
                 control, name = f"{place}-{number}-{lesion.number}", f"{region} {lesion.number}"
-                keep = box(control, not review.is_hidden(lesion), name, review.goes_with(lesion))
+                keep = checkbox(control, not review.is_hidden(lesion), name, review.goes_with(lesion))
                 sizes = f"{lesion.volume_ml:.2f} ml<br>{format_diameters(lesion)} mm"
                 gone = " class='removed'" if review.is_hidden(lesion) else ""
                 parts.append(f"<div{gone}>{keep}{button(control, name)}<br>{sizes}</div>")
             cells.append("".join(parts))
-        change = LesionChange(region, *map(Review.shown, state.reviews, line))
+        change = state.change_of(region, line)
         is_hidden = not (change.earlier or change.later)
         if is_hidden:
             text = "hidden"
@@ -172,15 +172,21 @@ def lesion_table(state: PageState) -> str:
         rows += compared_rows(state, region) if is_compared else lesion_rows(state, state.reviews[0], region)
         control = f"{'01' if is_compared else '0'}-{index}-rest"
         if rest := state.lesions_of(control):
-            shown = [lesion for place, lesion in rest if not state.reviews[place].is_hidden(lesion)]
-            name = f"{len(rest)} smaller {'lesion' if len(rest) == 1 else 'lesions'} of {region}"
-            volume_ml = sum(lesion.volume_ml for _, lesion in rest)
-            cells = [f"<label>{box(control, bool(shown), name)} {html.escape(name)}</label>"]
+            found = [[lesion for at, lesion in rest if at == place] for place in range(len(state.reviews))]
+            left = list(map(Review.shown, state.reviews, found))
+            count = len(state.lines[region][LISTED:])  # a line of two time points is one lesion
+            name = f"{count} smaller {'lesion' if count == 1 else 'lesions'} of {region}"
+            label = f"<label>{checkbox(control, any(left), name)} {html.escape(name)}</label>"
+            volumes, volumes_left = (
+                [sum(lesion.volume_ml for lesion in lesions) for lesions in sides] for sides in (found, left)
+            )
             if is_compared:
-                cells += ["", f"{volume_ml:.2f} ml in all"]
+                change = format_change(*volumes_left, "ml", 2) if any(left) else "hidden"
+                cells = [f"{label}<br>{volumes[0]:.2f} ml", f"{volumes[1]:.2f} ml", change]
             else:
-                cells += [f"{volume_ml:.2f}", f"up to {max(lesion.diameter_mm for _, lesion in rest):.1f}", ""]
-            rows.append(make_row(cells, not shown))
+                longest_mm = max(lesion.diameter_mm for _, lesion in rest)
+                cells = [label, f"{volumes[0]:.2f}", f"up to {longest_mm:.1f}", ""]
+            rows.append(make_row(cells, not any(left)))
     return make_table("lesions", header, rows, "compared" if is_compared else "") if rows else ""
 
 

@@ -42,7 +42,14 @@ def measure_diameters(voxels: np.ndarray, to_mm: np.ndarray) -> Diameters:
     Returns:
         The longest diameter and the longest perpendicular one in its slice. Of slices, and of lines in a slice, in
         which the diameter is the same, those count that have the longest perpendicular one.
+
+    Raises:
+        ValueError: If no voxel is true.
     """
+    if not voxels.any():
+        raise ValueError(
+            f"`voxels` of shape {voxels.shape} must hold a lesion, but none is true. Leave out empty masks."
+        )
     longest, lines = 0.0, []
     for bound_mm, index in _slices_by_size(voxels, to_mm):
         if bound_mm < longest * (1 - EQUAL):

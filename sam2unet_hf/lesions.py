@@ -47,7 +47,7 @@ class Lesion:
         volume_ml: Volume in millilitres.
         diameter_mm: Longest diameter in an axial slice, from edge to edge.
         perpendicular_mm: Longest diameter at right angles to it in the same slice.
-        slice_index: The axial slice of both, counted from the feet up.
+        slice_index: The axial slice of both, counted from 0 at the feet.
         diameter: Its ends as indices `(left, posterior)` of voxels, whole numbers at the centres.
         perpendicular: The ends of the perpendicular diameter, likewise.
         inside: Number of the lesion of the next region around that this one is a part of; `None` without such a
@@ -145,6 +145,11 @@ def _number(labels: np.ndarray, label_ids: Sequence[int]) -> np.ndarray:
     return ranks[components]
 
 
+def _check_region(region: str, regions: Mapping[str, Sequence[int]]) -> None:
+    if region not in regions:
+        raise ValueError(f"`region` must be one of {list(regions)}, got {region!r}.")
+
+
 def number_lesions(segmentation: VolumeSegmentation, region: str) -> np.ndarray:
     """Number the lesions of a region as [`measure_lesions`] does.
 
@@ -154,7 +159,11 @@ def number_lesions(segmentation: VolumeSegmentation, region: str) -> np.ndarray:
 
     Returns:
         Number of the lesion of each voxel, 0 outside of them, `int32` with the axes (left, posterior, superior).
+
+    Raises:
+        ValueError: If there is no such region.
     """
+    _check_region(region, segmentation.regions)
     box, labels = _tumour(segmentation)
     numbers = np.zeros(segmentation.scan.voxels.shape, np.int32)
     numbers[box] = _number(labels, segmentation.regions[region])
@@ -167,7 +176,11 @@ def region_around(regions: Mapping[str, Sequence[int]], region: str) -> str | No
     Args:
         regions: Region name -> the label ids it joins.
         region: The one that is held.
+
+    Raises:
+        ValueError: If there is no such region.
     """
+    _check_region(region, regions)
     around = [name for name, label_ids in regions.items() if set(regions[region]) < set(label_ids)]
     return min(around, key=lambda name: len(regions[name]), default=None)
 
@@ -192,7 +205,10 @@ def remove_lesions(segmentation: VolumeSegmentation, keys: Iterable[tuple[str, i
     for region, number in keys:
         unwanted.setdefault(region, set()).add(number)
     if unknown := sorted(set(unwanted) - set(segmentation.regions)):
-        raise ValueError(f"`keys` names the regions {unknown}, the segmentation has {list(segmentation.regions)}.")
+        raise ValueError(
+            f"`keys` names the regions {unknown}, the segmentation has {list(segmentation.regions)}. Take keys of "
+            "`measure_lesions`."
+        )
     own_ids = {name: label_id for level in region_levels(segmentation.regions) for name, label_id in level.items()}
     box, found = _tumour(segmentation)
     kept = found.copy()
@@ -201,7 +217,10 @@ def remove_lesions(segmentation: VolumeSegmentation, keys: Iterable[tuple[str, i
         numbers = _number(found, segmentation.regions[region])
         count = int(numbers.max(initial=0))
         if not unwanted[region] <= set(range(1, count + 1)):
-            raise ValueError(f"`keys` names {region} {sorted(unwanted[region])}, {region} has {count} lesions.")
+            raise ValueError(
+                f"`keys` names {region} {sorted(unwanted[region])}, {region} has {count} lesions. Take keys of "
+                "`measure_lesions`."
+            )
         around = region_around(segmentation.regions, region)
         kept[np.isin(numbers, list(unwanted[region]))] = 0 if around is None else own_ids[around]
     labels = np.zeros_like(segmentation.scan.from_file_grid(segmentation.label_map))
@@ -211,6 +230,9 @@ def remove_lesions(segmentation: VolumeSegmentation, keys: Iterable[tuple[str, i
 
 def save_lesions(lesions: Iterable[Lesion], path: str | os.PathLike) -> None:
     """Write lesions as a table of comma-separated values, whole or not at all.
+
+    Its columns are `region`, `lesion` (the number), `inside` (empty without a region around), `volume_ml`,
+    `diameter_mm`, `perpendicular_mm`, `product_mm2` and `axial_slice`, counted from 0 at the feet.
 
     Args:
         lesions: What [`measure_lesions`] returns.

@@ -40,15 +40,6 @@ class LesionChange:
         """Volume at both time points."""
         return sum(lesion.volume_ml for lesion in self.earlier), sum(lesion.volume_ml for lesion in self.later)
 
-    def without(self, earlier: Iterable[tuple[str, int]], later: Iterable[tuple[str, int]]) -> "LesionChange":
-        """Return what is left without some lesions, of which the keys are given."""
-        hidden = set(earlier), set(later)
-        kept = [
-            [lesion for lesion in lesions if lesion.key not in keys]
-            for lesions, keys in zip((self.earlier, self.later), hidden, strict=True)
-        ]
-        return LesionChange(self.region, *kept)
-
 
 def check_same_space(earlier: Volume, later: Volume) -> None:
     """Check that the scans of two time points cover the same voxels in space.

@@ -156,9 +156,9 @@ def test_the_table_has_volumes_and_dice(view):
     rows = [re.findall(r"<td>(?:<label>.*?> )?([^<]+)<?", row) for row in re.findall("<tr>.*?</tr>", table)[1:]]
     assert [row[0] for row in rows] == list(REGIONS)
     voxel_ml = np.prod(view.spacing_mm) / 1000
-    for region, volume, expert, dice in rows:
+    for region, volume, reference, dice in rows:
         masks = [np.isin(labels, REGIONS[region]) for labels in (view.prediction, view.reference)]
-        assert (float(volume), float(expert)) == pytest.approx([mask.sum() * voxel_ml for mask in masks], abs=0.051)
+        assert (float(volume), float(reference)) == pytest.approx([mask.sum() * voxel_ml for mask in masks], abs=0.051)
         overlap = 2 * (masks[0] & masks[1]).sum() / (masks[0].sum() + masks[1].sum())
         assert float(dice) == pytest.approx(overlap, abs=6e-4)
 
@@ -426,7 +426,7 @@ def test_a_user_segments_scrolls_reviews_and_downloads(browser, address, cohort,
 
     starts = {plane: start(view, plane) for plane in PLANE_ORDER}
     for plane in PLANE_ORDER:
-        for side in ("model", "expert"):
+        for side in ("model", "reference"):
             page.wait_for(f"{plane}-{side}", expected(plane, starts[plane], side=side))
     table = page.one("#volumes").text
     assert all(f"{volume:.1f}" in table for volume in view.segmentation.volumes_ml.values())
@@ -438,7 +438,7 @@ def test_a_user_segments_scrolls_reviews_and_downloads(browser, address, cohort,
         "new WheelEvent('wheel', {deltaY: 100, bubbles: true, cancelable: true}));"
     )
     page.wait_for("axial-model", expected("axial", starts["axial"] - 2))
-    page.wait_for("axial-expert", expected("axial", starts["axial"] - 2, side="expert"))
+    page.wait_for("axial-reference", expected("axial", starts["axial"] - 2, side="reference"))
     np.testing.assert_array_equal(page.picture("coronal-model"), expected("coronal", starts["coronal"]))
     # The slider, by the keyboard.
     slider = page.one("#coronal input[type=range]")
@@ -447,7 +447,7 @@ def test_a_user_segments_scrolls_reviews_and_downloads(browser, address, cohort,
 
     page.one("#regions input[type=checkbox]").click()
     page.wait_for("axial-model", expected("axial", starts["axial"] - 2, ["TC", "ET"]))
-    page.wait_for("sagittal-expert", expected("sagittal", starts["sagittal"], ["TC", "ET"], side="expert"))
+    page.wait_for("sagittal-reference", expected("sagittal", starts["sagittal"], ["TC", "ET"], side="reference"))
 
     # A lesion that is pressed is shown in its slices, with its diameters.
     kept = Review(view)
@@ -517,5 +517,5 @@ def test_what_is_wrong_is_said_and_can_be_put_right(browser, address, cohort, vi
     page.upload([path for path in files if "_seg" not in path.name])
     page.one("#run").click()
     page.wait_for("axial-model", first_picture(view, "axial"))
-    assert not [image for image in page.all("#axial-expert img") if image.is_displayed()]
+    assert not [image for image in page.all("#axial-reference img") if image.is_displayed()]
     assert "Dice" not in page.one("#volumes").text

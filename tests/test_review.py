@@ -2,6 +2,8 @@
 
 import re
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from scan_files import make_segmentation, make_tumours
 
-from sam2unet_hf.lesions import number_lesions
+from sam2unet_hf.lesions import number_lesions, remove_lesions
 from sam2unet_hf.scans_sam2unet import ScanError
 
 
@@ -79,6 +81,32 @@ def test_what_is_left_is_downloaded_on_the_grid_of_the_scan(tmp_path):
         assert own.hidden == before, control
     state.hide("0-0-all", True)
     assert not saved().any()
+
+
+def test_two_presses_at_once_leave_the_table_and_the_file_alike(tmp_path, monkeypatch):
+    state = PageState([make_review(make_tumours(), tmp_path)])
+    (own,) = state.reviews
+    has_begun = threading.Event()
+
+    def remove_slowly_at_first(segmentation, keys):
+        left = remove_lesions(segmentation, keys)
+        if not has_begun.is_set():
+            has_begun.set()
+            time.sleep(0.3)
+        return left
+
+    monkeypatch.setattr(review, "remove_lesions", remove_slowly_at_first)
+    first, second = (
+        threading.Thread(target=state.hide, args=(control, True), daemon=True) for control in ("0-0-1", "0-0-2")
+    )
+    first.start()
+    assert has_begun.wait(10)
+    second.start()
+    for thread in (first, second):
+        thread.join(10)
+    assert own.hidden == {("WT", 1), ("WT", 2)}
+    assert not own.labels.any()
+    assert not labels_in(state.save(3)[0])[0].any()
 
 
 def test_the_list_of_lesions(tmp_path, monkeypatch):
@@ -161,6 +189,63 @@ def test_two_time_points_side_by_side(two):
     assert np.count_nonzero(later) == 20 * 12 * 7
 
 
+def test_smaller_lesions_of_two_time_points_are_counted_once(two, monkeypatch):
+    monkeypatch.setattr(review, "LISTED", 0)
+    monkeypatch.setattr("review_table.LISTED", 0)
+    row = rows_of(review_tables(two), "lesions")[1]
+    # One is there at both times, one is new and one is gone.
+    volumes = [own.left.volumes_ml["WT"] for own in two.reviews]
+    assert row[0] == ["3", "smaller", "lesions", "of", "WT", f"{volumes[0]:.2f}", "ml"]
+    assert row[1] == [f"{volumes[1]:.2f}", "ml"]
+    assert row[2][:2] == [f"{volumes[1] - volumes[0]:+.2f}", "ml"]
+    monkeypatch.setattr(review, "LISTED", 1)
+    monkeypatch.setattr("review_table.LISTED", 1)
+    rows = [row for row in rows_of(review_tables(two), "lesions") if "smaller" in row[0]]
+    assert rows[0][0][:5] == ["2", "smaller", "lesions", "of", "WT"]
+    two.hide("01-0-rest", True)
+    rows = [row for row in rows_of(review_tables(two), "lesions") if "smaller" in row[0]]
+    assert rows[0][2] == ["hidden"]
+
+
+def test_a_lesion_of_which_a_part_is_hidden(two):
+    (line,) = [line for line in two.lines["WT"] if all(line)]
+    assert two.change_of("WT", line).kind == "matched"
+    two.hide(f"1-0-{line[1][0].number}", True)
+    assert two.change_of("WT", line).kind == "gone"
+
+
+def test_patients_are_told_by_the_names_of_cohorts(two):
+    same = [("BraTS-GLI-00001-000", "BraTS-GLI-00001-001"), ("Brats18_CBICA_AAB_1", "Brats18_CBICA_AAB_2")]
+    assert all(app.known_patient(first) == app.known_patient(second) is not None for first, second in same)
+    names = "BraTS20_Training_001 BraTS20_Training_002 BraTS2021_00001 Brats17_TCIA_101_1 BraTS19_2013_10_1"
+    names += " Phantom_001 BRATS_001 BraTS-MET-00001-000"
+    assert len({app.known_patient(name) for name in names.split()} - {None}) == 8
+    assert app.known_patient("AX_FLAIR") is app.known_patient("Case") is None
+    assert app.describe(two.reviews).endswith("which the names Case and Case do not tell.")
+    two.reviews[0].view.name = two.reviews[1].view.name = "Phantom_031"
+    assert app.describe(two.reviews) == "Earlier scan, Phantom_031: done; later scan, Phantom_031: done"
+
+
+def test_new_scans_take_the_place_of_the_earlier_ones_too(monkeypatch):
+    monkeypatch.setattr(app, "phantom_files", lambda: (["later"], ["earlier"]))
+    page = app.build_page(lambda model: None, ["tiny"])
+    elements = {block.elem_id: block for block in page.blocks.values()}
+    files, earlier = elements["files"], elements["earlier"]
+
+    def handler(block, event):
+        (found,) = [one for one in page.fns.values() if (block._id, event) in one.targets]
+        return found
+
+    cleared = handler(files, "upload")
+    assert (cleared.outputs, cleared.fn()) == ([earlier], None)
+    example = handler(elements["phantom"], "click")
+    assert example.outputs == [files, earlier]
+    assert example.fn() == (["later"], None)
+    folders = [block for block in page.blocks.values() if isinstance(block, gr.UploadButton)]
+    found = next(handler(folder, "upload") for folder in folders if folder.label == "Case folder")
+    assert (found.outputs, found.fn(["a"])) == ([files, earlier], (["a"], None))
+
+
 def test_changes_in_words():
     assert format_change(10, 12.5, "ml", 1) == "+2.5&nbsp;ml (+25&nbsp;%)"
     assert format_change(10, 5, "ml", 1) == "\N{MINUS SIGN}5.0&nbsp;ml (\N{MINUS SIGN}50&nbsp;%)"
@@ -202,6 +287,11 @@ def test_uploads_that_cannot_be_compared(tmp_path):
     _, run = segment(first, upload(scan, "BraTS-GLI-00002-000-t2f.nii.gz", "c"))
     with pytest.raises(ValueError, match="The scans are of two patients: BraTS-GLI-00001 and BraTS-GLI-00002"):
         run()
+    _, run = segment(
+        upload(scan, "BraTS20_Training_001_flair.nii.gz", "f"), upload(scan, "BraTS20_Training_002_flair.nii.gz", "g")
+    )
+    with pytest.raises(ValueError, match="two patients: BraTS20_Training_001 and BraTS20_Training_002"):
+        run()
     _, run = segment(upload((scan > 50).astype(np.uint8), "mask.nii.gz", "d"))
     with pytest.raises(ValueError, match="mask.nii.gz is no scan: it holds 2 different values, as a mask does"):
         run()
@@ -214,20 +304,25 @@ def test_uploads_that_cannot_be_compared(tmp_path):
 
 def test_the_handler_of_the_table(tmp_path):
     page = app.build_page(lambda model: None, ["tiny"])
-    press = next(block.fn for block in page.fns.values() if getattr(block.fn, "__name__", "") == "press")
+    block = next(block for block in page.fns.values() if getattr(block.fn, "__name__", "") == "press")
+    press = block.fn
     state = PageState([make_review(make_tumours(), tmp_path)])
 
     def send(lesion, hide=None):
         return press(state, 3, "flair", ["WT"], 0.5, 1, 2, 3, gr.EventData(None, {"lesion": lesion, "hide": hide}))
 
-    table, download, earlier, *indices = send("0-0-1", hide=True)[:6]
+    kept, table, download, earlier, *indices = send("0-0-1", hide=True)[:7]
+    assert kept is state
     assert "removed" in table
     assert not earlier.visible
     assert np.count_nonzero(labels_in(download.value["path"])[0]) == 7
     assert indices == [1, 2, 3]
     changed = send("0-0-2")
     lesion = state.selected_lesion(0)
-    assert changed[3:6] == [lesion.slice_index, *np.mean(lesion.diameter, axis=0).round().astype(int)[::-1]]
-    assert len(changed) == len(send("0-0-nothing")) == 12
+    assert changed[4:7] == [lesion.slice_index, *np.mean(lesion.diameter, axis=0).round().astype(int)[::-1]]
+    assert len(changed) == len(send("0-0-nothing")) == len(block.outputs) == 13
+    # Gradio counts the hour from the last event that has the state among its outputs.
+    assert isinstance(block.outputs[0], gr.State)
+    assert changed[0] is send("0-0-nothing")[0] is state
     with pytest.raises(gr.Error, match="no longer kept"):
         press(None, 3, "flair", ["WT"], 0.5, 1, 2, 3, gr.EventData(None, {"lesion": "0-0-1", "hide": True}))
