@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
-from scipy import ndimage
 
 from sam2unet_hf.cases_sam2unet import BratsCase
 from sam2unet_hf.finetuning.plots import COLOURS
+from sam2unet_hf.head_sam2unet import bounding_box
 from sam2unet_hf.lesions import Line
 from sam2unet_hf.scans_sam2unet import MODALITIES, PLANES, pixel_size_mm, take_slice, to_grey
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, VolumeSegmentation
@@ -71,8 +71,9 @@ class CaseView:
 
     @functools.cached_property
     def tight_head_box(self) -> tuple[slice, ...]:
-        """The smallest box around the head, to which slices are cropped."""
-        return bounding_box(np.any([volume != 0 for volume in self.grey.values()], axis=0))
+        """The smallest box around the head, to which slices are cropped; the whole volume if all of it is 0."""
+        head = np.any([volume != 0 for volume in self.grey.values()], axis=0)
+        return bounding_box(head) if head.any() else tuple(slice(0, size) for size in head.shape)
 
     def head_box(self, margin: int) -> tuple[slice, ...]:
         """Return the box around the head with a margin of voxels; its far ends may lie beyond the volume."""
@@ -114,14 +115,6 @@ def largest_slice(plane: str, *masks: np.ndarray | None) -> int:
     if marked is None:
         return volumes[0].shape[PLANES[plane]] // 2
     return int(np.count_nonzero(np.moveaxis(marked, PLANES[plane], 0), axis=(1, 2)).argmax())
-
-
-def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...]:
-    """Return the smallest box that holds a mask of any number of axes, with a margin; all of it if it is empty."""
-    if not mask.any():
-        return (slice(None),) * mask.ndim
-    (box,) = ndimage.find_objects(mask.astype(np.uint8))
-    return tuple(slice(max(part.start - margin, 0), part.stop + margin) for part in box)
 
 
 def region_colours(regions: Iterable[str]) -> dict[str, str]:

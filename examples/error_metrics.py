@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from case_view import bounding_box
 from error_plots import evenly_spread
 from scipy import ndimage
 from tqdm import tqdm
@@ -17,6 +16,7 @@ from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.ensemble_sam2unet import Sam2UNetEnsemble
 from sam2unet_hf.finetuning.case_names import case_names
 from sam2unet_hf.finetuning.plots import grey_values
+from sam2unet_hf.metrics.distances import bounding_box
 from sam2unet_hf.metrics.volume_functional import count_voxels, dice
 from sam2unet_hf.overlays import image_to_show
 from sam2unet_hf.training import ImageRows, SegmentationTransform
@@ -50,6 +50,14 @@ class Calibration:
         """Return the expected calibration error, in [0, 1]: the mean over the pixels of the gap of their bin."""
         pixels, probabilities, positives = self.sums
         return float(np.abs(probabilities - positives).sum() / pixels.sum()) if pixels.any() else math.nan
+
+
+def box_around(mask: np.ndarray, margin: int) -> tuple[slice, slice]:
+    """Return the part of an image that holds a mask with a margin; all of it if the mask is empty."""
+    if not mask.any():
+        return slice(None), slice(None)
+    rows, columns = (slice(max(part.start - margin, 0), part.stop + margin) for part in bounding_box(mask))
+    return rows, columns
 
 
 def contrast_to_noise(grey: np.ndarray, reference: np.ndarray, counted: np.ndarray, width: int = 5) -> float:
@@ -214,7 +222,7 @@ class Analysis:
         ((_, image, probabilities, references, valid),) = self.read([record["index"]])
         number = self.regions.index(record["region"])
         reference, prediction = references[number] & valid, (probabilities[number] > THRESHOLD) & valid
-        box = bounding_box((grey_values(image) != 0) | reference | prediction, margin=4)
+        box = box_around((grey_values(image) != 0) | reference | prediction, margin=4)
         name = record["image"] if len(record["image"]) <= 26 else f"{record['image'][:12]}…{record['image'][-13:]}"
         heading = f"{title}: Dice {record['dice']:.2f}\n{name}"
         return heading, image_to_show(image, self.rows.image_columns)[box], reference[box], prediction[box]

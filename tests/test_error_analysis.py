@@ -33,11 +33,12 @@ from sam2unet_hf.volume import Sam2UNetVolumePipeline, VolumeSegmentation
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import error_analysis  # noqa: E402 - the scripts are no package
-from case_view import CaseView, bounding_box, largest_slice, segment_case  # noqa: E402
+from case_view import CaseView, largest_slice, segment_case  # noqa: E402
 from error_metrics import (  # noqa: E402
     Analysis,
     Calibration,
     boundary_distances,
+    box_around,
     contrast_to_noise,
     score_region,
     unmatched_lesions,
@@ -249,8 +250,8 @@ def test_the_worst_are_of_different_cases_while_there_are_others():
 
 
 def test_box_and_spread():
-    assert bounding_box(mask_of((5, 9, 0, 7)), margin=2) == (slice(3, 11), slice(0, 9))
-    assert bounding_box(mask_of()) == (slice(None), slice(None))
+    assert box_around(mask_of((5, 9, 0, 7)), margin=2) == (slice(3, 11), slice(0, 9))
+    assert box_around(mask_of(), margin=2) == (slice(None), slice(None))
     assert evenly_spread(10, 4).tolist() == [0, 3, 6, 9]
     assert evenly_spread(3, 9).tolist() == [0, 1, 2]
     assert evenly_spread(9, 1).tolist() == [4]

@@ -258,6 +258,9 @@ def test_two_heads_are_cropped_alike(tmp_path):
     second = replace(second, grey={"flair": np.roll(second.grey["flair"], 1, axis=0)})
     share_head_box([first, second])
     assert first.head_box(0) == second.head_box(0) == (slice(1, 40), slice(1, 29), slice(1, 11))
+    empty = replace(second, grey={"flair": np.zeros_like(second.grey["flair"])})  # is shown whole
+    share_head_box([first, empty])
+    assert first.head_box(0) == empty.head_box(0) == (slice(0, 40), slice(0, 30), slice(0, 12))
 
 
 def test_uploads_that_cannot_be_compared(tmp_path):
