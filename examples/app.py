@@ -209,6 +209,7 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
             flips,
             enhancing_label,
             earlier_paths,
+            shown=None,
             progress=gr.Progress(track_tqdm=True),  # noqa: B008
         ):
             if not paths:
@@ -238,6 +239,9 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
             for slider, plane in zip(sliders, PLANE_ORDER, strict=True):
                 last = view.prediction.shape[PLANES[plane]] - 1
                 found[slider] = gr.Slider(maximum=last, value=largest_slice(plane, view.prediction, view.reference))
+            if shown is not None:  # a press that is answered later must not bring back the patient before
+                with shown.lock:
+                    shown.is_replaced = True
             return found
 
         def draw(planes, state, *choices):
@@ -248,17 +252,20 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
             """Hide or show lesions again, or jump to one."""
             check_is_kept(state)
             indices = [axial, coronal, sagittal]
-            if event.hide is None:
-                if (lesion := state.select(event.lesion)) is None:
-                    return [state, *[gr.skip()] * (3 + len(sliders) + 2 * len(pictures))]
-                left, posterior = np.mean(lesion.diameter, axis=0).round()
-                indices = [lesion.slice_index, posterior, left]
-                changed = [gr.skip()] * 3
-            else:
-                with state.lock:  # so that table and files are those of the same lesions
+            nothing = [gr.skip()] * (3 + len(sliders) + 2 * len(pictures))
+            with state.lock:  # so that table and files are those of the same lesions
+                if state.is_replaced:
+                    return [gr.skip(), *nothing]
+                if event.hide is not None:
                     state.hide(event.lesion, event.hide)
                     changed = [review_table.review_tables(state), *offer_downloads(state, enhancing_label)]
-            drawn = draw_pictures(state, PLANE_ORDER, modality, regions, opacity, *indices)
+                elif (lesion := state.select(event.lesion)) is not None:
+                    left, posterior = np.mean(lesion.diameter, axis=0).round()
+                    indices = [lesion.slice_index, posterior, left]
+                    changed = [gr.skip()] * 3
+                else:
+                    return [state, *nothing]
+                drawn = draw_pictures(state, PLANE_ORDER, modality, regions, opacity, *indices)
             # Return the state, because Gradio deletes it an hour after the last event that did.
             return [state, *changed, *map(int, indices), *drawn]
 
@@ -271,7 +278,7 @@ def build_page(load: Any, models: Sequence[str], planes: Sequence[str] = ()) -> 
         outputs = [state, status, *downloads, results, tables, modality, regions, colours, *sliders]
         run.click(
             segment_files,
-            [files, model, chosen_planes, flips, enhancing_label, earlier_files],
+            [files, model, chosen_planes, flips, enhancing_label, earlier_files, state],
             outputs,
             show_progress_on=status,
         ).success(*draw_all, **quiet)

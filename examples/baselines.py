@@ -131,20 +131,26 @@ class Baseline(PreTrainedModel):
     ) -> Sam2UNetOutput:
         """Segment images of shape `(batch_size, num_channels, height, width)`, all arguments as those of SAM2-UNet.
 
-        Options of outputs that a baseline has not, such as `output_auxiliary_logits`, change nothing.
+        Options of outputs that a baseline has not, such as `output_auxiliary_logits`, change nothing. A system that
+        trains by losses of its own returns no logits in training mode with labels.
         """
-        height, width = pixel_values.shape[-2:]
-        padded = F.pad(pixel_values, (0, -width % STRIDE, 0, -height % STRIDE))
-        return self.make_output(self.network(padded)[..., :height, :width], labels, pixel_mask, crop_boxes)
-
-    def make_output(
-        self, logits: torch.Tensor, labels: Labels, pixel_mask: torch.Tensor | None, crop_boxes: torch.Tensor | None
-    ) -> Sam2UNetOutput:
-        """Return logits, background outside `pixel_mask`, with their loss."""
-        if pixel_mask is not None:
+        if self.training and labels is not None and (loss := self.own_loss(pixel_values, labels)) is not None:
+            return Sam2UNetOutput(loss=loss)
+        logits = self.find_logits(pixel_values)
+        if pixel_mask is not None:  # outside is background
             logits = logits.masked_fill(~pixel_mask.bool().unsqueeze(1), OUTSIDE_LOGIT)
         loss = None if labels is None else self.compute_loss([logits], labels)
         return Sam2UNetOutput(loss=loss, logits=logits, crop_boxes=crop_boxes)
+
+    def own_loss(self, pixel_values: torch.Tensor, labels: Labels) -> torch.Tensor | None:
+        """Return the loss of a system that does not train by that of SAM2-UNet; `None` of those that do."""
+        return None
+
+    def find_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the logits of images, of shape `(batch_size, num_regions, height, width)`."""
+        height, width = pixel_values.shape[-2:]
+        padded = F.pad(pixel_values, (0, -width % STRIDE, 0, -height % STRIDE))
+        return self.network(padded)[..., :height, :width]
 
 
 def instances(masks: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -174,33 +180,33 @@ class MaskRCNNBaseline(Baseline):
     The probability of a pixel is the maximum over instances of mask probability times score.
     """
 
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        labels: Labels = None,
-        pixel_mask: torch.Tensor | None = None,
-        crop_boxes: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Sam2UNetOutput:
-        """Segment as [`Baseline.forward`] does, but return no logits in training mode with labels: there are none."""
+    def prepare(self, pixel_values: torch.Tensor, is_trained: bool) -> list[torch.Tensor]:
+        """Set the network up for images, and return them as it takes them."""
         height, width = pixel_values.shape[-2:]
         # The network resizes images to these sizes; set those of the images.
         self.network.transform.min_size, self.network.transform.max_size = (min(height, width),), max(height, width)
         # Detect without labels in training mode too, in which the batch norm of the backbone is estimated anew.
-        is_trained = self.training and labels is not None
         self.network.train(is_trained)
         self.network.backbone.train(self.training)
-        if is_trained:
-            masks, _ = self.region_masks(labels)
-            losses = self.network(list(pixel_values), [instances(image_masks) for image_masks in masks])
-            return Sam2UNetOutput(loss=torch.stack(list(losses.values())).sum())
-        detections = self.network(list(pixel_values))
+        return list(pixel_values)
+
+    def own_loss(self, pixel_values: torch.Tensor, labels: Labels) -> torch.Tensor:
+        """Return the sum of the losses of Mask R-CNN."""
+        masks, _ = self.region_masks(labels)
+        images = self.prepare(pixel_values, is_trained=True)
+        losses = self.network(images, [instances(image_masks) for image_masks in masks])
+        return torch.stack(list(losses.values())).sum()
+
+    def find_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the logits of images, of shape `(batch_size, num_regions, height, width)`."""
+        height, width = pixel_values.shape[-2:]
+        detections = self.network(self.prepare(pixel_values, is_trained=False))
         probabilities = pixel_values.new_zeros(len(pixel_values), len(self.config.regions), height, width)
         for image, detection in zip(probabilities, detections, strict=True):
             weighted = detection["masks"][:, 0] * detection["scores"][:, None, None]
             for label in detection["labels"].unique().tolist():
                 image[label - 1] = weighted[detection["labels"] == label].amax(dim=0)
-        return self.make_output(torch.logit(probabilities, eps=1e-6), labels, pixel_mask, crop_boxes)
+        return torch.logit(probabilities, eps=1e-6)
 
 
 def build_baseline(

@@ -79,6 +79,7 @@ class PageState:
             with two time points all those that are one lesion.
         selected: Time point and key of the lesion whose diameters are drawn.
         lock: Held while lesions are hidden or files are written; the same thread may take it again.
+        is_replaced: Whether the tab shows another patient since.
     """
 
     reviews: list[Review]
@@ -86,6 +87,7 @@ class PageState:
     selected: tuple[int, tuple[str, int]] | None = None
     lines: dict[str, list[tuple[list[Lesion], ...]]] = field(init=False)
     lock: threading.RLock = field(init=False, default_factory=threading.RLock)
+    is_replaced: bool = field(init=False, default=False)
 
     def __post_init__(self):
         self.lines = {region: [] for region in self.regions}

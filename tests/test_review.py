@@ -327,5 +327,9 @@ def test_the_handler_of_the_table(tmp_path):
     # Gradio counts the hour from the last event that has the state among its outputs.
     assert isinstance(block.outputs[0], gr.State)
     assert changed[0] is send("0-0-nothing")[0] is state
+    state.is_replaced = True
+    hidden = set(state.reviews[0].hidden)
+    assert all("value" not in answer for answer in send("0-0-1", hide=False))  # leaves all as it is
+    assert state.reviews[0].hidden == hidden
     with pytest.raises(gr.Error, match="no longer kept"):
         press(None, 3, "flair", ["WT"], 0.5, 1, 2, 3, gr.EventData(None, {"lesion": "0-0-1", "hide": True}))
