@@ -10,15 +10,35 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .clean_up_sam2unet import GAINS, CleanUp, RegionRule, component_sizes, with_inner_regions
+from .clean_up_sam2unet import GAIN_VALUES, GAINS, CleanUp, RegionRule, component_sizes, with_inner_regions
 from .head_sam2unet import bounding_box
 
 
-# Values that are tried. The plain ones come first: of equally good rules the first is taken.
+# Values that are tried. The plain ones come first.
 THRESHOLDS = (0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7, 0.25, 0.75, 0.2, 0.8, 0.1, 0.9)
 MIN_COMPONENT_ML = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 MIN_REGION_ML = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
 RULES = [RegionRule(*values) for values in product(THRESHOLDS, MIN_COMPONENT_ML, MIN_REGION_ML)]
+
+
+class Judgement(NamedTuple):
+    """How good the segmentation of a region of one patient is.
+
+    Args:
+        dice: Its Dice; 1 if neither it nor the reference has a voxel.
+        false_components: How many of its connected components have no voxel of the reference.
+    """
+
+    dice: float
+    false_components: int
+
+    @property
+    def score(self) -> float:
+        """The mean of Dice and lesion-wise Dice, were the tumour one lesion, in [0, 1].
+
+        BraTS has judged by lesions since 2023: each false component is one more lesion, with a Dice of 0.
+        """
+        return (self.dice + self.dice / (1 + self.false_components)) / 2
 
 
 class RegionComponents(NamedTuple):
@@ -36,15 +56,15 @@ class RegionComponents(NamedTuple):
     reference_size: int
     voxel_ml: float
 
-    def dice(self, rule: RegionRule) -> float:
-        """Return the Dice of what a rule keeps; 1 if neither that nor the reference has a voxel."""
+    def judge(self, rule: RegionRule) -> "Judgement":
+        """Return how good what a rule keeps is."""
         sizes, common = self.sizes[rule.threshold], self.common[rule.threshold]
         is_kept = sizes * self.voxel_ml >= rule.min_component_ml
+        if sizes[is_kept].sum() * self.voxel_ml < rule.min_region_ml:
+            is_kept[:] = False
         size, overlap = int(sizes[is_kept].sum()), int(common[is_kept].sum())
-        if size * self.voxel_ml < rule.min_region_ml:
-            size = overlap = 0
         total = size + self.reference_size
-        return 2 * overlap / total if total else 1.0
+        return Judgement(2 * overlap / total if total else 1.0, int(np.count_nonzero(common[is_kept] == 0)))
 
 
 def find_components(
@@ -112,10 +132,11 @@ def load_components(path: str | os.PathLike) -> dict[str, RegionComponents]:
 def choose_clean_up(patients: Mapping[str, Mapping[str, RegionComponents]], folds: Sequence[Sequence[str]]) -> CleanUp:
     """Choose the rules of all regions by patients that no model was trained on.
 
-    The rule of a region is the one with the highest mean Dice over patients. The record of what comes out says what
-    choosing so gains: each fold's patients are scored by the rule that is best on those of the other folds. A region
-    that this does not help gets the plain rule, a threshold of 0.5 that removes nothing, whatever is best on all
-    patients together, so that the clean-up does no harm.
+    The rule of a region is the one with the highest mean [`Judgement.score`] over patients, or the plainest that is as
+    good within two standard errors: Dice alone is that of the large components, and hardly tells how many small ones
+    are false. The record of what comes out says what choosing so gains: each fold's patients are judged by the rule
+    that is best on those of the other folds. A region whose score this does not raise gets the plain rule, a threshold
+    of 0.5 that removes nothing, whatever is best on all patients together, so that the clean-up does no harm.
 
     Each region is judged by itself. Where the rule of a region removes something, that is removed of the regions
     inside it too, for which the scores do not account.
@@ -133,15 +154,17 @@ def choose_clean_up(patients: Mapping[str, Mapping[str, RegionComponents]], fold
     rules: dict[str, RegionRule] = {}
     gains: dict[str, Any] = {}
     for region in next(iter(patients.values())):
-        scores = {name: np.array([found[region].dice(rule) for rule in RULES]) for name, found in patients.items()}
+        judged = {name: [found[region].judge(rule) for rule in RULES] for name, found in patients.items()}
+        scores = {name: np.array([judgement.score for judgement in own]) for name, own in judged.items()}
         plain = RULES.index(RegionRule())
         before, after = [], []
         for fold in folds:
             best = best_rule([own for name, own in scores.items() if name not in fold])
-            before += [scores[name][plain] for name in fold]
-            after += [scores[name][best] for name in fold]
-        gains[region] = {"dice_before": float(np.mean(before)), "dice_after": float(np.mean(after))}
-        helps = gains[region]["dice_after"] > gains[region]["dice_before"]
+            before += [judged[name][plain] for name in fold]
+            after += [judged[name][best] for name in fold]
+        means = [*np.mean(before, axis=0).tolist(), *np.mean(after, axis=0).tolist()]
+        gains[region] = dict(zip(GAIN_VALUES, means, strict=True))
+        helps = sum(judgement.score for judgement in after) > sum(judgement.score for judgement in before)
         rules[region] = RULES[best_rule(list(scores.values()))] if helps else RULES[plain]
     record = {
         "chosen_on": f"{len(patients)} patients in {len(folds)} folds, segmented by models not trained on them",
@@ -151,8 +174,18 @@ def choose_clean_up(patients: Mapping[str, Mapping[str, RegionComponents]], fold
 
 
 def best_rule(scores: Sequence[np.ndarray]) -> int:
-    """Return the place of the rule with the highest mean, of the scores of all rules for each patient."""
-    return int(np.argmax(np.mean(scores, axis=0)))
+    """Return the place of the best rule, or of the plainest of those that it does not clearly surpass.
+
+    A rule surpasses another clearly if its mean score is higher by more than two standard errors of the difference
+    over patients. Without that, thresholds are chosen by chance.
+
+    Args:
+        scores: For each patient those of all rules, the plainer ones first.
+    """
+    table = np.stack(scores)
+    lost = table[:, [np.argmax(table.mean(axis=0))]] - table
+    error = lost.std(axis=0, ddof=1) / math.sqrt(len(table)) if len(table) > 1 else 0.0
+    return int(np.argmax(lost.mean(axis=0) <= 2 * error + 1e-12))
 
 
-__all__ = ["RegionComponents", "choose_clean_up", "find_components", "load_components", "save_components"]
+__all__ = ["Judgement", "RegionComponents", "choose_clean_up", "find_components", "load_components", "save_components"]

@@ -16,8 +16,9 @@ from .regions_sam2unet import region_levels
 
 
 CLEAN_UP_FILE = "clean_up.json"  # beside a checkpoint, or beside the list of members of an ensemble
-# What the rules gain, in the record of a file: region name -> `dice_before` and `dice_after`.
+# What the rules gain, in the record of a file: region name -> these values, means over patients.
 GAINS = "patients_of_other_folds"
+GAIN_VALUES = ("dice_before", "false_components_before", "dice_after", "false_components_after")
 _NEIGHBOURS = np.ones((3, 3, 3))  # voxels that touch at least at a corner
 
 
@@ -75,7 +76,7 @@ class CleanUp:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             rules = {name: RegionRule(**rule) for name, rule in content.pop("regions").items()}
             for gain in content.get(GAINS, {}).values():
-                float(gain["dice_before"]), float(gain["dice_after"])
+                [float(gain[name]) for name in GAIN_VALUES]
         except (AttributeError, KeyError, TypeError, ValueError) as err:
             names = ", ".join(field.name for field in fields(RegionRule))
             raise ValueError(
@@ -192,4 +193,4 @@ def component_sizes(mask: np.ndarray, reference: np.ndarray | None = None) -> tu
     return components, sizes, common
 
 
-__all__ = ["CLEAN_UP_FILE", "GAINS", "CleanUp", "RegionRule"]
+__all__ = ["CLEAN_UP_FILE", "GAINS", "GAIN_VALUES", "CleanUp", "RegionRule"]

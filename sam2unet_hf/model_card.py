@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoModelForSemanticSegmentation
 
 from .card_scores import METRIC_TITLES, eval_results, parse_score
-from .clean_up_sam2unet import CLEAN_UP_FILE, GAINS, CleanUp, RegionRule
+from .clean_up_sam2unet import CLEAN_UP_FILE, GAIN_VALUES, GAINS, CleanUp, RegionRule
 from .configuration_sam2unet import PRESETS, Sam2UNetConfig, did_you_mean
 from .image_processing_sam2unet import Sam2UNetImageProcessor
 from .members_sam2unet import find_ensemble, read_members
@@ -133,8 +133,8 @@ def clean_up_section(path: Path, regions: Mapping[str, Sequence[int]]) -> dict[s
 
     def row(region: str, rule: RegionRule) -> list[str]:
         values = [f"{value:g}" for value in (rule.threshold, rule.min_component_ml, rule.min_region_ml)]
-        scores = [f"{gains[region][name]:.3f}" for name in ("dice_before", "dice_after")] if region in gains else []
-        return [region, *values, *(scores or ["", ""])]
+        own = gains.get(region, {})
+        return [region, *values, *(f"{own[name]:.3f}" if own else "" for name in GAIN_VALUES)]
 
     return {
         "chosen_on": clean_up.record.get("chosen_on"),

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from common import BRATS_REGIONS, small_model
+from scipy import ndimage
 
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.cases_sam2unet import find_cases
-from sam2unet_hf.clean_up import RULES, choose_clean_up, find_components, load_components, save_components
+from sam2unet_hf.clean_up import RULES, best_rule, choose_clean_up, find_components, load_components, save_components
 from sam2unet_hf.clean_up_sam2unet import CLEAN_UP_FILE, CleanUp, RegionRule
 from sam2unet_hf.finetuning.provenance import start_run
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, main
@@ -136,7 +137,9 @@ def test_dice_of_components_is_that_of_the_masks_that_are_kept(seed):
         (mask,) = CleanUp({"WT": rule}).apply(probabilities[None], WT, spacing_mm)
         total = mask.sum() + reference.sum()
         expected = 2 * (mask & reference).sum() / total if total else 1.0
-        assert found.dice(rule) == pytest.approx(expected, abs=1e-12), rule
+        parts, number = ndimage.label(mask, np.ones((3, 3, 3)))
+        right = np.unique(parts[reference & mask])
+        assert found.judge(rule) == (pytest.approx(expected, abs=1e-12), number - right.size), rule
 
 
 def make_patient(seed, spots):
@@ -158,10 +161,21 @@ def test_choice_removes_false_spots_and_gains_on_patients_of_other_folds():
     assert chosen.rules == {"WT": RegionRule(min_component_ml=0.05)}  # the mildest that removes 0.027 ml
     gain = chosen.record["patients_of_other_folds"]["WT"]
     assert gain["dice_before"] == pytest.approx(
-        np.mean([found["WT"].dice(RegionRule()) for found in patients.values()])
+        np.mean([found["WT"].judge(RegionRule()).dice for found in patients.values()])
     )
     assert gain["dice_before"] < 0.97
     assert gain["dice_after"] == 1
+    assert (gain["false_components_before"], gain["false_components_after"]) == (4, 0)
+
+
+def test_the_plainest_of_the_rules_that_the_best_does_not_clearly_surpass():
+    # Three rules, the plainest first. The last is best: clearly better than the first, by chance than the second.
+    scores = np.array([[0.50, 0.72, 0.70], [0.52, 0.66, 0.73], [0.48, 0.69, 0.68], [0.51, 0.71, 0.72]])
+    assert scores.mean(axis=0).argmax() == 2
+    assert best_rule(list(scores)) == 1
+    assert best_rule(list(scores + [0, 0, 0.1])) == 2
+    assert best_rule(list(scores[:, [0, 0, 0]])) == 0
+    assert best_rule([scores[0]]) == 1  # a single patient has no error
 
 
 def test_gain_is_that_of_rules_chosen_without_the_fold():
@@ -172,7 +186,7 @@ def test_gain_is_that_of_rules_chosen_without_the_fold():
     patients["p1"] = find_components(probabilities[None], (probabilities > 0.5).astype(np.uint8), WT, ONE_MM)
     chosen = choose_clean_up(patients, [["p0"], ["p1"]])
     gain = chosen.record["patients_of_other_folds"]["WT"]
-    before = [found["WT"].dice(RegionRule()) for found in patients.values()]
+    before = [found["WT"].judge(RegionRule()).dice for found in patients.values()]
     assert gain["dice_before"] == pytest.approx(np.mean(before))
     assert gain["dice_after"] == pytest.approx((before[0] + 0) / 2)  # p0 by plain rules, p1 by p0's
     assert chosen.rules == {"WT": RegionRule()}
@@ -208,7 +222,7 @@ def test_components_are_read_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["p0.json"]
     again = load_components(tmp_path / "p0.json")
     assert again.keys() == components.keys()
-    assert all(again["WT"].dice(rule) == components["WT"].dice(rule) for rule in RULES)
+    assert all(again["WT"].judge(rule) == components["WT"].judge(rule) for rule in RULES)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +235,7 @@ def test_components_are_read_back(tmp_path):
         ('{"regions": {"WT": {"threshold": 1.5}}}', "in \\[0, 1\\], got 1.5"),
         ('{"regions": {"WT": {"min_component_ml": -1}}}', "from 0 up, got -1"),
         ('{"regions": {"WT": {"min_region_ml": "small"}}}', "from 0 up, got 'small'"),
-        ('{"regions": {}, "patients_of_other_folds": {"WT": {"dice_before": 0.4}}}', "dice_after"),
+        ('{"regions": {}, "patients_of_other_folds": {"WT": {"dice_before": 0.4}}}', "false_components_before"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, text, message):

@@ -19,7 +19,7 @@ from slice_rows import make_slices
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.cases_sam2unet import find_cases
-from sam2unet_hf.clean_up_sam2unet import CleanUp, RegionRule
+from sam2unet_hf.clean_up_sam2unet import GAIN_VALUES, CleanUp, RegionRule
 from sam2unet_hf.ensemble_sam2unet import Sam2UNetEnsemble
 from sam2unet_hf.hub import push_ensemble
 from sam2unet_hf.patient_checks import read_splits
@@ -340,7 +340,8 @@ RULES = {"WT": RegionRule(threshold=0.6, min_component_ml=0.5), "ET": RegionRule
 def test_a_pushed_ensemble_loads_elsewhere_and_gives_equal_volumes(folder, segment, found, case, tmp_path):
     copy = tmp_path / "cv"
     shutil.copytree(folder, copy)
-    gains = {"WT": {"dice_before": 0.8, "dice_after": 0.85}, "ET": {"dice_before": 0.5, "dice_after": 0.4}}
+    values = {"WT": (0.8, 3.25, 0.85, 0.5), "ET": (0.5, 1, 0.4, 0)}
+    gains = {region: dict(zip(GAIN_VALUES, own, strict=True)) for region, own in values.items()}
     rules = CleanUp(RULES, {"chosen_on": "2 patients in 2 folds", "patients_of_other_folds": gains})
     rules.save(copy)
     with LoopbackHub() as hub:
@@ -383,7 +384,11 @@ def test_a_pushed_ensemble_loads_elsewhere_and_gives_equal_volumes(folder, segme
         assert "training time" not in text  # the members differ in it
         assert "No results are recorded" not in text
         assert "The rules\nwere chosen on 2 patients in 2 folds." in text
-        assert "| WT | 0.6 | 0.5 | 0 | 0.800 | 0.850 |\n| ET | 0.5 | 0 | 0 | 0.500 | 0.400 |\n" in text
+        rows = [
+            "WT | 0.6 | 0.5 | 0 | 0.800 | 3.250 | 0.850 | 0.500",
+            "ET | 0.5 | 0 | 0 | 0.500 | 1.000 | 0.400 | 0.000",
+        ]
+        assert all(f"| {row} |\n" in text for row in rows)
         assert "### Clean-up" not in hub.file("models", REPO, "README.md", second).decode()
 
         both = found[1][1]

@@ -21,7 +21,7 @@ from dataset_scripts.brats_slices import fold_patients, split_patients
 from dataset_scripts.phantom import write_phantom_cohort
 from sam2unet_hf import Sam2UNetImageProcessor
 from sam2unet_hf.cases_sam2unet import find_cases
-from sam2unet_hf.clean_up import RULES, find_components, load_components
+from sam2unet_hf.clean_up import RULES, best_rule, find_components, load_components
 from sam2unet_hf.clean_up_sam2unet import CleanUp, RegionRule
 from sam2unet_hf.finetuning import folds, run_segmentation
 from sam2unet_hf.finetuning.arguments import DataArguments
@@ -324,11 +324,11 @@ def test_the_gain_of_the_clean_up_is_that_of_rules_chosen_without_the_fold(whole
             components[patient] = find_components(*facts)
             stored = load_components(output_dir / "components" / f"{patient}.json")
             for rule in RULES[::11]:
-                assert all(stored[region].dice(rule) == components[patient][region].dice(rule) for region in REGIONS)
+                assert all(stored[region].judge(rule) == components[patient][region].judge(rule) for region in REGIONS)
     scores = {"dice_before": [], "dice_after": []}
     for patients in dealt.values():
         others = [own["WT"] for patient, own in components.items() if patient not in patients]
-        chosen = RULES[np.mean([[own.dice(rule) for rule in RULES] for own in others], axis=0).argmax()]
+        chosen = RULES[best_rule([np.array([own.judge(rule).score for rule in RULES]) for own in others])]
         for patient in patients:
             for name, rules in (("dice_before", {}), ("dice_after", {"WT": chosen})):
                 predicted, _ = CleanUp(rules).apply(probabilities[patient], REGIONS, found.scan.spacing_mm)
@@ -338,7 +338,6 @@ def test_the_gain_of_the_clean_up_is_that_of_rules_chosen_without_the_fold(whole
     for name, values in scores.items():
         assert stored["patients_of_other_folds"]["WT"][name] == pytest.approx(np.mean(values), abs=1e-12)
         assert results[f"clean_up_{name}_WT"] == stored["patients_of_other_folds"]["WT"][name]
-    assert scores["dice_after"] != scores["dice_before"]
     # Table and segmentations stay those of the models alone, and the ensemble has the rules.
     table = read(output_dir / "patients.json")["summary"]["WT"]["volume_dice"]
     assert table["mean"] == pytest.approx(results["clean_up_dice_before_WT"], abs=1e-9)
@@ -347,18 +346,18 @@ def test_the_gain_of_the_clean_up_is_that_of_rules_chosen_without_the_fold(whole
 
 
 def test_the_console_says_what_the_clean_up_gains(caplog):
-    gains = {"WT": {"dice_before": 0.8, "dice_after": 0.9}, "ET": {"dice_before": 0.7, "dice_after": 0.6}}
+    names = ("dice_before", "false_components_before", "dice_after", "false_components_after")
+    gains = {"WT": dict(zip(names, (0.8, 4, 0.79, 1), strict=True))}
+    gains["ET"] = dict(zip(names, (0.7, 1, 0.6, 0), strict=True))
     rules = {"WT": RegionRule(min_component_ml=0.5), "ET": RegionRule()}
     with caplog.at_level("INFO"):
         results = folds.report_gains(CleanUp(rules, {"patients_of_other_folds": gains}))
-    assert "WT: clean-up by RegionRule(threshold=0.5, min_component_ml=0.5, min_region_ml=0.0); Dice" in caplog.text
-    assert "ET: no clean-up, since the Dice of patients of other folds went from 0.7000 to 0.6000." in caplog.text
-    assert results == {
-        "clean_up_dice_before_WT": 0.8,
-        "clean_up_dice_after_WT": 0.9,
-        "clean_up_dice_before_ET": 0.7,
-        "clean_up_dice_after_ET": 0.6,
-    }
+    assert "WT: clean-up by RegionRule(threshold=0.5, min_component_ml=0.5, min_region_ml=0.0), since" in caplog.text
+    assert (
+        "ET: no clean-up, since on patients of other folds Dice went from 0.7000 to 0.6000, and false components of a "
+        "patient from 1.0 to 0.0." in caplog.text
+    )
+    assert results == {f"clean_up_{name}_{region}": gains[region][name] for region in gains for name in names}
 
 
 def test_a_cross_validation_from_before_there_was_a_clean_up_gets_one(whole, arguments, tmp_path, monkeypatch):

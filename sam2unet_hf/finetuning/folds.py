@@ -281,14 +281,18 @@ def components_of(found: VolumeSegmentation, case: BratsCase) -> dict[str, Regio
 
 
 def report_gains(clean_up: CleanUp) -> dict[str, float]:
-    """Log what a clean-up gains; return it as `clean_up_dice_before_<region>` and `clean_up_dice_after_<region>`."""
+    """Log what a clean-up gains; return it as `clean_up_<value>_<region>`, for each of `GAIN_VALUES`."""
     results: dict[str, float] = {}
     for region, gain in clean_up.record[GAINS].items():
-        rule, change = clean_up.rules[region], f"{gain['dice_before']:.4f} to {gain['dice_after']:.4f}"
-        if rule == RegionRule():
-            logger.info("%s: no clean-up, since the Dice of patients of other folds went from %s.", region, change)
-        else:
-            logger.info("%s: clean-up by %s; Dice of patients of other folds went from %s.", region, rule, change)
+        rule = clean_up.rules[region]
+        chosen = "no clean-up" if rule == RegionRule() else f"clean-up by {rule}"
+        logger.info(
+            "%s: %s, since on patients of other folds Dice went from %.4f to %.4f, and false components of a patient "
+            "from %.1f to %.1f.",
+            region,
+            chosen,
+            *(gain[f"{name}_{when}"] for name in ("dice", "false_components") for when in ("before", "after")),
+        )
         results |= {f"clean_up_{name}_{region}": value for name, value in gain.items()}
     return results
 
