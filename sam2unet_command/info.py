@@ -133,6 +133,10 @@ def describe_model(model: str) -> dict[str, Any]:
 def why_missing(model: str) -> str:
     """Say why there is no model of this name."""
     path = Path(model)
+    checkpoints = [*path.glob("checkpoint-*/"), *path.glob("fold_*/checkpoint-*/")]
+    if checkpoints:
+        latest = max(checkpoints, key=lambda found: found.stat().st_mtime)
+        return f"The training in {model} has not ended. The command that began it goes on from {latest}."
     if path.is_dir():
         return f"{model} holds no model: there is neither {CONFIG} nor {ENSEMBLE} in it. Name the folder of a run."
     siblings = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []

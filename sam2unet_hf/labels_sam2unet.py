@@ -98,6 +98,10 @@ def numberings_of(case_id: str, new_ending: bool, folders: Iterable[str] = ()) -
     return ("gli2023", "gli2024", "gli2017") if new_ending else ("gli2023", "gli2017")
 
 
+# What the regions of BraTS are called in words.
+REGION_TITLES = {"WT": "whole tumour", "TC": "tumour core", "ET": "enhancing tumour"}
+
+
 def region_ids(numberings: Iterable[str]) -> dict[str, list[int]]:
     """Return the regions of BraTS in our label ids.
 

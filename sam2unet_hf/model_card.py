@@ -20,6 +20,7 @@ from .card_scores import METRIC_TITLES, eval_results, parse_score
 from .clean_up_sam2unet import CLEAN_UP_FILE, GAIN_VALUES, GAINS, CleanUp, RegionRule
 from .configuration_sam2unet import PRESETS, Sam2UNetConfig, did_you_mean
 from .image_processing_sam2unet import Sam2UNetImageProcessor
+from .labels_sam2unet import REGION_TITLES
 from .members_sam2unet import find_ensemble, read_members
 from .patient_table import COLUMN_TITLES, PatientTable
 from .weights_sam2unet import is_local_source
@@ -263,6 +264,7 @@ def render_model_card(
         modalities=processor.modalities if processor is not None else None,
         **input_facts(backbone["num_channels"], processor),
         regions=config.regions,
+        region_titles=REGION_TITLES,
         id2label=config.id2label,
         data_rows=list(info.get("data", {}).items()),
         recipe=list(info.get("recipe", {}).items()),

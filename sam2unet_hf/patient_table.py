@@ -118,6 +118,17 @@ class PatientTable:
                 }
         return found
 
+    def sentences(self) -> list[str]:
+        """Return what a reader wants to know first of each region: Dice and the 95 % Hausdorff distance."""
+        texts = []
+        for region, columns in self.summary().items():
+            dice, distance = columns["volume_dice"], columns["hausdorff95_mm"]["mean"]
+            spread = (
+                f" on average, {dice['median']:.3f} median, {dice['worst']:.3f} worst" if len(self.dice) > 1 else ""
+            )
+            texts.append(f"{region}: Dice {dice['mean']:.3f}{spread}; 95 % Hausdorff distance {distance:.1f} mm.")
+        return texts
+
     def fold_summary(self) -> dict[str, dict[str, dict[str, float | None]]]:
         """Return mean and standard deviation over folds of their means over patients, by region and column.
 

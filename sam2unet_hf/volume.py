@@ -245,6 +245,8 @@ def main(argv: list[str] | None = None, prog: str = PROG, is_scored: bool = Fals
         raise SystemExit(f"The table of patients could not be written: {err}") from err
     if written:
         logger.info("Scores of %s: %s.", counted(len(table.dice), "patient"), ", ".join(map(str, written)))
+        for sentence in table.sentences():
+            logger.info("%s", sentence)
     if failed:
         raise SystemExit(f"{failed} of {len(cases)} cases could not be segmented or scored, see above.")
 

@@ -150,6 +150,14 @@ def test_what_is_no_model_is_told(files, match, tmp_path):
         main(["info", str(tmp_path)])
 
 
+def test_a_training_that_has_not_ended_is_told(tmp_path):
+    for run in (tmp_path / "run", tmp_path / "cv" / "fold_0"):
+        (run / "checkpoint-20").mkdir(parents=True)
+    for name in ("run", "cv"):
+        with pytest.raises(SystemExit, match="has not ended.*goes on from .*checkpoint-20"):
+            main(["info", str(tmp_path / name)])
+
+
 def test_a_mistyped_model_or_command_is_answered_by_what_was_meant(folder, capsys, monkeypatch):
     with pytest.raises(SystemExit, match=r"no folder .*phantm.*Did you mean .*phantom\?"):
         main(["info", str(folder.with_name("phantm"))])

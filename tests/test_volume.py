@@ -256,13 +256,16 @@ def test_results_are_read_as_masks_of_their_case(cohort, bright, tmp_path, case_
     assert np.unique(nib.load(tmp_path / f"{case_id}_seg.nii.gz").get_fdata()).max() == 3
 
 
-def test_command_scores_against_the_reference(cohort, segment, tmp_path, capsys):
+def test_command_scores_against_the_reference(cohort, segment, tmp_path, capsys, caplog):
     segment.model.save_pretrained(tmp_path / "model")
     segment.processor.save_pretrained(tmp_path / "model")
     case = find_cases(cohort)[0]
     options = ["-o", str(tmp_path / "out"), "--device", "cpu", "--score", "--modalities", *THREE]
-    main([str(tmp_path / "model"), str(case.folder), *options])
+    with caplog.at_level("INFO"):
+        main([str(tmp_path / "model"), str(case.folder), *options])
     line = json.loads(capsys.readouterr().out)
+    own = line["WT"]
+    assert f"WT: Dice {own['volume_dice']:.3f}; 95 % Hausdorff distance {own['hausdorff95_mm']:.1f} mm." in caplog.text
     mask = case.read_mask()
     predicted = nib.load(line["segmentation"]).get_fdata().astype(np.uint8)
     predicted[predicted == 4] = 3  # ET in BraTS until 2021, whose name the case has

@@ -105,8 +105,8 @@ class DataArguments:
     mask_column: str | None = option(None, "Column of the masks. Default: mask, label or the like.")
     regions: list[str] | None = option(
         None,
-        "Regions to segment, NAME=ID[,ID...] each, nested or disjoint. Default: WT=1,2,3 for BraTS, else "
-        "one region per id in the masks; with --model_name_or_path those of the model.",
+        "Regions to segment, NAME=ID[,ID...] each, nested or disjoint. Default: WT=1,2,3, the whole tumour, "
+        "for BraTS, else one region per id in the masks; with --model_name_or_path those of the model.",
     )
     binarize: bool = option(
         False,
