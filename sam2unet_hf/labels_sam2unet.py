@@ -206,4 +206,4 @@ def check_enhancing_label(enhancing_label: int, regions: Mapping[str, Sequence[i
         )
 
 
-__all__ = ["NUMBERINGS", "Numbering", "NumberingError", "check_enhancing_label", "region_ids"]
+__all__ = ["NUMBERINGS", "REGION_TITLES", "Numbering", "NumberingError", "check_enhancing_label", "region_ids"]

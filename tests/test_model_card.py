@@ -86,7 +86,7 @@ def test_the_card_of_a_bare_checkpoint_claims_nothing_of_a_run(folder):
     for absent in ("## Training", "## Results", "license:", "None", "base_model", "!["):
         assert absent not in text, absent
     assert text.count("# tumor_model\n") == 1
-    assert "| TC | 1, 3 |" in text
+    assert "| TC (tumour core) | 1, 3 |" in text
     assert "| 2 | WT without TC |" in text
     assert "resized to 96 x 64 (height x width)" in text
     assert "No results are recorded with this checkpoint" in text
