@@ -183,7 +183,7 @@ def test_accelerate_launch_resumes_and_ends_as_torchrun(torchrun, folder, argume
     [
         ({"phase": "stepping", "count": 2, "to": "me", "rank": 1}, 2),
         # It passes the signal on to the workers of the DataLoaders too.
-        ({"phase": "evaluating", "count": 1, "to": "launcher"}, 3),
+        pytest.param({"phase": "evaluating", "count": 1, "to": "launcher"}, 3, marks=pytest.mark.slow),
     ],
 )
 def test_sigterm_to_one_process_or_to_the_launcher_stops_both_at_the_same_step(

@@ -132,7 +132,8 @@ def test_padded_attention_equals_the_models():
     assert not any(isinstance(module, graph.PaddedWindowAttention) for module in model.modules())
 
 
-@pytest.mark.parametrize("name", ["fixed", pytest.param("dynamic", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fixed", "dynamic"])
 def test_file_in_float16_is_half_the_size_and_gives_the_models_logits(
     onnxruntime, checkpoints, files, models, tmp_path, name
 ):

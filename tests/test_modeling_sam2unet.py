@@ -378,7 +378,7 @@ def test_wrong_labels_raise(labels):
 
 @pytest.mark.parametrize(
     "backend",
-    ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],
+    ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor"))],
 )
 def test_it_compiles_to_one_graph(backend):
     """With a mask in inference, and without one in training."""
