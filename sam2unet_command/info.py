@@ -13,6 +13,7 @@ from typing import Any
 
 
 CONFIG, PROCESSOR, ENSEMBLE, CLEAN_UP = "config.json", "preprocessor_config.json", "ensemble.json", "clean_up.json"
+RESULTS, FOLDS = "all_results.json", "folds.json"  # written last, and first
 # A file of the model -> its path, or `None` where there is none.
 Finder = Callable[[str], Path | None]
 
@@ -125,7 +126,7 @@ def describe_model(model: str) -> dict[str, Any]:
         },
         "recipe": options.get("recipe"),
         "data": (options.get("dataset_name") or options.get("brats_dir") or "phantom") if options else None,
-        "scores": read_json(find, "all_results.json") or read_card_scores(find),
+        "scores": read_json(find, RESULTS) or read_card_scores(find),
         "clean_up": read_json(find, CLEAN_UP).get("regions", {}),
     }
 
@@ -133,10 +134,10 @@ def describe_model(model: str) -> dict[str, Any]:
 def why_missing(model: str) -> str:
     """Say why there is no model of this name."""
     path = Path(model)
-    checkpoints = [*path.glob("checkpoint-*/"), *path.glob("fold_*/checkpoint-*/")]
-    if checkpoints:
-        latest = max(checkpoints, key=lambda found: found.stat().st_mtime)
-        return f"The training in {model} has not ended. The command that began it goes on from {latest}."
+    if (path / FOLDS).is_file() and not (path / ENSEMBLE).is_file():
+        return f"The cross-validation in {model} has not ended. The command that began it goes on."
+    if any(path.glob("checkpoint-*/")) and not (path / RESULTS).is_file():
+        return f"The training in {model} has not ended. The command that began it goes on from its last checkpoint."
     if path.is_dir():
         return f"{model} holds no model: there is neither {CONFIG} nor {ENSEMBLE} in it. Name the folder of a run."
     siblings = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []

@@ -14,7 +14,7 @@ from .clean_up_sam2unet import GAIN_VALUES, GAINS, CleanUp, RegionRule, componen
 from .head_sam2unet import bounding_box
 
 
-# Values that are tried. The plain ones come first.
+# Values that are tried, in the order of plainness that `best_rule` relies on: thresholds first.
 THRESHOLDS = (0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7, 0.25, 0.75, 0.2, 0.8, 0.1, 0.9)
 MIN_COMPONENT_ML = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 MIN_REGION_ML = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -34,9 +34,10 @@ class Judgement(NamedTuple):
 
     @property
     def score(self) -> float:
-        """The mean of Dice and lesion-wise Dice, were the tumour one lesion, in [0, 1].
+        """The mean of Dice and Dice divided by one more than the number of false components, in [0, 1].
 
-        BraTS has judged by lesions since 2023: each false component is one more lesion, with a Dice of 0.
+        The latter is lesion-wise Dice of a tumour that is one lesion, as BraTS 2023 and 2024 compute it: a false
+        component counts as one more lesion with a Dice of 0.
         """
         return (self.dice + self.dice / (1 + self.false_components)) / 2
 
@@ -56,7 +57,7 @@ class RegionComponents(NamedTuple):
     reference_size: int
     voxel_ml: float
 
-    def judge(self, rule: RegionRule) -> "Judgement":
+    def judge(self, rule: RegionRule) -> Judgement:
         """Return how good what a rule keeps is."""
         sizes, common = self.sizes[rule.threshold], self.common[rule.threshold]
         is_kept = sizes * self.voxel_ml >= rule.min_component_ml
@@ -132,11 +133,11 @@ def load_components(path: str | os.PathLike) -> dict[str, RegionComponents]:
 def choose_clean_up(patients: Mapping[str, Mapping[str, RegionComponents]], folds: Sequence[Sequence[str]]) -> CleanUp:
     """Choose the rules of all regions by patients that no model was trained on.
 
-    The rule of a region is the one with the highest mean [`Judgement.score`] over patients, or the plainest that is as
-    good within two standard errors: Dice alone is that of the large components, and hardly tells how many small ones
-    are false. The record of what comes out says what choosing so gains: each fold's patients are judged by the rule
-    that is best on those of the other folds. A region whose score this does not raise gets the plain rule, a threshold
-    of 0.5 that removes nothing, whatever is best on all patients together, so that the clean-up does no harm.
+    A rule is as good as its mean [`Judgement.score`] over patients: Dice alone is that of the large components, and
+    hardly tells how many small ones are false. [`best_rule`] takes the plainest of those that are about as good as the
+    best. The record of what comes out says what choosing so gains: each fold's patients are judged by the rule that is
+    taken on those of the other folds. A region whose score this does not raise gets the plain rule, a threshold of 0.5
+    that removes nothing, whatever is best on all patients together.
 
     Each region is judged by itself. Where the rule of a region removes something, that is removed of the regions
     inside it too, for which the scores do not account.

@@ -76,7 +76,8 @@ class CleanUp:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             rules = {name: RegionRule(**rule) for name, rule in content.pop("regions").items()}
             for gain in content.get(GAINS, {}).values():
-                [float(gain[name]) for name in GAIN_VALUES]
+                # A file of an older version has no false components.
+                [float(gain[name]) for name in GAIN_VALUES if name in gain or name.startswith("dice")]
         except (AttributeError, KeyError, TypeError, ValueError) as err:
             names = ", ".join(field.name for field in fields(RegionRule))
             raise ValueError(

@@ -40,6 +40,9 @@ _THREE = {1: 1, 2: 2, 3: 3}
 _OF_THREE = "1 is NCR/NET, 2 ED and 3 ET"
 _WITH_CAVITY = "1 is NETC, 2 SNFH, 3 ET and 4 the resection cavity"
 
+# What the regions of BraTS are called in words.
+REGION_TITLES = {"WT": "whole tumour", "TC": "tumour core", "ET": "enhancing tumour"}
+
 # By the names that `labels` takes: the task, and the year from which on it has these labels.
 NUMBERINGS: dict[str, Numbering] = {
     "gli2017": Numbering({1: 1, 2: 2, 4: 3}, "1 is NCR/NET, 2 ED and 4 ET", "https://arxiv.org/abs/2107.02314"),
@@ -96,10 +99,6 @@ def numberings_of(case_id: str, new_ending: bool, folders: Iterable[str] = ()) -
         return tuple(of_task)
     # The cases of 2023 are those of 2021 under other names, whose masks may come with the labels of 2021.
     return ("gli2023", "gli2024", "gli2017") if new_ending else ("gli2023", "gli2017")
-
-
-# What the regions of BraTS are called in words.
-REGION_TITLES = {"WT": "whole tumour", "TC": "tumour core", "ET": "enhancing tumour"}
 
 
 def region_ids(numberings: Iterable[str]) -> dict[str, list[int]]:

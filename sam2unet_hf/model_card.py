@@ -135,7 +135,10 @@ def clean_up_section(path: Path, regions: Mapping[str, Sequence[int]]) -> dict[s
     def row(region: str, rule: RegionRule) -> list[str]:
         values = [f"{value:g}" for value in (rule.threshold, rule.min_component_ml, rule.min_region_ml)]
         own = gains.get(region, {})
-        return [region, *values, *(f"{own[name]:.3f}" if own else "" for name in GAIN_VALUES)]
+        gained = [
+            f"{own[name]:.{3 if name.startswith('dice') else 1}f}" if name in own else "" for name in GAIN_VALUES
+        ]
+        return [region, *values, *gained]
 
     return {
         "chosen_on": clean_up.record.get("chosen_on"),

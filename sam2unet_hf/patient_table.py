@@ -120,13 +120,16 @@ class PatientTable:
 
     def sentences(self) -> list[str]:
         """Return what a reader wants to know first of each region: Dice and the 95 % Hausdorff distance."""
+        facts = {"volume_dice": ("Dice", ".3f", ""), "hausdorff95_mm": ("95 % Hausdorff distance", ".1f", " mm")}
         texts = []
         for region, columns in self.summary().items():
-            dice, distance = columns["volume_dice"], columns["hausdorff95_mm"]["mean"]
-            spread = (
-                f" on average, {dice['median']:.3f} median, {dice['worst']:.3f} worst" if len(self.dice) > 1 else ""
-            )
-            texts.append(f"{region}: Dice {dice['mean']:.3f}{spread}; 95 % Hausdorff distance {distance:.1f} mm.")
+            parts = []
+            for name in filter(columns.__contains__, facts):
+                title, digits, unit = facts[name]
+                mean, median, worst = (f"{columns[name][kind]:{digits}}" for kind in ("mean", "median", "worst"))
+                spread = f" on average (median {median}, worst {worst})" if len(self.dice) > 1 else ""
+                parts.append(f"{title} {mean}{unit}{spread}")
+            texts.append(f"{region}: {'; '.join(parts)}.")
         return texts
 
     def fold_summary(self) -> dict[str, dict[str, dict[str, float | None]]]:

@@ -19,6 +19,7 @@ from sam2unet_hf.cases_sam2unet import find_cases
 from sam2unet_hf.clean_up import RULES, best_rule, choose_clean_up, find_components, load_components, save_components
 from sam2unet_hf.clean_up_sam2unet import CLEAN_UP_FILE, CleanUp, RegionRule
 from sam2unet_hf.finetuning.provenance import start_run
+from sam2unet_hf.model_card import clean_up_section
 from sam2unet_hf.volume import Sam2UNetVolumePipeline, main
 from sam2unet_hf.volume_sam2unet import make_label_map
 
@@ -210,7 +211,10 @@ def test_file_is_read_back(tmp_path):
     assert path == tmp_path / CLEAN_UP_FILE
     again = CleanUp.load(path)
     assert (again.rules, again.record) == (rules, {"chosen_on": "9 patients"})
-    path.write_text(json.dumps({"regions": {"WT": {"threshold": 0.4}}}))
+    older = {"WT": {"dice_before": 0.8, "dice_after": 0.9}}  # from before false components were counted
+    path.write_text(json.dumps({"regions": {"WT": {"threshold": 0.4}}, "patients_of_other_folds": older}))
+    (row,) = clean_up_section(path, BRATS_REGIONS)["rows"]
+    assert row == ["WT", "0.4", "0", "0", "0.800", "", "0.900", ""]
     assert CleanUp.load(path, BRATS_REGIONS).rules == {"WT": RegionRule(threshold=0.4)}
     with pytest.raises(ValueError, match=r"clean_up.json` has rules for \['WT'\], the model segments \['a'\]"):
         CleanUp.load(path, {"a": [1]})
@@ -235,7 +239,7 @@ def test_components_are_read_back(tmp_path):
         ('{"regions": {"WT": {"threshold": 1.5}}}', "in \\[0, 1\\], got 1.5"),
         ('{"regions": {"WT": {"min_component_ml": -1}}}', "from 0 up, got -1"),
         ('{"regions": {"WT": {"min_region_ml": "small"}}}', "from 0 up, got 'small'"),
-        ('{"regions": {}, "patients_of_other_folds": {"WT": {"dice_before": 0.4}}}', "false_components_before"),
+        ('{"regions": {}, "patients_of_other_folds": {"WT": {"dice_before": 0.4}}}', "dice_after"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, text, message):

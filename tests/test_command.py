@@ -151,11 +151,19 @@ def test_what_is_no_model_is_told(files, match, tmp_path):
 
 
 def test_a_training_that_has_not_ended_is_told(tmp_path):
-    for run in (tmp_path / "run", tmp_path / "cv" / "fold_0"):
-        (run / "checkpoint-20").mkdir(parents=True)
-    for name in ("run", "cv"):
-        with pytest.raises(SystemExit, match="has not ended.*goes on from .*checkpoint-20"):
-            main(["info", str(tmp_path / name)])
+    (tmp_path / "run" / "checkpoint-20").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="The training in .*run has not ended.*goes on from its last checkpoint"):
+        main(["info", str(tmp_path / "run")])
+    (tmp_path / "run" / "all_results.json").write_text("{}")  # of a finished one, whose model was removed
+    with pytest.raises(SystemExit, match="run holds no model"):
+        main(["info", str(tmp_path / "run")])
+    (tmp_path / "cv").mkdir()
+    (tmp_path / "cv" / "folds.json").write_text("{}")
+    with pytest.raises(SystemExit, match="The cross-validation in .*cv has not ended"):
+        main(["info", str(tmp_path / "cv")])
+    (tmp_path / "cv" / "ensemble.json").write_text('{"members": ["fold_0"]}')
+    with pytest.raises(SystemExit, match="cv holds no model"):
+        main(["info", str(tmp_path / "cv")])
 
 
 def test_a_mistyped_model_or_command_is_answered_by_what_was_meant(folder, capsys, monkeypatch):

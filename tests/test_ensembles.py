@@ -385,8 +385,8 @@ def test_a_pushed_ensemble_loads_elsewhere_and_gives_equal_volumes(folder, segme
         assert "No results are recorded" not in text
         assert "The rules\nwere chosen on 2 patients in 2 folds." in text
         rows = [
-            "WT | 0.6 | 0.5 | 0 | 0.800 | 3.250 | 0.850 | 0.500",
-            "ET | 0.5 | 0 | 0 | 0.500 | 1.000 | 0.400 | 0.000",
+            "WT | 0.6 | 0.5 | 0 | 0.800 | 3.2 | 0.850 | 0.5",
+            "ET | 0.5 | 0 | 0 | 0.500 | 1.0 | 0.400 | 0.0",
         ]
         assert all(f"| {row} |\n" in text for row in rows)
         assert "### Clean-up" not in hub.file("models", REPO, "README.md", second).decode()

@@ -216,6 +216,19 @@ def test_the_table_of_patients_by_hand(tmp_path):
     assert PatientTable().write(tmp_path / "none") == []
 
 
+def test_the_table_in_words():
+    table = PatientTable()
+    for patient, dice, distance in (("a", 0.9, 5.0), ("b", 0.8, 2.0), ("c", 0.5, 373.13)):
+        table.add(patient, {"WT": {"volume_dice": dice, "hausdorff95_mm": distance}, "ET": {"volume_dice": 1.0}})
+    assert table.sentences() == [
+        "WT: Dice 0.733 on average (median 0.800, worst 0.500); "
+        "95 % Hausdorff distance 126.7 mm on average (median 5.0, worst 373.1).",
+        "ET: Dice 1.000 on average (median 1.000, worst 1.000).",
+    ]
+    table.rows = table.rows[:1]
+    assert table.sentences() == ["WT: Dice 0.900; 95 % Hausdorff distance 5.0 mm."]
+
+
 def test_volumes_of_a_patient_are_measured_in_millilitres():
     reference, prediction = np.zeros((4, 5, 6), np.uint8), np.zeros((4, 5, 6), np.uint8)
     reference[1, :2], prediction[1, 0] = 3, 2
