@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from common import BRATS_REGIONS, randomize, small_backbone_config, small_config, small_model
 from transformers import AutoModel, AutoModelForSemanticSegmentation, Sam2HieraDetModel
 
@@ -13,6 +14,7 @@ from sam2unet_hf import (
     windows_sam2unet,
 )
 from sam2unet_hf.configuration_sam2unet import PRESETS, preset_backbone_config
+from sam2unet_hf.encoder_sam2unet import interpolate_bicubic
 from sam2unet_hf.windows_sam2unet import Sam2UNetWindowLayout
 
 
@@ -525,6 +527,40 @@ def test_training_and_loading_undo_the_fusion(tmp_path):
 def test_fusion_in_training_mode_raises():
     with pytest.raises(ValueError, match="needs a model in eval mode. Call `model.eval"):
         small_model().train().fuse_for_inference()
+
+
+@pytest.mark.parametrize("by_avx512", [True, False])
+def test_bfloat16_attention_of_any_processor_infers_as_in_float32(monkeypatch, by_avx512):
+    monkeypatch.setattr(encoder_sam2unet, "BFLOAT16_BY_AVX512", by_avx512)
+    calls = []
+    eager = encoder_sam2unet.eager_attention
+    monkeypatch.setattr(encoder_sam2unet, "eager_attention", lambda *args, **kw: calls.append(1) or eager(*args, **kw))
+    torch.manual_seed(0)
+    attention = small_model().encoder.blocks[4].attn
+    qkv = [torch.randn(3, 20, attention.proj.in_features) for _ in range(3)]
+    padded = torch.randn(3 * attention.proj.in_features)
+    with torch.inference_mode():
+        expected = attention.attend(*qkv, num_padded=5, padded_token=padded)
+        assert not calls
+        got = attention.attend(*(part.bfloat16() for part in qkv), num_padded=5, padded_token=padded)
+    assert got.dtype == torch.bfloat16
+    assert (got - expected).norm() < 0.02 * expected.norm()
+    assert bool(calls) is by_avx512
+
+
+@pytest.mark.parametrize("size", [(88, 88), (7, 7), (12, 9), (5, 40)], ids=str)
+def test_interpolation_by_matrix_products_is_that_of_pytorch(size):
+    torch.manual_seed(0)
+    maps = torch.randn(1, 8, 7, 7)
+    expected = F.interpolate(maps.double(), size=size, mode="bicubic")
+    assert (interpolate_bicubic(maps.double(), *size) - expected).abs().max() < 2e-5  # coordinates are in float32
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 2**-8 * float(expected.abs().max()))):
+        rounded = maps.to(dtype)
+        expected = F.interpolate(rounded.double(), size=size, mode="bicubic")
+        with torch.autocast("cpu", torch.bfloat16):
+            got = interpolate_bicubic(rounded, *size)
+        assert got.dtype == dtype
+        assert (got - expected).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

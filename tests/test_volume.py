@@ -382,6 +382,20 @@ def test_command_takes_bfloat16_where_the_device_has_it(monkeypatch, cohort, tmp
         main([*command, "cpu"])
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, True),
+        ({"amx_bf16": False, "avx512_bf16": True}, True),
+        ({"amx_bf16": False, "avx512_bf16": False, "avx512_f": True}, False),
+        ({"architecture": "aarch64"}, False),
+    ],
+)
+def test_processors_that_multiply_in_bfloat16_are_known(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert devices.has_bfloat16("cpu") is expected
+
+
 def test_command_spares_the_masks_of_the_case(cohort, segment, tmp_path, capsys):
     case = find_cases(cohort)[0]
     before = case.files["seg"].read_bytes()

@@ -206,11 +206,12 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def report(script: str, argv: list[str] | None, args: argparse.Namespace, found: dict, rows: list) -> dict[str, Any]:
     """Print a table, write it and all results as JSON if asked to, and return what was found, where and how."""
     words = sys.argv[1:] if argv is None else argv
-    cpuinfo = Path("/proc/cpuinfo")  # of Linux, the only system with AMX
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    instructions = [name.upper() for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name, False)]
     machine = {
         "date": date.today().isoformat(),
         "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
-        "bf16": "AMX" if cpuinfo.exists() and "amx_tile" in cpuinfo.read_text() else "no AMX",
+        "bf16": " and ".join(instructions) or "no instructions",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
