@@ -294,6 +294,18 @@ def test_rival_benchmark_leaves_out_by_name_what_is_not_installed(brats_dir, tmp
         bench_rivals.parse_args(["--case", str(brats_dir)])
 
 
+def test_profile_tells_what_each_library_computes(tmp_path):
+    options = ["--profile", "--rivals", "ours", "onnxruntime", "--batch_sizes", "1", "--image_size", "96"]
+    results = bench_rivals.main([*options, "--output", str(tmp_path / "out.json")])
+    assert [case["rival"] for case in results["cases"]] == ["ours float32", "ours bfloat16", "onnxruntime float32"]
+    for case in results["cases"]:
+        products, convolutions, *others = case["kinds"].values()
+        assert sum(case["kinds"].values()) == pytest.approx(sum(case["kernels"].values()))
+        assert min(products, convolutions) > 0.05 * sum(case["kinds"].values())
+        assert all(others)
+    assert "| 1 image | onnxruntime float32 | " in (tmp_path / "out.md").read_text()
+
+
 def test_nnunet_segments_the_same_scan_with_its_own_plan(brats_dir, tmp_path, monkeypatch):
     pytest.importorskip("nnunetv2")
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_def_n_proc"):

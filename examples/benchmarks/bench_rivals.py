@@ -3,6 +3,7 @@
 
 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python examples/benchmarks/bench_rivals.py --brats_dir BraTS2020_TrainingData
 python examples/benchmarks/bench_rivals.py --rivals ours onnxruntime openvino --batch_sizes 1
+python examples/benchmarks/bench_rivals.py --rivals ours onnxruntime openvino --batch_sizes 1 --profile
 
 On images all compute with the same weights: this model as it is and by `torch.compile`, with transformers' encoder,
 with SAM 2's own (`sam2` of facebookresearch) and all three outputs, as in the reference implementation, and its ONNX
@@ -10,7 +11,8 @@ file in onnxruntime and OpenVINO. A case of BraTS goes from NIfTI file to NIfTI 
 out: by this model with the window about the head and a slice on either side, and by nnU-Net with the networks and
 patches that it plans for the cases of `--brats_dir`, and its own predictor. All have random weights there, on which
 time does not depend. Each rival has a process of its own, whose peak of memory needs Linux, and they take turns. What
-is not installed is left out, by name: `pip install -e ".[onnx,rivals]"` brings all but `sam2`.
+is not installed is left out, by name: `pip install -e ".[onnx,rivals]"` brings all but `sam2`. `--profile` tells
+instead what they spend their time on, by the profiler of each library.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -97,7 +100,13 @@ def in_torch(args: argparse.Namespace, batch_size: int, family: str, dtype: str)
     model = load(args, family).to(DTYPES[dtype])
     images = make_images(args, batch_size)
     forward = forward_pass(torch.compile(model) if family == "compiled" else model, images.to(DTYPES[dtype]))
-    return Competitor(lambda: forward().float().numpy(), lambda: flops_of(model, images.shape))
+
+    def profile() -> dict[str, float]:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            forward()
+        return {event.key: event.self_cpu_time_total / 1e6 for event in found.key_averages()}
+
+    return Competitor(lambda: forward().float().numpy(), lambda: flops_of(model, images.shape), profile)
 
 
 def in_onnxruntime(args: argparse.Namespace, batch_size: int) -> Competitor:
@@ -106,10 +115,25 @@ def in_onnxruntime(args: argparse.Namespace, batch_size: int) -> Competitor:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(args.folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    start = functools.partial(onnxruntime.InferenceSession, args.folder / "model.onnx", options)
+    session = start(providers=["CPUExecutionProvider"])
     images = make_images(args, batch_size)
     inputs = {"pixel_values": images.numpy()}
-    return Competitor(lambda: session.run(["logits"], inputs)[0], lambda: flops_of(load(args, "ours"), images.shape))
+
+    def profile() -> dict[str, float]:
+        options.enable_profiling, options.profile_file_prefix = True, str(args.folder / "profile")
+        profiled = onnxruntime.InferenceSession(
+            args.folder / "model.onnx", options, providers=["CPUExecutionProvider"]
+        )
+        profiled.run(["logits"], inputs)
+        seconds: Counter[str] = Counter()
+        for event in json.loads(Path(profiled.end_profiling()).read_text()):
+            if event["name"].endswith("_kernel_time"):
+                seconds[event["args"]["op_name"]] += event["dur"] / 1e6
+        return seconds
+
+    run = functools.partial(session.run, ["logits"], inputs)
+    return Competitor(lambda: run()[0], lambda: flops_of(load(args, "ours"), images.shape), profile)
 
 
 def in_openvino(args: argparse.Namespace, batch_size: int, dtype: str) -> Competitor:
@@ -131,7 +155,18 @@ def in_openvino(args: argparse.Namespace, batch_size: int, dtype: str) -> Compet
         # Its fused attention is wrong in bfloat16 (2026.4: masks with an IoU of 0.5), and no faster.
         options["SNIPPETS_MODE"] = "DISABLE"
     compiled = core.compile_model(graph, "CPU", options)
-    return Competitor(lambda: compiled([images.numpy()])[0], lambda: flops_of(load(args, "ours"), images.shape))
+
+    def profile() -> dict[str, float]:
+        request = core.compile_model(graph, "CPU", options | {"PERF_COUNT": True}).create_infer_request()
+        request.infer([images.numpy()])  # takes longer than all that follow
+        request.infer([images.numpy()])
+        seconds: Counter[str] = Counter()
+        for kernel in request.profiling_info:
+            seconds[kernel.node_type] += kernel.real_time.total_seconds()
+        return seconds
+
+    flops = functools.partial(flops_of, load(args, "ours"), images.shape)
+    return Competitor(lambda: compiled([images.numpy()])[0], flops, profile)
 
 
 def file_to_file(model: nn.Module, segment: Callable[[], Any], written: Path) -> Competitor:
@@ -247,6 +282,13 @@ CASE = {
     for configuration in ("2d", "3d_fullres")
 }
 TASKS = {"images": IMAGES, "case": CASE}
+# What kernels do, by their names in PyTorch, ONNX and OpenVINO, where Subgraph joins several of the third kind.
+KINDS = {
+    "matrix products, attention": r"mm$|scaled_dot_product|softmax|FullyConnected|MatMul|Gemm",
+    "convolutions": "conv",
+    "activations, norms, sums": r"gelu|relu|norm|MVN|add$|add_|mul$|Mul$|clamp|Eltwise|Subgraph",
+    "copies, pooling and others": "",
+}
 COLUMNS = ("against ours", "memory (libraries)", "GFLOP", "share", "IoU", "package")
 
 
@@ -266,6 +308,28 @@ def measure(args: argparse.Namespace, task: str, batch_size: int, rounds: int) -
     return {
         name: found.get(name) or {"left_out": f"needs {', '.join(rival.missing)}"} for name, rival in chosen.items()
     }
+
+
+def profile(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Return figures and rows of what the rivals on images spend their time on, one after the other."""
+    cases, rows = [], []
+    for batch_size in args.batch_sizes:
+        for name, rival in IMAGES.items():
+            if rival.family not in args.rivals or rival.missing:
+                continue
+            competitor = rival.prepare(args, batch_size)
+            competitor.run()
+            kernels = competitor.profile() if competitor.profile else {}
+            kinds = dict.fromkeys(KINDS, 0.0)
+            for kernel, seconds in kernels.items():
+                kinds[next(kind for kind, names in KINDS.items() if re.search(names, kernel, re.IGNORECASE))] += (
+                    seconds
+                )
+            cases.append({"rival": name, "batch_size": batch_size, "kinds": kinds, "kernels": dict(kernels)})
+            milliseconds = {kind: f"{1e3 * seconds:.0f} ms" for kind, seconds in kinds.items()}
+            row = {"": f"{batch_size} image{'s' * (batch_size > 1)}", "rival": name}
+            rows.append(row | {"all": f"{1e3 * sum(kinds.values()):.0f} ms"} | milliseconds)
+    return cases, rows
 
 
 def version_of(package: str) -> str:
@@ -318,6 +382,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--case_rounds", type=int, default=2, help="how often each segments the case")
     parser.add_argument("--volume_batch_size", type=int, default=8, help="slices of the case at once, ours")
     parser.add_argument("--no_mirrors", action="store_true", help="leave out what averages over mirror images")
+    parser.add_argument("--profile", action="store_true", help="tell what rivals spend their time on with images")
     args = parser.parse_args(argv)
     if args.case and not args.brats_dir:
         parser.error("--case needs --brats_dir, for which nnU-Net plans")
@@ -343,6 +408,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         options = argparse.Namespace(**vars(args), folder=Path(folder))
         set_up(options)
+        if args.profile:
+            cases, rows = profile(options)
+            return report(__file__, argv, args, {"cases": cases}, rows)
         tokens = (args.image_size // 4) ** 2
         rates = {name: matmul_rate(args.preset, tokens, DTYPES[name], "cpu", 5) for name in ("float32", "bfloat16")}
         tasks = [("images", batch_size, args.rounds) for batch_size in args.batch_sizes]

@@ -118,10 +118,12 @@ class Competitor:
     Args:
         run: Returns an array, or what becomes one by reading it, to be compared with those of others.
         flops: Returns the operations of the last run.
+        profile: Returns the seconds that one more run spends in each kind of kernel, by the names of its library.
     """
 
     run: Callable[[], Any]
     flops: Callable[[], int]
+    profile: Callable[[], dict[str, float]] | None = None
 
 
 _own: dict[str, Any] = {}  # what a process keeps between calls
