@@ -92,12 +92,13 @@ def report_text(
 
 
 def score_table(region: str, tables: Mapping[str, PatientTable]) -> str:
-    """Return the table of a region, a row for each system."""
+    """Return the table of a region, a row for each system, and what each gains over the first."""
     lines = [
-        f"| {region} | input | Dice | SD over folds | median | worst | 95 % Hausdorff distance (mm), median | mean "
-        "| lesion-wise Dice |",
-        "| --- " * 9 + "|",
+        f"| {region} | input | Dice | SD over folds | gained over the first (SE) | median | worst | 95 % Hausdorff "
+        "distance (mm), median | mean | lesion-wise Dice |",
+        "| --- " * 10 + "|",
     ]
+    first = next(iter(tables.values()))
     for name, table in tables.items():
         system, recipe = name.rsplit(", ", 1)
         found, over_folds = table.summary()[region], table.fold_summary()[region]["volume_dice"]
@@ -105,6 +106,7 @@ def score_table(region: str, tables: Mapping[str, PatientTable]) -> str:
         values = [
             f"{over_folds['mean']:.3f}",
             "" if over_folds["std"] is None else f"{over_folds['std']:.3f}",
+            "" if table is first else gain(region, table, first),
             f"{dice['median']:.3f}",
             f"{dice['worst']:.3f}",
             f"{distance['median']:.1f}",
@@ -113,6 +115,16 @@ def score_table(region: str, tables: Mapping[str, PatientTable]) -> str:
         ]
         lines.append(f"| {' | '.join([system, recipe, *values])} |")
     return "\n".join(lines)
+
+
+def gain(region: str, table: PatientTable, first: PatientTable) -> str:
+    """Format the mean difference in Dice of the same patients, and its standard error."""
+    dice, base = (
+        {row["patient"]: row["volume_dice"] for row in own.rows if row["region"] == region} for own in (table, first)
+    )
+    differences = [dice[patient] - base[patient] for patient in base]
+    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
+    return f"{statistics.mean(differences):+.3f} ({error:.3f})"
 
 
 def cost_row(system: System, costs: Mapping[str, Any], num_folds: int) -> str:

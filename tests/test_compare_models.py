@@ -260,9 +260,13 @@ def test_a_comparison_that_has_finished_is_not_run_again_and_others_are_refused(
     report = (compared / "comparison.md").read_text()
     assert "4 patients in 2 folds of 2, 2" in report
     with (compared / "comparison.csv").open() as file:
-        scores = [row for row in csv.DictReader(file) if (row["system"], row["region"]) == ("unet", "WT")]
+        rows = [row for row in csv.DictReader(file) if row["region"] == "WT"]
+    first, scores = ([row for row in rows if row["system"] == name] for name in ("sam2unet", "unet"))
     means = [np.mean([float(row["volume_dice"]) for row in scores if row["fold"] == fold]) for fold in "01"]
-    assert f"| U-Net | volume | {np.mean(means):.3f} | {np.std(means, ddof=1):.3f} |" in report
+    assert [row["patient"] for row in first] == [row["patient"] for row in scores]
+    gains = [float(row["volume_dice"]) - float(base["volume_dice"]) for row, base in zip(scores, first, strict=True)]
+    gain = f"{np.mean(gains):+.3f} ({np.std(gains, ddof=1) / len(gains) ** 0.5:.3f})"
+    assert f"| U-Net | volume | {np.mean(means):.3f} | {np.std(means, ddof=1):.3f} | {gain} |" in report
     with pytest.raises(SystemExit, match="with other options: mirrors=own"):
         compare_models.main([*volume, "--mirrors", "all"])
     with pytest.raises(SystemExit, match="with other folds: .*--output_dir"):
