@@ -296,6 +296,7 @@ def test_rival_benchmark_leaves_out_by_name_what_is_not_installed(brats_dir, tmp
 
 def test_profile_tells_what_each_library_computes(tmp_path):
     options = ["--profile", "--rivals", "ours", "onnxruntime", "--batch_sizes", "1", "--image_size", "96"]
+    options += ["--rounds", "2"]
     results = bench_rivals.main([*options, "--output", str(tmp_path / "out.json")])
     assert [case["rival"] for case in results["cases"]] == ["ours float32", "ours bfloat16", "onnxruntime float32"]
     for case in results["cases"]:

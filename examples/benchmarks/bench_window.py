@@ -2,7 +2,7 @@
 """Time what the window about the head saves: a training step, and a patient's scan from file to file.
 
 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python examples/benchmarks/bench_window.py --case BraTS20_Training_001
-python examples/benchmarks/bench_window.py --case BraTS20_Training_001 --preset large --batch_size 1 --rounds 3
+python examples/benchmarks/bench_window.py --case BraTS20_Training_001 --preset large --tasks volume --rounds 3
 python examples/benchmarks/bench_window.py --case BraTS20_Training_001 --window_dtype auto
 
 Two models from scratch see one scan: `resized` whole slices at `--image_size`, as by the recipe of the paper, and
@@ -35,6 +35,7 @@ from sam2unet_hf.volume import Sam2UNetVolumePipeline
 
 
 INPUTS = ("resized", "window")
+TASKS = ("training step", "volume")
 
 
 def build(
@@ -94,6 +95,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--case", type=Path, required=True, help="folder of a BraTS case")
     parser.add_argument("--modality", default="flair")
     parser.add_argument("--preset", default="tiny", choices=list(PRESETS))
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="default: both")
     parser.add_argument("--batch_size", type=int, default=8, help="of a training step")
     parser.add_argument("--volume_batch_size", type=int, default=8, help="slices of a volume at once")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of volumes; training is autocast")
@@ -109,8 +111,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     cases, rows = [], []
     with tempfile.TemporaryDirectory() as folder:
-        tasks = {"training step": step, "volume": functools.partial(volume, folder=folder)}
-        for task, prepare in tasks.items():
+        prepare_by_task = {"training step": step, "volume": functools.partial(volume, folder=folder)}
+        for task in args.tasks:
+            prepare = prepare_by_task[task]
             times = time_in_turn({name: prepare(args, name) for name in INPUTS}, args.rounds, args.device)
             seconds = {name: statistics.median(values) for name, values in times.items()}
             case: dict[str, Any] = {"task": task, "seconds": seconds, "ratio": seconds["window"] / seconds["resized"]}
