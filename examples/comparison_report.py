@@ -64,7 +64,8 @@ def report_text(
     command: str,
 ) -> str:
     """Return the report as Markdown."""
-    device = f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    device = f"CPU, {threads} thread{'s' * (threads > 1)}"
     if systems[0].task.device != "cpu":
         device = torch.cuda.get_device_name()
     patients = [len(fold) for fold in systems[0].task.folds]
