@@ -38,7 +38,7 @@ def has_bfloat16(device: str) -> bool:
     """Return whether a device has instructions that multiply matrices in bfloat16.
 
     NVIDIA's GPUs have them since Ampere, AMD's processors since Zen 4 (AVX512_BF16), Intel's server processors since
-    Sapphire Rapids (AMX). Others are slower in bfloat16 than in float32.
+    Cooper Lake (AVX512_BF16) or Sapphire Rapids (AMX, too). Others are slower in bfloat16 than in float32.
 
     Args:
         device: Such as `"cpu"` or `"cuda:1"`.
@@ -47,8 +47,8 @@ def has_bfloat16(device: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # Older PyTorch does not tell what the processor can do.
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    has_it = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
-    return torch.device(device).type == "cpu" and has_it
+    has_any = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+    return torch.device(device).type == "cpu" and has_any
 
 
 def fast_dtype(device: str) -> torch.dtype:

@@ -1,6 +1,7 @@
 """The encoder of SAM2-UNet: SAM 2's Hiera trunk with an adapter in each block."""
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,8 @@ from .configuration_sam2unet import Sam2UNetConfig
 from .windows_sam2unet import Sam2UNetWindowLayout, in_chunks, pool_windows
 
 
-CAPABILITIES: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch does not tell them
-# AMD's processors since Zen 4; those of Intel that have it have mostly AMX too, which is faster.
-BFLOAT16_BY_AVX512 = CAPABILITIES.get("avx512_bf16", False) and not CAPABILITIES.get("amx_bf16", False)
+# Up to how many keys `eager_attention` is preferred in inference: twice as fast there, but its scores take memory.
+MAX_EAGER_KEYS = 1024
 
 
 class Sam2UNetPatchEmbeddings(nn.Module):
@@ -50,20 +50,37 @@ def eager_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None
 ) -> torch.Tensor:
     """Compute what `scaled_dot_product_attention` computes, step by step."""
-    scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     if attn_mask is not None:
         scores = scores + attn_mask
-    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
+    # The softmax sums up in float32 in any case. For the backward pass its result is kept in float32, too.
+    dtype = torch.promote_types(scores.dtype, torch.float32) if scores.requires_grad else None
+    return scores.softmax(dim=-1, dtype=dtype).to(value.dtype) @ value
 
 
-def is_slow_in_pytorch(query: torch.Tensor) -> bool:
+def has_avx512_bfloat16_alone(capabilities: Mapping[str, Any]) -> bool:
+    """Return whether a processor multiplies in bfloat16 by AVX512_BF16 and not by AMX, as AMD's do since Zen 4.
+
+    Args:
+        capabilities: What `torch.cpu.get_capabilities` returns.
+    """
+    return bool(capabilities.get("avx512_bf16", False)) and not capabilities.get("amx_bf16", False)
+
+
+# Older PyTorch does not tell what the processor can do.
+HAS_AVX512_BFLOAT16_ALONE = has_avx512_bfloat16_alone(getattr(torch.cpu, "get_capabilities", dict)())
+
+
+def prefers_eager_attention(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Return whether `eager_attention` is faster than PyTorch's own, whose half-precision kernel for the CPU is slow.
 
-    Its backward pass takes up to five times as long, and in bfloat16 by AVX-512 its forward pass twice as long.
+    Its backward pass takes up to five times as long, measured on a Xeon with AMX; in bfloat16 on an EPYC of Zen 5 its
+    forward pass takes 1.7 to 2.5 times as long, with 64 to 1024 tokens.
     """
     if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return query.requires_grad or (query.dtype == torch.bfloat16 and BFLOAT16_BY_AVX512)
+    is_short = key.shape[-2] <= MAX_EAGER_KEYS
+    return query.requires_grad or (query.dtype == torch.bfloat16 and HAS_AVX512_BFLOAT16_ALONE and is_short)
 
 
 class Sam2UNetWindowAttention(nn.Module):
@@ -140,13 +157,13 @@ class Sam2UNetWindowAttention(nn.Module):
             value = torch.cat([value, padded_value.expand(num_windows, -1, -1, -1)], dim=2)
             mask = torch.zeros(1, 1, 1, num_tokens, dtype=key.dtype, device=key.device)
             mask = F.pad(mask, (0, 1), value=math.log(num_padded))
-        is_eager = self.config._attn_implementation == "eager" or is_slow_in_pytorch(query)
+        is_eager = self.config._attn_implementation == "eager" or prefers_eager_attention(query, key)
         attention = eager_attention if is_eager else F.scaled_dot_product_attention
         return attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 def interpolate_bicubic(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Interpolate as `F.interpolate` does, one axis after the other by matrix products: ten times faster on a CPU."""
+    """Interpolate as `F.interpolate` does, one axis after the other by matrix products: much faster on a CPU."""
     dtype = torch.promote_types(maps.dtype, torch.float32)
     weights = []
     for old, new in zip(maps.shape[2:], (height, width), strict=True):

@@ -104,7 +104,7 @@ def parse_args(argv: list[str] | None = None, prog: str = PROG, is_scored: bool 
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16", "float16"],
-        help="precision of the model; auto is bfloat16 where the device multiplies in it, else float32",
+        help="precision of the model; auto is bfloat16 where the device has instructions for it, else float32",
     )
     parser.add_argument("--device", type=device_name, help="such as cpu or cuda:1; default: a GPU if there is one")
     args = parser.parse_args(argv)

@@ -529,9 +529,19 @@ def test_fusion_in_training_mode_raises():
         small_model().train().fuse_for_inference()
 
 
-@pytest.mark.parametrize("by_avx512", [True, False])
-def test_bfloat16_attention_of_any_processor_infers_as_in_float32(monkeypatch, by_avx512):
-    monkeypatch.setattr(encoder_sam2unet, "BFLOAT16_BY_AVX512", by_avx512)
+@pytest.mark.parametrize(
+    ("capabilities", "max_keys", "is_eager"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, 21, True),
+        ({"avx512_bf16": True, "amx_bf16": False}, 20, False),  # long sequences would take much memory
+        ({"avx512_bf16": True, "amx_bf16": True}, 21, False),
+        ({}, 21, False),
+    ],
+)
+def test_bfloat16_attention_of_any_processor_infers_as_in_float32(monkeypatch, capabilities, max_keys, is_eager):
+    has_it = encoder_sam2unet.has_avx512_bfloat16_alone(capabilities)
+    monkeypatch.setattr(encoder_sam2unet, "HAS_AVX512_BFLOAT16_ALONE", has_it)
+    monkeypatch.setattr(encoder_sam2unet, "MAX_EAGER_KEYS", max_keys)
     calls = []
     eager = encoder_sam2unet.eager_attention
     monkeypatch.setattr(encoder_sam2unet, "eager_attention", lambda *args, **kw: calls.append(1) or eager(*args, **kw))
@@ -545,7 +555,7 @@ def test_bfloat16_attention_of_any_processor_infers_as_in_float32(monkeypatch, b
         got = attention.attend(*(part.bfloat16() for part in qkv), num_padded=5, padded_token=padded)
     assert got.dtype == torch.bfloat16
     assert (got - expected).norm() < 0.02 * expected.norm()
-    assert bool(calls) is by_avx512
+    assert bool(calls) is is_eager
 
 
 @pytest.mark.parametrize("size", [(88, 88), (7, 7), (12, 9), (5, 40)], ids=str)

@@ -385,14 +385,14 @@ def test_command_takes_bfloat16_where_the_device_has_it(monkeypatch, cohort, tmp
 @pytest.mark.parametrize(
     ("capabilities", "expected"),
     [
-        ({"amx_bf16": True, "avx512_bf16": True}, True),
+        ({"amx_bf16": True, "avx512_bf16": False}, True),
         ({"amx_bf16": False, "avx512_bf16": True}, True),
         ({"amx_bf16": False, "avx512_bf16": False, "avx512_f": True}, False),
         ({"architecture": "aarch64"}, False),
     ],
 )
 def test_processors_that_multiply_in_bfloat16_are_known(monkeypatch, capabilities, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert devices.has_bfloat16("cpu") is expected
 
 
