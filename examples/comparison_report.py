@@ -95,8 +95,8 @@ def report_text(
 def score_table(region: str, tables: Mapping[str, PatientTable]) -> str:
     """Return the table of a region, a row for each system, and what each gains over the first."""
     lines = [
-        f"| {region} | input | Dice | SD over folds | gained over the first (SE) | median | worst | 95 % Hausdorff "
-        "distance (mm), median | mean | lesion-wise Dice |",
+        f"| {region} | input | Dice | SD over folds | Dice gained over the first (SE) | median | worst "
+        "| 95 % Hausdorff distance (mm), median | mean | lesion-wise Dice |",
         "| --- " * 10 + "|",
     ]
     first = next(iter(tables.values()))
@@ -124,8 +124,10 @@ def gain(region: str, table: PatientTable, first: PatientTable) -> str:
         {row["patient"]: row["volume_dice"] for row in own.rows if row["region"] == region} for own in (table, first)
     )
     differences = [dice[patient] - base[patient] for patient in base]
-    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
-    return f"{statistics.mean(differences):+.3f} ({error:.3f})"
+    mean = f"{statistics.mean(differences):+.3f}"
+    if len(differences) == 1:
+        return mean
+    return f"{mean} ({statistics.stdev(differences) / len(differences) ** 0.5:.3f})"
 
 
 def cost_row(system: System, costs: Mapping[str, Any], num_folds: int) -> str:

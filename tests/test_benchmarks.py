@@ -200,6 +200,7 @@ def test_window_benchmark_compares_the_same_scan_in_both_inputs(tmp_path):
     assert [case["task"] for case in results["cases"]] == ["training step", "volume"]
     for case in results["cases"]:
         assert case["ratio"] == pytest.approx(case["seconds"]["window"] / case["seconds"]["resized"])
+    assert [case["task"] for case in bench_window.main([*arguments, "--tasks", "volume"])["cases"]] == ["volume"]
     options = argparse.Namespace(case=folder, modality="flair", image_size=96, preset="tiny", device="cpu")
     options.dtype, options.window_dtype = "float32", "bfloat16"
     dtypes = {name: bench_window.dtype_of(options, name) for name in bench_window.INPUTS}
@@ -304,6 +305,8 @@ def test_profile_tells_what_each_library_computes(tmp_path):
         assert sum(case["kinds"].values()) == pytest.approx(sum(case["kernels"].values()))
         assert min(products, convolutions) > 0.05 * sum(case["kinds"].values())
         assert all(others)
+    with pytest.raises(SystemExit):
+        bench_rivals.parse_args(["--profile", "--rivals", "compiled"])
     assert "| 1 image | onnxruntime float32 | " in (tmp_path / "out.md").read_text()
 
 

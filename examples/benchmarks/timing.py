@@ -118,12 +118,13 @@ class Competitor:
     Args:
         run: Returns an array, or what becomes one by reading it, to be compared with those of others.
         flops: Returns the operations of the last run.
-        profile: Returns the seconds that one more run spends in each kind of kernel, by the names of its library.
+        profile: Returns the seconds that one more run spends in each kind of kernel, by the names of its library, or
+            nothing where that is not known.
     """
 
     run: Callable[[], Any]
     flops: Callable[[], int]
-    profile: Callable[[], dict[str, float]] | None = None
+    profile: Callable[[], dict[str, float]] = dict
 
 
 _own: dict[str, Any] = {}  # what a process keeps between calls
@@ -208,12 +209,12 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def report(script: str, argv: list[str] | None, args: argparse.Namespace, found: dict, rows: list) -> dict[str, Any]:
     """Print a table, write it and all results as JSON if asked to, and return what was found, where and how."""
     words = sys.argv[1:] if argv is None else argv
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch does not tell
     instructions = [name.upper() for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name, False)]
     machine = {
         "date": date.today().isoformat(),
         "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
-        "bf16": " and ".join(instructions) or "no instructions",
+        "bf16": " and ".join(instructions) or ("none" if capabilities else "unknown"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
