@@ -13,7 +13,8 @@ from scipy import ndimage
 REACH = 3  # of the Gaussian in the weighted F-measure, in rows and columns
 # Whatever it reaches from the mask has its nearest pixel at most so many rows and columns away.
 FRAME = REACH + 1
-# The longest shorter side of the box around a small mask, and the least share of its image that a dense one fills.
+# The longest shorter side of the box around a small mask, and the least share of its image that a dense one fills:
+# half of it is enough for a mask that is not small.
 _SMALL = 128
 _DENSE = 0.25
 # The longest side of images in which all squared distances are exact in single precision.
@@ -22,6 +23,10 @@ _LARGEST = 1300
 _FAR = 255
 # After how many steps of `_by_steps` settled pixels are left behind.
 _STOPS = (0, 8, 24, 48, 80, 128, 192, _FAR)
+# A square is the sum of the first of 1, 3, 5, 7, ..., so each step to the side costs one of these.
+_ODD = [np.array(odd, dtype=np.uint16) for odd in range(1, 2 * _FAR, 2)]
+# Pixels are left behind by words, of 8 squared distances in 16 bits or 8 booleans.
+_WORD, _WORD_TYPE = 8, np.complex128
 # Up to which share of needed pixels the walk is faster from a mask of any size, since it ends at the last of them.
 _FEW = 0.125
 # What `nearest_pixels` adds to the rank of a pixel by its columns to the right. Of pixels that are equally
@@ -57,11 +62,15 @@ def squared_distance(mask: np.ndarray, needed: np.ndarray | None = None) -> np.n
         may be too large.
     """
     few = needed is not None and np.count_nonzero(needed) <= _FEW * needed.size
-    if few or np.count_nonzero(mask) >= _DENSE * mask.size:
+    share = np.count_nonzero(mask) / mask.size
+    if few or share >= _DENSE:
         return _by_steps(mask, needed if few else None)
     box = bounding_box(mask)
     if min(axis.stop - axis.start for axis in box) <= _SMALL and max(mask.shape) <= _LARGEST:
         return _of_small_mask(mask, box)
+    if share >= _DENSE / 2:
+        # Slower than what is above, faster than SciPy.
+        return _by_steps(mask, None)
     nearest = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
     rows, columns = nearest
     rows -= np.arange(mask.shape[0], dtype=np.int32)[:, None]
@@ -138,11 +147,12 @@ def _of_small_mask(mask: np.ndarray, box: tuple[slice, slice]) -> np.ndarray:
 def _by_steps(mask: np.ndarray, needed: np.ndarray | None) -> np.ndarray:
     """Walk away from the mask, first within columns, then to the sides, until no needed pixel comes nearer."""
     height, width = mask.shape
-    # Rows lie end to end, and a column that stays far keeps them apart.
-    flat = np.full(1 + height * (width + 1), _FAR, dtype=np.uint16)
-    rows = flat[1:].reshape(height, width + 1)
+    # Rows lie end to end, and a column that stays far keeps them apart. The rest fills up the last word.
+    size = 1 + height * (width + 1)
+    flat = np.full(-(-size // _WORD) * _WORD, _FAR, dtype=np.uint16)
+    rows = flat[1:size].reshape(height, width + 1)
     np.multiply(~mask, np.uint16(_FAR), out=rows[:, :-1])
-    walls = np.arange(0, flat.size, width + 1)
+    walls = np.append(np.arange(0, size, width + 1), np.arange(size, flat.size))
     # Any distance is the sum of some of 1, 2, 4, 8, ...
     farther = np.empty_like(rows)
     step = 1
@@ -153,42 +163,45 @@ def _by_steps(mask: np.ndarray, needed: np.ndarray | None) -> np.ndarray:
         step *= 2
     flat *= flat
     in_column = None if needed is None else rows.copy()
-    # A square is the sum of the first of 1, 3, 5, 7, ..., so each step to the side costs one of them.
-    moved = np.empty(flat.size - 2, dtype=np.uint16)
     left_behind: list[tuple[np.ndarray, np.ndarray]] = []
     for start, stop in itertools.pairwise(_STOPS):
-        moved = moved[: flat.size - 2]
-        for step in range(start, stop):
-            np.minimum(flat[:-2], flat[2:], out=moved)
-            np.add(moved, np.uint16(2 * step + 1), out=moved)
-            np.minimum(flat[1:-1], moved, out=flat[1:-1])
+        left, middle, right = flat[:-2], flat[1:-1], flat[2:]
+        moved = np.empty_like(middle)
+        for odd in _ODD[start:stop]:
+            np.minimum(left, right, out=moved)
+            np.add(moved, odd, out=moved)
+            np.minimum(middle, moved, out=middle)
             flat[walls] = _FAR**2
-        # Go on with what more steps may still bring nearer, the pixels beside it, and walls where others are left out.
         unsettled = flat > (stop + 1) ** 2
         unsettled[walls] = False
         if not unsettled.any():
             break
         if needed is not None and in_column is not None and stop == _STOPS[1]:
-            row, column = np.nonzero(unsettled[1:].reshape(rows.shape)[:, :-1] & needed)
+            row, column = np.nonzero(unsettled[1:size].reshape(rows.shape)[:, :-1] & needed)
             if row.size <= height:
                 # Look for the nearest column of each of the few that are left.
                 squares = np.square(np.arange(width, dtype=np.int32) - column.astype(np.int32)[:, None])
                 squares += in_column[row, :-1]
                 rows[row, column] = np.minimum(squares.min(axis=1, initial=_FAR**2), _FAR**2)
                 break
-        beside = _with_neighbours(unsettled)
-        beside[walls] = False
-        kept = _with_neighbours(beside)
+        # Go on with the words of what more steps may still bring nearer, and a word on either side. So the first and
+        # last pixel of adjacent words are settled: they become walls, which keep apart what was not side by side.
+        kept = np.flatnonzero(_with_neighbours(unsettled.view(np.uint64) != 0))
+        is_wall = np.zeros(flat.size, dtype=bool)
+        is_wall[walls] = True
+        is_wall = is_wall.view(np.uint64).take(kept).view(bool)
+        gaps = np.diff(kept, prepend=-1, append=-1) != 1
+        is_wall[::_WORD] |= gaps[:-1]
+        is_wall[_WORD - 1 :: _WORD] |= gaps[1:]
         left_behind.append((flat, kept))
-        walls = np.flatnonzero(~beside[kept])
-        flat = flat[kept]
-        left_behind.append((flat[walls], walls))
-        flat[walls] = _FAR**2
+        flat = flat.view(_WORD_TYPE).take(kept).view(np.uint16)
+        walls = np.flatnonzero(is_wall)
+        left_behind.append((flat.take(walls), walls))
     while left_behind:
         values, walls = left_behind.pop()
         flat[walls] = values
         outer, kept = left_behind.pop()
-        outer[kept] = flat
+        outer.view(_WORD_TYPE)[kept] = flat.view(_WORD_TYPE)
         flat = outer
     return rows[:, :-1]
 
