@@ -56,7 +56,7 @@ def sentences(record: dict[str, Any]) -> dict[str, list[tuple[str, list[str]]]]:
         f"{record['scores'][name]:.3f}" for name in SCORES
     )
     name, worst = min(record["test_patients"].items(), key=lambda item: item[1])
-    row = "bfloat16 (Xeon with AMX, {}) | {} min {} s of training | {} | {} | {} | {} |"
+    row = "bfloat16 (two CPU cores, {}) | {} min {} s of training | {} | {} | {} | {} |"
     patients = "have a Dice of {} (validation) and {} (test), the worst {},"
     volumes = "{} on slices, {} on the volumes of the six test patients, and {} on that of `{}`, the worst"
     volumes += " (two CPU cores, {})"
