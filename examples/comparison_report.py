@@ -75,7 +75,6 @@ def report_text(
         .with_name("comparison_template.md")
         .read_text()
         .format(
-            num_systems=len(systems),
             command=command,
             date=date.today().isoformat(),
             device=device,
