@@ -69,7 +69,7 @@ def squared_distance(mask: np.ndarray, needed: np.ndarray | None = None) -> np.n
     if min(axis.stop - axis.start for axis in box) <= _SMALL and max(mask.shape) <= _LARGEST:
         return _of_small_mask(mask, box)
     if share >= _DENSE / 2:
-        # Slower than what is above, faster than SciPy.
+        # Slower than what is above, but faster than SciPy except for one compact mask.
         return _by_steps(mask, None)
     nearest = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
     rows, columns = nearest
